@@ -1,0 +1,365 @@
+"""The contract between the engine and a backbone: all that TTD may ask of a CLIP-like model, and nothing more.
+
+A backbone is described once (:class:`BackboneDescription`), gives patch tokens in the joint image-text space
+(:class:`ImageFeatures`), and gives text embeddings (:meth:`DenseAdapter.encode_text`). **No feature that an adapter
+returns is L2-normalised**; the engine normalises, in float32, where the method needs cosines.
+
+This module imports torch only. Backbone libraries are imported by adapters, and only when one is used.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from ttd_plugins.errors import ImageSizeError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ttd_plugins.lora import LoRAHandle
+
+API_VERSION = 1
+"""Version of this contract; :mod:`ttd_plugins.plugins` refuses a family that speaks another one."""
+
+Tower = Literal["image", "text"]
+TOWERS: tuple[Tower, ...] = ("image", "text")
+Size = int | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """An affine map from cosine to probability, ``sigmoid(scale * cosine + shift)``.
+
+    Cosines of different families live on different scales, so a threshold that suits one is wrong for another. The
+    default is TCL's initialisation (10, -2.5), under which a cosine of 0.25 means one half.
+    """
+
+    scale: float = 10.0
+    shift: float = -2.5
+
+    def logit(self, cosine: Tensor) -> Tensor:
+        """``scale * cosine + shift``; any shape in, the same shape and dtype out."""
+        return self.scale * cosine + self.shift
+
+    def probability(self, cosine: Tensor) -> Tensor:
+        """``sigmoid(scale * cosine + shift)``; any shape in, the same shape and dtype out, values in (0, 1)."""
+        return torch.sigmoid(self.logit(cosine))
+
+
+@dataclass(frozen=True)
+class BackboneDescription:
+    """What a backbone is, in the field's terms.
+
+    Attributes:
+        family: name of the adapter family, such as ``"open_clip"``.
+        model: name of the architecture, or the class name of a wrapped object.
+        weights: name of the weights, or ``None`` for a wrapped object.
+        embedding_width: D, the width of the joint space.
+        patch_size: (height, width) in pixels of the area that one patch token stands for.
+        image_size: preferred input (height, width) in pixels.
+        mean, std: normalisation of the RGB channels, for pixels in [0, 1].
+        interpolation: name of the resampling filter (``"bicubic"`` or ``"bilinear"``).
+        context_length: positions of the text tower.
+        text_after_end_matters: whether positions after the end token can change a text embedding. Where they cannot
+            (causal towers pooled at the end token) the engine cuts token rows to their own length.
+        logits: ``"softmax"`` (InfoNCE) or ``"sigmoid"`` (pairwise), how the backbone was trained.
+        dense_mode: name of the dense-feature mode in use; ``dense_modes`` are the ones that this object can take.
+        calibration: the default map from cosine to probability.
+    """
+
+    family: str
+    model: str
+    weights: str | None
+    embedding_width: int
+    patch_size: tuple[int, int]
+    image_size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    context_length: int
+    text_after_end_matters: bool
+    logits: Literal["softmax", "sigmoid"]
+    dense_mode: str
+    dense_modes: tuple[str, ...] = ()
+    calibration: Calibration = field(default_factory=Calibration)
+
+    @property
+    def name(self) -> str:
+        """``family:model@weights``, or ``family:model`` for a wrapped object."""
+        return f"{self.family}:{self.model}" + (f"@{self.weights}" if self.weights else "")
+
+
+@dataclass
+class ImageFeatures:
+    """Features of a batch of images in the joint space, not L2-normalised, in the dtype of the backbone.
+
+    Attributes:
+        patches: ``[B, H, W, D]``, row 0 at the top of the image, column 0 at its left.
+        pooled: ``[B, D]``, the library's own image embedding; ``None`` when it was not asked for.
+    """
+
+    patches: Tensor
+    pooled: Tensor | None = None
+
+
+@dataclass
+class Tokens:
+    """Tokenised texts.
+
+    Attributes:
+        ids: int64 ``[N, L]`` with L the context length, padded as the backbone was trained.
+        lengths: int64 ``[N]``, always on the CPU: positions up to and including the end token.
+        truncated: for each text, whether it was longer than the context and lost words at its end.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    truncated: list[bool]
+
+    def __post_init__(self) -> None:
+        if self.ids.ndim != 2 or self.lengths.shape != self.ids.shape[:1] or len(self.truncated) != len(self.ids):
+            raise ValueError(
+                f"Tokens needs ids [N, L], lengths [N] and N truncation flags; got {tuple(self.ids.shape)}, "
+                f"{tuple(self.lengths.shape)} and {len(self.truncated)}"
+            )
+
+
+ImageTransform = Callable[["Image"], Tensor]
+"""A PIL image (any mode) to float32 pixels ``[3, height, width]``, normalised for the backbone."""
+
+
+class DenseAdapter(nn.Module, ABC):
+    """One backbone, seen through the contract.
+
+    The adapter holds the caller's model as :attr:`model` and never changes it: no hooks are left behind, no position
+    embedding is overwritten, train/eval mode and ``requires_grad`` stay as found. The exceptions are the verbs that
+    say so: :meth:`add_lora`, :meth:`merge` and :meth:`unload`. Features are differentiable with respect to the model
+    and the pixels, and live on the device of their input and in the dtype of the model.
+    """
+
+    model: nn.Module
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+        self._lora: LoRAHandle | None = None
+        self._originals: list[tuple[Tensor, Tensor]] | None = None
+
+    # What an adapter author writes ---------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def description(self) -> BackboneDescription:
+        """What this backbone is; cheap, and true of the model as it is now."""
+
+    @abstractmethod
+    def encode_image(self, pixels: Tensor, *, pooled: bool = True) -> ImageFeatures:
+        """Patch features in the joint space, and the pooled embedding, from one pass.
+
+        Args:
+            pixels: float ``[B, 3, height, width]``, normalised as :attr:`description` says; any size for which
+                :meth:`patch_grid` gives an answer, square or not.
+            pooled: whether the pooled embedding is wanted too.
+
+        Returns:
+            Features that are not L2-normalised.
+
+        Raises:
+            ImageSizeError: the size does not fit the patch grid.
+        """
+
+    @abstractmethod
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """Text embeddings ``[N, D]``, not L2-normalised.
+
+        Args:
+            ids: int64 ``[N, L]`` as :meth:`tokenize` gives. Where ``description.text_after_end_matters`` is false,
+                L may be any length that keeps each row's end token; elsewhere it is the context length.
+        """
+
+    @abstractmethod
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """Tokenise as the backbone was trained; any string is taken, and one that is too long keeps its end token."""
+
+    @abstractmethod
+    def dense_transform(self, size: Size | None = None) -> ImageTransform:
+        """Preprocessing for dense work: the whole image resized to ``size`` (height, width), nothing cropped away.
+
+        ``None`` means ``description.image_size``; an integer means a square.
+        """
+
+    @abstractmethod
+    def native_transform(self) -> ImageTransform:
+        """The backbone's own evaluation preprocessing, which may crop."""
+
+    @abstractmethod
+    def logit_scale(self) -> Tensor:
+        """The multiplier of cosines in the backbone's own loss (exponentiated), a scalar tensor with gradient."""
+
+    def logit_bias(self) -> Tensor | None:
+        """The additive term of the backbone's own logits, a scalar tensor, or ``None`` where there is none."""
+        return None
+
+    @abstractmethod
+    def lora_targets(self, tower: Tower) -> list[str]:
+        """Names, as in ``self.model.named_modules()``, of the modules of a tower that LoRA may wrap.
+
+        Every one takes part in both the pooled and the dense features, so that the two cannot disagree.
+        """
+
+    def lora_layers(self) -> Mapping[type[nn.Module], type[nn.Module]]:
+        """Module classes for which the family brings a LoRA layer of its own, mapped to that layer's class."""
+        return {}
+
+    @abstractmethod
+    def tower_parameters(self, tower: Tower) -> Iterable[tuple[str, nn.Parameter]]:
+        """Named parameters of one tower, as in ``self.model.named_parameters()``; the two towers share none."""
+
+    # What every adapter has ----------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model's parameters."""
+        return next(self.model.parameters()).device
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether :meth:`add_lora` was called and not undone."""
+        return self._lora is not None
+
+    def patch_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the patch grid of an image of ``height`` by ``width`` pixels.
+
+        Raises:
+            ImageSizeError: a side is not a positive multiple of the patch side.
+        """
+        rows, columns = self.description.patch_size
+        if height < rows or width < columns or height % rows or width % columns:
+            raise ImageSizeError(
+                f"{self.description.name} takes images whose height is a multiple of {rows} and whose width is a "
+                f"multiple of {columns} pixels, not {height} x {width}; resize with dense_transform((height, width))"
+            )
+        return height // rows, width // columns
+
+    def add_lora(
+        self, rank: int = 8, *, alpha: float | None = None, dropout: float = 0.0, towers: Sequence[Tower] = TOWERS
+    ) -> Self:
+        """Put LoRA (arXiv 2106.09685) into the towers in place, through peft; everything else is frozen.
+
+        Args:
+            rank: rank of the added matrices.
+            alpha: the scale is ``alpha / rank``; by default alpha is twice the rank.
+            dropout: probability of dropping an input of the LoRA path while training.
+            towers: which towers are adapted.
+
+        Returns:
+            This adapter.
+
+        Raises:
+            TTDError: LoRA is already there, or a tower has nothing that LoRA may wrap.
+            MissingDependencyError: peft is not installed.
+        """
+        from ttd_plugins.lora import attach_lora
+
+        self._lora = attach_lora(self, rank=rank, alpha=alpha, dropout=dropout, towers=towers)
+        return self
+
+    def remember_weights(self) -> None:
+        """Keep a copy of the backbone's own parameters and buffers, so that :meth:`unload` can give them back.
+
+        The engine calls this before the first step that can change them (full fine-tuning); under LoRA alone it is
+        not needed. Calling it again changes nothing.
+        """
+        if self._originals is None:
+            lora = {id(parameter) for parameter in self.lora_parameters()}
+            tensors = [*self.model.parameters(), *self.model.buffers()]
+            self._originals = [(t, t.detach().clone()) for t in tensors if id(t) not in lora]
+
+    def lora_parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters that :meth:`add_lora` brought, in a stable order; empty without LoRA."""
+        return self._lora.parameters() if self._lora is not None else []
+
+    def merge(self) -> nn.Module:
+        """Fold LoRA into the weights and give the model back, tuned, with nothing of ours left in it.
+
+        Full fine-tuning changed the weights in place already; merging then only forgets the originals.
+        ``requires_grad`` flags are the caller's again. The adapter stays usable.
+        """
+        if self._lora is not None:
+            self._lora.merge()
+            self._lora = None
+        self._originals = None
+        return self.model
+
+    def unload(self) -> nn.Module:
+        """Take LoRA out, put back the weights from before the first TTD step, and give the model back.
+
+        The weights are bitwise those that the caller brought, with or without LoRA. The adapter stays usable.
+        """
+        if self._lora is not None:
+            self._lora.remove()
+            self._lora = None
+        if self._originals is not None:
+            with torch.no_grad():
+                for tensor, original in self._originals:
+                    tensor.copy_(original)
+            self._originals = None
+        return self.model
+
+
+class AdapterFamily(ABC):
+    """What a plugin registers: a named family of backbones, and how to get adapters of it.
+
+    Attributes:
+        name: the part before ``:`` in ``family:model@weights``; lower case, digits and underscores.
+        summary: one line for ``ttd backbones``.
+        api_version: the version of this contract that the family was written for.
+    """
+
+    name: str
+    summary: str = ""
+    api_version: int = API_VERSION
+
+    @abstractmethod
+    def models(self) -> list[str]:
+        """Names of the architectures that can be loaded."""
+
+    @abstractmethod
+    def weights(self, model: str) -> list[str]:
+        """Names of the weights of ``model``, ``"random"`` left out.
+
+        Raises:
+            BackboneNameError: the model is unknown.
+        """
+
+    def default_weights(self, model: str) -> str | None:
+        """Weights that a name without ``@`` means; ``None`` where the caller must choose."""
+        return None
+
+    @abstractmethod
+    def load(self, model: str, weights: str, **options: Any) -> DenseAdapter:
+        """Build ``model`` with ``weights`` (``"random"`` for fresh ones) and wrap it.
+
+        Raises:
+            BackboneNameError: a part of the name is unknown; the message lists the choices.
+            TTDError: the weights cannot be read or downloaded.
+        """
+
+    @abstractmethod
+    def claims(self, model: object) -> bool:
+        """Whether this family takes ``model``; judged by structure alone, so that no two families claim one object."""
+
+    @abstractmethod
+    def wrap(self, model: nn.Module, *, tokenizer: Any = None, preprocess: Any = None, **options: Any) -> DenseAdapter:
+        """Adapt a model that the caller already has, without changing it.
+
+        Raises:
+            UnsupportedModelError: a part of the model cannot be served, with the reason.
+        """
