@@ -1,0 +1,179 @@
+"""Pictures as people have them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ttd_plugins.data.images import read_image, to_rgb
+from ttd_plugins.errors import InputError
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    """40 by 24 pixels, four corners of different colours."""
+    values = np.zeros((24, 40, 3), np.uint8)
+    values[:12, :20], values[:12, 20:], values[12:, :20], values[12:, 20:] = (
+        (250, 10, 10),
+        (10, 250, 10),
+        (10, 10, 250),
+        (240, 240, 10),
+    )
+    return Image.fromarray(values)
+
+
+def close(left: Image.Image, right: Image.Image, most: int = 0) -> bool:
+    difference = np.asarray(left).astype(int) - np.asarray(right).astype(int)
+    return left.mode == right.mode == "RGB" and left.size == right.size and int(np.abs(difference).mean()) <= most
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "most"),
+    [
+        ("RGB", "png", 0),
+        ("RGB", "jpg", 12),
+        ("RGB", "webp", 12),
+        ("CMYK", "jpg", 8),
+        ("CMYK", "tiff", 1),
+        ("P", "png", 1),
+    ],
+)
+def test_formats_become_rgb(tmp_path: Path, picture: Image.Image, mode: str, suffix: str, most: int) -> None:
+    file = tmp_path / f"picture.{suffix}"
+    (picture.quantize(8) if mode == "P" else picture.convert(mode)).save(file)
+    with Image.open(file) as stored:
+        assert stored.mode == mode
+    assert close(read_image(file), picture, most)
+    assert close(read_image(str(file)), picture, most)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "LA"])
+def test_grey_becomes_rgb(tmp_path: Path, picture: Image.Image, mode: str) -> None:
+    picture.convert(mode).save(tmp_path / "grey.png")
+    assert close(read_image(tmp_path / "grey.png"), picture.convert(mode).convert("RGB"))
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
+    values = np.array([[0, 257, 32896, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    with Image.open(tmp_path / "deep.png") as stored:
+        assert stored.mode.startswith("I")
+    assert np.asarray(read_image(tmp_path / "deep.png"))[0].tolist() == [[v] * 3 for v in (0, 1, 128, 255)]
+    Image.fromarray(values.astype(np.int32)).save(tmp_path / "deep.tiff")
+    assert np.asarray(read_image(tmp_path / "deep.tiff"))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize(
+    "values", [np.ones((2, 2), np.float32), np.full((2, 2), 70000, np.int32), -np.eye(2, dtype="i4")]
+)
+def test_values_of_unknown_range_are_refused(tmp_path: Path, values: np.ndarray) -> None:
+    Image.fromarray(values).save(tmp_path / "odd.tiff")
+    with pytest.raises(InputError, match=r"odd\.tiff' holds .* convert it to 8 bits"):
+        read_image(tmp_path / "odd.tiff")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_upright(tmp_path: Path, picture: Image.Image, orientation: int) -> None:
+    back = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = picture.transpose(back[orientation]) if orientation in back else picture
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "turned.png", exif=exif)
+    assert close(read_image(tmp_path / "turned.png"), picture)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "LA"])
+def test_transparent_parts_lie_on_white(tmp_path: Path, mode: str) -> None:
+    if mode == "P":
+        image = Image.new("P", (4, 4), 0)
+        image.putpalette([10, 10, 10, 200, 0, 0])
+        image.info["transparency"] = 0
+    else:
+        image = Image.new(mode, (4, 4), (10, 10, 10, 0) if mode == "RGBA" else (10, 0))
+    image.save(tmp_path / "clear.png")
+    assert np.asarray(read_image(tmp_path / "clear.png")).min() == 255
+
+
+def test_an_animation_gives_its_first_frame(tmp_path: Path, picture: Image.Image) -> None:
+    other = Image.new("RGB", picture.size, "black")
+    picture.save(tmp_path / "moving.gif", save_all=True, append_images=[other, other])
+    assert close(read_image(tmp_path / "moving.gif"), picture, 2)
+
+
+def cut(file: Path, share: float) -> None:
+    file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "tiff", "bmp"])
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_a_file_that_is_cut_short_is_told(tmp_path: Path, suffix: str, share: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    file = tmp_path / f"half.{suffix}"
+    Image.fromarray(noise).save(file)
+    cut(file, share)
+    with pytest.raises(InputError, match="half") as caught:
+        read_image(file)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"", "is empty"), (b"hello", "is not an image"), (b"\x89PNG\r\n\x1a\n", "picture.jpg")]
+)
+def test_a_file_that_is_no_image_is_told(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "picture.jpg").write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        read_image(tmp_path / "picture.jpg")
+
+
+def test_a_missing_file_and_a_folder_are_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.jpg' does not exist"):
+        read_image(tmp_path / "none.jpg")
+    with pytest.raises(InputError, match="is a folder"):
+        read_image(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="this user may read every file")
+def test_a_file_that_may_not_be_read_is_told(tmp_path: Path, picture: Image.Image) -> None:
+    picture.save(tmp_path / "secret.png")
+    (tmp_path / "secret.png").chmod(0)
+    with pytest.raises(InputError, match="permission denied"):
+        read_image(tmp_path / "secret.png")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("limit", [900, 100])
+def test_a_decompression_bomb_is_refused_undecoded(
+    tmp_path: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    picture.save(tmp_path / "bomb.png")
+    cut(tmp_path / "bomb.png", 0.9)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(InputError, match=r"bomb\.png' (has 40 x 24 pixels, more than the 900|is refused: Image size)"):
+        read_image(tmp_path / "bomb.png")
+
+
+def test_a_user_may_lift_the_limit(tmp_path: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture.save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert close(read_image(tmp_path / "large.png"), picture)
+
+
+def test_an_image_in_memory_is_converted_alike_and_not_changed(picture: Image.Image) -> None:
+    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    assert np.asarray(to_rgb(clear)).min() == 255
+    assert clear.getpixel((0, 0)) == (0, 0, 0, 0)
+    assert close(to_rgb(picture), picture)
+    with pytest.raises(InputError, match=r"^the image holds floating-point values"):
+        to_rgb(Image.new("F", (2, 2)))

@@ -1,0 +1,1 @@
+"""Pictures, and later image-text pairs, from whatever users have."""
