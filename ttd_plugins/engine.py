@@ -1,0 +1,502 @@
+"""TTD: one batch of images and captions through scoring, selection, union and self-distillation (arXiv 2404.00384).
+
+The way of a batch: candidate tags of the captions; patch features, caption embeddings and the embedding of each
+distinct tag; maps; scores and selection; targets without gradient; losses. The engine knows a backbone only through
+:class:`~ttd_plugins.adapter.DenseAdapter`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ttd_plugins import losses, selection, similarity
+from ttd_plugins.adapter import Calibration, DenseAdapter, Size
+from ttd_plugins.errors import InputError, TagExtractionError, TTDError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ttd_plugins.tags import TagExtractor
+
+Teacher = Literal["self", "frozen", "ema"]
+
+
+@dataclass(frozen=True)
+class TTDOptions:
+    """Every choice of the method. Those that the paper leaves unknown say so; ``examples/ablation.py`` measures them.
+
+    Attributes:
+        extractor: name of the tag extractor that splits captions into candidates.
+        extractor_options: keyword arguments for it.
+        template: what a tag is put into before it is encoded, with ``{}`` for the tag (unknown; the bare word).
+        score: ``"pixel"`` is the paper's; ``"image"`` and ``"text"`` are the baselines that it beats.
+        rule, threshold: how scores become a selection (unknown); see :func:`ttd_plugins.selection.select_tags`.
+        distance, activation: how a map is compared with its target (unknown); see
+            :func:`ttd_plugins.losses.map_distance`.
+        tag_weight, caption_weight: weights of L_tag and L_distill (unknown).
+        contrastive_weight: weight of the backbone's own contrastive loss, which keeps global alignment (ours).
+        rejected_weight: weight, within L_tag, of the tags that were not selected, whose target is zero (unknown).
+        teacher: where the targets come from: ``"self"`` (the paper's, gradients stopped), ``"frozen"`` (the backbone
+            as ``unload()`` would give it back when the engine was made: without LoRA, before any TTD step), or
+            ``"ema"`` (a moving average of it from then on, which moves while the model is in training mode).
+        ema_decay: share of the average that survives a training step.
+        calibration: the map from cosine to probability; ``None`` means the backbone's own.
+    """
+
+    extractor: str = "words"
+    extractor_options: dict[str, Any] = field(default_factory=dict)
+    template: str = "{}"
+    score: selection.Score = "pixel"
+    rule: selection.Rule = "minmax"
+    threshold: float = 0.4
+    distance: losses.Distance = "bce"
+    activation: losses.Activation = "sigmoid"
+    tag_weight: float = 1.0
+    caption_weight: float = 1.0
+    contrastive_weight: float = 1.0
+    rejected_weight: float = 1.0
+    teacher: Teacher = "self"
+    ema_decay: float = 0.99
+    calibration: Calibration | None = None
+
+    def __post_init__(self) -> None:
+        before, _, after = self.template.partition("{}")
+        if "{}" not in self.template or set("{}") & set(before + after):
+            raise InputError(
+                f"the template {self.template!r} must hold {{}} once, where the tag goes, and no other brace"
+            )
+        for name, known in (("score", selection.Score), ("rule", selection.Rule), ("teacher", Teacher)):
+            if getattr(self, name) not in get_args(known):
+                raise InputError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(get_args(known))}")
+        for name in ("tag_weight", "caption_weight", "contrastive_weight", "rejected_weight"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if not 0 <= self.ema_decay <= 1:
+            raise InputError(f"ema_decay must be from 0 to 1, not {self.ema_decay}")
+        # Fails now rather than in the first step of a long training.
+        losses.map_distance(torch.zeros(1, 2), torch.zeros(1, 2), distance=self.distance, activation=self.activation)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The candidate tags of a batch, flat: candidate n is tag ``distinct[tag_index[n]]`` of image ``image_index[n]``.
+
+    Attributes:
+        tags: for each caption its candidates.
+        distinct: the K distinct tags of the batch, each of which is encoded once.
+        image_index, tag_index: int64 ``[N]``; ``image_index`` ascends.
+    """
+
+    tags: list[list[str]]
+    distinct: list[str]
+    image_index: Tensor
+    tag_index: Tensor
+
+    @classmethod
+    def of(cls, tags: Sequence[Sequence[str]], device: torch.device) -> Candidates:
+        """Flatten the tags of each caption; order within a caption is kept."""
+        number: dict[str, int] = {}
+        images, indices = [], []
+        for image, names in enumerate(tags):
+            for name in names:
+                images.append(image)
+                indices.append(number.setdefault(name, len(number)))
+        return cls(
+            [list(names) for names in tags],
+            list(number),
+            torch.tensor(images, dtype=torch.long, device=device),
+            torch.tensor(indices, dtype=torch.long, device=device),
+        )
+
+
+@dataclass
+class Alignment:
+    """What one pass of a backbone says of a batch; all in at least float32.
+
+    Attributes:
+        candidates: the N candidate tags.
+        grid: rows H and columns W of the patch grid; P = H * W.
+        tag_maps: cosines ``[N, P]``.
+        caption_maps: cosines ``[B, P]``.
+        scores: cosines ``[N]`` by the chosen score.
+        patches: L2-normalised patch features ``[B, P, D]``.
+        tags: L2-normalised embeddings of the K distinct tags, ``[K, D]``.
+        pooled: L2-normalised pooled image embeddings ``[B, D]``, or ``None`` where nothing needed them.
+        captions: L2-normalised caption embeddings ``[B, D]``.
+        truncated: for each caption, whether it was longer than the context, so that its embedding misses its end.
+    """
+
+    candidates: Candidates
+    grid: tuple[int, int]
+    tag_maps: Tensor
+    caption_maps: Tensor
+    scores: Tensor
+    patches: Tensor
+    tags: Tensor
+    pooled: Tensor | None
+    captions: Tensor
+    truncated: list[bool]
+
+
+@dataclass
+class Targets:
+    """What the maps should become; without gradient.
+
+    Attributes:
+        selected: bool ``[N]``, the image-relevant tags.
+        tag_maps: ``[N, P]``: min-max-normalised for selected tags, zero for the others.
+        union: ``[B, P]``: pixelwise maximum of an image's ``tag_maps``.
+        usable: bool ``[B]``, captions with a selected tag; the others have no target that means anything.
+    """
+
+    selected: Tensor
+    tag_maps: Tensor
+    union: Tensor
+    usable: Tensor
+
+
+@dataclass
+class TTDOutput:
+    """Loss of one batch, its parts, and what the engine saw.
+
+    Attributes:
+        loss: the weighted sum, a scalar with gradient.
+        losses: ``"tag"``, ``"distill"`` and ``"contrastive"``, unweighted scalars without gradient; a part whose
+            weight is zero is left out.
+        alignment, targets: the maps behind them; the alignment is the student's.
+        statistics: ``tags_per_caption``, ``selected_per_caption``, ``caption_map_spread`` (mean of max - min over
+            patches; near zero means collapse), ``captions_without_target`` and ``captions_truncated``.
+    """
+
+    loss: Tensor
+    losses: dict[str, Tensor]
+    alignment: Alignment
+    targets: Targets
+
+    @property
+    def statistics(self) -> dict[str, float]:
+        maps, batch = self.alignment.caption_maps.detach(), max(len(self.alignment.truncated), 1)
+        return {
+            "tags_per_caption": len(self.targets.selected) / batch,
+            "selected_per_caption": float(self.targets.selected.sum()) / batch,
+            "caption_map_spread": float((maps.amax(-1) - maps.amin(-1)).mean()),
+            "captions_without_target": float((~self.targets.usable).sum()),
+            "captions_truncated": float(sum(self.alignment.truncated)),
+        }
+
+
+@dataclass
+class CaptionMaps:
+    """The maps of one image and caption as numpy arrays, ready to plot.
+
+    Attributes:
+        image: uint8 ``[height, width, 3]``, as the network saw it.
+        caption: the caption.
+        tags: T candidate tags.
+        scores: cosines ``[T]``.
+        probabilities: calibrated scores ``[T]`` in (0, 1).
+        selected: bool ``[T]``.
+        tag_maps: cosines ``[T, H, W]``.
+        tag_maps_normalized: ``[T, H, W]`` in [0, 1], min-max over patches, for rejected tags too.
+        union: ``[H, W]`` in [0, 1], the target of the caption's map.
+        caption_map: cosines ``[H, W]``.
+        caption_map_normalized: ``[H, W]`` in [0, 1], min-max over patches.
+        truncated: whether the caption was longer than the context.
+    """
+
+    image: NDArray[np.uint8]
+    caption: str
+    tags: list[str]
+    scores: NDArray[np.float32]
+    probabilities: NDArray[np.float32]
+    selected: NDArray[np.bool_]
+    tag_maps: NDArray[np.float32]
+    tag_maps_normalized: NDArray[np.float32]
+    union: NDArray[np.float32]
+    caption_map: NDArray[np.float32]
+    caption_map_normalized: NDArray[np.float32]
+    truncated: bool
+
+
+def encode_texts(adapter: DenseAdapter, texts: Sequence[str]) -> tuple[Tensor, list[bool]]:
+    """L2-normalised embeddings ``[N, D]`` of texts in at least float32, and which texts were longer than the context.
+
+    Positions after the last end token are cut where the backbone says that they cannot matter.
+    """
+    if not texts:
+        width = adapter.description.embedding_width
+        return torch.zeros(0, width, device=adapter.device), []
+    tokens = adapter.tokenize(texts)
+    ids = tokens.ids
+    if not adapter.description.text_after_end_matters:
+        ids = ids[:, : int(tokens.lengths.max())]
+    return similarity.normalize(adapter.encode_text(ids.to(adapter.device))), tokens.truncated
+
+
+class TTD(nn.Module):
+    """Text-Tag Self-Distillation on any backbone.
+
+    Args:
+        backbone: what :func:`ttd_plugins.load` or :func:`ttd_plugins.wrap` returned.
+        options: every choice of the method.
+        extractor: a tag extractor object, in place of ``options.extractor``.
+        **changes: options by name, as in ``TTD(backbone, rule="absolute", threshold=0.2)``.
+
+    Example::
+
+        backbone = wrap(model, tokenizer=tokenizer)
+        ttd = TTD(backbone)
+        loss = ttd(images, captions).loss
+    """
+
+    def __init__(
+        self,
+        backbone: DenseAdapter,
+        options: TTDOptions | None = None,
+        *,
+        extractor: TagExtractor | None = None,
+        **changes: Any,
+    ) -> None:
+        super().__init__()
+        unknown = sorted(set(changes) - set(TTDOptions.__dataclass_fields__))
+        if unknown:
+            raise InputError(f"TTD has no option {unknown[0]!r}; options: {', '.join(TTDOptions.__dataclass_fields__)}")
+        self.options = replace(options or TTDOptions(), **changes)
+        self.backbone = backbone
+        self.training = backbone.training
+        if extractor is None:
+            from ttd_plugins.plugins import make_tag_extractor
+
+            extractor = make_tag_extractor(self.options.extractor, **self.options.extractor_options)
+        self.extractor = extractor
+        # In a tuple, so that the copy is no submodule: its weights are neither trained nor saved nor moved by accident.
+        self._teacher = () if self.options.teacher == "self" else (self._copy_backbone(),)
+
+    @property
+    def calibration(self) -> Calibration:
+        """The map from cosine to probability in force."""
+        return self.options.calibration or self.backbone.description.calibration
+
+    def forward(
+        self, images: Tensor, captions: Sequence[str], tags: Sequence[Sequence[str]] | None = None
+    ) -> TTDOutput:
+        """The loss of a batch of image-text pairs.
+
+        Args:
+            images: ``[B, 3, height, width]``, normalised for the backbone; any size that it takes.
+            captions: B strings; empty ones have no tags and join in the contrastive term only.
+            tags: ready-made candidate tags of each caption; by default the extractor finds them.
+
+        Raises:
+            InputError: there are not as many captions, or lists of tags, as images.
+        """
+        options = self.options
+        if torch.is_grad_enabled() and not self.backbone.has_lora:
+            self.backbone.remember_weights()
+        candidates = self.candidates(images, captions, tags)
+        need_pooled = options.contrastive_weight > 0
+        alignment = self.align(images, captions, candidates, pooled=need_pooled)
+        targets = self.targets(self._teach(images, captions, candidates) or alignment)
+
+        parts: dict[str, Tensor] = {}
+        weights = {"tag": options.tag_weight, "distill": options.caption_weight}
+        with torch.autocast(images.device.type, enabled=False):
+            if options.tag_weight > 0:
+                distance = self._distance(alignment.tag_maps, targets.tag_maps)
+                weight = torch.where(targets.selected, torch.ones_like(distance), options.rejected_weight)
+                # Without tags, or with rejected ones of weight zero alone, both sums are zero and so is the loss.
+                parts["tag"] = (weight * distance).sum() / weight.sum().clamp_min(1e-6)
+            if options.caption_weight > 0:
+                distance = self._distance(alignment.caption_maps, targets.union)
+                usable = targets.usable.float()
+                parts["distill"] = (usable * distance).sum() / usable.sum().clamp_min(1.0)
+            if need_pooled:
+                assert alignment.pooled is not None
+                weights["contrastive"] = options.contrastive_weight
+                parts["contrastive"] = losses.contrastive_loss(
+                    alignment.pooled,
+                    alignment.captions,
+                    scale=similarity.promote(self.backbone.logit_scale()),
+                    bias=self.backbone.logit_bias(),
+                    form=self.backbone.description.logits,
+                )
+            loss = sum((weights[name] * part for name, part in parts.items()), alignment.caption_maps.sum() * 0)
+        return TTDOutput(loss, {name: part.detach() for name, part in parts.items()}, alignment, targets)
+
+    def candidates(
+        self, images: Tensor, captions: Sequence[str], tags: Sequence[Sequence[str]] | None = None
+    ) -> Candidates:
+        """The candidate tags of a batch, found or given, after checking that there are as many texts as images."""
+        if isinstance(captions, str):
+            raise InputError("captions must be a list with one string for each image, not a single string")
+        if len(captions) != len(images):
+            raise InputError(f"{len(images)} images came with {len(captions)} captions; give one caption an image")
+        if tags is not None and len(tags) != len(captions):
+            raise InputError(f"{len(captions)} captions came with {len(tags)} lists of tags; give one list a caption")
+        if not len(images):
+            raise InputError("the batch is empty; give one image and caption or more")
+        if tags is None:
+            tags = self.extractor(captions)
+            if len(tags) != len(captions):
+                raise TagExtractionError(
+                    f"tag extractor {self.extractor.name!r} returned {len(tags)} lists for {len(captions)} captions"
+                )
+        elif any(isinstance(names, str) for names in tags):
+            raise InputError("tags must be a list of tags for each caption, not one string; write [[tag], ...]")
+        return Candidates.of(tags, images.device)
+
+    def align(
+        self, images: Tensor, captions: Sequence[str], candidates: Candidates, *, pooled: bool = True
+    ) -> Alignment:
+        """Maps and scores of a batch by the backbone itself; with gradient where it is enabled."""
+        return self._align(self.backbone, images, captions, candidates, pooled=pooled)
+
+    def _align(
+        self, adapter: DenseAdapter, images: Tensor, captions: Sequence[str], candidates: Candidates, *, pooled: bool
+    ) -> Alignment:
+        pooled = pooled or self.options.score == "image"
+        features = adapter.encode_image(images, pooled=pooled)
+        caption_embeddings, truncated = encode_texts(adapter, list(captions))
+        tag_embeddings, _ = encode_texts(adapter, [self.options.template.format(tag) for tag in candidates.distinct])
+        with torch.autocast(images.device.type, enabled=False):
+            rows, columns = features.patches.shape[1:3]
+            patches = similarity.normalize(features.patches.flatten(1, 2))
+            whole = similarity.normalize(features.pooled) if features.pooled is not None else None
+            image_index, tag_index = candidates.image_index, candidates.tag_index
+            tag_maps = similarity.tag_maps(patches, tag_embeddings, image_index, tag_index)
+            if self.options.score == "pixel":
+                scores = selection.pixel_scores(tag_maps)
+            elif self.options.score == "image":
+                assert whole is not None
+                scores = selection.image_scores(whole, tag_embeddings, image_index, tag_index)
+            else:
+                scores = selection.text_scores(caption_embeddings, tag_embeddings, image_index, tag_index)
+            return Alignment(
+                candidates,
+                (rows, columns),
+                tag_maps,
+                similarity.caption_maps(patches, caption_embeddings),
+                scores,
+                patches,
+                tag_embeddings,
+                whole,
+                caption_embeddings,
+                truncated,
+            )
+
+    @torch.no_grad()
+    def targets(self, alignment: Alignment) -> Targets:
+        """Select tags and build the targets from an alignment; gradients are stopped here."""
+        image_index, batch = alignment.candidates.image_index, len(alignment.caption_maps)
+        selected = selection.select_tags(
+            alignment.scores,
+            image_index,
+            batch,
+            rule=self.options.rule,
+            threshold=self.options.threshold,
+            calibration=self.calibration,
+        )
+        maps = similarity.minmax_normalize(alignment.tag_maps) * selected[:, None]
+        usable = torch.zeros(batch, dtype=torch.bool, device=selected.device)
+        usable[image_index[selected]] = True
+        return Targets(selected, maps, similarity.union_map(maps, image_index, batch), usable)
+
+    @torch.no_grad()
+    def maps(
+        self,
+        image: Image | Path | str,
+        caption: str,
+        *,
+        size: Size | None = None,
+        tags: Sequence[str] | None = None,
+    ) -> CaptionMaps:
+        """Maps of one picture and its caption, in evaluation mode.
+
+        Args:
+            image: a PIL image or the path of one.
+            caption: any string.
+            size: input (height, width) in pixels, or the side of a square; by default the backbone's preferred size.
+            tags: candidate tags; by default the extractor finds them in the caption.
+
+        Raises:
+            InputError: the image cannot be read.
+            ImageSizeError: the size does not fit the patch grid.
+        """
+        if isinstance(image, Path | str):
+            from ttd_plugins.data.images import read_image
+
+            image = read_image(image)
+        pixels = self.backbone.dense_transform(size)(image)
+        images = pixels[None].to(self.backbone.device)
+        modes = [(module, module.training) for module in self.backbone.modules()]
+        self.backbone.eval()
+        try:
+            candidates = self.candidates(images, [caption], None if tags is None else [tags])
+            alignment = self.align(images, [caption], candidates, pooled=False)
+        finally:
+            for module, training in modes:
+                module.training = training
+        targets = self.targets(alignment)
+
+        def array(maps: Tensor) -> NDArray[Any]:
+            return maps.reshape(*maps.shape[:-1], *alignment.grid).cpu().numpy()
+
+        return CaptionMaps(
+            image=self._picture(pixels),
+            caption=caption,
+            tags=candidates.tags[0],
+            scores=alignment.scores.cpu().numpy(),
+            probabilities=self.calibration.probability(alignment.scores).cpu().numpy(),
+            selected=targets.selected.cpu().numpy(),
+            tag_maps=array(alignment.tag_maps),
+            tag_maps_normalized=array(similarity.minmax_normalize(alignment.tag_maps)),
+            union=array(targets.union)[0],
+            caption_map=array(alignment.caption_maps)[0],
+            caption_map_normalized=array(similarity.minmax_normalize(alignment.caption_maps))[0],
+            truncated=alignment.truncated[0],
+        )
+
+    def _picture(self, pixels: Tensor) -> NDArray[np.uint8]:
+        description = self.backbone.description
+        mean, std = torch.tensor(description.mean), torch.tensor(description.std)
+        return ((pixels.permute(1, 2, 0).float() * std + mean) * 255).round().clamp(0, 255).byte().numpy()
+
+    def _distance(self, maps: Tensor, targets: Tensor) -> Tensor:
+        return losses.map_distance(
+            maps,
+            targets,
+            distance=self.options.distance,
+            activation=self.options.activation,
+            calibration=self.calibration,
+        )
+
+    def _copy_backbone(self) -> DenseAdapter:
+        teacher = copy.deepcopy(self.backbone)
+        if self.options.teacher == "frozen":
+            teacher.unload()
+        return teacher.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def _teach(self, images: Tensor, captions: Sequence[str], candidates: Candidates) -> Alignment | None:
+        """The teacher's alignment, its average brought up to date first; ``None`` where the student is its own."""
+        if not self._teacher:
+            return None
+        (teacher,) = self._teacher
+        teacher.to(images.device)
+        # Of the model, not of this module: a caller's loop switches the model that it has.
+        if self.options.teacher == "ema" and self.backbone.model.training:
+            averages, parameters = list(teacher.parameters()), list(self.backbone.parameters())
+            if [p.shape for p in averages] != [p.shape for p in parameters]:
+                raise TTDError("the backbone gained or lost LoRA after the engine was made; make a new TTD of it")
+            for average, current in zip(averages, parameters, strict=True):
+                average.lerp_(current.detach().to(average.dtype), 1 - self.options.ema_decay)
+        return self._align(teacher, images, captions, candidates, pooled=False)

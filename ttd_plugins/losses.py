@@ -1,0 +1,136 @@
+"""The losses of TTD and the contrastive terms that keep global alignment, as functions with module twins.
+
+The paper (arXiv 2404.00384) says *what* is compared: a tag's map with its own normalised map, and the caption's map
+with the union, gradients of the targets stopped. It does not publish the distance, how a map is brought into [0, 1]
+first, nor the weights: these are named options here, and ``examples/ablation.py`` measures them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ttd_plugins.adapter import Calibration
+from ttd_plugins.errors import InputError
+from ttd_plugins.similarity import minmax_normalize, normalize, promote
+
+Distance = Literal["bce", "mse", "l1"]
+Activation = Literal["sigmoid", "minmax", "none"]
+LogitForm = Literal["softmax", "sigmoid"]
+
+
+def map_distance(
+    maps: Tensor,
+    targets: Tensor,
+    *,
+    distance: Distance = "bce",
+    activation: Activation = "sigmoid",
+    calibration: Calibration | None = None,
+) -> Tensor:
+    """Mean over patches of the distance between similarity maps and their targets.
+
+    Args:
+        maps: raw cosines ``[N, P]``.
+        targets: ``[N, P]`` in [0, 1]; no gradient flows into them.
+        distance: ``"bce"`` (binary cross-entropy), ``"mse"`` or ``"l1"``.
+        activation: what brings a map to the range of its target: ``"sigmoid"`` of the calibrated cosine, ``"minmax"``
+            over its own patches, or ``"none"``.
+        calibration: the affine map inside the sigmoid; by default ``Calibration()``.
+
+    Returns:
+        ``[N]`` in at least float32, one distance per map.
+
+    Raises:
+        InputError: an option is unknown, or ``"bce"`` is asked for on maps that are not probabilities.
+    """
+    if distance not in get_args(Distance) or activation not in get_args(Activation):
+        raise InputError(
+            f"unknown loss {distance!r} on {activation!r} maps; distances: {', '.join(get_args(Distance))}; "
+            f"activations: {', '.join(get_args(Activation))}"
+        )
+    maps, targets = promote(maps), promote(targets.detach())
+    if activation == "sigmoid":
+        logits = (calibration or Calibration()).logit(maps)
+        if distance == "bce":
+            return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1)
+        maps = torch.sigmoid(logits)
+    elif activation == "minmax":
+        maps = minmax_normalize(maps)
+    if distance == "bce":
+        if activation == "none":
+            raise InputError("binary cross-entropy needs maps in [0, 1]; choose the activation 'sigmoid' or 'minmax'")
+        # The extremes of a min-max map are exactly 0 and 1, where the logarithm has no gradient worth following.
+        maps = maps.clamp(1e-6, 1 - 1e-6)
+        return -(targets * maps.log() + (1 - targets) * (1 - maps).log()).mean(-1)
+    difference = maps - targets
+    return (difference.square() if distance == "mse" else difference.abs()).mean(-1)
+
+
+def contrastive_loss(
+    image: Tensor,
+    text: Tensor,
+    *,
+    scale: Tensor | float,
+    bias: Tensor | float | None = None,
+    form: LogitForm = "softmax",
+) -> Tensor:
+    """The backbone's own loss over a batch of pairs, in at least float32, under autocast too.
+
+    Args:
+        image: ``[B, D]``, not necessarily normalised.
+        text: ``[B, D]``, row b belonging to image b.
+        scale: multiplier of the cosines.
+        bias: added to the logits.
+        form: ``"softmax"``: the symmetric InfoNCE of CLIP (arXiv 2103.00020); ``"sigmoid"``: the pairwise loss of
+            SigLIP (arXiv 2303.15343), summed over a row and averaged over rows.
+
+    Returns:
+        A scalar.
+    """
+    with torch.autocast(image.device.type, enabled=False):
+        logits = scale * normalize(image) @ normalize(text).T
+    if bias is not None:
+        logits = logits + bias
+    if form == "softmax":
+        labels = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    if form == "sigmoid":
+        signs = 2 * torch.eye(len(logits), device=logits.device) - 1
+        return -F.logsigmoid(signs * logits).sum(-1).mean()
+    raise InputError(f"unknown form of logits {form!r}; known: {', '.join(get_args(LogitForm))}")
+
+
+class MapDistance(nn.Module):
+    """Module twin of :func:`map_distance`."""
+
+    def __init__(
+        self,
+        distance: Distance = "bce",
+        activation: Activation = "sigmoid",
+        calibration: Calibration | None = None,
+    ) -> None:
+        super().__init__()
+        self.distance: Distance = distance
+        self.activation: Activation = activation
+        self.calibration = calibration
+
+    def forward(self, maps: Tensor, targets: Tensor) -> Tensor:
+        """``[N, P]`` and ``[N, P]`` to ``[N]``; see :func:`map_distance`."""
+        return map_distance(
+            maps, targets, distance=self.distance, activation=self.activation, calibration=self.calibration
+        )
+
+
+class ContrastiveLoss(nn.Module):
+    """Module twin of :func:`contrastive_loss`."""
+
+    def __init__(self, form: LogitForm = "softmax") -> None:
+        super().__init__()
+        self.form: LogitForm = form
+
+    def forward(self, image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float | None = None) -> Tensor:
+        """``[B, D]`` and ``[B, D]`` to a scalar; see :func:`contrastive_loss`."""
+        return contrastive_loss(image, text, scale=scale, bias=bias, form=self.form)
