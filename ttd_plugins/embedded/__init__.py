@@ -1,0 +1,12 @@
+"""The small models, and the generated scenes, that come with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+MODELS_FOLDER = Path(__file__).parent / "models"
+
+
+def model_folder(name: str) -> Path:
+    """Folder of the embedded model ``name``, such as ``"open_clip_tiny"``."""
+    return MODELS_FOLDER / name

@@ -1,0 +1,257 @@
+"""Compose scenes, each a pure function of (split, seed, index), so that any of them can be made again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ttd_plugins.embedded.scenes import captions
+from ttd_plugins.embedded.scenes.pictograms import pictogram
+from ttd_plugins.embedded.scenes.textures import plain, texture
+from ttd_plugins.embedded.scenes.vocabulary import (
+    BACKGROUNDS,
+    NOUNS,
+    OBJECTS,
+    SPLITS,
+    Split,
+    compatible_nouns,
+    share_of_split,
+    zipf_weights,
+)
+
+IMAGE_SIDE = 80
+LAYOUT_CELLS = 4
+MIN_VISIBLE = 0.55
+_FIRST_OBJECT = len(BACKGROUNDS)
+_BACKGROUND_WEIGHTS = zipf_weights(len(BACKGROUNDS))
+_OBJECT_WEIGHTS = zipf_weights(len(OBJECTS))
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture and its caption.
+
+    Attributes:
+        image: uint8 ``[side, side, 3]``.
+        caption: what the picture is said to show.
+        masks: for every noun that is pictured, named or not, its visible pixels, bool ``[side, side]``.
+        true_tags: nouns of the caption that are pictured, in the caption's order.
+        absent_tags: nouns of the caption that are not.
+    """
+
+    image: NDArray[np.uint8]
+    caption: str
+    masks: dict[str, NDArray[np.bool_]]
+    true_tags: tuple[str, ...]
+    absent_tags: tuple[str, ...]
+
+    @property
+    def named_region(self) -> NDArray[np.bool_]:
+        """Union of the masks of the tags that are there, bool ``[side, side]``."""
+        return np.logical_or.reduce([self.masks[tag] for tag in self.true_tags])
+
+
+@dataclass(frozen=True)
+class _Placement:
+    noun: str
+    left: int
+    top: int
+    drawn: Image.Image
+
+
+class Scenes(Sequence[Scene]):
+    """The scenes of one split; ``scenes[i]`` is the same picture and caption on every machine and at every time.
+
+    Args:
+        split: ``"train"``, ``"validation"`` or ``"test"``; no two share a pair of pictured nouns or a layout.
+        length: how many scenes there are.
+        seed: another seed gives other scenes of the same split.
+        side: side of the square pictures in pixels, at most 128.
+        bare_captions: share of captions that are bare nouns, which make single words familiar to a text tower;
+            the rest are sentences.
+    """
+
+    def __init__(
+        self, split: Split, length: int, *, seed: int = 0, side: int = IMAGE_SIDE, bare_captions: float | None = None
+    ) -> None:
+        self.split = split
+        self.length = length
+        self.seed = seed
+        self.side = side
+        self.bare_captions = (0.5 if split == "train" else 0.0) if bare_captions is None else bare_captions
+        self._compatible = compatible_nouns(split)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Scene]:
+        return (self[index] for index in range(self.length))
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # Sequence overloads int and slice
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self.length))]
+        if not -self.length <= index < self.length:
+            raise IndexError(f"scene {index} of {self.length}")
+        index %= self.length
+        image, masks = self._picture(self._rng(index, 0))
+        return self._captioned(image, masks, self._rng(index, 1))
+
+    def recaption(self, index: int, scene: Scene, draw: int) -> Scene:
+        """The picture of ``scene``, which is ``self[index]``, with another caption; draw 0 is its own."""
+        return self._captioned(scene.image, scene.masks, self._rng(index % self.length, 1 + draw))
+
+    def _rng(self, index: int, stream: int) -> np.random.Generator:
+        return np.random.default_rng([SPLITS.index(self.split), self.seed, index, stream])
+
+    def _pick(self, rng: np.random.Generator, chosen: list[int], *, background: bool) -> int | None:
+        """A noun that the split pictures with all of ``chosen``, by Zipf frequency; ``None`` where there is none."""
+        weights = np.zeros(len(NOUNS))
+        if background:
+            weights[:_FIRST_OBJECT] = _BACKGROUND_WEIGHTS
+        else:
+            weights[_FIRST_OBJECT:] = _OBJECT_WEIGHTS
+        for noun in chosen:
+            weights *= self._compatible[noun]
+        total = weights.sum()
+        return int(rng.choice(len(NOUNS), p=weights / total)) if total > 0 else None
+
+    def _nouns(self, rng: np.random.Generator) -> tuple[list[str], list[str | None]]:
+        """Objects (one to four) and the texture of each background region (``None``: plain)."""
+        first = self._pick(rng, [], background=False)
+        assert first is not None
+        chosen = [first]
+        backgrounds: list[str | None] = []
+        for _ in range(2 if rng.random() < 0.7 else 1):
+            noun = self._pick(rng, chosen, background=True) if rng.random() < 0.65 else None
+            backgrounds.append(None if noun is None else NOUNS[noun])
+            if noun is not None:
+                chosen.append(noun)
+        for _ in range(int(rng.choice(4, p=[0.15, 0.4, 0.3, 0.15]))):
+            noun = self._pick(rng, chosen, background=False)
+            if noun is not None:
+                chosen.append(noun)
+        return [NOUNS[noun] for noun in chosen if noun >= _FIRST_OBJECT], backgrounds
+
+    def _picture(self, rng: np.random.Generator) -> tuple[NDArray[np.uint8], dict[str, NDArray[np.bool_]]]:
+        objects, backgrounds = self._nouns(rng)
+        regions = self._regions(rng, len(backgrounds))
+        canvas = np.empty((self.side, self.side, 3), np.uint8)
+        for name, region in zip(backgrounds, regions, strict=True):
+            fill = plain(self.side, rng) if name is None else texture(name, self.side, rng)
+            canvas[region] = fill[region]
+        placements, visible = self._place(rng, objects)
+        image = Image.fromarray(canvas)
+        for placement in placements:
+            image.paste(placement.drawn, (placement.left, placement.top), placement.drawn)
+        covered = np.logical_or.reduce(visible)
+        masks = {name: region & ~covered for name, region in zip(backgrounds, regions, strict=True) if name is not None}
+        masks |= {p.noun: mask for p, mask in zip(placements, visible, strict=True)}
+        gain = rng.uniform(0.85, 1.1, size=3) * rng.uniform(0.85, 1.1)
+        lit = np.clip(np.asarray(image, np.float32) * gain, 0, 255).astype(np.uint8)
+        return lit, {noun: mask for noun, mask in masks.items() if mask.any()}
+
+    def _regions(self, rng: np.random.Generator, count: int) -> list[NDArray[np.bool_]]:
+        """The whole picture, or its two sides of a tilted line."""
+        if count == 1:
+            return [np.ones((self.side, self.side), bool)]
+        rows, columns = np.mgrid[0 : self.side, 0 : self.side] / self.side
+        across, along = (rows, columns) if rng.random() < 0.75 else (columns, rows)
+        side = across < rng.uniform(0.35, 0.65) + rng.uniform(-0.15, 0.15) * (along - 0.5)
+        return [side, ~side] if rng.random() < 0.5 else [~side, side]
+
+    def _place(self, rng: np.random.Generator, objects: list[str]) -> tuple[list[_Placement], list[NDArray[np.bool_]]]:
+        """Random sizes and places, back to front, drawn again until enough of every object shows.
+
+        The cells of a 4 x 4 grid that hold the centres are hashed to a split, so that no layout is in two splits.
+        """
+        while True:
+            drawn = [self._draw(rng, noun) for noun in objects]
+            room = self.side - np.array([d.size for d in drawn])
+            for _ in range(8):
+                corners = rng.integers(0, room + 1)
+                centres = (corners + (self.side - room) / 2) * LAYOUT_CELLS // self.side
+                cells = sorted((centres @ [1, LAYOUT_CELLS]).astype(int).tolist())
+                if share_of_split(f"layout:{cells}") == self.split:
+                    break
+            else:
+                continue
+            placements = [
+                _Placement(noun, int(left), int(top), d)
+                for noun, (left, top), d in zip(objects, corners, drawn, strict=True)
+            ]
+            alphas = [self._alpha(p) for p in placements]
+            visible: list[NDArray[np.bool_]] = []
+            covered = np.zeros((self.side, self.side), bool)
+            for alpha in reversed(alphas):
+                visible.insert(0, alpha & ~covered)
+                covered |= alpha
+            if all(v.sum() >= MIN_VISIBLE * a.sum() for v, a in zip(visible, alphas, strict=True)):
+                return placements, visible
+
+    def _draw(self, rng: np.random.Generator, noun: str) -> Image.Image:
+        """One object of log-uniform size (a sixth to two thirds of the side), mirrored or turned a little."""
+        drawn = pictogram(noun)
+        scale = self.side * float(np.exp(rng.uniform(np.log(0.17), np.log(0.66)))) / max(drawn.size)
+        drawn = drawn.resize(
+            (max(2, round(drawn.width * scale)), max(2, round(drawn.height * scale))), Image.Resampling.BOX
+        )
+        if rng.random() < 0.5:
+            drawn = drawn.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if rng.random() < 0.5:
+            drawn = drawn.rotate(float(rng.uniform(-20, 20)), Image.Resampling.BILINEAR, expand=True)
+        return drawn
+
+    def _alpha(self, placement: _Placement) -> NDArray[np.bool_]:
+        opaque = np.asarray(placement.drawn.getchannel("A")) > 127
+        mask = np.zeros((self.side, self.side), bool)
+        mask[placement.top : placement.top + opaque.shape[0], placement.left : placement.left + opaque.shape[1]] = (
+            opaque
+        )
+        return mask
+
+    def _captioned(
+        self, image: NDArray[np.uint8], masks: dict[str, NDArray[np.bool_]], rng: np.random.Generator
+    ) -> Scene:
+        """Name some of what is pictured, never all of it, and in more than half of the captions something absent."""
+        pictured = list(masks)
+        rng.shuffle(pictured)
+        named = [noun for noun in pictured if rng.random() < 0.75] or pictured[:1]
+        # A union that is the whole picture would make Caption IoU say nothing.
+        while len(named) > 1 and np.logical_or.reduce([masks[n] for n in named]).mean() > 0.7:
+            named.remove(max(named, key=lambda noun: masks[noun].sum()))
+        absent: list[str] = []
+        if rng.random() < 0.6:
+            others = [noun for noun in NOUNS if noun not in masks]
+            weights = np.array([_ABSENT_WEIGHT[noun] for noun in others])
+            count = int(rng.choice([1, 2, 3], p=[0.4, 0.4, 0.2]))
+            absent = [str(n) for n in rng.choice(others, size=count, replace=False, p=weights / weights.sum())]
+        if rng.random() < self.bare_captions:
+            # Mostly one word: the length at which a tag will be read.
+            keep = 1 if rng.random() < 0.7 else len(named)
+            named, absent = named[:keep], absent[: keep - 1]
+            order = [*named, *absent]
+            rng.shuffle(order)
+            caption = captions.bare(order)
+        else:
+            order = [*named, *absent]
+            rng.shuffle(order)
+            caption = captions.sentence(order, rng, frozenset(BACKGROUNDS))
+        true_tags = tuple(noun for noun in order if noun in masks)
+        return Scene(image, caption, masks, true_tags, tuple(noun for noun in order if noun not in masks))
+
+
+# A noun is named in vain about as often as it is pictured, or a scorer that never looks could tell the two apart; the
+# rule that splits pairs flattens the pictured frequencies, hence the exponent.
+_ABSENT_WEIGHT = dict(
+    zip(
+        NOUNS,
+        np.concatenate(
+            [0.25 * zipf_weights(len(BACKGROUNDS), exponent=0.7), 0.75 * zipf_weights(len(OBJECTS), exponent=0.75)]
+        ),
+        strict=True,
+    )
+)

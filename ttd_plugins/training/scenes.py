@@ -1,0 +1,92 @@
+"""Fine-tuning on generated scenes: the small experiment that the demo and the ablation share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttd_plugins.adapter import TOWERS, DenseAdapter
+from ttd_plugins.embedded.scenes import Scenes
+from ttd_plugins.engine import TTD, TTDOptions
+from ttd_plugins.errors import InputError
+from ttd_plugins.evaluation.scenes import scene_pixels
+from ttd_plugins.training.loop import OptimizerOptions, StepReport, train
+
+
+@dataclass(frozen=True)
+class SceneTuning:
+    """How a backbone is fine-tuned on scenes.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: scenes a step.
+        rank: rank of LoRA on both towers; 0 means full fine-tuning of both.
+        seed: decides the scenes and the fresh LoRA weights.
+        optimizer: how parameters are moved.
+        ttd: the options of the engine.
+    """
+
+    steps: int = 200
+    batch_size: int = 48
+    rank: int = 16
+    seed: int = 0
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    ttd: TTDOptions = field(default_factory=TTDOptions)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 2 or self.rank < 0:
+            raise InputError(
+                f"steps must be 1 or more, batch_size 2 or more and rank 0 or more; "
+                f"not {self.steps}, {self.batch_size} and {self.rank}"
+            )
+
+    def control(self) -> SceneTuning:
+        """The same steps, data, parameters and seed with the contrastive term only."""
+        return replace(self, ttd=replace(self.ttd, tag_weight=0.0, caption_weight=0.0))
+
+    def as_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        return asdict(self)
+
+
+def scene_batches(scenes: Scenes, batch_size: int, adapter: DenseAdapter) -> Iterator[tuple[Tensor, list[str]]]:
+    """Normalised pixels and captions of consecutive scenes, ``batch_size`` at a time; a short rest is left out."""
+    for start in range(0, len(scenes) - batch_size + 1, batch_size):
+        batch = [scenes[index] for index in range(start, start + batch_size)]
+        yield scene_pixels(batch, adapter), [scene.caption for scene in batch]
+
+
+def tune_on_scenes(
+    backbone: DenseAdapter, tuning: SceneTuning, *, on_step: Callable[[StepReport], None] | None = None
+) -> list[StepReport]:
+    """Fine-tune ``backbone`` in place on training scenes that pre-training did not see.
+
+    Args:
+        backbone: without LoRA; afterwards it has it, unless ``tuning.rank`` is 0.
+        tuning: the settings; the same seed gives two runs the same LoRA weights and the same scenes.
+        on_step: called after each step.
+
+    Returns:
+        One report a step.
+    """
+    torch.manual_seed(tuning.seed)
+    if tuning.rank:
+        backbone.add_lora(tuning.rank)
+    else:
+        for tower in TOWERS:
+            for _, parameter in backbone.tower_parameters(tower):
+                parameter.requires_grad_(True)
+    side = backbone.description.image_size[0]
+    # Pre-training used seed 0.
+    scenes = Scenes("train", tuning.steps * tuning.batch_size, seed=1000 + tuning.seed, side=side)
+    return train(
+        TTD(backbone, tuning.ttd),
+        scene_batches(scenes, tuning.batch_size, backbone),
+        tuning.steps,
+        tuning.optimizer,
+        on_step=on_step,
+    )
