@@ -1,0 +1,91 @@
+"""The command ``ttd``. Each command is a short file around something that Python users can call too.
+
+Nothing heavy is imported here or at the top of a command's file, so that ``ttd --help`` is quick.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ttd_plugins import __version__
+from ttd_plugins.cli import backbones, demo, heatmap, plugins, tags
+from ttd_plugins.errors import PluginWarning, TTDError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo.command,
+    "tags": tags.command,
+    "heatmap": heatmap.command,
+    "backbones": backbones.command,
+    "plugins": plugins.command,
+}
+"""Every command, in the order of ``ttd --help``; its help is the docstring."""
+
+
+class _Group(TyperGroup):
+    """Turns what users can cause into one sentence and an exit status; a bug keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with warnings.catch_warnings():
+            # The refusal of such a picture says the same again.
+            warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
+            others = warnings.showwarning
+
+            def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+                if issubclass(category, PluginWarning):
+                    typer.echo(f"warning: {_one_line(message)}", err=True)
+                else:
+                    others(message, category, *where, **more)
+
+            warnings.showwarning = show
+            try:
+                return super().invoke(ctx)
+            except TTDError as error:
+                typer.echo(f"error: {_one_line(error)}", err=True)
+                raise typer.Exit(USER_ERROR) from error
+            except KeyboardInterrupt as error:
+                typer.echo("interrupted", err=True)
+                raise typer.Exit(INTERRUPTED) from error
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+app = typer.Typer(
+    name="ttd",
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ttd-plugins {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _ttd(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Text-Tag Self-Distillation (TTD, arXiv 2404.00384) for any CLIP-like backbone."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``ttd`` and end the process: status 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    app(args=arguments, prog_name="ttd")

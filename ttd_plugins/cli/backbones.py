@@ -1,0 +1,37 @@
+"""``ttd backbones``: the names that ``--backbone`` takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated
+
+import typer
+
+
+def command(
+    family: Annotated[str | None, typer.Argument(help="Only this family.")] = None,
+    pattern: Annotated[
+        str | None, typer.Option("--filter", help="Only names that hold this text, or fit it where it has * or ?.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead.")] = False,
+) -> None:
+    """List backbones: families, models and weights.
+
+    Every model also takes @random.
+    """
+    from ttd_plugins.plugins import list_backbones
+
+    found = list_backbones(family, pattern)
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(info) for info in found], indent=2))
+        return
+    for info in found:
+        typer.echo(f"{info.family}: {info.summary or 'no summary'} (plugin {info.plugin})")
+        if info.error:
+            typer.echo(f"  error: {info.error}")
+        for backbone in info.backbones:
+            weights = " ".join(
+                f"@{name}{' (default)' if name == backbone.default_weights else ''}" for name in backbone.weights
+            )
+            typer.echo(f"  {info.family}:{backbone.model} {weights or '@random only'}")

@@ -1,0 +1,70 @@
+"""``ttd heatmap``: the maps of a caption and of its tags as a picture."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ttd_plugins.cli import maps
+from ttd_plugins.errors import InputError
+
+
+def command(
+    image: maps.ImageArgument,
+    caption: maps.CaptionArgument,
+    out: Annotated[Path, typer.Option("--out", help="The PNG file to write.", show_default=False)],
+    backbone: maps.BackboneOption = maps.DEFAULT_BACKBONE,
+    backbone_option: maps.BackboneSettings = None,
+    tags: maps.TagsOption = "words",
+    tags_option: maps.TagsSettings = None,
+    tag: maps.TagOption = None,
+    size: maps.SizeOption = None,
+    rule: maps.RuleOption = None,
+    threshold: maps.ThresholdOption = None,
+    device: maps.DeviceOption = None,
+) -> None:
+    """Draw the maps of CAPTION and its tags on IMAGE.
+
+    The picture shows the map of the caption, the map and score of each tag, and the union of the selected ones.
+    """
+    check_writable(out)
+    found = maps.compute_maps(
+        image,
+        caption,
+        backbone=backbone,
+        backbone_options=maps.parse_settings(backbone_option),
+        extractor=tags,
+        extractor_options=maps.parse_settings(tags_option),
+        tags=tag,
+        size=maps.parse_size(size),
+        rule=rule,
+        threshold=threshold,
+        device=device,
+    )
+    from ttd_plugins.reports.heatmaps import draw_maps
+
+    draw_maps(found, out)
+    typer.echo(f"wrote {out}")
+
+
+def check_writable(out: Path) -> None:
+    """Refuse a path that no PNG can be written to, before anything slow.
+
+    Raises:
+        InputError: the name does not end in .png, the folder is missing, or nothing can be written there.
+    """
+    name = f"--out {str(out)!r}"
+    if out.suffix.lower() != ".png":
+        raise InputError(f"{name} must end in .png")
+    if not out.parent.is_dir():
+        raise InputError(f"{name} cannot be written: the folder {str(out.parent)!r} does not exist")
+    if out.is_dir():
+        raise InputError(f"{name} cannot be written: it is a folder")
+    try:
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{name} cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,115 @@
+"""What ``ttd tags`` and ``ttd heatmap`` share: their options, and the maps of one picture and caption."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ttd_plugins.errors import InputError
+
+if TYPE_CHECKING:
+    from ttd_plugins.engine import CaptionMaps
+
+DEFAULT_BACKBONE = "open_clip:tiny"
+
+ImageArgument = Annotated[Path, typer.Argument(help="A picture.", show_default=False)]
+CaptionArgument = Annotated[str, typer.Argument(help="What it shows.", show_default=False)]
+BackboneOption = Annotated[str, typer.Option("--backbone", help="family:model@weights, see `ttd backbones`.")]
+BackboneSettings = Annotated[
+    list[str] | None,
+    typer.Option("--backbone-option", metavar="KEY=VALUE", help="An option of the family; repeatable."),
+]
+TagsOption = Annotated[str, typer.Option("--tags", help="The tag extractor, see `ttd plugins`.")]
+TagsSettings = Annotated[
+    list[str] | None,
+    typer.Option("--tags-option", metavar="KEY=VALUE", help="An option of the tag extractor; repeatable."),
+]
+TagOption = Annotated[
+    list[str] | None, typer.Option("--tag", help="A candidate tag, in place of those found in the caption; repeatable.")
+]
+SizeOption = Annotated[
+    str | None, typer.Option("--size", metavar="N or HxW", help="Input size in pixels.  [default: the backbone's]")
+]
+RuleOption = Annotated[str | None, typer.Option("--rule", help="Selection rule: minmax, absolute or probability.")]
+ThresholdOption = Annotated[float | None, typer.Option("--threshold", help="Threshold of the selection rule.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="Where to compute, such as cpu or cuda.")]
+
+
+def parse_settings(settings: list[str] | None) -> dict[str, Any]:
+    """``KEY=VALUE`` pairs as a dict; a value that is JSON (``true``, ``3``, ``null``) is read as such.
+
+    Raises:
+        InputError: an item has no ``=``.
+    """
+    found: dict[str, Any] = {}
+    for setting in settings or []:
+        key, equals, value = setting.partition("=")
+        if not key or not equals:
+            raise InputError(f"{setting!r} is not of the form KEY=VALUE")
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key] = value
+    return found
+
+
+def parse_size(size: str | None) -> int | tuple[int, int] | None:
+    """``"224"`` as 224 and ``"224x320"`` as (height, width).
+
+    Raises:
+        InputError: the text is neither.
+    """
+    if size is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", size)
+    if match is None:
+        raise InputError(f"size {size!r} is neither a number of pixels nor HEIGHTxWIDTH, such as 224 or 224x320")
+    height, width = match.groups()
+    return int(height) if width is None else (int(height), int(width))
+
+
+def compute_maps(
+    image: Path,
+    caption: str,
+    *,
+    backbone: str = DEFAULT_BACKBONE,
+    backbone_options: dict[str, Any] | None = None,
+    extractor: str = "words",
+    extractor_options: dict[str, Any] | None = None,
+    tags: list[str] | None = None,
+    size: int | tuple[int, int] | None = None,
+    rule: str | None = None,
+    threshold: float | None = None,
+    device: str | None = None,
+) -> CaptionMaps:
+    """Maps of one picture and caption: :meth:`ttd_plugins.engine.TTD.maps` with the backbone and tags by name.
+
+    Raises:
+        InputError: the picture cannot be read, the caption is empty, or an option is unknown.
+        TTDError: the backbone or the tag extractor cannot be had.
+    """
+    if not caption.strip():
+        raise InputError("the caption is empty; say what the picture shows")
+    from ttd_plugins.data.images import read_image
+
+    # Before anything slow, so that a wrong path is told at once.
+    picture = read_image(image)
+    from ttd_plugins.engine import TTD, TTDOptions
+    from ttd_plugins.plugins import load
+
+    changes: dict[str, Any] = {"rule": rule, "threshold": threshold}
+    options = TTDOptions(
+        extractor=extractor,
+        extractor_options=extractor_options or {},
+        **{name: value for name, value in changes.items() if value is not None},
+    )
+    ttd = TTD(load(backbone, device=device, **(backbone_options or {})), options)
+    maps = ttd.maps(picture, caption, size=size, tags=tags)
+    if maps.truncated:
+        length = ttd.backbone.description.context_length
+        typer.echo(f"warning: the caption is longer than {length} tokens; its end was not read", err=True)
+    return maps

@@ -1,0 +1,36 @@
+"""``ttd plugins``: what is loaded, and what was left out and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated
+
+import typer
+
+
+def command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead.")] = False,
+) -> None:
+    """List plugins and what is wrong with them.
+
+    Shows the families, tag extractors and hooks of each.
+    """
+    from ttd_plugins.plugins import list_plugins
+
+    found = list_plugins()
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(plugin) for plugin in found], indent=2))
+        return
+    for plugin in found:
+        origin = f"  {plugin.distribution} {plugin.version}" if plugin.distribution else ""
+        typer.echo(f"{plugin.name}{origin}")
+        for label, names in (
+            ("families", plugin.families),
+            ("tag extractors", plugin.tag_extractors),
+            ("hooks", plugin.hooks),
+        ):
+            if names:
+                typer.echo(f"  {label}: {', '.join(names)}")
+        if plugin.error:
+            typer.echo(f"  error: {plugin.error}")

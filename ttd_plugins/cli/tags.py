@@ -1,0 +1,76 @@
+"""``ttd tags``: which words of a caption are in the picture."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ttd_plugins.cli import maps
+
+if TYPE_CHECKING:
+    from ttd_plugins.engine import CaptionMaps
+
+
+def command(
+    image: maps.ImageArgument,
+    caption: maps.CaptionArgument,
+    backbone: maps.BackboneOption = maps.DEFAULT_BACKBONE,
+    backbone_option: maps.BackboneSettings = None,
+    tags: maps.TagsOption = "words",
+    tags_option: maps.TagsSettings = None,
+    tag: maps.TagOption = None,
+    size: maps.SizeOption = None,
+    rule: maps.RuleOption = None,
+    threshold: maps.ThresholdOption = None,
+    device: maps.DeviceOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
+) -> None:
+    """Say which words of CAPTION are in IMAGE.
+
+    Every candidate tag is scored by its nearest pixel, and the selection rule decides.
+    """
+    found = maps.compute_maps(
+        image,
+        caption,
+        backbone=backbone,
+        backbone_options=maps.parse_settings(backbone_option),
+        extractor=tags,
+        extractor_options=maps.parse_settings(tags_option),
+        tags=tag,
+        size=maps.parse_size(size),
+        rule=rule,
+        threshold=threshold,
+        device=device,
+    )
+    rows = [
+        {"tag": name, "score": float(score), "probability": float(probability), "selected": bool(selected)}
+        for name, score, probability, selected in zip(
+            found.tags, found.scores, found.probabilities, found.selected, strict=True
+        )
+    ]
+    if as_json:
+        answer = {"image": str(image), "caption": caption, "backbone": backbone, "truncated": found.truncated}
+        typer.echo(json.dumps({**answer, "tags": rows}, indent=2))
+    elif rows:
+        _print_table(found)
+    else:
+        typer.echo(f"no candidate tags: the tag extractor {tags!r} finds none in {caption!r}")
+
+
+def _print_table(found: CaptionMaps) -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE)
+    table.add_column("tag")
+    for column in ("score", "probability", "selected"):
+        table.add_column(column, justify="right")
+    for i, tag in enumerate(found.tags):
+        selected = "yes" if found.selected[i] else "no"
+        # A tag is somebody's text, and may hold what rich takes for markup.
+        table.add_row(Text(tag), f"{found.scores[i]:.3f}", f"{found.probabilities[i]:.3f}", selected)
+    Console().print(table)

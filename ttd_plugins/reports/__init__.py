@@ -1,0 +1,1 @@
+"""Reports that a person reads: pictures of maps, and the page that ``ttd demo`` ends in."""
