@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from rich.progress import track
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import interpolate, normalize
+from torch.nn.functional import normalize
 
 from ttd_plugins import load
 from ttd_plugins.adapter import DenseAdapter
@@ -70,7 +70,7 @@ def render_pool(folder: Path, count: int, captions: int, seed: int) -> Pool:
 
 
 def draw_batch(pool: Pool, step: int, batch_size: int, seed: int) -> tuple[torch.Tensor, list[str]]:
-    """The pictures (mirrored or not) and captions of one step; a pure function of its arguments."""
+    """The pictures and captions of one step; a pure function of its arguments."""
     batches = len(pool.images) // batch_size
     epoch, position = divmod(step, batches)
     order = np.random.default_rng([seed, epoch]).permutation(len(pool.images))
@@ -78,16 +78,13 @@ def draw_batch(pool: Pool, step: int, batch_size: int, seed: int) -> tuple[torch
     rng = np.random.default_rng([seed, epoch, position])
     images = torch.from_numpy(pool.images[rows]).permute(0, 3, 1, 2)
     captions = [pool.captions[row][rng.integers(len(pool.captions[row]))] for row in rows]
-    return (images.flip(-1) if rng.random() < 0.5 else images), captions
+    return images, captions
 
 
-def pixels(images: torch.Tensor, adapter: DenseAdapter, side: int) -> torch.Tensor:
-    """uint8 pictures to normalised float32 pixels of ``side``."""
+def pixels(images: torch.Tensor, adapter: DenseAdapter) -> torch.Tensor:
+    """uint8 pictures to normalised float32 pixels."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (adapter.description.mean, adapter.description.std))
-    values = images.float()
-    if side != images.shape[-1]:
-        values = interpolate(values, size=(side, side), mode="area")
-    return (values / 255 - mean) / std
+    return (images.float() / 255 - mean) / std
 
 
 def encode_captions(adapter: DenseAdapter, captions: list[str]) -> torch.Tensor:
@@ -98,10 +95,10 @@ def encode_captions(adapter: DenseAdapter, captions: list[str]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def validation_retrieval(adapter: DenseAdapter, pictures: torch.Tensor, captions: list[str], side: int) -> float:
+def validation_retrieval(adapter: DenseAdapter, pictures: torch.Tensor, captions: list[str]) -> float:
     """Retrieval R@1 on validation scenes."""
     adapter.eval()
-    images = [adapter.encode_image(pixels(part, adapter, side)).pooled for part in pictures.split(64)]
+    images = [adapter.encode_image(pixels(part, adapter)).pooled for part in pictures.split(64)]
     texts = encode_captions(adapter, captions)
     adapter.train()
     return retrieval_recall(normalize(torch.cat(images), dim=-1), normalize(texts, dim=-1), captions)
@@ -118,10 +115,8 @@ def main() -> None:
     parser.add_argument("--backbone", default="open_clip:tiny")
     parser.add_argument("--work", type=Path, required=True, help="folder for rendered scenes, checkpoints and the log")
     parser.add_argument("--scenes", type=int, default=24_000)
-    parser.add_argument("--captions", type=int, default=6, help="captions a scene")
-    parser.add_argument("--steps", type=int, default=4800)
-    parser.add_argument("--small-steps", type=int, default=3600, help="first steps, taken on small pictures")
-    parser.add_argument("--small-side", type=int, default=48)
+    parser.add_argument("--captions", type=int, default=4, help="captions a scene")
+    parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=8e-4)
     parser.add_argument("--weight-decay", type=float, default=0.05)
@@ -165,8 +160,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * schedule(step, args.steps)
         images, captions = draw_batch(pool, step, args.batch_size, args.seed)
-        side = args.small_side if step < args.small_steps else images.shape[-1]
-        pooled = adapter.encode_image(pixels(images, adapter, side)).pooled
+        pooled = adapter.encode_image(pixels(images, adapter)).pooled
         assert pooled is not None
         loss = contrastive_loss(
             pooled,
@@ -182,9 +176,9 @@ def main() -> None:
         step += 1
         losses.append(loss.item())
         if step % args.every == 0 or step == args.steps:
-            recall = validation_retrieval(adapter, pictures, names, side)
+            recall = validation_retrieval(adapter, pictures, names)
             seconds = time.perf_counter() - started
-            log.append({"step": step, "side": side, "loss": round(sum(losses) / len(losses), 4)})
+            log.append({"step": step, "loss": round(sum(losses) / len(losses), 4)})
             log[-1] |= {"retrieval_r1": round(recall, 4), "seconds": round(seconds)}
             losses.clear()
             print(json.dumps(log[-1]), flush=True)

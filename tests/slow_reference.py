@@ -182,7 +182,7 @@ def ttd(
             total += weight * compare(out.tag_maps[b][n], aim.targets[b][n])
             weights += weight
     out.parts["tag"] = total / weights if weights else 0.0
-    with_target = [b for b in range(batch) if any(aim.selected[b])]
+    with_target = [b for b in range(batch) if max(aim.union[b]) > 0]
     out.parts["distill"] = sum(compare(out.caption_maps[b], aim.union[b]) for b in with_target) / max(
         len(with_target), 1
     )

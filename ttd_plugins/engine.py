@@ -8,7 +8,8 @@ distinct tag; maps; scores and selection; targets without gradient; losses. The 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -155,7 +156,7 @@ class Targets:
         selected: bool ``[N]``, the image-relevant tags.
         tag_maps: ``[N, P]``: min-max-normalised for selected tags, zero for the others.
         union: ``[B, P]``: pixelwise maximum of an image's ``tag_maps``.
-        usable: bool ``[B]``, captions with a selected tag; the others have no target that means anything.
+        usable: bool ``[B]``, captions whose union is not empty; the others have no target that means anything.
     """
 
     selected: Tensor
@@ -225,6 +226,18 @@ class CaptionMaps:
     caption_map: NDArray[np.float32]
     caption_map_normalized: NDArray[np.float32]
     truncated: bool
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module and all below it into evaluation mode, and give each its own mode back at the end."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def encode_texts(adapter: DenseAdapter, texts: Sequence[str]) -> tuple[Tensor, list[bool]]:
@@ -406,9 +419,9 @@ class TTD(nn.Module):
             calibration=self.calibration,
         )
         maps = similarity.minmax_normalize(alignment.tag_maps) * selected[:, None]
-        usable = torch.zeros(batch, dtype=torch.bool, device=selected.device)
-        usable[image_index[selected]] = True
-        return Targets(selected, maps, similarity.union_map(maps, image_index, batch), usable)
+        union = similarity.union_map(maps, image_index, batch)
+        # Empty without a selected tag, and where the maps of all of them are flat.
+        return Targets(selected, maps, union, usable=union.amax(-1) > 0)
 
     @torch.no_grad()
     def maps(
@@ -437,14 +450,9 @@ class TTD(nn.Module):
             image = read_image(image)
         pixels = self.backbone.dense_transform(size)(image)
         images = pixels[None].to(self.backbone.device)
-        modes = [(module, module.training) for module in self.backbone.modules()]
-        self.backbone.eval()
-        try:
+        with evaluation_mode(self.backbone):
             candidates = self.candidates(images, [caption], None if tags is None else [tags])
             alignment = self.align(images, [caption], candidates, pooled=False)
-        finally:
-            for module, training in modes:
-                module.training = training
         targets = self.targets(alignment)
 
         def array(maps: Tensor) -> NDArray[Any]:

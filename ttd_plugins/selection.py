@@ -125,3 +125,19 @@ class PixelScores(nn.Module):
     def forward(self, tag_maps: Tensor) -> Tensor:
         """See :func:`pixel_scores`."""
         return pixel_scores(tag_maps)
+
+
+class ImageScores(nn.Module):
+    """Module twin of :func:`image_scores`."""
+
+    def forward(self, pooled: Tensor, tags: Tensor, image_index: Tensor, tag_index: Tensor) -> Tensor:
+        """See :func:`image_scores`."""
+        return image_scores(pooled, tags, image_index, tag_index)
+
+
+class TextScores(nn.Module):
+    """Module twin of :func:`text_scores`."""
+
+    def forward(self, captions: Tensor, tags: Tensor, image_index: Tensor, tag_index: Tensor) -> Tensor:
+        """See :func:`text_scores`."""
+        return text_scores(captions, tags, image_index, tag_index)

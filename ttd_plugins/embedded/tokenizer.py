@@ -9,7 +9,7 @@ from ttd_plugins.embedded.scenes import Scenes
 PAD, START, END = "<pad>", "<start>", "<end>"
 
 
-def train_tokenizer(path: Path, *, vocabulary: int, captions: int = 20_000, seed: int = 0) -> None:
+def train_tokenizer(path: Path, *, vocabulary: int, captions: int = 8_000, seed: int = 0) -> None:
     """Train on captions of training scenes and on emoji names (for English words beyond the scenes), and save.
 
     Args:

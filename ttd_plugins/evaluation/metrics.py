@@ -64,11 +64,12 @@ def tag_balance(similarity: NDArray[np.floating], masks: Sequence[NDArray[np.boo
         masks: bool ``[height, width]``, one for each of two true tags or more, none empty.
 
     Returns:
-        A value in [0, 1]: one when every tag is covered alike, near zero under single tag bias.
+        A value in [0, 1]: one when every tag is covered alike, near zero under single tag bias, and zero for a map
+        that is zero inside every mask.
     """
     means = [float(similarity[mask].mean()) for mask in masks]
     strongest = max(means)
-    return min(means) / strongest if strongest > 0 else 1.0
+    return min(means) / strongest if strongest > 0 else 0.0
 
 
 def retrieval_recall(image: Tensor, text: Tensor, captions: Sequence[str], k: int = 1) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.embedded.scenes import Scene, kind_of_noun
-from ttd_plugins.engine import TTD, Alignment, encode_texts
+from ttd_plugins.engine import TTD, Alignment, encode_texts, evaluation_mode
 from ttd_plugins.evaluation.metrics import (
     average_precision,
     f1_score,
@@ -114,16 +114,14 @@ def measure_on_scenes(
         batch_size: scenes that go through the backbone at once.
         progress: called with the number of scenes just done.
     """
-    training = ttd.backbone.training
-    ttd.backbone.eval()
     pool = _Pooled()
-    for start in range(0, len(scenes), batch_size):
-        batch = list(scenes[start : start + batch_size])
-        _measure_batch(ttd, batch, pool)
-        if progress is not None:
-            progress(len(batch))
-    blind = _blind_scores(ttd, pool)
-    ttd.backbone.train(training)
+    with evaluation_mode(ttd.backbone):
+        for start in range(0, len(scenes), batch_size):
+            batch = list(scenes[start : start + batch_size])
+            _measure_batch(ttd, batch, pool)
+            if progress is not None:
+                progress(len(batch))
+        blind = _blind_scores(ttd, pool)
 
     labels = np.array(pool.labels)
     ap = {name: average_precision(np.concatenate(parts), labels) for name, parts in pool.scores.items()}

@@ -72,10 +72,9 @@ def run_demo(out: Path, options: DemoOptions | None = None, *, stage: Stage | No
     """
     options = options or DemoOptions()
     stage = stage or _silent
-    record = _Record.open(out, options)
-    scenes = _render(options, stage)
-
     backbones: dict[str, DenseAdapter] = {"before": load(options.backbone)}
+    record = _Record.open(out, options)
+    scenes = _render(options.scenes, backbones["before"].description.image_size[0], stage)
     record.measure("before", partial(_measure, backbones["before"], options.tuning, scenes, "before", stage))
     arms: dict[Arm, SceneTuning] = {"control": options.tuning.control(), "after": options.tuning}
     for arm, tuning in arms.items():
@@ -192,11 +191,10 @@ class _Record:
         return [StepReport(**{k: v for k, v in row.items() if k in names}) for row in self.content["curves"][arm]]
 
 
-def _render(options: DemoOptions, stage: Stage) -> list[Scene]:
-    advance = stage("drawing test scenes", options.scenes)
+def _render(count: int, side: int, stage: Stage) -> list[Scene]:
+    advance = stage("drawing test scenes", count)
     scenes = []
-    # The tiny backbones see scenes of the size that they were trained on.
-    for scene in Scenes("test", options.scenes):
+    for scene in Scenes("test", count, side=side):
         scenes.append(scene)
         advance(1)
     return scenes

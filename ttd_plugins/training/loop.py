@@ -69,7 +69,7 @@ def train(
         One report a step.
 
     Raises:
-        TTDError: nothing requires a gradient, the batches ran out, or the loss is not finite.
+        TTDError: nothing requires a gradient, the batches ran out, or the loss or its gradient is not finite.
     """
     options = options or OptimizerOptions()
     parameters = [p for p in ttd.backbone.parameters() if p.requires_grad]
@@ -91,6 +91,8 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         output.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
+        if not torch.isfinite(norm):
+            raise TTDError(f"the gradient of step {step + 1} is {float(norm)}; lower the learning rate")
         optimizer.step()
         report = StepReport(
             step=step + 1,

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ttd_plugins.embedded.scenes import captions
-from ttd_plugins.embedded.scenes.pictograms import pictogram
-from ttd_plugins.embedded.scenes.textures import plain, texture
+from ttd_plugins.embedded.scenes.pictograms import sprite
+from ttd_plugins.embedded.scenes.textures import SIDE, plain, texture
 from ttd_plugins.embedded.scenes.vocabulary import (
     BACKGROUNDS,
     NOUNS,
@@ -22,10 +22,15 @@ from ttd_plugins.embedded.scenes.vocabulary import (
     share_of_split,
     zipf_weights,
 )
+from ttd_plugins.errors import InputError
 
-IMAGE_SIDE = 80
+IMAGE_SIDE = 64
+# Sizes and places in steps of one patch, so that a model of a million weights can learn a hundred things in minutes.
+STEP = 8
+OBJECT_SIDES = (16, 24, 40)
 LAYOUT_CELLS = 4
-MIN_VISIBLE = 0.55
+MIN_SIDE = 48
+MIN_VISIBLE = 0.7
 _FIRST_OBJECT = len(BACKGROUNDS)
 _BACKGROUND_WEIGHTS = zipf_weights(len(BACKGROUNDS))
 _OBJECT_WEIGHTS = zipf_weights(len(OBJECTS))
@@ -70,14 +75,22 @@ class Scenes(Sequence[Scene]):
         split: ``"train"``, ``"validation"`` or ``"test"``; no two share a pair of pictured nouns or a layout.
         length: how many scenes there are.
         seed: another seed gives other scenes of the same split.
-        side: side of the square pictures in pixels, at most 128.
+        side: side of the square pictures in pixels, 48 to 128.
         bare_captions: share of captions that are bare nouns, which make single words familiar to a text tower;
             the rest are sentences.
+
+    Raises:
+        InputError: the side is out of range.
     """
 
     def __init__(
         self, split: Split, length: int, *, seed: int = 0, side: int = IMAGE_SIDE, bare_captions: float | None = None
     ) -> None:
+        if not MIN_SIDE <= side <= SIDE:
+            raise InputError(
+                f"scenes are {MIN_SIDE} to {SIDE} pixels wide, not {side}; use a backbone with a smaller preferred "
+                "image size, such as open_clip:tiny"
+            )
         self.split = split
         self.length = length
         self.seed = seed
@@ -120,7 +133,7 @@ class Scenes(Sequence[Scene]):
         return int(rng.choice(len(NOUNS), p=weights / total)) if total > 0 else None
 
     def _nouns(self, rng: np.random.Generator) -> tuple[list[str], list[str | None]]:
-        """Objects (one to four) and the texture of each background region (``None``: plain)."""
+        """Objects (one to three) and the texture of each background region (``None``: plain)."""
         first = self._pick(rng, [], background=False)
         assert first is not None
         chosen = [first]
@@ -130,7 +143,7 @@ class Scenes(Sequence[Scene]):
             backgrounds.append(None if noun is None else NOUNS[noun])
             if noun is not None:
                 chosen.append(noun)
-        for _ in range(int(rng.choice(4, p=[0.15, 0.4, 0.3, 0.15]))):
+        for _ in range(int(rng.choice(3, p=[0.25, 0.5, 0.25]))):
             noun = self._pick(rng, chosen, background=False)
             if noun is not None:
                 chosen.append(noun)
@@ -150,7 +163,7 @@ class Scenes(Sequence[Scene]):
         covered = np.logical_or.reduce(visible)
         masks = {name: region & ~covered for name, region in zip(backgrounds, regions, strict=True) if name is not None}
         masks |= {p.noun: mask for p, mask in zip(placements, visible, strict=True)}
-        gain = rng.uniform(0.85, 1.1, size=3) * rng.uniform(0.85, 1.1)
+        gain = rng.uniform(0.9, 1.05, size=3)
         lit = np.clip(np.asarray(image, np.float32) * gain, 0, 255).astype(np.uint8)
         return lit, {noun: mask for noun, mask in masks.items() if mask.any()}
 
@@ -169,10 +182,10 @@ class Scenes(Sequence[Scene]):
         The cells of a 4 x 4 grid that hold the centres are hashed to a split, so that no layout is in two splits.
         """
         while True:
-            drawn = [self._draw(rng, noun) for noun in objects]
+            drawn = [sprite(noun, int(rng.choice(OBJECT_SIDES))) for noun in objects]
             room = self.side - np.array([d.size for d in drawn])
             for _ in range(8):
-                corners = rng.integers(0, room + 1)
+                corners = STEP * rng.integers(0, room // STEP + 1)
                 centres = (corners + (self.side - room) / 2) * LAYOUT_CELLS // self.side
                 cells = sorted((centres @ [1, LAYOUT_CELLS]).astype(int).tolist())
                 if share_of_split(f"layout:{cells}") == self.split:
@@ -191,19 +204,6 @@ class Scenes(Sequence[Scene]):
                 covered |= alpha
             if all(v.sum() >= MIN_VISIBLE * a.sum() for v, a in zip(visible, alphas, strict=True)):
                 return placements, visible
-
-    def _draw(self, rng: np.random.Generator, noun: str) -> Image.Image:
-        """One object of log-uniform size (a sixth to two thirds of the side), mirrored or turned a little."""
-        drawn = pictogram(noun)
-        scale = self.side * float(np.exp(rng.uniform(np.log(0.17), np.log(0.66)))) / max(drawn.size)
-        drawn = drawn.resize(
-            (max(2, round(drawn.width * scale)), max(2, round(drawn.height * scale))), Image.Resampling.BOX
-        )
-        if rng.random() < 0.5:
-            drawn = drawn.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if rng.random() < 0.5:
-            drawn = drawn.rotate(float(rng.uniform(-20, 20)), Image.Resampling.BILINEAR, expand=True)
-        return drawn
 
     def _alpha(self, placement: _Placement) -> NDArray[np.bool_]:
         opaque = np.asarray(placement.drawn.getchannel("A")) > 127

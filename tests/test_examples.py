@@ -1,0 +1,147 @@
+"""The programs in ``examples/`` run, and do what they say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+open_clip = pytest.importorskip("open_clip", reason="needs the extra 'open_clip'")
+pytest.importorskip("peft", reason="needs the extra 'lora'")
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data" / "coco_instances_train"
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    """Eight pictures in COCO's caption format."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    images, annotations = [], []
+    for number, (name, colour) in enumerate([("red", (220, 30, 30)), ("green", (30, 200, 30))] * 4):
+        pixels = np.clip(np.array(colour) + rng.integers(-25, 25, (40, 56, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.jpg")
+        images.append({"id": number, "file_name": f"{number}.jpg"})
+        annotations += [{"image_id": number, "caption": f"a {name} wall and a dog"}] * 2
+    (tmp_path / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return tmp_path
+
+
+def small_model() -> torch.nn.Module:
+    return open_clip.model.CLIP(
+        embed_dim=32,
+        vision_cfg={"layers": 2, "width": 64, "head_width": 16, "patch_size": 8, "image_size": 32},
+        text_cfg={"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    )
+
+
+@pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full"])
+def test_three_lines_in_a_stock_loop_train_and_unload_leaves_no_trace(coco: Path, rank: int) -> None:
+    loop = example("open_clip_training_loop")
+    torch.manual_seed(0)
+    model = small_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    losses, backbone = loop.train(
+        model,
+        open_clip.SimpleTokenizer(),
+        lambda transform: loop.CocoCaptions(coco / "captions.json", coco / "images", transform),
+        steps=6,
+        batch_size=4,
+        rank=rank,
+    )
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]
+    tuned = model.state_dict()
+    changed = [name for name in tuned if name not in before or not torch.equal(tuned[name], before[name])]
+    assert changed, "training changed something"
+
+    given_back = backbone.unload()
+    assert given_back is model
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before), "bitwise the originals"
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+
+
+def test_merged_weights_are_an_open_clip_checkpoint(coco: Path, tmp_path: Path) -> None:
+    loop = example("open_clip_training_loop")
+    torch.manual_seed(0)
+    model = small_model()
+    keys = list(model.state_dict())
+    _, backbone = loop.train(
+        model,
+        open_clip.SimpleTokenizer(),
+        lambda transform: loop.CocoCaptions(coco / "captions.json", coco / "images", transform),
+        steps=2,
+        batch_size=4,
+    )
+    model.eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    tuned = backbone.encode_image(pixels)
+    merged = backbone.merge().state_dict()
+    assert list(merged) == keys
+    fresh = small_model().eval()
+    fresh.load_state_dict(merged)
+    torch.testing.assert_close(fresh.encode_image(pixels), tuned.pooled, atol=1e-5, rtol=1e-5)
+
+
+def test_readme_shows_the_lines_of_the_example() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for line in (r"bb = wrap\(model, tokenizer=tokenizer", r"ttd = TTD\(bb\)", r"loss = ttd\(images, captions\)\.loss"):
+        assert re.search(line, readme)
+
+
+def test_the_ablation_runs_an_arm_and_does_not_run_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("resvg_py", reason="scenes are drawn with the extra 'demo'")
+    ablation = example("ablation")
+    out = tmp_path / "ablation.jsonl"
+    arguments = ["ablation.py", "--out", str(out), "--steps", "1", "--scenes", "16", "--only", "control,rank:4"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    ablation.main()
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["arm"] for row in rows] == ["before", "control", "rank:4"]
+    ablation.main()
+    assert len(out.read_text().splitlines()) == 3
+    assert "tag_balance" in capsys.readouterr().out
+
+
+def test_every_arm_of_the_ablation_is_a_valid_setting() -> None:
+    ablation = example("ablation")
+    base = ablation.SceneTuning()
+    for name, changes in ablation.arms().items():
+        tuning = ablation.settings(base, changes)
+        assert (tuning == base) == (not changes), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data/coco_instances_train")
+def test_twenty_steps_on_photographs_with_a_full_size_backbone(capsys: pytest.CaptureFixture[str]) -> None:
+    loop = example("open_clip_training_loop")
+    losses = loop.main(
+        ["--captions", str(SHARED / "captions.json"), "--images", str(SHARED / "images"), "--model", "ViT-B-32"]
+        + ["--steps", "20", "--batch-size", "16"]
+    )
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    print(capsys.readouterr().out.splitlines()[-1])
