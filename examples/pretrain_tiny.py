@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for rendered scenes, checkpoints and the log")
     parser.add_argument("--scenes", type=int, default=24_000)
     parser.add_argument("--captions", type=int, default=4, help="captions a scene")
-    parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=8e-4)
     parser.add_argument("--weight-decay", type=float, default=0.05)

@@ -19,7 +19,7 @@ from ttd_plugins.embedded.scenes.vocabulary import (
     SPLITS,
     Split,
     compatible_nouns,
-    share_of_split,
+    split_of_layout,
     zipf_weights,
 )
 from ttd_plugins.errors import InputError
@@ -188,7 +188,7 @@ class Scenes(Sequence[Scene]):
                 corners = STEP * rng.integers(0, room // STEP + 1)
                 centres = (corners + (self.side - room) / 2) * LAYOUT_CELLS // self.side
                 cells = sorted((centres @ [1, LAYOUT_CELLS]).astype(int).tolist())
-                if share_of_split(f"layout:{cells}") == self.split:
+                if split_of_layout(str(cells)) == self.split:
                     break
             else:
                 continue

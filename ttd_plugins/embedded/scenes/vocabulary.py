@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-SPLIT_SHARES: tuple[float, ...] = (0.5, 0.25, 0.25)
+LAYOUT_SHARES: tuple[float, ...] = (0.5, 0.25, 0.25)
+GROUPS = 20
 NounKind = Literal["background", "common", "middle", "rare"]
 
 # Emoji whose English name is one word, chosen to be told apart at 20 pixels; most frequent first.
@@ -90,14 +91,42 @@ def kind_of_noun(noun: str) -> NounKind:
     return kinds[third]
 
 
-def share_of_split(signature: str) -> Split:
-    """The split that ``signature`` falls into, by a hash: the same everywhere, in :data:`SPLIT_SHARES` proportion."""
+def split_of_layout(signature: str) -> Split:
+    """The split that a layout falls into, by a hash: the same everywhere, in :data:`LAYOUT_SHARES` proportion."""
     position = int.from_bytes(hashlib.sha256(signature.encode()).digest()[:8], "big") / 2**64
-    for split, share in zip(SPLITS, SPLIT_SHARES, strict=True):
+    for split, share in zip(SPLITS, LAYOUT_SHARES, strict=True):
         if position < share:
             return split
         position -= share
     return SPLITS[-1]
+
+
+def split_of_pair(first: str, second: str) -> Split:
+    """The one split that pictures two nouns together.
+
+    Objects form groups of about five, common and rare ones mixed, by one rule for testing and by another for
+    validation, and each group has one background; what is not within a group is for training. Few pairs are held out
+    of training: with half of them held out, a model learns which things never meet, and is wrong wherever they do.
+    """
+    objects = [OBJECTS.index(noun) for noun in (first, second) if noun not in BACKGROUNDS]
+    if not objects:
+        return "train"
+    if len(objects) == 2:
+        own = {split: [_group(rank, split) for rank in objects] for split in SPLITS[1:]}
+    else:
+        background = BACKGROUNDS.index(first if first in BACKGROUNDS else second)
+        # Shifted, or a group's background would often be the same for testing and for validation.
+        shift = {"test": 0, "validation": 5}
+        own = {
+            split: [background, (_group(objects[0], split) + shift[split]) % len(BACKGROUNDS)] for split in SPLITS[1:]
+        }
+    held_out: list[Split] = [split for split in ("test", "validation") if own[split][0] == own[split][1]]
+    return held_out[0] if held_out else "train"
+
+
+def _group(rank: int, split: Split) -> int:
+    """Group of the object of that rank; no two objects share a group for testing and one for validation."""
+    return (rank + (7 * (rank // GROUPS) if split == "validation" else 0)) % GROUPS
 
 
 @lru_cache(maxsize=len(SPLITS))
@@ -106,6 +135,5 @@ def compatible_nouns(split: Split) -> NDArray[np.bool_]:
     table = np.zeros((len(NOUNS), len(NOUNS)), dtype=bool)
     for i, first in enumerate(NOUNS):
         for j in range(i):
-            pair = "+".join(sorted((first, NOUNS[j])))
-            table[i, j] = table[j, i] = share_of_split(f"pair:{pair}") == split
+            table[i, j] = table[j, i] = split_of_pair(first, NOUNS[j]) == split
     return table
