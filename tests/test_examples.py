@@ -64,12 +64,13 @@ def test_three_lines_in_a_stock_loop_train_and_unload_leaves_no_trace(coco: Path
         model,
         open_clip.SimpleTokenizer(),
         lambda transform: loop.CocoCaptions(coco / "captions.json", coco / "images", transform),
-        steps=6,
+        steps=16,
         batch_size=4,
         rank=rank,
+        learning_rate=3e-3,
     )
     assert np.isfinite(losses).all()
-    assert losses[-1] < losses[0]
+    assert np.mean(losses[-4:]) < np.mean(losses[:4])
     tuned = model.state_dict()
     changed = [name for name in tuned if name not in before or not torch.equal(tuned[name], before[name])]
     assert changed, "training changed something"
@@ -123,7 +124,7 @@ def test_the_ablation_runs_an_arm_and_does_not_run_it_again(
     assert [row["arm"] for row in rows] == ["before", "control", "rank:4"]
     ablation.main()
     assert len(out.read_text().splitlines()) == 3
-    assert "tag_balance" in capsys.readouterr().out
+    assert "every arm is a line of" in capsys.readouterr().out
 
 
 def test_every_arm_of_the_ablation_is_a_valid_setting() -> None:

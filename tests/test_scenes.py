@@ -153,5 +153,5 @@ def test_the_pictograms_are_credited() -> None:
 
 def test_other_sizes() -> None:
     assert Scenes("train", 1, side=96)[0].image.shape == (96, 96, 3)
-    with pytest.raises(InputError, match="32 to 128 pixels"):
+    with pytest.raises(InputError, match="48 to 128 pixels"):
         Scenes("train", 1, side=224)

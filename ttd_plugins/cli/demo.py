@@ -31,9 +31,10 @@ def command(
     scenes: Annotated[int | None, typer.Option("--scenes", help="Test scenes that are measured.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Fine-tune all weights in place of LoRA.")] = False,
 ) -> None:
-    """Measure a backbone, fine-tune it with TTD, measure again, and write a report with pictures.
+    """Measure a backbone, tune it with TTD, measure again.
 
-    Everything happens offline on this machine. Stopped and started again, it goes on.
+    Everything happens offline on this machine and ends in a table and a report with pictures. Stopped and started
+    again, it goes on.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
