@@ -67,7 +67,7 @@ def test_every_pair_of_nouns_belongs_to_exactly_one_split() -> None:
 
 
 def test_training_misses_few_pairs() -> None:
-    # With half of the pairs held out, co-occurrence gives absent words away, and the habit misleads on the other splits.
+    # With half of the pairs held out, co-occurrence gives absent words away in training, and misleads elsewhere.
     assert compatible_nouns("train").mean() > 0.85
     for split in SPLITS[1:]:
         assert compatible_nouns(split).any(axis=0).mean() > 0.9, "nearly every noun is pictured with another"
