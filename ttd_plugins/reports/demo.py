@@ -10,7 +10,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -187,8 +187,7 @@ class _Record:
         return backbone
 
     def curve(self, arm: Arm) -> list[StepReport]:
-        names = {item.name for item in fields(StepReport)}
-        return [StepReport(**{k: v for k, v in row.items() if k in names}) for row in self.content["curves"][arm]]
+        return [StepReport(**row) for row in self.content["curves"][arm]]
 
 
 def _render(count: int, side: int, stage: Stage) -> list[Scene]:
