@@ -32,9 +32,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 from ttd_open_clip.adapter import OpenCLIPAdapter
-from ttd_open_clip.dense import PRESETS, DenseMode
 
 from ttd_plugins.errors import ImageSizeError, InputError, TTDError, UnsupportedModelError
+from ttd_plugins.toolkit.dense import PRESETS, DenseMode
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -26,9 +26,11 @@ from torch import nn
 from ttd_open_clip import family as family_module
 from ttd_open_clip import plugin, tiny
 from ttd_open_clip.family import OpenCLIPFamily
-from ttd_open_clip.tiny import TinyTokenizer, build_tiny, load_tiny, read_settings
+from ttd_open_clip.tiny import build_tiny, load_tiny
 
 from ttd_plugins.adapter import Calibration
+from ttd_plugins.embedded.folder import read_settings
+from ttd_plugins.embedded.tokenizer import TinyTokenizer
 from ttd_plugins.errors import BackboneNameError, InputError, MissingDependencyError, TTDError, UnsupportedModelError
 
 NAME = "tests-tiny-vit"

@@ -23,11 +23,12 @@ from helpers_open_clip import (
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from ttd_open_clip.adapter import OpenCLIPAdapter
-from ttd_open_clip.dense import PRESETS
-from ttd_open_clip.lora import LoRAMultiheadAttention, LoRAOpenClipAttention
+from ttd_open_clip.lora import LoRAOpenClipAttention
 
 from ttd_plugins.errors import InputError, MissingDependencyError, TTDError, UnsupportedModelError
 from ttd_plugins.lora import attach_lora
+from ttd_plugins.toolkit.attention_lora import LoRAMultiheadAttention
+from ttd_plugins.toolkit.dense import PRESETS
 
 BUILDS: dict[str, dict[str, Any]] = {
     "inlined": {},

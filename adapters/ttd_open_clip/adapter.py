@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttd_open_clip import text
-from ttd_open_clip.dense import (
-    PRESETS,
-    DenseMode,
-    dense_mode,
-    is_plain_attention,
-    last_block,
-    refusal_by_hand,
-    require_by_hand,
-    run_blocks,
-)
+from ttd_open_clip.dense import is_plain_attention, last_block, refusal_by_hand, require_by_hand
 from ttd_open_clip.structure import refusal_of_model
-from ttd_open_clip.transforms import DenseTransform, NativeTransform, read_normalisation
+from ttd_open_clip.transforms import read_normalisation
 from ttd_plugins.adapter import (
     BackboneDescription,
     Calibration,
@@ -34,6 +23,12 @@ from ttd_plugins.adapter import (
     Tower,
 )
 from ttd_plugins.errors import ImageSizeError, InputError, TTDError, UnsupportedModelError, one_sentence
+from ttd_plugins.toolkit.attention import run_blocks
+from ttd_plugins.toolkit.dense import PRESETS, DenseMode, dense_mode
+from ttd_plugins.toolkit.lora_targets import base_layer, linear_layers_of_blocks
+from ttd_plugins.toolkit.positions import resampled_positions
+from ttd_plugins.toolkit.text import takes_parameter, valid_unicode
+from ttd_plugins.toolkit.transforms import DenseTransform, NativeTransform
 
 
 class OpenCLIPAdapter(DenseAdapter):
@@ -184,20 +179,9 @@ class OpenCLIPAdapter(DenseAdapter):
         visual = self._visual
         x = visual.conv1(pixels.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)
         class_token = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
-        x = torch.cat([class_token, x], dim=1) + self._position_embedding(grid).to(x.dtype)
+        positions = resampled_positions(visual.positional_embedding, visual.grid_size, grid, prefix=1)
+        x = torch.cat([class_token, x], dim=1) + positions.to(x.dtype)
         return visual.ln_pre(x)
-
-    def _position_embedding(self, grid: tuple[int, int]) -> Tensor:
-        """Position embedding ``[1 + P, W]`` of a grid: the model's own, or resampled from it."""
-        own = self._visual.positional_embedding
-        rows, columns = self._visual.grid_size
-        if grid == (rows, columns):
-            return own
-        # Not in half precision, for which antialiased resampling has no kernel on every device.
-        own = own.to(torch.promote_types(own.dtype, torch.float32))
-        source = own[1:].unflatten(0, (rows, columns)).permute(2, 0, 1)[None]
-        resampled = F.interpolate(source, size=grid, mode="bicubic", antialias=True, align_corners=False)
-        return torch.cat([own[:1], resampled[0].flatten(1).T])
 
     def _project(self, tokens: Tensor) -> Tensor:
         projection = getattr(self._visual, "proj", None)
@@ -233,7 +217,7 @@ class OpenCLIPAdapter(DenseAdapter):
         context = text.context_length(self.model, self.tokenizer)
         if not texts:
             return Tokens(torch.zeros(0, context, dtype=torch.long), torch.zeros(0, dtype=torch.long), [])
-        valid = [_valid_unicode(one) for one in texts]
+        valid = [valid_unicode(one) for one in texts]
         ids = self._call_tokenizer(valid, context)
         lengths = text.lengths_through_end(self.model, ids, self._pad_id())
         truncated = [False] * len(valid)
@@ -245,7 +229,7 @@ class OpenCLIPAdapter(DenseAdapter):
 
     def _has_more(self, texts: list[str], ids: Tensor) -> list[bool]:
         context = ids.shape[1]
-        if _takes(self.tokenizer, "context_length"):
+        if takes_parameter(self.tokenizer, "context_length"):
             longer = self._call_tokenizer(texts, context + 1)[:, :context]
             return [not bool(same) for same in (longer == ids).all(dim=-1)]
         encode = getattr(self.tokenizer, "encode", None)
@@ -260,9 +244,9 @@ class OpenCLIPAdapter(DenseAdapter):
                 "open_clip.get_tokenizer(NAME), NAME being the model's name"
             )
         options: dict[str, Any] = {}
-        if _takes(self.tokenizer, "context_length"):
+        if takes_parameter(self.tokenizer, "context_length"):
             options["context_length"] = context
-        if _takes(self.tokenizer, "truncate"):
+        if takes_parameter(self.tokenizer, "truncate"):
             options["truncate"] = True
         try:
             ids = self.tokenizer(texts, **options)
@@ -334,14 +318,14 @@ class OpenCLIPAdapter(DenseAdapter):
         the linear layers of its blocks.
         """
         if tower == "text" and not text.is_native(self.model):
-            return _linear_layers_of_blocks(text.text_module(self.model), "text")
+            return linear_layers_of_blocks(text.text_module(self.model), "text")
         where = "visual.transformer" if tower == "image" else text_prefix(self.model) + "transformer"
         targets = []
         transformer: Any = self.model.get_submodule(where)
         blocks = transformer.resblocks
         for index, block in enumerate(blocks):
             prefix = f"{where}.resblocks.{index}"
-            whole = is_plain_attention(_base(block.attn))
+            whole = is_plain_attention(base_layer(block.attn))
             targets.append(f"{prefix}.attn" if whole else f"{prefix}.attn.out_proj")
             if tower == "text" or self.dense.ffn or index < len(blocks) - 1:
                 targets += [f"{prefix}.mlp.c_fc", f"{prefix}.mlp.c_proj"]
@@ -349,7 +333,8 @@ class OpenCLIPAdapter(DenseAdapter):
 
     def lora_layers(self) -> Mapping[type[nn.Module], type[nn.Module]]:
         """Our own LoRA layers for self-attention, which leave the base weights alone; needs peft."""
-        from ttd_open_clip.lora import LoRAMultiheadAttention, LoRAOpenClipAttention
+        from ttd_open_clip.lora import LoRAOpenClipAttention
+        from ttd_plugins.toolkit.attention_lora import LoRAMultiheadAttention
 
         layers: dict[type[nn.Module], type[nn.Module]] = {nn.MultiheadAttention: LoRAMultiheadAttention}
         for tower in (self._visual, text.text_module(self.model)):
@@ -374,37 +359,3 @@ class OpenCLIPAdapter(DenseAdapter):
 def text_prefix(model: Any) -> str:
     """What names of the text tower's parts begin with: ``"text."``, or nothing where they are inlined."""
     return "text." if hasattr(model, "text") else ""
-
-
-def _base(attention: Any) -> nn.Module:
-    return attention.get_base_layer() if hasattr(attention, "get_base_layer") else attention
-
-
-def _linear_layers_of_blocks(tower: nn.Module, prefix: str) -> list[str]:
-    """Names of the linear layers that lie in a numbered block; poolers outside of them may be unused."""
-    named = tower.named_modules(prefix=prefix)
-    return [
-        name
-        for name, module in named
-        if isinstance(_base(module), nn.Linear)
-        and any(part.isdigit() for part in name.split("."))
-        and "lora_" not in name
-        and not name.endswith("base_layer")
-    ]
-
-
-def _takes(function: Any, parameter: str) -> bool:
-    """Whether a callable has a parameter of that name."""
-    try:
-        return parameter in inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return False
-
-
-def _valid_unicode(string: str) -> str:
-    """The string with unpaired surrogates, which no tokenizer can encode, replaced."""
-    try:
-        string.encode("utf-8")
-    except UnicodeEncodeError:
-        return string.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return string

@@ -16,7 +16,7 @@ from ttd_plugins.errors import BackboneNameError, TTDError, UnsupportedModelErro
 
 if TYPE_CHECKING:
     from ttd_open_clip.adapter import OpenCLIPAdapter
-    from ttd_open_clip.dense import DenseMode
+    from ttd_plugins.toolkit.dense import DenseMode
 
 TINY = "tiny"
 EMBEDDED = "embedded"
@@ -169,7 +169,8 @@ class OpenCLIPFamily(AdapterFamily):
     def _load_tiny(
         self, weights: str, dense: str | DenseMode | None, calibration: Calibration | None, tokenizer: Any
     ) -> OpenCLIPAdapter:
-        from ttd_open_clip.tiny import EMBEDDED_FOLDER, load_tiny, read_settings
+        from ttd_open_clip.tiny import EMBEDDED_FOLDER, load_tiny
+        from ttd_plugins.embedded.folder import read_settings
 
         if weights not in (EMBEDDED, RANDOM):
             raise BackboneNameError(choices_sentence("weights of open_clip:tiny", weights, [EMBEDDED, RANDOM]))

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttd_open_clip.dense import run_blocks
 from ttd_plugins.errors import InputError
+from ttd_plugins.toolkit.attention import run_blocks
 
 DEFAULT_CONTEXT_LENGTH = 77
 NATIVE_PARTS = ("token_embedding", "positional_embedding", "transformer", "ln_final")

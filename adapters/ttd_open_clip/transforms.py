@@ -1,74 +1,12 @@
-"""From a PIL image of any mode to normalised pixels; plain classes, so that data-loader workers can be sent one."""
+"""How open_clip says that pixels are normalised."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-
 from ttd_plugins.errors import InputError
-
-FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-
-
-@dataclass(frozen=True)
-class Normalisation:
-    """What a backbone wants of its pixels: mean and std of RGB in [0, 1], and the name of a resampling filter."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to 8-bit RGB.
-
-    16-bit greys are scaled to 8 bits, where ``convert`` alone would clip nearly all of them to white.
-
-    Raises:
-        InputError: the image holds floating-point values, whose range nothing tells.
-    """
-    if image.mode == "F":
-        raise InputError("an image of floating-point values (mode F) has no known range; scale it to 8-bit RGB first")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.int64)
-        if values.size and (values.min() < 0 or values.max() > 0xFFFF):
-            raise InputError("an image of 32-bit integers (mode I) has no known range; scale it to 8-bit RGB first")
-        image = Image.fromarray((values // 257).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-@dataclass(frozen=True)
-class DenseTransform:
-    """Resize the whole image to ``size`` (height, width), antialiased and without a crop, then normalise."""
-
-    size: tuple[int, int]
-    normalisation: Normalisation
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Return float32 pixels ``[3, height, width]``."""
-        height, width = self.size
-        # PIL widens the filter's support when it shrinks an image, which is antialiasing.
-        resized = to_rgb(image).resize((width, height), FILTERS[self.normalisation.interpolation])
-        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.normalisation.mean, self.normalisation.std))
-        return (pixels - mean) / std
-
-
-@dataclass(frozen=True)
-class NativeTransform:
-    """The backbone's own preprocessing, given RGB."""
-
-    preprocess: Callable[[Image.Image], Any]
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Return float32 pixels ``[3, height, width]``."""
-        return self.preprocess(to_rgb(image))
+from ttd_plugins.toolkit.transforms import Normalisation, three_channels
 
 
 def read_normalisation(visual: Any, preprocess: Any) -> Normalisation:
@@ -93,8 +31,8 @@ def read_normalisation(visual: Any, preprocess: Any) -> Normalisation:
         found.update(_read_compose(preprocess))
     open_clip = import_open_clip()
     return Normalisation(
-        mean=_three(found.get("mean", open_clip.OPENAI_DATASET_MEAN)),
-        std=_three(found.get("std", open_clip.OPENAI_DATASET_STD)),
+        mean=three_channels(found.get("mean", open_clip.OPENAI_DATASET_MEAN)),
+        std=three_channels(found.get("std", open_clip.OPENAI_DATASET_STD)),
         interpolation="bilinear" if found.get("interpolation") == "bilinear" else "bicubic",
     )
 
@@ -112,10 +50,3 @@ def _read_compose(preprocess: Any) -> dict[str, Any]:
             "Compose with a Normalize in it, or a mapping with mean and std"
         )
     return found
-
-
-def _three(values: Any) -> tuple[float, float, float]:
-    numbers = [float(value) for value in (values if isinstance(values, (list, tuple)) else [values] * 3)]
-    if len(numbers) != 3:
-        raise InputError(f"mean and std of the preprocessing must have 3 numbers each, not {len(numbers)}")
-    return numbers[0], numbers[1], numbers[2]

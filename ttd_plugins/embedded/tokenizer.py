@@ -1,12 +1,87 @@
-"""Train the subword tokenizer of the embedded models: byte-level BPE, so that any string can be encoded."""
+"""The subword tokenizer of the embedded models: byte-level BPE, so that any string can be encoded."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from ttd_plugins.embedded.scenes import Scenes
+from ttd_plugins.errors import MissingDependencyError, TTDError, one_sentence
 
 PAD, START, END = "<pad>", "<start>", "<end>"
+
+
+class TinyTokenizer:
+    """A byte-level BPE tokenizer with open_clip's calling convention; it encodes any string.
+
+    Ids: 0 pads, the last two ids of the vocabulary are the start and the end token, so that the end token is the
+    largest id of its row, which is where a tower with argmax pooling looks.
+    """
+
+    def __init__(self, path: str | Path, context_length: int) -> None:
+        """Read ``tokenizer.json``.
+
+        Args:
+            path: the file that ``tokenizers.Tokenizer.save`` wrote.
+            context_length: positions of the text tower, the start and end token included.
+
+        Raises:
+            MissingDependencyError: the ``tokenizers`` library is not installed.
+            TTDError: the file cannot be read.
+        """
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise MissingDependencyError(
+                "the tokenizer of an embedded model needs the library tokenizers; run: pip install 'ttd-plugins[demo]'"
+            ) from error
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for all that is wrong with a file
+            raise TTDError(
+                f"the tokenizer {path} cannot be read ({one_sentence(error)}); give the tokenizer.json that belongs "
+                "to the model"
+            ) from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        # A caption that spells a special token is text like any other.
+        self._tokenizer.encode_special_tokens = True
+        self.context_length = context_length
+        self.vocab_size = self._tokenizer.get_vocab_size()
+        self.pad_token_id = 0
+        self.sot_token_id = self.vocab_size - 2
+        self.eot_token_id = self.vocab_size - 1
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # The library leaves this setting out of its pickles.
+        self._tokenizer.encode_special_tokens = True
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text`` without start and end token, of any length."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
+        """Tokenise; a text that is too long loses its last words and keeps the end token.
+
+        Args:
+            texts: one string, or N of them.
+            context_length: positions a row; by default the tokenizer's own.
+
+        Returns:
+            int64 ``[N, context_length]``: start token, text, end token, padding.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        length = context_length or self.context_length
+        rows = torch.full((len(texts), length), self.pad_token_id, dtype=torch.long)
+        for row, text in zip(rows, texts, strict=True):
+            ids = [self.sot_token_id, *self.encode(text)[: length - 2], self.eot_token_id]
+            row[: len(ids)] = torch.tensor(ids)
+        return rows
 
 
 def train_tokenizer(path: Path, *, vocabulary: int, captions: int = 8_000, seed: int = 0) -> None:

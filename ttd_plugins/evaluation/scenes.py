@@ -72,12 +72,17 @@ class SceneMetrics:
         return asdict(self)
 
 
-def scene_pixels(scenes: Sequence[Scene], adapter: DenseAdapter) -> Tensor:
-    """Pictures of equally large scenes as normalised float32 pixels ``[B, 3, side, side]`` on the adapter's device."""
+def picture_pixels(pictures: NDArray[np.uint8], adapter: DenseAdapter) -> Tensor:
+    """Pictures ``[B, H, W, 3]`` as normalised float32 pixels ``[B, 3, H, W]`` on the adapter's device."""
     description = adapter.description
-    images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float() / 255
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (description.mean, description.std))
     return ((images - mean) / std).to(adapter.device)
+
+
+def scene_pixels(scenes: Sequence[Scene], adapter: DenseAdapter) -> Tensor:
+    """Pictures of equally large scenes as normalised float32 pixels ``[B, 3, side, side]`` on the adapter's device."""
+    return picture_pixels(np.stack([scene.image for scene in scenes]), adapter)
 
 
 @dataclass

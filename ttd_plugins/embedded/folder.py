@@ -1,0 +1,75 @@
+"""What the folder of an embedded model holds beside its configuration: weights, tokenizer and settings."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ttd_plugins.adapter import Calibration
+from ttd_plugins.errors import TTDError, one_sentence
+
+WEIGHTS_FILE = "model.safetensors"
+TOKENIZER_FILE = "tokenizer.json"
+SETTINGS_FILE = "ttd.json"
+
+
+@dataclass(frozen=True)
+class TinySettings:
+    """What ``ttd.json`` says of a model: the dense mode that suits it, and its map from cosine to probability."""
+
+    dense_mode: str
+    calibration: Calibration
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object, or raise TTDError naming the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TTDError(
+            f"{path} cannot be read ({one_sentence(error)}); reinstall ttd-plugins or give a complete model folder"
+        ) from error
+    if not isinstance(content, dict):
+        raise TTDError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def read_settings(folder: Path) -> TinySettings:
+    """Read ``ttd.json`` of a model folder.
+
+    Raises:
+        TTDError: the file is absent, or an entry is missing.
+    """
+    content = read_json(folder / SETTINGS_FILE)
+    try:
+        calibration = Calibration(
+            scale=float(content["calibration"]["scale"]), shift=float(content["calibration"]["shift"])
+        )
+        return TinySettings(dense_mode=str(content["dense_mode"]), calibration=calibration)
+    except (KeyError, TypeError, ValueError) as error:
+        raise TTDError(
+            f"{folder / SETTINGS_FILE} must hold dense_mode and calibration (scale, shift): {one_sentence(error)}"
+        ) from error
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Load ``model.safetensors``, which is stored as float16, into a float32 model.
+
+    Raises:
+        TTDError: the file is absent, damaged, or of another model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / WEIGHTS_FILE
+    try:
+        model.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise TTDError(
+            f"the weights {path} cannot be loaded ({one_sentence(error)}); reinstall ttd-plugins or give a "
+            "complete model folder"
+        ) from error

@@ -1,0 +1,26 @@
+"""Finding the modules that LoRA may wrap."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The module that a LoRA layer wraps, or the module itself."""
+    layer: Any = module
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+
+
+def linear_layers_of_blocks(tower: nn.Module, prefix: str) -> list[str]:
+    """Names of the linear layers that lie in a numbered block; poolers outside of them may be unused."""
+    named = tower.named_modules(prefix=prefix)
+    return [
+        name
+        for name, module in named
+        if isinstance(base_layer(module), nn.Linear)
+        and any(part.isdigit() for part in name.split("."))
+        and "lora_" not in name
+        and not name.endswith("base_layer")
+    ]
