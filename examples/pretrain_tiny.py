@@ -2,9 +2,9 @@
 
     python examples/pretrain_tiny.py --backbone open_clip:tiny --work runs/open_clip_tiny
 
-Writes ``model.safetensors`` (float16) and ``recipe.json`` into the embedded model's folder. The end is set by a fixed
-number of steps; of the checkpoints, the one with the best retrieval on validation scenes is kept. No figure of single
-tag bias has a say.
+Writes ``model.safetensors`` (float16) and ``recipe.json`` into the embedded model's folder, or into ``--out``. The end
+is set by a fixed number of steps; of the checkpoints, the one with the best retrieval on validation scenes is kept. No
+figure of single tag bias has a say.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,81 +29,135 @@ from torch.nn.functional import normalize
 from ttd_plugins import load
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.embedded import model_folder
-from ttd_plugins.embedded.scenes import Scenes
+from ttd_plugins.embedded.scenes import Scene, Scenes
 from ttd_plugins.embedded.tokenizer import train_tokenizer
+from ttd_plugins.engine import encode_texts
 from ttd_plugins.evaluation.metrics import retrieval_recall
+from ttd_plugins.evaluation.scenes import picture_pixels, scene_pixels
 from ttd_plugins.losses import contrastive_loss
 
 VALIDATION_SCENES = 512
+CAPTIONS_OF_A_KIND = 4
 WARM_UP = 100
 MAX_LOGIT_SCALE = 100.0
 CHUNK = 250
+HIDDEN_LAYER = re.compile(r"\.(resblocks|layers|blocks)\.\d+\.")
 
 
 @dataclass
 class Pool:
-    """Rendered training scenes: uint8 pictures ``[N, side, side, 3]`` and several captions of each."""
+    """Rendered training scenes: uint8 pictures ``[N, side, side, 3]``, and of each its bare and its full captions."""
 
     images: NDArray[np.uint8]
-    captions: list[list[str]]
+    bare: list[list[str]]
+    sentences: list[list[str]]
 
 
-def _render(job: tuple[int, int, int, int]) -> tuple[NDArray[np.uint8], list[list[str]]]:
-    start, count, captions, seed = job
-    scenes = Scenes("train", count, seed=seed)
-    images, texts = [], []
+def _render(job: tuple[int, int, int]) -> tuple[NDArray[np.uint8], list[list[str]], list[list[str]]]:
+    start, count, seed = job
+    kinds = [Scenes("train", count, seed=seed, bare_captions=share) for share in (1.0, 0.0)]
+    images: list[NDArray[np.uint8]] = []
+    captions: tuple[list[list[str]], list[list[str]]] = ([], [])
     for index in range(start, min(start + CHUNK, count)):
-        scene = scenes[index]
+        scene = kinds[0][index]
         images.append(scene.image)
-        texts.append([scenes.recaption(index, scene, draw).caption for draw in range(captions)])
-    return np.stack(images), texts
+        for kind, (scenes, texts) in enumerate(zip(kinds, captions, strict=True)):
+            draws = range(kind * CAPTIONS_OF_A_KIND, (kind + 1) * CAPTIONS_OF_A_KIND)
+            texts.append([scenes.recaption(index, scene, draw).caption for draw in draws])
+    return np.stack(images), *captions
 
 
-def render_pool(folder: Path, count: int, captions: int, seed: int) -> Pool:
+def render_pool(folder: Path, count: int, seed: int) -> Pool:
     """Render ``count`` scenes with every core, once; a later run reads them from ``folder``."""
     pictures, texts = folder / "pictures.npy", folder / "captions.json"
     if not texts.exists():
-        jobs = [(start, count, captions, seed) for start in range(0, count, CHUNK)]
+        jobs = [(start, count, seed) for start in range(0, count, CHUNK)]
         with ProcessPoolExecutor() as workers:
             parts = list(track(workers.map(_render, jobs), "rendering scenes", total=len(jobs)))
-        np.save(pictures, np.concatenate([images for images, _ in parts]))
-        texts.write_text(json.dumps([names for _, part in parts for names in part]))
-    return Pool(np.load(pictures), json.loads(texts.read_text()))
+        np.save(pictures, np.concatenate([images for images, _, _ in parts]))
+        captions = {
+            "bare": [own for _, bare, _ in parts for own in bare],
+            "sentences": [own for _, _, sentences in parts for own in sentences],
+        }
+        texts.write_text(json.dumps(captions))
+    return Pool(np.load(pictures), **json.loads(texts.read_text()))
 
 
-def draw_batch(pool: Pool, step: int, batch_size: int, seed: int) -> tuple[torch.Tensor, list[str]]:
-    """The pictures and captions of one step; a pure function of its arguments."""
+def draw_batch(pool: Pool, step: int, batch_size: int, seed: int) -> tuple[NDArray[np.uint8], list[list[str]]]:
+    """Pictures and three captions of each, two bare and a full one; a pure function of its arguments.
+
+    A picture costs several times what a caption does, so each is compared with the batch's captions three times over.
+    """
     batches = len(pool.images) // batch_size
     epoch, position = divmod(step, batches)
     order = np.random.default_rng([seed, epoch]).permutation(len(pool.images))
     rows = order[position * batch_size : (position + 1) * batch_size]
     rng = np.random.default_rng([seed, epoch, position])
-    images = torch.from_numpy(pool.images[rows]).permute(0, 3, 1, 2)
-    captions = [pool.captions[row][rng.integers(len(pool.captions[row]))] for row in rows]
-    return images, captions
+    sets = [
+        [kind[row][rng.integers(len(kind[row]))] for row in rows] for kind in (pool.bare, pool.bare, pool.sentences)
+    ]
+    return pool.images[rows], sets
 
 
-def pixels(images: torch.Tensor, adapter: DenseAdapter) -> torch.Tensor:
-    """uint8 pictures to normalised float32 pixels."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (adapter.description.mean, adapter.description.std))
-    return (images.float() / 255 - mean) / std
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised by Newton-Schulz iterations (https://kellerjordan.github.io/posts/muon/), in float32.
 
+    torch.optim.Muon and timm's compute in bfloat16, which many CPUs only emulate; this one also takes the query, key
+    and value projections of a fused matrix as the three matrices that they are, and equal shapes in one batch.
 
-def encode_captions(adapter: DenseAdapter, captions: list[str]) -> torch.Tensor:
-    """Text embeddings, the rows cut to the longest caption where that is exact."""
-    tokens = adapter.tokenize(captions)
-    width = tokens.ids.shape[1] if adapter.description.text_after_end_matters else int(tokens.lengths.max())
-    return adapter.encode_text(tokens.ids[:, :width])
+    Args:
+        params: matrices ``[out, in]``.
+        lr: step length, in units of the spectral norm.
+        momentum: of the Nesterov momentum.
+    """
+
+    COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+    ITERATIONS = 5
+
+    def __init__(self, params: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                mean = state.setdefault("mean", torch.zeros_like(parameter))
+                mean.lerp_(parameter.grad, 1 - group["momentum"])
+                update = parameter.grad.lerp(mean, group["momentum"])
+                fused = 3 if parameter.shape[0] == 3 * parameter.shape[1] else 1
+                for part, own in zip(update.chunk(fused), parameter.chunk(fused), strict=True):
+                    by_shape.setdefault(part.shape, []).append((part, own))
+            for shape, pairs in by_shape.items():
+                length = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+                for direction, (_, own) in zip(
+                    self._orthogonal(torch.stack([part for part, _ in pairs])), pairs, strict=True
+                ):
+                    own.sub_(direction, alpha=length)
+
+    def _orthogonal(self, matrices: torch.Tensor) -> torch.Tensor:
+        """Roughly the nearest semi-orthogonal matrices ``[N, out, in]``."""
+        a, b, c = self.COEFFICIENTS
+        tall = matrices.shape[-2] > matrices.shape[-1]
+        x = matrices.mT if tall else matrices
+        x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+        for _ in range(self.ITERATIONS):
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        return x.mT if tall else x
 
 
 @torch.no_grad()
-def validation_retrieval(adapter: DenseAdapter, pictures: torch.Tensor, captions: list[str]) -> float:
+def validation_retrieval(adapter: DenseAdapter, scenes: list[Scene]) -> float:
     """Retrieval R@1 on validation scenes."""
     adapter.eval()
-    images = [adapter.encode_image(pixels(part, adapter)).pooled for part in pictures.split(64)]
-    texts = encode_captions(adapter, captions)
+    batches = [scenes[start : start + 64] for start in range(0, len(scenes), 64)]
+    images = [adapter.encode_image(scene_pixels(batch, adapter)).pooled for batch in batches]
+    captions = [scene.caption for scene in scenes]
+    texts, _ = encode_texts(adapter, captions)
     adapter.train()
-    return retrieval_recall(normalize(torch.cat(images), dim=-1), normalize(texts, dim=-1), captions)
+    return retrieval_recall(normalize(torch.cat(images), dim=-1), texts, captions)
 
 
 def schedule(step: int, steps: int) -> float:
@@ -110,19 +166,22 @@ def schedule(step: int, steps: int) -> float:
     return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", default="open_clip:tiny")
     parser.add_argument("--work", type=Path, required=True, help="folder for rendered scenes, checkpoints and the log")
-    parser.add_argument("--scenes", type=int, default=24_000)
-    parser.add_argument("--captions", type=int, default=4, help="captions a scene")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--out", type=Path, help="folder for the weights  [default: the embedded model's own]")
+    parser.add_argument("--scenes", type=int, default=40_000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=8e-4)
-    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument(
+        "--muon-learning-rate", type=float, default=0.015, help="for the matrices of both towers' blocks"
+    )
+    parser.add_argument("--learning-rate", type=float, default=8e-4, help="for all else, by AdamW")
+    parser.add_argument("--weight-decay", type=float, default=0.05, help="of AdamW, for matrices")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=200, help="steps between checkpoints")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     torch.manual_seed(args.seed)
     folder = model_folder(args.backbone.replace(":", "_"))
@@ -130,53 +189,66 @@ def main() -> None:
     if not (folder / "tokenizer.json").exists():
         config = json.loads((folder / "open_clip_config.json").read_text())
         train_tokenizer(folder / "tokenizer.json", vocabulary=config["model_cfg"]["text_cfg"]["vocab_size"])
-    pool = render_pool(args.work, args.scenes, args.captions, args.seed)
+    pool = render_pool(args.work, args.scenes, args.seed)
     validation = list(Scenes("validation", VALIDATION_SCENES, seed=args.seed))
-    pictures = torch.from_numpy(np.stack([scene.image for scene in validation])).permute(0, 3, 1, 2)
-    names = [scene.caption for scene in validation]
 
     adapter = load(f"{args.backbone}@random")
     adapter.train()
     model = adapter.model
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": args.weight_decay},
-            {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.98),
-    )
+    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and HIDDEN_LAYER.search(name)]
+    rest = [p for name, p in model.named_parameters() if p.ndim != 2 or not HIDDEN_LAYER.search(name)]
+    optimizers = [
+        Muon(hidden, lr=args.muon_learning_rate),
+        torch.optim.AdamW(
+            [
+                {"params": [p for p in rest if p.ndim >= 2], "weight_decay": args.weight_decay},
+                {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=args.learning_rate,
+            betas=(0.9, 0.98),
+        ),
+    ]
+    rates = [args.muon_learning_rate, args.learning_rate]
     step, best, seconds, log = 0, {"step": 0, "retrieval_r1": 0.0}, 0.0, []
     checkpoint = args.work / "checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, own in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(own)
         step, best, seconds, log = state["step"], state["best"], state["seconds"], state["log"]
         print(f"resumed at step {step}", flush=True)
 
     started = time.perf_counter() - seconds
     losses: list[float] = []
     while step < args.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * schedule(step, args.steps)
-        images, captions = draw_batch(pool, step, args.batch_size, args.seed)
-        pooled = adapter.encode_image(pixels(images, adapter)).pooled
+        for optimizer, rate in zip(optimizers, rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * schedule(step, args.steps)
+        pictures, caption_sets = draw_batch(pool, step, args.batch_size, args.seed)
+        pooled = adapter.encode_image(picture_pixels(pictures, adapter)).pooled
         assert pooled is not None
-        loss = contrastive_loss(
-            pooled,
-            encode_captions(adapter, captions),
-            scale=adapter.logit_scale().clamp(max=MAX_LOGIT_SCALE),
-            bias=adapter.logit_bias(),
-            form=adapter.description.logits,
-        )
-        optimizer.zero_grad()
+        loss = torch.stack(
+            [
+                contrastive_loss(
+                    pooled,
+                    encode_texts(adapter, captions)[0],
+                    scale=adapter.logit_scale().clamp(max=MAX_LOGIT_SCALE),
+                    bias=adapter.logit_bias(),
+                    form=adapter.description.logits,
+                )
+                for captions in caption_sets
+            ]
+        ).mean()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         step += 1
         losses.append(loss.item())
         if step % args.every == 0 or step == args.steps:
-            recall = validation_retrieval(adapter, pictures, names)
+            recall = validation_retrieval(adapter, validation)
             seconds = time.perf_counter() - started
             log.append({"step": step, "loss": round(sum(losses) / len(losses), 4)})
             log[-1] |= {"retrieval_r1": round(recall, 4), "seconds": round(seconds)}
@@ -186,17 +258,19 @@ def main() -> None:
                 best = {"step": step, "retrieval_r1": recall}
                 halves = {name: value.half().contiguous() for name, value in model.state_dict().items()}
                 save_file(halves, args.work / "best.safetensors")
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
             state |= {"step": step, "best": best, "seconds": seconds, "log": log}
             torch.save(state, checkpoint.with_suffix(".part"))
             checkpoint.with_suffix(".part").replace(checkpoint)
 
-    save_file(load_file(args.work / "best.safetensors"), folder / "model.safetensors")
-    settings = {name: value for name, value in vars(args).items() if name != "work"}
+    out = args.out or folder
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(load_file(args.work / "best.safetensors"), out / "model.safetensors")
+    settings = {name: value for name, value in vars(args).items() if name not in ("work", "out")}
     parameters = sum(p.numel() for p in model.parameters())
     recipe = {"settings": settings, "parameters": parameters, "kept": best, "log": log}
-    (folder / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
-    print(f"kept step {best['step']} with validation retrieval R@1 {best['retrieval_r1']:.3f}; written to {folder}")
+    (out / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
+    print(f"kept step {best['step']} with validation retrieval R@1 {best['retrieval_r1']:.3f}; written to {out}")
 
 
 if __name__ == "__main__":
