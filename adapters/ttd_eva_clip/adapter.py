@@ -312,10 +312,8 @@ class EvaCLIPAdapter(DenseAdapter):
                 parts = ["qkv"] if attention.qkv is not None else [f"{name}_proj" for name in (*used, "v")]
                 targets += [f"{where}.attn.{name}" for name in (*parts, "proj")]
             if self.dense.ffn or not is_last:
-                linear = [
-                    name for name, module in block.mlp.named_children() if isinstance(base_layer(module), nn.Linear)
-                ]
-                targets += [f"{where}.mlp.{name}" for name in linear]
+                inner = block.mlp.named_children()
+                targets += [f"{where}.mlp.{name}" for name, part in inner if isinstance(base_layer(part), nn.Linear)]
         return targets
 
     def lora_layers(self) -> Mapping[type[nn.Module], type[nn.Module]]:

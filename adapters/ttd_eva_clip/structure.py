@@ -1,7 +1,7 @@
 """What makes a model an EVA-CLIP, and what in it cannot be served; by attribute names alone, nothing is imported.
 
-timm's class ``Eva`` is told from its ``VisionTransformer`` by ``rope`` and by what its attention knows of prefix tokens.
-The class also carries towers that pool with learned queries (Perception Encoder); those are not claimed here.
+timm's class ``Eva`` is told from its ``VisionTransformer`` by ``rope`` and by what its attention knows of prefix
+tokens. The class also carries towers that pool with learned queries (Perception Encoder); those are not claimed here.
 """
 
 from __future__ import annotations
