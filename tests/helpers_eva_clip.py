@@ -139,5 +139,5 @@ def reference_dense(model: Any, images: Tensor, attention: str, residual: bool, 
         elif block.gamma_2 is not None:
             after = after * block.gamma_2
         out = out + after
-    out = trunk.norm(out[:, prefix:]) @ trunk.head.weight.T + trunk.head.bias
+    out = trunk.fc_norm(trunk.norm(out[:, prefix:])) @ trunk.head.weight.T + trunk.head.bias
     return out.reshape(len(images), rows, columns, -1)

@@ -63,9 +63,9 @@ def test_every_mode_equals_its_formula(kind: str, attention: Any, residual: bool
         torch.testing.assert_close(features.pooled, library(model, images), atol=5e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["layer_scale", "layer_scale_fused", "registers", "registers_without_positions"])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name.startswith(("layer", "registers", "average"))])
 @pytest.mark.parametrize("dense", PRESETS)
-def test_formulas_with_layer_scale_and_registers(variant: str, dense: str) -> None:
+def test_formulas_with_layer_scale_registers_and_averages(variant: str, dense: str) -> None:
     model = eva_clip(VARIANTS[variant])
     mode = PRESETS[dense]
     with torch.no_grad():
