@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttd_open_clip import text
 from ttd_open_clip.dense import is_plain_attention, last_block, refusal_by_hand, require_by_hand
 from ttd_open_clip.structure import refusal_of_model
 from ttd_open_clip.transforms import read_normalisation
@@ -22,12 +21,13 @@ from ttd_plugins.adapter import (
     Tokens,
     Tower,
 )
-from ttd_plugins.errors import ImageSizeError, InputError, TTDError, UnsupportedModelError, one_sentence
+from ttd_plugins.errors import ImageSizeError, UnsupportedModelError
+from ttd_plugins.toolkit import text_tower as text
 from ttd_plugins.toolkit.attention import run_blocks
 from ttd_plugins.toolkit.dense import PRESETS, DenseMode, dense_mode
-from ttd_plugins.toolkit.lora_targets import base_layer, linear_layers_of_blocks
+from ttd_plugins.toolkit.lora_targets import base_layer
 from ttd_plugins.toolkit.positions import resampled_positions
-from ttd_plugins.toolkit.text import takes_parameter, valid_unicode
+from ttd_plugins.toolkit.tokenizing import RowTokenizer
 from ttd_plugins.toolkit.transforms import DenseTransform, NativeTransform
 
 
@@ -103,13 +103,7 @@ class OpenCLIPAdapter(DenseAdapter):
     def _embedding_widths(self) -> tuple[int, int | None]:
         projection = getattr(self._visual, "proj", None)
         width = self._visual.conv1.out_channels if projection is None else projection.shape[1]
-        if not text.is_native(self.model):
-            return width, None
-        tower = text.text_module(self.model)
-        last = tower.text_projection
-        if last is None:
-            return width, tower.token_embedding.embedding_dim
-        return width, last.out_features if isinstance(last, nn.Linear) else last.shape[1]
+        return width, text.embedding_width(self.model)
 
     @property
     def description(self) -> BackboneDescription:
@@ -212,61 +206,8 @@ class OpenCLIPAdapter(DenseAdapter):
             TTDError: no tokenizer was given, or it does not fit the model.
             InputError: ``texts`` is not a sequence of strings.
         """
-        if isinstance(texts, str) or not all(isinstance(one, str) for one in texts):
-            raise InputError("tokenize takes a list of strings")
-        context = text.context_length(self.model, self.tokenizer)
-        if not texts:
-            return Tokens(torch.zeros(0, context, dtype=torch.long), torch.zeros(0, dtype=torch.long), [])
-        valid = [valid_unicode(one) for one in texts]
-        ids = self._call_tokenizer(valid, context)
-        lengths = text.lengths_through_end(self.model, ids, self._pad_id())
-        truncated = [False] * len(valid)
-        full = [row for row, length in enumerate(lengths.tolist()) if length == context]
-        if full:
-            for row, cut in zip(full, self._has_more([valid[row] for row in full], ids[full]), strict=True):
-                truncated[row] = cut
-        return Tokens(ids, lengths, truncated)
-
-    def _has_more(self, texts: list[str], ids: Tensor) -> list[bool]:
-        context = ids.shape[1]
-        if takes_parameter(self.tokenizer, "context_length"):
-            longer = self._call_tokenizer(texts, context + 1)[:, :context]
-            return [not bool(same) for same in (longer == ids).all(dim=-1)]
-        encode = getattr(self.tokenizer, "encode", None)
-        if encode is not None:
-            return [len(encode(one)) + 2 > context for one in texts]
-        return [True] * len(texts)
-
-    def _call_tokenizer(self, texts: list[str], context: int) -> Tensor:
-        if self.tokenizer is None:
-            raise TTDError(
-                f"{self.description.name} was wrapped without a tokenizer; pass tokenizer="
-                "open_clip.get_tokenizer(NAME), NAME being the model's name"
-            )
-        options: dict[str, Any] = {}
-        if takes_parameter(self.tokenizer, "context_length"):
-            options["context_length"] = context
-        if takes_parameter(self.tokenizer, "truncate"):
-            options["truncate"] = True
-        try:
-            ids = self.tokenizer(texts, **options)
-        except Exception as error:
-            raise TTDError(
-                f"the tokenizer of {self.description.name} failed ({type(error).__name__}: {one_sentence(error)}); it "
-                "must take a list of strings, as open_clip.get_tokenizer(NAME) does"
-            ) from error
-        if not isinstance(ids, Tensor) or ids.shape != (len(texts), context):
-            seen = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
-            raise TTDError(
-                f"the tokenizer of {self.description.name} must give a tensor of shape {(len(texts), context)}, not "
-                f"{seen}; use open_clip.get_tokenizer(NAME), NAME being the model's name"
-            )
-        return ids.long().cpu()
-
-    def _pad_id(self) -> int:
-        inner = getattr(self.tokenizer, "tokenizer", self.tokenizer)
-        known = getattr(inner, "pad_token_id", None)
-        return int(known if known is not None else getattr(text.text_module(self.model), "pad_id", 0))
+        advice = "open_clip.get_tokenizer(NAME), NAME being the model's name"
+        return RowTokenizer(self.tokenizer, self.model, self.description.name, advice).tokenize(texts)
 
     def dense_transform(self, size: Size | None = None) -> ImageTransform:
         """The whole image resized to ``size`` (height, width), antialiased, nothing cropped away, and normalised.
@@ -317,17 +258,15 @@ class OpenCLIPAdapter(DenseAdapter):
         queries and keys, scaled heads) is wrapped at its output projection only. A text tower from transformers gives
         the linear layers of its blocks.
         """
-        if tower == "text" and not text.is_native(self.model):
-            return linear_layers_of_blocks(text.text_module(self.model), "text")
-        where = "visual.transformer" if tower == "image" else text_prefix(self.model) + "transformer"
+        if tower == "text":
+            return text.lora_targets(self.model, is_plain_attention)
         targets = []
-        transformer: Any = self.model.get_submodule(where)
-        blocks = transformer.resblocks
+        blocks = self._visual.transformer.resblocks
         for index, block in enumerate(blocks):
-            prefix = f"{where}.resblocks.{index}"
+            prefix = f"visual.transformer.resblocks.{index}"
             whole = is_plain_attention(base_layer(block.attn))
             targets.append(f"{prefix}.attn" if whole else f"{prefix}.attn.out_proj")
-            if tower == "text" or self.dense.ffn or index < len(blocks) - 1:
+            if self.dense.ffn or index < len(blocks) - 1:
                 targets += [f"{prefix}.mlp.c_fc", f"{prefix}.mlp.c_proj"]
         return targets
 
@@ -354,8 +293,3 @@ class OpenCLIPAdapter(DenseAdapter):
                 owner = None
             if owner == tower:
                 yield name, parameter
-
-
-def text_prefix(model: Any) -> str:
-    """What names of the text tower's parts begin with: ``"text."``, or nothing where they are inlined."""
-    return "text." if hasattr(model, "text") else ""

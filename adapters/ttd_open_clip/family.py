@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ttd_open_clip.download import FOLDER, HUB, hub_offline, hub_problem, own_config, quiet_root_logger, uses_hub
+from ttd_open_clip.download import FOLDER, HUB, own_config, uses_hub
 from ttd_open_clip.library import import_open_clip
 from ttd_open_clip.structure import is_native_vit_clip, refusal_of_config
 from ttd_plugins.adapter import AdapterFamily, Calibration
 from ttd_plugins.errors import BackboneNameError, TTDError, UnsupportedModelError, choices_sentence, one_sentence
+from ttd_plugins.toolkit.hub import hub_offline, hub_problem, quiet_root_logger
 
 if TYPE_CHECKING:
     from ttd_open_clip.adapter import OpenCLIPAdapter
@@ -130,7 +131,7 @@ class OpenCLIPFamily(AdapterFamily):
         remote = model.startswith(HUB) if config is None else not on_disk or uses_hub(config)
         problem = hub_problem() if remote else None
         try:
-            with quiet_root_logger(), hub_offline(problem is not None):
+            with quiet_root_logger("open_clip"), hub_offline(problem is not None):
                 if config is None:
                     _require_served(full, own_config(open_clip, model, cache_dir))
                 built = open_clip.create_model(

@@ -28,7 +28,7 @@ class LoRASelfAttention(nn.Module, LoraLayer):
 
     ``lora_A_q[adapter]`` is ``Linear(E, r)`` and ``lora_B_q[adapter]`` is ``Linear(r, E)``; likewise for ``k``, ``v``
     and ``out``. peft's state-dict helpers want the adapter's name right before ``weight``, hence the flat names. The
-    subclasses only differ in the signature of ``forward``.
+    subclasses differ in the signature of ``forward``, and in where the base module keeps its projections.
     """
 
     adapter_layer_names = (
@@ -54,7 +54,7 @@ class LoRASelfAttention(nn.Module, LoraLayer):
                 f"LoRA cannot wrap this {type(base_layer).__name__}: it needs one width for queries, keys and values, "
                 "and no extra key, value or norm"
             )
-        self._embed_dim = int(base_layer.out_proj.in_features)
+        self._embed_dim = int(self.out_projection(base_layer).in_features)
         LoraLayer.__init__(self, base_layer)
         for name in PROJECTIONS:
             setattr(self, f"lora_A_{name}", nn.ModuleDict())
@@ -67,6 +67,16 @@ class LoRASelfAttention(nn.Module, LoraLayer):
         """Whether this layer computes what ``module`` does; a subclass for another module class says so itself."""
         return is_plain_attention(module)
 
+    @staticmethod
+    def in_projection(module: Any) -> tuple[Tensor, Tensor | None]:
+        """Weight ``[3 E, E]`` and bias ``[3 E]`` of the fused input projection: queries, keys, values."""
+        return module.in_proj_weight, module.in_proj_bias
+
+    @staticmethod
+    def out_projection(module: Any) -> nn.Linear:
+        """The output projection."""
+        return module.out_proj
+
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         return self._embed_dim, 3 * self._embed_dim
 
@@ -78,7 +88,7 @@ class LoRASelfAttention(nn.Module, LoraLayer):
             raise UnsupportedModelError(
                 f"{type(self).__name__} knows no initialisation {config.init_lora_weights!r}; leave it at its default"
             )
-        weight = self.base_layer.in_proj_weight
+        weight, _ = self.in_projection(self.base_layer)
         factory: dict[str, Any] = {"bias": False, "device": weight.device, "dtype": weight.dtype}
         width = self._embed_dim
         self.r[adapter_name] = r
@@ -141,8 +151,7 @@ class LoRASelfAttention(nn.Module, LoraLayer):
         """Queries, keys and values of ``x`` ``[..., E]``, LoRA included; each ``[..., E]``."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        base = self.base_layer
-        q, k, v = F.linear(x, base.in_proj_weight, base.in_proj_bias).chunk(3, dim=-1)
+        q, k, v = F.linear(x, *self.in_projection(self.base_layer)).chunk(3, dim=-1)
         for adapter in self._live_adapters():
             dropped = self._lora_input(adapter, x)
             q = q + self._lora_path(adapter, "q", dropped).to(q.dtype)
@@ -152,7 +161,7 @@ class LoRASelfAttention(nn.Module, LoraLayer):
 
     def project_out(self, context: Tensor) -> Tensor:
         """Output projection of the mixed values ``[..., E]``, LoRA included."""
-        base = self.base_layer.out_proj
+        base = self.out_projection(self.base_layer)
         out = F.linear(context, base.weight, base.bias)
         for adapter in self._live_adapters():
             out = out + self._lora_path(adapter, "out", self._lora_input(adapter, context)).to(out.dtype)
@@ -184,10 +193,9 @@ class LoRASelfAttention(nn.Module, LoraLayer):
 
     @torch.no_grad()
     def _add(self, adapter: str, sign: int) -> None:
-        base = self.base_layer
         pairs = (
-            (base.in_proj_weight, self.get_delta_weight(adapter)),
-            (base.out_proj.weight, self.get_out_delta_weight(adapter)),
+            (self.in_projection(self.base_layer)[0], self.get_delta_weight(adapter)),
+            (self.out_projection(self.base_layer).weight, self.get_out_delta_weight(adapter)),
         )
         for weight, delta in pairs:
             weight.add_(delta.to(weight.dtype), alpha=sign)

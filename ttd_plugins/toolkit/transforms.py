@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,3 +81,43 @@ def three_channels(values: Any) -> tuple[float, float, float]:
     if len(numbers) != 3:
         raise InputError(f"mean and std of the preprocessing must have 3 numbers each, not {len(numbers)}")
     return numbers[0], numbers[1], numbers[2]
+
+
+def read_normalisation(visual: Any, preprocess: Any, default: Normalisation, advice: str) -> Normalisation:
+    """Find out how pixels are normalised.
+
+    The ``preprocess`` that the caller gives decides (a torchvision ``Compose`` with a ``Normalize`` in it, or a
+    mapping with ``mean``, ``std`` and ``interpolation``), then the mapping ``visual.preprocess_cfg``, then
+    ``visual.image_mean`` and ``visual.image_std``, then ``default``.
+
+    Raises:
+        InputError: ``preprocess`` is neither, or it does not normalise; the message says ``advice``.
+    """
+    found = dict(getattr(visual, "preprocess_cfg", None) or {})
+    for key, attribute in (("mean", "image_mean"), ("std", "image_std")):
+        if key not in found and getattr(visual, attribute, None) is not None:
+            found[key] = getattr(visual, attribute)
+    if isinstance(preprocess, Mapping):
+        found.update({key: value for key, value in preprocess.items() if value is not None})
+    elif preprocess is not None:
+        found.update(_read_compose(preprocess, advice))
+    return Normalisation(
+        mean=three_channels(found.get("mean", default.mean)),
+        std=three_channels(found.get("std", default.std)),
+        interpolation="bilinear" if found.get("interpolation", default.interpolation) == "bilinear" else "bicubic",
+    )
+
+
+def _read_compose(preprocess: Any, advice: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for step in getattr(preprocess, "transforms", [preprocess]):
+        if hasattr(step, "mean") and hasattr(step, "std"):
+            found.update(mean=step.mean, std=step.std)
+        if hasattr(step, "interpolation"):
+            found["interpolation"] = getattr(step.interpolation, "value", step.interpolation)
+    if "mean" not in found:
+        raise InputError(
+            f"the preprocess given does not say how it normalises: pass {advice}, another torchvision Compose with a "
+            "Normalize in it, or a mapping with mean and std"
+        )
+    return found

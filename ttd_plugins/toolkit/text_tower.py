@@ -1,19 +1,23 @@
-"""The text tower: embeddings at any length that keeps the end token, exact where trimming is exact.
+"""Text towers made of residual blocks: embeddings at any length that keeps the end token, exact where trimming is.
 
-A causal tower pooled at its end token never looks behind that token, so its parts are run with sliced positions and
-mask (open_clip's own ``encode_text`` takes the full context only). Every other tower (bidirectional, with an appended
-class token, pooled at the last position, from transformers) gets the library's own ``encode_text``.
+A tower is native here if its parts are named ``token_embedding``, ``positional_embedding``, ``transformer.resblocks``
+and ``ln_final``, inlined in the model or under ``model.text``. A causal tower pooled at its end token never looks
+behind that token, so its parts are run with sliced positions and mask (the library's own ``encode_text`` takes the full
+context only). Every other tower (bidirectional, with an appended class token, pooled at the last position, or not
+native at all) gets the library's own ``encode_text``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ttd_plugins.errors import InputError
-from ttd_plugins.toolkit.attention import run_blocks
+from ttd_plugins.toolkit.attention import is_plain_attention, run_blocks
+from ttd_plugins.toolkit.lora_targets import base_layer, linear_layers_of_blocks
 
 DEFAULT_CONTEXT_LENGTH = 77
 NATIVE_PARTS = ("token_embedding", "positional_embedding", "transformer", "ln_final")
@@ -24,11 +28,22 @@ def text_module(model: Any) -> Any:
     return getattr(model, "text", model)
 
 
+def embedding_width(model: Any) -> int | None:
+    """Width of the text embeddings, or ``None`` where the tower is not native and so does not say."""
+    if not is_native(model):
+        return None
+    tower = text_module(model)
+    last = tower.text_projection
+    if last is None:
+        return int(tower.token_embedding.embedding_dim)
+    return int(last.out_features if isinstance(last, nn.Linear) else last.shape[1])
+
+
 def context_length(model: Any, tokenizer: Any = None) -> int:
     """Positions of the text tower, an appended class token not counted.
 
-    A tower from transformers states its table of positions at most (514 for RoBERTa) and not the length that it was
-    trained at, so there the tokenizer decides, or else open_clip's default.
+    A tower that is not native states its table of positions at most (514 for RoBERTa) and not the length that it was
+    trained at, so there the tokenizer decides, or else CLIP's own 77.
     """
     if is_native(model):
         return int(text_module(model).context_length)
@@ -46,7 +61,7 @@ def end_id(model: Any) -> int:
 
 
 def is_native(model: Any) -> bool:
-    """Whether the text tower is open_clip's own, with blocks that can be named one by one."""
+    """Whether the text tower is made of residual blocks that can be named one by one."""
     text = text_module(model)
     return all(hasattr(text, name) for name in NATIVE_PARTS) and hasattr(text.transformer, "resblocks")
 
@@ -127,3 +142,29 @@ def _encode_trimmed(model: Any, ids: Tensor) -> Tensor:
 
 def _run_block(block: Any, x: Tensor, mask: Tensor) -> Tensor:
     return block(x, attn_mask=mask)
+
+
+def lora_targets(model: Any, is_whole: Callable[[nn.Module], bool] = is_plain_attention) -> list[str]:
+    """Names of what LoRA may wrap in the text tower: attention and both matrices of the MLP in every block.
+
+    Args:
+        model: the model that the names are relative to.
+        is_whole: whether an attention module is wrapped whole; any other is wrapped at its output projection only.
+
+    Returns:
+        Names for a native tower as said above, and the linear layers of its blocks for any other.
+    """
+    if not is_native(model):
+        return linear_layers_of_blocks(text_module(model), "text")
+    targets = []
+    where = f"{prefix(model)}transformer.resblocks"
+    for index, block in enumerate(text_module(model).transformer.resblocks):
+        whole = is_whole(base_layer(block.attn))
+        targets.append(f"{where}.{index}.attn" if whole else f"{where}.{index}.attn.out_proj")
+        targets += [f"{where}.{index}.mlp.c_fc", f"{where}.{index}.mlp.c_proj"]
+    return targets
+
+
+def prefix(model: Any) -> str:
+    """What names of the text tower's parts begin with: ``"text."``, or nothing where they are inlined."""
+    return "text." if hasattr(model, "text") else ""
