@@ -165,7 +165,7 @@ class SiglipAdapter(DenseAdapter):
         bias = self.logit_bias()
         if bias is None or bias.is_meta:
             return Calibration()
-        return Calibration(scale=float(self.logit_scale()), shift=float(bias) + PRIOR)
+        return Calibration(scale=float(self.logit_scale().detach()), shift=float(bias.detach()) + PRIOR)
 
     @property
     def description(self) -> BackboneDescription:
@@ -245,8 +245,8 @@ class SiglipAdapter(DenseAdapter):
             raise InputError(f"token ids must have shape [texts, length], not {tuple(ids.shape)}")
         if ids.shape[1] != context:
             raise InputError(
-                f"this text tower looks at all {context} positions and pools the last, so token ids with {ids.shape[1]} "
-                "would give other embeddings; pass the rows that tokenize() gives"
+                f"this text tower looks at all {context} positions and pools the last, so token ids with "
+                f"{ids.shape[1]} would give other embeddings; pass the rows that tokenize() gives"
             )
 
     # Input ---------------------------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ from torch import Tensor
 from ttd_plugins.errors import InputError, choices_sentence
 
 HeadMode = Literal["value", "token_probe", "query_query"]
-"""``value``: each patch answers with its own value; ``token_probe``: each patch is the probe, softmax(q k), as FG-CLIP 2
-(arXiv 2510.10921) has it; ``query_query``: softmax(q q), the self-self attention of DeCLIP (2505.04410) and ClearCLIP."""
+"""``value``: each patch answers with its own value; ``token_probe``: each patch is the probe, softmax(q k), as FG-CLIP
+2 (arXiv 2510.10921) has it; ``query_query``: softmax(q q), as in DeCLIP (2505.04410), but with the skip around the
+head's MLP as it was trained, where DeCLIP takes it after the norm."""
 
 LastBlock = Literal["plain", "value"]
 """``plain``: the last encoder block as trained; ``value``: each patch of it attends to itself alone, skip and FFN kept

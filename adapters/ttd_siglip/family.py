@@ -61,7 +61,7 @@ class SiglipFamily(AdapterFamily):
         return list(open_clip.list_pretrained_tags_by_model(model))
 
     def default_weights(self, model: str) -> str | None:
-        """``embedded`` for ``tiny``, ``own`` for hub models and folders; an architecture of open_clip has no default."""
+        """``embedded`` for ``tiny``, ``own`` for hub models and folders; open_clip's architectures have no default."""
         if model == TINY:
             return EMBEDDED
         return OWN_WEIGHTS if model.startswith((HUB, FOLDER)) or _is_path_or_hub_name(model) else None

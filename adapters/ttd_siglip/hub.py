@@ -83,6 +83,8 @@ def load_from_transformers(
 
 def _build(transformers: Any, source: str, full: str, weights: str, dtype: Any, options: dict[str, Any]) -> Any:
     raw, _ = transformers.SiglipConfig.get_config_dict(source, **options)
+    if not raw:
+        raise ValueError("there is no config.json in it")
     reason = refusal_of_transformers_config(raw)
     if reason is not None:
         raise UnsupportedModelError(f"{full} cannot be adapted: {reason}")
@@ -137,9 +139,7 @@ def _cannot_load(full: str, part: str, is_folder: bool, problem: str | None, err
     """One sentence on what failed and what to do, by where the files come from."""
     reason = f"{part}{full} cannot be loaded ({type(error).__name__}: {one_sentence(error)})"
     if is_folder:
-        return (
-            f"{reason}; the folder must be one that transformers' save_pretrained wrote for the model and its tokenizer"
-        )
+        return f"{reason}; the folder must hold a model and its tokenizer as transformers' save_pretrained writes them"
     if problem is not None:
         reason = f"{part}{full} cannot be loaded: {problem}, and the download cache does not hold all of it"
     return (

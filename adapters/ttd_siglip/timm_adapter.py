@@ -28,8 +28,12 @@ class TimmSiglipAdapter(SiglipAdapter):
     """
 
     @property
+    def _visual(self) -> Any:
+        return self.model.visual
+
+    @property
     def _trunk(self) -> Any:
-        return self.model.visual.trunk
+        return self._visual.trunk
 
     @property
     def _text(self) -> Any:
@@ -40,7 +44,7 @@ class TimmSiglipAdapter(SiglipAdapter):
         return int(height), int(width)
 
     def _input_size(self) -> tuple[int, int]:
-        height, width = self._trunk.patch_embed.img_size or self.model.visual.image_size
+        height, width = self._trunk.patch_embed.img_size or self._visual.image_size
         return int(height), int(width)
 
     def _grid(self) -> tuple[int, int]:
@@ -51,11 +55,12 @@ class TimmSiglipAdapter(SiglipAdapter):
         return self._image_width(), self._text_width()
 
     def _image_width(self) -> int:
-        head = getattr(self.model.visual, "head", None)
-        last: Any = getattr(head, "proj", None) or getattr(getattr(head, "mlp", None), "fc2", None)
-        for layer in (last, getattr(self._trunk, "head", None)):
-            if hasattr(base_layer(layer) if layer is not None else None, "out_features"):
-                return int(base_layer(layer).out_features)  # type: ignore[arg-type, union-attr]
+        head = getattr(self._visual, "head", None)
+        projections = (getattr(head, "proj", None), getattr(getattr(head, "mlp", None), "fc2", None), self._trunk.head)
+        for layer in projections:
+            last: Any = base_layer(layer) if layer is not None else None
+            if hasattr(last, "out_features"):
+                return int(last.out_features)
         return int(self._trunk.attn_pool.out_features)
 
     def _text_width(self) -> int | None:
@@ -78,7 +83,7 @@ class TimmSiglipAdapter(SiglipAdapter):
         return int(getattr(self.tokenizer, "context_length", None) or DEFAULT_CONTEXT_LENGTH)
 
     def _own_preprocessing(self) -> Mapping[str, Any] | None:
-        return getattr(self.model.visual, "preprocess_cfg", None)
+        return getattr(self._visual, "preprocess_cfg", None)
 
     # Features ------------------------------------------------------------------------------------------------------
 
@@ -108,7 +113,7 @@ class TimmSiglipAdapter(SiglipAdapter):
     def _project(self, x: Tensor) -> Tensor:
         """What follows the pooling head; nothing in the published SigLIP models."""
         trunk = self._trunk
-        return self.model.visual.head(trunk.head(trunk.head_drop(trunk.fc_norm(x))))  # type: ignore[operator, union-attr]
+        return self._visual.head(trunk.head(trunk.head_drop(trunk.fc_norm(x))))
 
     def _dense(self, x: Tensor) -> Tensor:
         pool = self._trunk.attn_pool
@@ -149,7 +154,7 @@ class TimmSiglipAdapter(SiglipAdapter):
         return out[0] if isinstance(out, tuple) else out
 
     def native_transform(self) -> ImageTransform:
-        """The caller's ``preprocess``, or open_clip's evaluation preprocessing: squashed to the size, nothing cropped."""
+        """The caller's ``preprocess``, or open_clip's evaluation preprocessing, which squashes and crops nothing."""
         if self._preprocess is not None:
             return NativeTransform(self._preprocess)
         from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict

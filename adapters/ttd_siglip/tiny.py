@@ -40,7 +40,7 @@ def load_tiny(folder: str | Path, *, weights: bool = True) -> tuple[nn.Module, T
             "siglip:tiny@random"
         )
     try:
-        model: Any = fresh_model(config)
+        model: Any = fresh_model({part: config[part] for part in ("text_config", "vision_config")})
     except (KeyError, TypeError, ValueError) as error:
         raise TTDError(
             f"no model can be built from {folder / CONFIG_FILE} ({type(error).__name__}: {one_sentence(error)}); it "

@@ -63,8 +63,8 @@ def tokenize(tokenizer: Any, texts: Sequence[str], context: int, name: str) -> T
     full = [row for row, length in enumerate(lengths.tolist()) if length == context]
     if full:
         if _is_transformers(tokenizer) or takes_parameter(tokenizer, "context_length"):
-            longer = _rows(tokenizer, [valid[row] for row in full], context + 1, name)[:, :context]
-            cut = (longer != ids[full]).any(dim=-1).tolist()
+            longer = _rows(tokenizer, [valid[row] for row in full], context + 1, name)
+            cut = (_lengths(tokenizer, longer) > context).tolist()
         else:
             cut = [True] * len(full)
         for row, was_cut in zip(full, cut, strict=True):

@@ -95,8 +95,8 @@ class TransformersSiglipAdapter(SiglipAdapter):
         if wrapped is None:
             return None
         return (
-            f"the attention of the pooling head holds a {wrapped.__module__}.{wrapped.__qualname__}, and what a wrapper "
-            "adds there would reach only one of the pooled and the dense features; merge it first, or leave "
+            f"the attention of the pooling head holds a {wrapped.__module__}.{wrapped.__qualname__}, and what a "
+            "wrapper adds there would reach only one of the pooled and the dense features; merge it first, or leave "
             "vision_model.head.attention out of its targets"
         )
 
