@@ -66,10 +66,10 @@ class TimmSiglipAdapter(SiglipAdapter):
     def _text_width(self) -> int | None:
         if not self._has_native_text():
             return None
-        last = self._text.text_projection
-        if last is None:
+        projection = self._text.text_projection
+        if projection is None:
             return int(self._text.token_embedding.weight.shape[1])
-        last = base_layer(last) if isinstance(last, nn.Module) else last
+        last: Any = base_layer(projection) if isinstance(projection, nn.Module) else projection
         return int(last.out_features if isinstance(last, nn.Linear) else last.shape[1])
 
     def _has_native_text(self) -> bool:
