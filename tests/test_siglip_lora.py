@@ -12,7 +12,7 @@ pytest.importorskip("open_clip")
 
 import torch
 from helpers_open_clip import assert_unchanged, snapshot
-from helpers_siglip import CONTAINERS, pixels, rows, tiny, tiny_timm
+from helpers_siglip import CONTAINERS, pixels, rows, siglip_like_tokenizer, tiny, tiny_timm
 from ttd_siglip.adapter import SiglipAdapter
 from ttd_siglip.dense import MODES
 from ttd_siglip.wrapping import adapt
@@ -150,3 +150,25 @@ def test_lora_with_gradient_checkpointing_and_in_half_precision(container: str) 
 def test_lora_twice_is_refused(container: str) -> None:
     with pytest.raises(TTDError, match="has LoRA"):
         with_lora(container).add_lora(2)
+
+
+@both
+def test_ttd_trains_a_wrapped_model_and_gives_it_back(container: str) -> None:
+    from ttd_plugins import TTD, wrap
+
+    model = tiny(container)
+    backbone = wrap(model, tokenizer=siglip_like_tokenizer(), lora=2)
+    ttd = TTD(backbone)
+    optimizer = torch.optim.AdamW(backbone.lora_parameters(), lr=1e-2)
+    captions = ["a cat on the grass", "two red dog", "a photo of a cat and dog"]
+    losses = []
+    for _ in range(5):
+        loss = ttd(pixels(3), captions).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    tuned = backbone.merge()
+    assert tuned is model
+    assert not [name for name, _ in model.named_modules() if "lora" in name]
