@@ -488,4 +488,5 @@ def assert_unchanged(before: dict[str, Any], model: nn.Module) -> None:
 
 def cosine_gap(a: Tensor, b: Tensor) -> float:
     """One less the smallest cosine of matching vectors."""
-    return float(1 - F.cosine_similarity(a.flatten(0, -2).float(), b.flatten(0, -2).float(), dim=-1).min())
+    a, b = (t.detach().flatten(0, -2).float() for t in (a, b))
+    return float(1 - F.cosine_similarity(a, b, dim=-1).min())

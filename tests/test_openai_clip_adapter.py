@@ -112,17 +112,15 @@ def test_lora_acts_gets_gradients_and_leaves_without_a_trace(build: str, trainin
     assert_unchanged(before, model)
 
 
-@BUILD
-def test_merging_is_exact_in_double_precision(build: str) -> None:
-    if build == "original_vit" or build == "original_resnet":
-        pytest.skip("the original's LayerNorms compute in float32")
-    adapter = FAMILY.wrap(BUILDS[build]().double()).add_lora(2)
+def test_merging_is_exact_in_double_precision() -> None:
+    """The originals' LayerNorms compute in float32, so this is for transformers alone."""
+    adapter = FAMILY.wrap(transformers_clip().double()).add_lora(2)
     with torch.no_grad():
         for parameter in adapter.lora_parameters():
             parameter.normal_(std=0.2)
-        tuned = adapter.encode_image(pixels_of(build).double())
+        tuned = adapter.encode_image(pixels().double())
         adapter.merge()
-        merged = adapter.encode_image(pixels_of(build).double())
+        merged = adapter.encode_image(pixels().double())
     torch.testing.assert_close(merged.patches, tuned.patches, atol=1e-11, rtol=1e-11)
 
 
@@ -181,5 +179,5 @@ def test_a_local_folder(tmp_path: Any) -> None:
     adapter = FAMILY.load(str(tmp_path), "own")
     with torch.no_grad():
         assert torch.equal(adapter.encode_image(pixels()).pooled, FAMILY.wrap(model).encode_image(pixels()).pooled)
-    with pytest.raises(TTDError, match="tokenizer of .* cannot be loaded"):
+    with pytest.raises(TTDError, match=r"tokenizer of .* cannot be loaded"):
         adapter.tokenize(["a"])
