@@ -33,6 +33,7 @@ LAYERS = (
     "ttd_plugins.selection",
     "ttd_plugins.losses",
     "ttd_plugins.engine",
+    "ttd_plugins.calibration",
     "ttd_plugins.embedded",
     "ttd_plugins.data",
     "ttd_plugins.evaluation",
@@ -43,7 +44,9 @@ LAYERS = (
 )
 # The verb of the contract that is carried out by a module built on the contract.
 UPWARD_ON_PURPOSE = {("ttd_plugins.adapter", "ttd_plugins.lora")}
-NOT_FOR_ADAPTERS = ("engine", "losses", "selection", "similarity", "training", "evaluation", "reports", "cli")
+NOT_FOR_ADAPTERS = (
+    "engine", "calibration", "losses", "selection", "similarity", "training", "evaluation", "reports", "testing", "cli",
+)  # fmt: skip
 BACKBONE_LIBRARIES = {"open_clip", "timm", "transformers", "torchvision", "clip"}
 # Layers for peft are subclasses of its own, so their module is for those who have it.
 NEEDS_PEFT = {"ttd_plugins.toolkit.attention_lora"}

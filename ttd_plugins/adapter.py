@@ -25,7 +25,13 @@ if TYPE_CHECKING:
     from ttd_plugins.lora import LoRAHandle
 
 API_VERSION = 1
-"""Version of this contract; :mod:`ttd_plugins.plugins` refuses a family that speaks another one."""
+"""Version of this contract."""
+
+SPOKEN_API_VERSIONS: tuple[int, ...] = (API_VERSION,)
+"""Versions that this release speaks, oldest first; :mod:`ttd_plugins.plugins` refuses a family of another one.
+
+What raises the version, and how long an old one is spoken: ``docs/contract.md``.
+"""
 
 Tower = Literal["image", "text"]
 TOWERS: tuple[Tower, ...] = ("image", "text")

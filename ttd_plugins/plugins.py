@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from ttd_plugins import hookspecs
-from ttd_plugins.adapter import API_VERSION, AdapterFamily, DenseAdapter
+from ttd_plugins.adapter import SPOKEN_API_VERSIONS, AdapterFamily, DenseAdapter
 from ttd_plugins.errors import (
     AdapterConflictError,
     BackboneNameError,
@@ -370,10 +370,11 @@ def _family_problem(family: object) -> str | None:
     name = getattr(family, "name", None)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         return f"family {name!r} is refused: its name takes lower-case letters, digits and underscores"
-    if family.api_version != API_VERSION:
+    if family.api_version not in SPOKEN_API_VERSIONS:
+        spoken = " or ".join(map(str, SPOKEN_API_VERSIONS))
         return (
             f"family {name!r} is refused: it speaks version {family.api_version} of the adapter contract and this "
-            f"release of ttd-plugins speaks version {API_VERSION}; install versions that fit together"
+            f"release of ttd-plugins speaks version {spoken}; install versions that fit together"
         )
     return None
 
@@ -662,6 +663,15 @@ def wrap(
         if arguments is not None:
             adapter.add_lora(**arguments)
         return adapter
+
+
+def family_for_model(model: object) -> str:
+    """Name of the one family that takes a model object; :func:`wrap` uses it.
+
+    Raises:
+        UnsupportedModelError, AdapterConflictError, PluginError: as :func:`wrap`.
+    """
+    return _claimant(model)[1].name
 
 
 def _claimant(model: object) -> tuple[_Plugin, AdapterFamily]:

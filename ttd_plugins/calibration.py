@@ -1,0 +1,322 @@
+"""Fit the map from cosine to probability to a backbone, from a few hundred unlabelled image-text pairs.
+
+Cosines of different families live on different scales, so the probability that a tag is in a picture needs a scale and
+a shift of its own for each backbone. They are fitted without a label: a caption's own words are taken for present, and
+words borrowed from other captions for absent, which is right often enough to place the middle and the slope.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ttd_plugins import selection, similarity
+from ttd_plugins.adapter import Calibration, DenseAdapter, Size
+from ttd_plugins.engine import encode_texts, evaluation_mode
+from ttd_plugins.errors import InputError, TagExtractionError, TTDError
+from ttd_plugins.tags import fold
+
+if TYPE_CHECKING:
+    from ttd_plugins.tags import TagExtractor
+
+MIN_IMAGES = 20
+"""Fewest images with tags that a fit is made from; a few hundred are wanted for a good one."""
+
+RIDGE = 1e-4
+"""Weight of half the squared slope of the standardised score in the mean log-loss: it keeps separable data finite."""
+
+
+@dataclass(frozen=True)
+class CalibrationFit:
+    """A fitted calibration, and how much better than the backbone's default it is on images that it has not seen.
+
+    Attributes:
+        calibration: the fitted map, for ``TTDOptions(calibration=...)``.
+        default: the backbone's own.
+        log_loss, default_log_loss: mean negative log-likelihood, in nats a word, of own and borrowed words on the
+            held-out images; 0.693 is a coin's.
+        images, held_out_images: distinct images that it was fitted on and measured on.
+        words, held_out_words: how many own and, in equal number, borrowed words they gave.
+        captions_without_words: captions that were left out because they have no tag, or none to compare it with.
+    """
+
+    calibration: Calibration
+    default: Calibration
+    log_loss: float
+    default_log_loss: float
+    images: int
+    held_out_images: int
+    words: int
+    held_out_words: int
+    captions_without_words: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        return asdict(self)
+
+
+def fit_logistic(scores: NDArray[Any], present: NDArray[Any], *, ridge: float = RIDGE) -> Calibration:
+    """Scale and shift of the logistic regression of ``present`` on ``scores``, to the optimum, in float64.
+
+    The objective is the mean log-loss and ``ridge / 2`` times the square of the slope of the *standardised* score, so
+    that an affine change of all scores changes no fitted probability. It is strictly convex and solved by Newton's
+    method with step halving.
+
+    Args:
+        scores: cosines ``[N]``.
+        present: bool ``[N]``.
+        ridge: above zero; data that a threshold separates have no finite optimum without it.
+
+    Raises:
+        TTDError: there is only one class, a score is not finite, all scores are equal, or present words do not score
+            higher than absent ones, so that no increasing map fits.
+    """
+    x, y = np.asarray(scores, np.float64), np.asarray(present, np.float64)
+    if not ridge > 0:
+        raise InputError(f"the ridge must be above 0, not {ridge}")
+    if x.ndim != 1 or x.shape != y.shape or not 0 < y.sum() < len(y):
+        raise TTDError("a calibration is fitted to scores of words that are there and of words that are not")
+    if not np.isfinite(x).all():
+        raise TTDError("a calibration cannot be fitted: the backbone gave scores that are not finite")
+    mean, spread = x.mean(), x.std()
+    if spread <= 1e-7 * max(abs(mean), 1e-30):
+        raise TTDError("a calibration cannot be fitted: the backbone gives every word on every image the same score")
+    z = np.stack([(x - mean) / spread, np.ones_like(x)], axis=1)
+    penalty = np.array([ridge, 0.0])
+
+    def objective(weights: NDArray[np.float64]) -> float:
+        logits = z @ weights
+        return float((np.logaddexp(0, logits) - y * logits).mean() + 0.5 * penalty @ weights**2)
+
+    weights = np.array([0.0, math.log(y.mean() / (1 - y.mean()))])
+    for _ in range(200):
+        chance = _sigmoid(z @ weights)
+        gradient = z.T @ (chance - y) / len(y) + penalty * weights
+        if np.abs(gradient).max() < 1e-13:
+            break
+        curvature = (z * (chance * (1 - chance))[:, None]).T @ z / len(y) + np.diag(penalty)
+        step = np.linalg.solve(curvature, gradient)
+        size, now = 1.0, objective(weights)
+        while objective(weights - size * step) > now and size > 1e-12:
+            size /= 2
+        if size <= 1e-12:
+            break
+        weights = weights - size * step
+    if weights[0] <= 0:
+        raise TTDError(
+            "a calibration cannot be fitted: words of other captions score as high as a caption's own, so the backbone "
+            "does not tell which words are in a picture; check that captions belong to their images"
+        )
+    return Calibration(float(weights[0] / spread), float(weights[1] - weights[0] * mean / spread))
+
+
+def log_loss(calibration: Calibration, scores: NDArray[Any], present: NDArray[Any]) -> float:
+    """Mean negative log-likelihood in nats of ``present`` (bool ``[N]``) under the calibrated ``scores`` (``[N]``)."""
+    logits = calibration.scale * np.asarray(scores, np.float64) + calibration.shift
+    return float((np.logaddexp(0, logits) - np.asarray(present, np.float64) * logits).mean())
+
+
+def _sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.exp(-np.logaddexp(0, -logits))
+
+
+@dataclass
+class _Pair:
+    """One image with one caption: what it is now, the digest of its pixels, its own words and borrowed ones."""
+
+    image: Any
+    caption: str
+    own: list[str]
+    borrowed: list[str]
+    digest: str = ""
+
+
+@torch.no_grad()
+def fit_calibration(
+    backbone: DenseAdapter,
+    pairs: Iterable[tuple[Any, Any]],
+    *,
+    extractor: str | TagExtractor = "words",
+    template: str = "{}",
+    size: Size | None = None,
+    held_out: float = 0.25,
+    batch_size: int = 32,
+    ridge: float = RIDGE,
+    seed: int = 0,
+) -> CalibrationFit:
+    """Fit a backbone's calibration by logistic regression on nearest-patch scores.
+
+    A caption's own words are compared with as many words borrowed from other captions, drawn as often as they are
+    used there and never words of the caption itself. A probability of one half therefore means "as likely a word of
+    this picture's caption as of another's". Images, each with all of its captions, are held out for the log-loss. The
+    backbone is put into evaluation mode for the time being, and the same seed gives the same answer.
+
+    Args:
+        backbone: the backbone, with or without LoRA.
+        pairs: pairs ``(image, caption)``, the image as a PIL image, a path or normalised pixels ``[3, height,
+            width]``; or batches ``(pixels [B, 3, height, width], B captions)``, as a data loader gives.
+        extractor: a tag extractor, or the name of one.
+        template: what a word is put into before it is encoded, with ``{}`` for the word.
+        size: input (height, width) in pixels of PIL images and paths; by default the backbone's preferred size.
+        held_out: share of the images that the log-loss is measured on.
+        batch_size: images that go through the backbone at once.
+        ridge: see :func:`fit_logistic`.
+        seed: decides which images are held out and which words are borrowed.
+
+    Raises:
+        InputError: an option is out of range, an item is no pair, an image cannot be read, or there are fewer than
+            20 distinct images whose captions have words.
+        TagExtractionError: the extractor finds no word in any caption, or gives as many lists as no caption count.
+        TTDError: no increasing map fits; see :func:`fit_logistic`.
+    """
+    if not 0 < held_out < 1:
+        raise InputError(f"held_out must be between 0 and 1, not {held_out}")
+    if batch_size < 1:
+        raise InputError(f"batch_size must be 1 or more, not {batch_size}")
+    if template.count("{}") != 1:
+        raise InputError(f"the template {template!r} must hold {{}} once, where the word goes")
+    found = _read_pairs(pairs)
+    without = _draw_words(found, extractor, np.random.default_rng([seed, 0]))
+    usable = [pair for pair in found if pair.own]
+    with evaluation_mode(backbone):
+        scores = _score(backbone, usable, template, size, batch_size)
+    images = sorted({pair.digest for pair in usable})
+    if len(images) < MIN_IMAGES:
+        raise InputError(
+            f"a calibration needs {MIN_IMAGES} different images or more whose captions have words, better a few "
+            f"hundred; {len(images)} of {len(found)} pairs were left"
+        )
+    count = min(max(round(held_out * len(images)), 1), len(images) - 1)
+    chosen = np.random.default_rng([seed, 1]).permutation(len(images))[:count]
+    kept_back = {images[index] for index in chosen}
+    parts: dict[bool, tuple[list[float], list[bool]]] = {False: ([], []), True: ([], [])}
+    for pair, values in zip(usable, scores, strict=True):
+        into = parts[pair.digest in kept_back]
+        into[0].extend(values)
+        into[1].extend([True] * len(pair.own) + [False] * len(pair.borrowed))
+    (x, y), (test_x, test_y) = ((np.array(s, np.float64), np.array(p, bool)) for s, p in parts.values())
+    fitted = fit_logistic(x, y, ridge=ridge)
+    default = backbone.description.calibration
+    return CalibrationFit(
+        calibration=fitted,
+        default=default,
+        log_loss=log_loss(fitted, test_x, test_y),
+        default_log_loss=log_loss(default, test_x, test_y),
+        images=len(images) - count,
+        held_out_images=count,
+        words=int(y.sum()),
+        held_out_words=int(test_y.sum()),
+        captions_without_words=without,
+    )
+
+
+def _read_pairs(pairs: Iterable[tuple[Any, Any]]) -> list[_Pair]:
+    """One item for each caption, batches taken apart."""
+    found: list[_Pair] = []
+    for position, item in enumerate(pairs):
+        if not isinstance(item, Sequence) or isinstance(item, str) or len(item) != 2:
+            raise InputError(f"item {position} is no pair of an image and a caption, or of pixels and captions")
+        image, captions = item
+        if isinstance(captions, str):
+            if isinstance(image, Tensor) and image.ndim != 3:
+                raise InputError(
+                    f"the image of item {position} has shape {tuple(image.shape)}, not [3, height, width]; a batch "
+                    "comes with a list of captions"
+                )
+            found.append(_Pair(image, captions, [], []))
+            continue
+        if not isinstance(image, Tensor) or image.ndim != 4 or len(image) != len(captions):
+            raise InputError(
+                f"item {position} is no batch: it needs pixels [B, 3, height, width] and a list of B captions"
+            )
+        found += [_Pair(one, caption, [], []) for one, caption in zip(image, captions, strict=True)]
+    return found
+
+
+def _draw_words(pairs: list[_Pair], extractor: str | TagExtractor, rng: np.random.Generator) -> int:
+    """Give each pair its own words and as many borrowed ones; returns how many captions have none."""
+    if isinstance(extractor, str):
+        from ttd_plugins.plugins import make_tag_extractor
+
+        extractor = make_tag_extractor(extractor)
+    words = extractor([pair.caption for pair in pairs])
+    if len(words) != len(pairs):
+        raise TagExtractionError(
+            f"tag extractor {extractor.name!r} returned {len(words)} lists for {len(pairs)} captions"
+        )
+    everything = [word for own in words for word in own]
+    if pairs and not everything:
+        raise TagExtractionError(
+            f"tag extractor {extractor.name!r} finds no word in any of {len(pairs)} captions, so there is nothing to "
+            "fit a calibration to; give captions that name things, or another extractor"
+        )
+    folded = [fold(word) for word in everything]
+    without = 0
+    for pair, own in zip(pairs, words, strict=True):
+        mine = {fold(word) for word in own}
+        others = [index for index, word in enumerate(folded) if word not in mine]
+        if not own or not others:
+            without += 1
+            continue
+        pair.own = list(own)
+        pair.borrowed = [everything[index] for index in rng.choice(others, size=len(own))]
+    return without
+
+
+def _score(
+    backbone: DenseAdapter, pairs: list[_Pair], template: str, size: Size | None, batch_size: int
+) -> list[list[float]]:
+    """Nearest-patch scores of each pair's own words and then its borrowed ones; notes the digests of the pixels."""
+    number: dict[str, int] = {}
+    for pair in pairs:
+        for word in (*pair.own, *pair.borrowed):
+            number.setdefault(word, len(number))
+    names = [template.format(word) for word in number]
+    parts = [encode_texts(backbone, names[start : start + 256])[0] for start in range(0, len(names), 256)]
+    words = torch.cat(parts) if parts else torch.zeros(0, backbone.description.embedding_width)
+    scores: list[list[float]] = []
+    for batch in _batches(backbone, pairs, size, batch_size):
+        pixels = torch.stack([one for _, one in batch]).to(backbone.device)
+        features = similarity.normalize(backbone.encode_image(pixels, pooled=False).patches.flatten(1, 2))
+        for (pair, one), patches in zip(batch, features, strict=True):
+            pair.digest = hashlib.blake2b(one.float().cpu().numpy().tobytes(), digest_size=16).hexdigest()
+            chosen = words[[number[word] for word in (*pair.own, *pair.borrowed)]]
+            scores.append(selection.pixel_scores(chosen.to(patches.device) @ patches.T).double().cpu().tolist())
+    return scores
+
+
+def _batches(
+    backbone: DenseAdapter, pairs: list[_Pair], size: Size | None, batch_size: int
+) -> Iterable[list[tuple[_Pair, Tensor]]]:
+    """Consecutive pairs with their pixels, of one size a batch."""
+    transform = backbone.dense_transform(size)
+    batch: list[tuple[_Pair, Tensor]] = []
+    for pair in pairs:
+        pixels = _pixels(pair.image, transform)
+        if batch and (len(batch) == batch_size or batch[0][1].shape != pixels.shape):
+            yield batch
+            batch = []
+        batch.append((pair, pixels))
+    if batch:
+        yield batch
+
+
+def _pixels(image: Any, transform: Any) -> Tensor:
+    if isinstance(image, Tensor):
+        return image
+    if isinstance(image, str | Path):
+        from ttd_plugins.data.images import read_image
+
+        image = read_image(image)
+    if not hasattr(image, "convert"):
+        raise InputError(f"an image must be a PIL image, a path or pixels, not a {type(image).__name__}")
+    return transform(image)

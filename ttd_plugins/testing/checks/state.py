@@ -1,0 +1,235 @@
+"""What an adapter leaves behind, and whether it can be copied, pickled, moved and made smaller."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ttd_plugins.adapter import DenseAdapter
+from ttd_plugins.errors import one_sentence
+from ttd_plugins.testing.check import Check, CheckFailed, NotApplicable, collect
+from ttd_plugins.testing.keeper import Keeper
+from ttd_plugins.testing.session import BUILT, Session, said
+
+CHECKS: list[Check] = []
+check = partial(collect, CHECKS)
+
+HALF_COSINE = 0.97
+"""Mean cosine that features in bfloat16 must have with the same in the model's own precision."""
+
+
+@check(
+    "using an adapter changes nothing in its model: weights, buffers, hooks, masks, modes, requires_grad, attributes",
+    "a hook is registered in encode_image and not removed",
+    "the position embedding or an image size in the model is overwritten for another input size",
+    "the model is put into evaluation mode, or its parameters are frozen, and not put back",
+    "an attention mask is stored in a block in place of being passed to it",
+    needs=(BUILT, "image_features", "text_features"),
+)
+def model_unchanged(session: Session) -> None:
+    adapter = session.adapter
+    for index, parameter in enumerate(adapter.model.parameters()):
+        if parameter.is_floating_point():
+            parameter.requires_grad_(index % 2 == 0)
+    for training in (False, True):
+        adapter.model.train(training)
+        keeper = Keeper(adapter.model)
+        _use(session)
+        changes = keeper.changes(buffers=not training)
+        if changes:
+            mode = "training" if training else "evaluation"
+            raise CheckFailed(f"the same model after use in {mode} mode", "; ".join(changes[:3]))
+
+
+def _use(session: Session) -> None:
+    """Ask everything of an adapter that the engine asks."""
+    adapter = session.adapter
+    image = Image.new("RGB", (50, 40))
+    for size in [session.description.image_size, *session.sizes()[:2]]:
+        for pooled in (True, False):
+            features = session.encode(session.pixels(2, size), pooled=pooled)
+            if features.patches.requires_grad:
+                torch.autograd.grad(features.patches.sum(), features.patches)
+    adapter.encode_text(adapter.tokenize(["a dog", "cat"]).ids.to(adapter.device))
+    adapter.dense_transform()(image)
+    adapter.native_transform()(image)
+    adapter.logit_scale()
+    adapter.logit_bias()
+    for tower in ("image", "text"):
+        adapter.lora_targets(tower)  # type: ignore[arg-type]
+        list(adapter.tower_parameters(tower))  # type: ignore[arg-type]
+
+
+def _expect_same(session: Session, what: str, other: DenseAdapter) -> None:
+    pixels, ids = session.pixels(), session.tokens(["a dog", "cat"]).ids
+    with torch.no_grad():
+        mine, theirs = session.encode(pixels), session.encode(pixels, adapter=other)
+        assert mine.pooled is not None
+        assert theirs.pooled is not None
+        session.expect_close(f"patches of {what}", theirs.patches, mine.patches)
+        session.expect_close(f"pooled of {what}", theirs.pooled, mine.pooled)
+        session.expect_close(f"text embeddings of {what}", session.embed(ids, adapter=other), session.embed(ids))
+
+
+@check(
+    "a deep copy works alike and shares no parameter with the original",
+    "the adapter keeps a part of the model in a closure, a partial or a global",
+    "a part of the model cannot be copied, such as a generator or a tensor with a history",
+    needs=(BUILT, "image_features", "text_features", "deterministic"),
+)
+def deep_copy(session: Session) -> None:
+    try:
+        other = copy.deepcopy(session.adapter)
+    except Exception as error:
+        raise CheckFailed("copy.deepcopy(adapter) gives an adapter", said(error)) from error
+    own = {id(parameter) for parameter in session.adapter.model.parameters()}
+    if any(id(parameter) in own for parameter in other.model.parameters()):
+        raise CheckFailed("a copy with parameters of its own", "parameters that both have")
+    _expect_same(session, "a copy", other)
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.zero_()
+        emptied = session.encode(session.pixels(), adapter=other)
+    if not bool((emptied.patches == emptied.patches[:1, :1, :1]).all()):
+        raise CheckFailed("a copy whose features come from its own weights", "features that its weights do not decide")
+
+
+@check(
+    "an adapter can be pickled and works alike afterwards",
+    "the tokenizer or the preprocessing is a lambda",
+    "a class of the adapter is defined inside a function",
+    needs=(BUILT, "image_features", "text_features", "deterministic"),
+)
+def pickling(session: Session) -> None:
+    try:
+        other = pickle.loads(pickle.dumps(session.adapter))
+    except Exception as error:
+        raise CheckFailed("pickle.loads(pickle.dumps(adapter)) gives an adapter", said(error)) from error
+    _expect_same(session, "an unpickled adapter", other)
+
+
+@check(
+    "in bfloat16 the features are bfloat16, finite and nearly the same, from float32 pixels too",
+    "pixels are not cast to the dtype of the model",
+    "a mask, position embedding or window is made in float32 and promotes what it is added to",
+    "-inf or a large negative number in a mask is out of the range of the dtype",
+    needs=(BUILT, "image_features", "text_features", "deep_copy"),
+)
+def half_precision(session: Session) -> None:
+    if session.dtype == torch.bfloat16:
+        raise NotApplicable("the model is in bfloat16 already")
+    half = copy.deepcopy(session.adapter).to(torch.bfloat16)
+    pixels, ids = session.pixels(), session.tokens(["a dog", "two cats on grass"]).ids
+    size = next(iter(session.sizes()), None)
+    with torch.no_grad():
+        try:
+            features, texts = session.encode(pixels, adapter=half), session.embed(ids, adapter=half)
+            if size is not None:
+                session.encode(session.pixels(1, size), adapter=half)
+        except (NotImplementedError, RuntimeError) as error:
+            if "not implemented for" in str(error):
+                raise NotApplicable(f"torch cannot do it here: {one_sentence(error)}") from error
+            raise
+        whole, own_texts = session.encode(pixels), session.embed(ids)
+    for name, found, own in (
+        ("patches", features.patches, whole.patches),
+        ("pooled", features.pooled, whole.pooled),
+        ("text embeddings", texts, own_texts),
+    ):
+        assert isinstance(found, Tensor)
+        assert isinstance(own, Tensor)
+        if found.dtype != torch.bfloat16:
+            raise CheckFailed(f"{name} in bfloat16", str(found.dtype))
+        cosine = float(F.cosine_similarity(found.double(), own.double(), dim=-1).mean())
+        if not cosine > HALF_COSINE:
+            raise CheckFailed(f"{name} with a cosine above {HALF_COSINE} to those in {session.dtype}", f"{cosine:.3f}")
+
+
+@contextmanager
+def _forward_calls() -> Iterator[list[str]]:
+    """Class names of the modules that ran inside the block."""
+    calls: list[str] = []
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: calls.append(type(module).__name__)
+    )
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _on_meta(session: Session) -> DenseAdapter:
+    return copy.deepcopy(session.adapter).to("meta")
+
+
+@check(
+    "the description is had without computing, from a model without weights too",
+    "a dummy image is sent through the model to learn a width or a grid",
+    "a value is read from a weight with item()",
+    needs=(BUILT, "description", "deep_copy"),
+)
+def description_is_cheap(session: Session) -> None:
+    with _forward_calls() as calls:
+        own = session.description
+    if calls:
+        raise CheckFailed("a description without running the model", f"{calls[0]} ran")
+    try:
+        found = _on_meta(session).description
+    except Exception as error:
+        raise CheckFailed("a description of a model on the meta device", said(error)) from error
+    if found != own:
+        raise CheckFailed("the same description on the meta device", "another one")
+
+
+def _impossible(error: Exception) -> bool:
+    """Whether what failed cannot be done without data, as opposed to a tensor made on the wrong device."""
+    text = str(error).lower()
+    without_data = ("item()", "cannot copy out of meta", "data-dependent", "nonzero", "is_nonzero")
+    return isinstance(error, NotImplementedError) or any(part in text for part in without_data)
+
+
+@check(
+    "encode_image gives the right shapes on the meta device",
+    "a mask, position embedding or index is made on the CPU and not on the device of the features",
+    needs=(BUILT, "image_features", "deep_copy"),
+)
+def meta_images(session: Session) -> None:
+    adapter = _on_meta(session)
+    try:
+        features = session.encode(session.pixels().to("meta"), adapter=adapter)
+    except CheckFailed:
+        raise
+    except Exception as error:
+        if _impossible(error):
+            raise NotApplicable(f"it cannot be done without data: {one_sentence(error)}") from error
+        raise CheckFailed("features on the meta device", said(error)) from error
+    if features.patches.device.type != "meta":
+        raise CheckFailed("features on the meta device", f"features on {features.patches.device}")
+
+
+@check(
+    "encode_text gives the right shapes on the meta device",
+    "positions, a mask or an index is made on the CPU and not on the device of the ids",
+    needs=(BUILT, "text_features", "deep_copy"),
+)
+def meta_texts(session: Session) -> None:
+    adapter = _on_meta(session)
+    ids = session.tokens(["a dog", "cat"]).ids
+    try:
+        found = session.embed(ids, adapter=adapter)
+    except CheckFailed:
+        raise
+    except Exception as error:
+        if _impossible(error):
+            raise NotApplicable(f"it cannot be done without data: {one_sentence(error)}") from error
+        raise CheckFailed("text embeddings on the meta device", said(error)) from error
+    if found.device.type != "meta":
+        raise CheckFailed("text embeddings on the meta device", f"text embeddings on {found.device}")

@@ -1,0 +1,175 @@
+"""Tokens and text embeddings."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from ttd_plugins.testing.check import Check, CheckFailed, NotApplicable, collect
+from ttd_plugins.testing.checks.images import compare_with_library
+from ttd_plugins.testing.session import BUILT, Session, said
+
+CHECKS: list[Check] = []
+check = partial(collect, CHECKS)
+
+SHORT = ["a dog", "cat", "two birds"]
+STRINGS = {
+    "an empty text": "",
+    "spaces": " \t\n ",
+    "emoji": "🐶🏽‍🚀 👩‍👩‍👧 ☂️",
+    "Chinese": "草地上的一只狗",
+    "Arabic": "كلب على العشب",
+    "Hindi": "घास पर कुत्ता",
+    "combining marks": "e\u0301\u0323" * 5,
+    "an unpaired surrogate": "a \ud83d dog",
+    "a zero byte": "a\0dog",
+    "markup": "<end> </s> [SEP] <|endoftext|>",
+    "a long text": "the quick brown fox jumps over the lazy dog " * 120,
+    "a long word": "x" * 3000,
+}
+
+
+@check(
+    "tokenize gives int64 ids [N, context], int64 lengths on the CPU and truncation flags, for short texts",
+    "the tokenizer pads to the longest text of the batch and not to the context length",
+    "the tokenizer's ids are int32, as the original clip package gives",
+    "context_length is that of another model of the library",
+    needs=(BUILT, "description"),
+)
+def tokens(session: Session) -> None:
+    found = session.tokens(SHORT)
+    context = session.description.context_length
+    if not bool(((found.lengths >= 1) & (found.lengths <= context)).all()):
+        raise CheckFailed(f"lengths from 1 to {context}", str(found.lengths.tolist()))
+    if len(found.truncated) != len(SHORT) or not all(isinstance(flag, bool) for flag in found.truncated):
+        raise CheckFailed("one truncation flag, True or False, for each text", repr(found.truncated))
+    alone = session.tokens(SHORT[:1])
+    if not torch.equal(alone.ids[0], found.ids[0]) or alone.lengths[0] != found.lengths[0]:
+        raise CheckFailed("a text has the same ids alone as among others", "other ids")
+
+
+@check(
+    "tokenize and encode_text take any string",
+    "the tokenizer raises on an empty list of words, on unpaired surrogates or on a text that is too long",
+    "a text without words has no end token, so that pooling finds none",
+    needs=(BUILT, "tokens", "text_features"),
+)
+def any_string(session: Session) -> None:
+    for name, text in STRINGS.items():
+        try:
+            found = session.tokens([text])
+        except CheckFailed:
+            raise
+        except Exception as error:
+            raise CheckFailed(f"ids for {name}", said(error)) from error
+        if not 1 <= int(found.lengths[0]) <= found.ids.shape[1]:
+            raise CheckFailed(f"a length from 1 to {found.ids.shape[1]} for {name}", str(int(found.lengths[0])))
+        with torch.no_grad():
+            embedding = session.embed(found.ids)
+        if not bool(torch.isfinite(embedding).all()):
+            raise CheckFailed(f"a finite embedding for {name}", "values that are not finite")
+
+
+@check(
+    "lengths reach to the end token, behind which there is padding alone",
+    "lengths count words and not positions, or leave out the start or the end token",
+    "the tokenizer pads on the left",
+    "the end token is looked for by the wrong rule (largest id, last position, id of the end token)",
+    needs=(BUILT, "tokens"),
+)
+def end_token(session: Session) -> None:
+    found = session.tokens([*SHORT, STRINGS["a long text"]])
+    ends = [int(row[length - 1]) for row, length in zip(found.ids, found.lengths, strict=True)]
+    behind = {int(i) for row, length in zip(found.ids, found.lengths, strict=True) for i in row[length:]}
+    if len(behind) > 1:
+        raise CheckFailed("one padding id behind every text", f"the ids {sorted(behind)[:4]}")
+    if len(set(ends[:-1])) > 1:
+        if not session.description.text_after_end_matters:
+            raise CheckFailed("the same end token as the last position of every text", f"the ids {ends[:-1]}")
+        raise NotApplicable("texts have no end token in common")
+    if ends[-1] != ends[0]:
+        raise CheckFailed(f"a text that is too long keeps its end token {ends[0]}", f"it ends in {ends[-1]}")
+
+
+@check(
+    "a text that is too long fills the context and is flagged as truncated; one that fits is not",
+    "the flag compares the number of characters or words with the context",
+    "start and end token are not counted when texts are compared with the context",
+    "the tokenizer truncates silently and nobody asks whether it did",
+    needs=(BUILT, "tokens"),
+)
+def truncation(session: Session) -> None:
+    context = session.description.context_length
+    texts = [" ".join(["dog"] * count) for count in range(1, context + 4)]
+    found = session.tokens(texts)
+    last = found.ids[-1]
+    first_full = next(i for i in range(len(texts)) if torch.equal(found.ids[i], last))
+    if first_full == len(texts) - 1:
+        raise NotApplicable("the context does not fill with repeated words")
+    for index, (length, flag) in enumerate(zip(found.lengths.tolist(), found.truncated, strict=True)):
+        what = f"{index + 1} words"
+        if flag and length != context:
+            raise CheckFailed(f"{what} fill the context of {context} if they are truncated", f"a length of {length}")
+        if index < first_full and flag:
+            raise CheckFailed(f"{what}, which fit, are not flagged as truncated", "a flag")
+        # The first text that fills the context may fit exactly, which some tokenizers cannot be asked.
+        if index > first_full and not flag:
+            raise CheckFailed(f"{what}, whose end is not in the ids, are flagged as truncated", "no flag")
+
+
+@check(
+    "encode_text gives finite embeddings [N, D] in the dtype of the model, on its device",
+    "embeddings stop before the text projection",
+    "the library returns a tuple or an output object in place of a tensor",
+    needs=(BUILT, "tokens"),
+)
+def text_features(session: Session) -> None:
+    with torch.no_grad():
+        found = session.embed(session.tokens(SHORT).ids)
+    dtypes = {parameter.dtype for parameter in session.adapter.model.parameters()}
+    if found.dtype not in dtypes:
+        raise CheckFailed(f"embeddings in the dtype of the model, {session.dtype}", str(found.dtype))
+    if found.device != session.adapter.device:
+        raise CheckFailed(f"embeddings on {session.adapter.device}", str(found.device))
+    if not bool(torch.isfinite(found).all()):
+        raise CheckFailed("finite embeddings", "values that are not")
+
+
+@check(
+    "where the description says that text after the end does not matter, cutting it changes no embedding",
+    "the tower is bidirectional, appends a class token or pools at the last position",
+    "positions or the causal mask are sliced from the wrong end",
+    "the end token is looked for at a fixed position",
+    needs=(BUILT, "text_features", "end_token", "deterministic"),
+)
+def text_trimming(session: Session) -> None:
+    if session.description.text_after_end_matters:
+        raise NotApplicable("the description says that every position matters")
+    found = session.tokens([*SHORT, "five green apples on a wooden table"])
+    with torch.no_grad():
+        whole = session.embed(found.ids)
+        for length in {int(found.lengths.max()), min(int(found.lengths.max()) + 1, found.ids.shape[1])}:
+            session.expect_close(f"embeddings cut to {length} positions", session.embed(found.ids[:, :length]), whole)
+        for row, length in enumerate(found.lengths.tolist()):
+            cut = session.embed(found.ids[row : row + 1, :length])[0]
+            session.expect_close("an embedding cut right behind its end token", cut, whole[row])
+
+
+@check(
+    "text embeddings are the library's own",
+    "another token is pooled than the library pools",
+    "the causal mask, the final LayerNorm or the projection is left out",
+    needs=(BUILT, "text_features", "deterministic"),
+)
+def text_is_the_librarys(session: Session) -> None:
+    ids = session.tokens([*SHORT, STRINGS["a long text"]]).ids.to(session.adapter.device)
+    with torch.no_grad():
+        found = session.embed(ids)
+        try:
+            own = session.text_reference(session.adapter, ids)
+        except Exception as error:
+            raise NotApplicable(f"the library's own embedding cannot be computed ({said(error)})") from error
+    if own is None:
+        raise NotApplicable("the model has neither encode_text nor get_text_features; override the reference")
+    compare_with_library(session, "text embeddings", found, own)

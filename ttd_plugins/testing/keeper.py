@@ -1,0 +1,137 @@
+"""Remember everything of a module tree, say what changed in it, and put it back."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks") or "_hooks_" in name)
+"""Attributes of every module that hold hooks."""
+PLAIN = (bool, int, float, str, bytes, type(None))
+
+
+def plain(value: Any) -> bool:
+    """Whether ``value`` is a number, a text, or tuples, lists and dicts of those: something that ``==`` compares."""
+    if isinstance(value, PLAIN):
+        return True
+    if isinstance(value, tuple | list):
+        return all(plain(item) for item in value)
+    return isinstance(value, dict) and all(plain(item) for pair in value.items() for item in pair)
+
+
+def _copied(value: Any) -> Any:
+    return copy.copy(value) if isinstance(value, dict | list | set) else value
+
+
+class Keeper:
+    """A snapshot of a module and all below it: tensors, modes, flags, hooks and attributes.
+
+    It holds a copy of every tensor, so it takes as much memory as the model.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.parts = list(module.named_modules())
+        self.attributes = [{key: _copied(value) for key, value in vars(part).items()} for _, part in self.parts]
+        self.named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        # Tensors that are neither parameters nor buffers, such as attention masks kept as plain attributes.
+        for (name, _), kept in zip(self.parts, self.attributes, strict=True):
+            for key, value in kept.items():
+                if isinstance(value, Tensor):
+                    self.named[f"{name}.{key}".lstrip(".")] = value
+        self.values = {name: (t, t.detach().clone(), t.requires_grad, t.grad) for name, t in self.named.items()}
+
+    def changes(self, *, buffers: bool = True) -> list[str]:
+        """What is different now, one phrase for each kind of thing; empty where nothing is.
+
+        ``buffers`` says whether their values count: those of batch norms move in training mode.
+        """
+        found: list[str] = []
+        now = dict(self.module.named_modules())
+        before = dict(self.parts)
+        if list(now) != list(before) or any(now[name] is not part for name, part in self.parts):
+            names = sorted(set(now) ^ set(before)) or [n for n, p in before.items() if now.get(n) is not p]
+            found.append(f"modules were added, removed or replaced ({', '.join(names[:3])})")
+        tensors = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        replaced = [name for name, tensor in tensors.items() if self.named.get(name) is not tensor]
+        replaced += [name for name in self.named if name not in tensors and not self._is_attribute(name)]
+        if replaced:
+            found.append(f"tensors were replaced ({', '.join(sorted(set(replaced))[:3])})")
+        own = dict(self.module.named_buffers())
+        for name, (tensor, value, flag, _) in self.values.items():
+            if tensor.shape != value.shape or (not same(tensor, value) and (buffers or name not in own)):
+                found.append(f"the values of {name} changed")
+            if tensor.requires_grad != flag:
+                found.append(f"requires_grad of {name} became {tensor.requires_grad}")
+        for (name, part), kept in zip(self.parts, self.attributes, strict=True):
+            found += _differences(name or "the model", kept, vars(part))
+        return found
+
+    def _is_attribute(self, name: str) -> bool:
+        owner, _, key = name.rpartition(".")
+        part = dict(self.parts).get(owner)
+        return part is not None and vars(part).get(key) is self.named[name]
+
+    def restore(self) -> None:
+        """Put everything back: attributes, hooks, submodules, flags, gradients and the values of tensors."""
+        for (_, part), kept in zip(self.parts, self.attributes, strict=True):
+            vars(part).clear()
+            vars(part).update({key: _copied(value) for key, value in kept.items()})
+        with torch.no_grad():
+            for tensor, value, flag, gradient in self.values.values():
+                if tensor.shape != value.shape or tensor.dtype != value.dtype or tensor.device != value.device:
+                    tensor.data = value.clone()
+                elif not same(tensor, value):
+                    tensor.copy_(value)
+                if tensor.is_leaf:
+                    tensor.requires_grad_(flag)
+                    tensor.grad = gradient
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal, NaN being equal to NaN."""
+    if a.device.type == "meta":
+        return a.shape == b.shape
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _differences(where: str, before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    added, gone = sorted(set(now) - set(before)), sorted(set(before) - set(now))
+    if added or gone:
+        yield f"attributes of {where} were added or removed ({', '.join((added + gone)[:3])})"
+    for key in sorted(set(before) & set(now)):
+        old, new = before[key], now[key]
+        if key in HOOKS:
+            if list(old) != list(new):
+                yield f"a hook was left on or taken from {where}"
+        elif key == "training":
+            if old != new:
+                yield f"{where} went into {'training' if new else 'evaluation'} mode"
+        elif key in ("_parameters", "_buffers", "_modules"):
+            continue
+        elif plain(old) and plain(new) and old != new:
+            yield f"the attribute {key} of {where} changed"
+        elif isinstance(old, Tensor) and new is not old:
+            yield f"the attribute {key} of {where} was replaced"
+
+
+@contextmanager
+def kept_random_state(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed Python, numpy and torch, and give each its own state back at the end."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
