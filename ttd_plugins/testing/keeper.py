@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ def plain(value: Any) -> bool:
 
 
 def _copied(value: Any) -> Any:
-    return copy.copy(value) if isinstance(value, dict | list | set) else value
+    return value.copy() if isinstance(value, dict | list | set) else value
 
 
 class Keeper:
@@ -118,7 +117,7 @@ def _differences(where: str, before: dict[str, Any], now: dict[str, Any]) -> Ite
             continue
         elif plain(old) and plain(new) and old != new:
             yield f"the attribute {key} of {where} changed"
-        elif isinstance(old, Tensor) and new is not old:
+        elif new is not old and (isinstance(old, Tensor) or isinstance(new, Tensor) or type(old) is not type(new)):
             yield f"the attribute {key} of {where} was replaced"
 
 
@@ -129,7 +128,10 @@ def kept_random_state(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         random.seed(seed)
         np.random.seed(seed)
-        torch.manual_seed(seed)
+        # torch.manual_seed formats a stack trace for devices that are not there yet, every time.
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         try:
             yield
         finally:

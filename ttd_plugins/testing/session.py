@@ -253,6 +253,8 @@ class Session:
         result = self.run(name)
         if name == BUILT and self._adapter is None:
             return False
+        if name in self.not_applicable:
+            return True
         return result.status != "failed" and all(self._stands(need) for need in self.checks[name].needs)
 
     def _run(self, check: Check) -> CheckResult:

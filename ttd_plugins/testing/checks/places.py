@@ -71,7 +71,7 @@ def _expect_in_place(cells: list[tuple[int, int]], change: Tensor, what: str) ->
     "the grid is transposed: columns come first, or width is taken for height",
     "a prefix token (class token, register) is counted as the first patch, which shifts all others",
     "tokens are reshaped in an order that is not the order of the patches",
-    needs=(BUILT, "image_features", "deterministic", "batch_independent"),
+    needs=(BUILT, "image_features", "pooled_on_request", "other_sizes", "deterministic", "batch_independent"),
 )
 def patches_in_place(session: Session) -> None:
     size, grid = _size(session)

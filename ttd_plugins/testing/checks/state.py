@@ -32,7 +32,7 @@ HALF_COSINE = 0.97
     "the position embedding or an image size in the model is overwritten for another input size",
     "the model is put into evaluation mode, or its parameters are frozen, and not put back",
     "an attention mask is stored in a block in place of being passed to it",
-    needs=(BUILT, "image_features", "text_features"),
+    needs=(BUILT, "image_features", "text_features", "other_sizes"),
 )
 def model_unchanged(session: Session) -> None:
     adapter = session.adapter
@@ -55,9 +55,7 @@ def _use(session: Session) -> None:
     image = Image.new("RGB", (50, 40))
     for size in [session.description.image_size, *session.sizes()[:2]]:
         for pooled in (True, False):
-            features = session.encode(session.pixels(2, size), pooled=pooled)
-            if features.patches.requires_grad:
-                torch.autograd.grad(features.patches.sum(), features.patches)
+            adapter.encode_image(session.pixels(2, size), pooled=pooled)
     adapter.encode_text(adapter.tokenize(["a dog", "cat"]).ids.to(adapter.device))
     adapter.dense_transform()(image)
     adapter.native_transform()(image)
@@ -121,7 +119,7 @@ def pickling(session: Session) -> None:
     "pixels are not cast to the dtype of the model",
     "a mask, position embedding or window is made in float32 and promotes what it is added to",
     "-inf or a large negative number in a mask is out of the range of the dtype",
-    needs=(BUILT, "image_features", "text_features", "deep_copy"),
+    needs=(BUILT, "image_features", "text_features", "other_sizes", "deep_copy"),
 )
 def half_precision(session: Session) -> None:
     if session.dtype == torch.bfloat16:

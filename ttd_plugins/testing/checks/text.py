@@ -97,7 +97,7 @@ def end_token(session: Session) -> None:
     "the flag compares the number of characters or words with the context",
     "start and end token are not counted when texts are compared with the context",
     "the tokenizer truncates silently and nobody asks whether it did",
-    needs=(BUILT, "tokens"),
+    needs=(BUILT, "tokens", "end_token"),
 )
 def truncation(session: Session) -> None:
     context = session.description.context_length
@@ -137,11 +137,26 @@ def text_features(session: Session) -> None:
 
 
 @check(
+    "a text has the same embedding alone as in a batch with others",
+    "sequence and batch axes are confused, so that attention runs across texts",
+    "texts are padded to the longest of the batch in a tower that looks at the padding",
+    needs=(BUILT, "text_features", "deterministic"),
+)
+def texts_independent(session: Session) -> None:
+    texts = ["a dog", "two cats on the green grass", "sky"]
+    with torch.no_grad():
+        rows = session.embed(session.tokens(texts).ids)
+        for text, row in zip(texts, rows, strict=True):
+            alone = session.embed(session.tokens([text]).ids)[0]
+            session.expect_close("a text embedding alone and in a batch", alone, row)
+
+
+@check(
     "where the description says that text after the end does not matter, cutting it changes no embedding",
     "the tower is bidirectional, appends a class token or pools at the last position",
     "positions or the causal mask are sliced from the wrong end",
     "the end token is looked for at a fixed position",
-    needs=(BUILT, "text_features", "end_token", "deterministic"),
+    needs=(BUILT, "text_features", "texts_independent", "end_token"),
 )
 def text_trimming(session: Session) -> None:
     if session.description.text_after_end_matters:
@@ -160,7 +175,7 @@ def text_trimming(session: Session) -> None:
     "text embeddings are the library's own",
     "another token is pooled than the library pools",
     "the causal mask, the final LayerNorm or the projection is left out",
-    needs=(BUILT, "text_features", "deterministic"),
+    needs=(BUILT, "text_features", "texts_independent"),
 )
 def text_is_the_librarys(session: Session) -> None:
     ids = session.tokens([*SHORT, STRINGS["a long text"]]).ids.to(session.adapter.device)
