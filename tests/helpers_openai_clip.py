@@ -7,6 +7,7 @@ sequence first, masks in the blocks, LayerNorms that compute in float32, a ResNe
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -63,6 +64,41 @@ def shaken(model: Any) -> Any:
             elif name.endswith("running_var"):
                 buffer.copy_(torch.rand_like(buffer) + 0.5)
     return model.eval()
+
+
+@lru_cache(maxsize=1)
+def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """OpenAI's vocabulary and merges, which open_clip packs, with the special tokens as transformers calls them."""
+    import open_clip
+
+    packed = open_clip.SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    return {names.get(token, token): id_ for token, id_ in packed.encoder.items()}, list(packed.bpe_ranks)
+
+
+def clip_tokenizer(**options: Any) -> Any:
+    """transformers' CLIPTokenizer with OpenAI's own vocabulary, built without a network."""
+    import transformers
+
+    vocabulary, merges = clip_vocabulary()
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, **options)
+
+
+TRUE_VOCABULARY = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
+"""Keys of ``text_config`` that fit :func:`clip_tokenizer`."""
+
+
+def write_folder(folder: Any, *, seed: int = 0, text: dict[str, Any] | None = None) -> Any:
+    """Save a small model, OpenAI's tokenizer and an image processor as transformers does; gives the model."""
+    import transformers
+
+    model = transformers_clip(seed, text=TRUE_VOCABULARY | (text or {}))
+    processor = transformers.CLIPImageProcessor(
+        size={"shortest_edge": IMAGE}, crop_size={"height": IMAGE, "width": IMAGE}
+    )
+    model.save_pretrained(folder)
+    transformers.CLIPProcessor(processor, clip_tokenizer(model_max_length=CONTEXT)).save_pretrained(folder)
+    return model
 
 
 class OldLayer(nn.Module):
