@@ -451,10 +451,10 @@ def resampled(table: Tensor, source: int, grid: tuple[int, int], a: float) -> Te
 
 
 def bicubic(picture: Tensor, size: tuple[int, int], a: float) -> Tensor:
-    """A picture ``[H, W, C]`` resampled by the cubic convolution kernel (Keys 1981), widened where it shrinks if a=-0.5.
+    """A picture ``[H, W, C]`` resampled by the cubic convolution kernel (Keys 1981), written out tap by tap.
 
-    Written out tap by tap: a is -0.75 in torch's plain resampling, and -0.5 in its antialiased one. Taps beyond the
-    border repeat the border in the first and are left out of the average in the second.
+    ``a`` is -0.75 in torch's plain resampling, where taps beyond the border repeat the border. It is -0.5 in its
+    antialiased one, where such taps are left out of the average and the kernel is widened where a picture shrinks.
     """
 
     def kernel(x: float) -> float:
