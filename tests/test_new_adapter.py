@@ -53,7 +53,7 @@ def test_the_generated_tests_pass_but_for_the_blanks_and_the_kit_finds_nothing(p
 
 
 def test_once_no_blank_is_left_the_test_of_them_passes(project: Path) -> None:
-    for file in (project / name for name in written(project)):
+    for file in (project / name for name in written(project) - {"tests/test_blanks.py"}):
         file.write_text(file.read_text().replace("# BLANK:", "#"))
     done = run("-m", "pytest", "-q", "tests/test_blanks.py", environment=environment(project, project), folder=project)
     assert "1 passed" in done.stdout
