@@ -22,8 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from open_clip.pos_embed import get_2d_sincos_pos_embed
+from open_clip.transformer import PatchDropout
 from rich.progress import track
 from safetensors.torch import load_file, save_file
+from timm.layers import PatchDropoutWithIndices
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ttd_plugins import load
@@ -41,6 +45,7 @@ CAPTIONS_OF_A_KIND = 4
 WARM_UP = 100
 MAX_LOGIT_SCALE = 100.0
 CHUNK = 250
+POSITION_SCALE = 0.3
 HIDDEN_LAYER = re.compile(r"\.(resblocks|layers|blocks)\.\d+\.")
 
 
@@ -148,6 +153,42 @@ class Muon(torch.optim.Optimizer):
         return x.mT if tall else x
 
 
+def prepare_image_tower(model: nn.Module, patch_dropout: float) -> None:
+    """Start positions as sines and cosines, and drop patches in training mode (arXiv 2212.00794).
+
+    Both help the patches to say what they show, rather than what the picture shows: neighbours are found at once, and
+    no patch can count on another.
+    """
+    visual = getattr(model, "visual", None)
+    if visual is None:
+        embeddings = model.vision_model.embeddings
+        positions = embeddings.position_embedding.weight
+    else:
+        positions = visual.trunk.pos_embed if hasattr(visual, "trunk") else visual.positional_embedding
+    tokens, width = positions.shape[-2:]
+    side = math.isqrt(tokens)
+    has_class_token = tokens > side * side
+    table = torch.from_numpy(get_2d_sincos_pos_embed(width, side, cls_token=has_class_token))
+    with torch.no_grad():
+        positions.copy_(POSITION_SCALE * table)
+    drop = PatchDropout(patch_dropout, exclude_first_token=has_class_token)
+    if visual is None:
+        # transformers has no patch dropout of its own; the module shares the tower's mode as a child of it.
+        embeddings.add_module("patch_dropout", drop)
+        embeddings.register_forward_hook(lambda module, inputs, output: drop(output))
+    elif hasattr(visual, "trunk"):
+        visual.trunk.patch_drop = PatchDropoutWithIndices(patch_dropout, num_prefix_tokens=int(has_class_token))
+    else:
+        visual.patch_dropout = drop
+
+
+def pooled_embedding(model: nn.Module, pixels: Tensor) -> Tensor:
+    """The library's own pooled embedding ``[B, D]``; the adapters leave patch dropout out, for it leaves no grid."""
+    if hasattr(model, "encode_image"):
+        return model.encode_image(pixels)
+    return model.get_image_features(pixel_values=pixels).pooler_output
+
+
 @torch.no_grad()
 def validation_retrieval(adapter: DenseAdapter, scenes: list[Scene]) -> float:
     """Retrieval R@1 on validation scenes."""
@@ -172,13 +213,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for rendered scenes, checkpoints and the log")
     parser.add_argument("--out", type=Path, help="folder for the weights  [default: the embedded model's own]")
     parser.add_argument("--scenes", type=int, default=40_000)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument(
         "--muon-learning-rate", type=float, default=0.015, help="for the matrices of both towers' blocks"
     )
     parser.add_argument("--learning-rate", type=float, default=8e-4, help="for all else, by AdamW")
     parser.add_argument("--weight-decay", type=float, default=0.05, help="of AdamW, for matrices")
+    parser.add_argument("--patch-dropout", type=float, default=0.5, help="share of patches dropped in training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=200, help="steps between checkpoints")
     args = parser.parse_args(arguments)
@@ -195,6 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     adapter = load(f"{args.backbone}@random")
     adapter.train()
     model = adapter.model
+    prepare_image_tower(model, args.patch_dropout)
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and HIDDEN_LAYER.search(name)]
     rest = [p for name, p in model.named_parameters() if p.ndim != 2 or not HIDDEN_LAYER.search(name)]
     optimizers = [
@@ -226,8 +269,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = rate * schedule(step, args.steps)
         pictures, caption_sets = draw_batch(pool, step, args.batch_size, args.seed)
-        pooled = adapter.encode_image(picture_pixels(pictures, adapter)).pooled
-        assert pooled is not None
+        # Which patches are dropped is a function of the step, so that a resumed run drops the same.
+        torch.manual_seed(args.seed * args.steps + step)
+        pooled = pooled_embedding(model, picture_pixels(pictures, adapter))
         loss = torch.stack(
             [
                 contrastive_loss(

@@ -71,6 +71,13 @@ def test_the_control_trains_the_same_fresh_parameters_on_the_same_scenes() -> No
     assert set(reports["control"].losses) == {"contrastive"}
 
 
+def test_the_arms_of_a_random_backbone_start_from_the_same_weights(tmp_path: Path) -> None:
+    options = DemoOptions(backbone="open_clip:tiny@random", scenes=8, tuning=replace(SMALL.tuning, steps=1))
+    curves = run_demo(tmp_path, options).curves
+    first = [curves[arm][0].losses["contrastive"] for arm in ("control", "ttd")]
+    assert first[0] == pytest.approx(first[1], abs=1e-6)
+
+
 def test_the_report_and_the_pictures_are_there(folder: Path) -> None:
     report = (folder / "report.html").read_text()
     assert "OpenMoji" in report and "2404.00384" in report

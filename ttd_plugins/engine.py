@@ -58,11 +58,11 @@ class TTDOptions:
     template: str = "{}"
     score: selection.Score = "pixel"
     rule: selection.Rule = "minmax"
-    threshold: float = 0.4
+    threshold: float = 0.5
     distance: losses.Distance = "bce"
     activation: losses.Activation = "sigmoid"
     tag_weight: float = 1.0
-    caption_weight: float = 1.0
+    caption_weight: float = 10.0
     contrastive_weight: float = 1.0
     rejected_weight: float = 1.0
     teacher: Teacher = "self"

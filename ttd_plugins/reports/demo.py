@@ -72,13 +72,13 @@ def run_demo(out: Path, options: DemoOptions | None = None, *, stage: Stage | No
     """
     options = options or DemoOptions()
     stage = stage or _silent
-    backbones: dict[str, DenseAdapter] = {"before": load(options.backbone)}
+    backbones: dict[str, DenseAdapter] = {"before": _load(options)}
     record = _Record.open(out, options)
     scenes = _render(options.scenes, backbones["before"].description.image_size[0], stage)
     record.measure("before", partial(_measure, backbones["before"], options.tuning, scenes, "before", stage))
     arms: dict[Arm, SceneTuning] = {"control": options.tuning.control(), "after": options.tuning}
     for arm, tuning in arms.items():
-        backbones[arm] = record.tune(arm, load(options.backbone), tuning, stage)
+        backbones[arm] = record.tune(arm, _load(options), tuning, stage)
         record.measure(arm, partial(_measure, backbones[arm], options.tuning, scenes, arm, stage))
 
     gallery = _gallery(backbones, options.tuning, scenes[: min(GALLERY_CANDIDATES, len(scenes))], stage)
@@ -97,6 +97,12 @@ def run_demo(out: Path, options: DemoOptions | None = None, *, stage: Stage | No
     )
     write_demo_report(out / "report.html", result)
     return result
+
+
+def _load(options: DemoOptions) -> DenseAdapter:
+    """The same weights at every call, those of ``@random`` too."""
+    torch.manual_seed(options.tuning.seed)
+    return load(options.backbone)
 
 
 def _silent(name: str, steps: int) -> Callable[[int], None]:

@@ -26,6 +26,7 @@ class SceneTuning:
         batch_size: scenes a step.
         rank: rank of LoRA on both towers; 0 means full fine-tuning of both.
         seed: decides the scenes and the fresh LoRA weights.
+        bare_captions: share of captions that are bare nouns; the rest are sentences, in which there is a bias to repair.
         optimizer: how parameters are moved.
         ttd: the options of the engine.
     """
@@ -34,6 +35,7 @@ class SceneTuning:
     batch_size: int = 48
     rank: int = 16
     seed: int = 0
+    bare_captions: float = 0.0
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     ttd: TTDOptions = field(default_factory=TTDOptions)
 
@@ -82,7 +84,8 @@ def tune_on_scenes(
                 parameter.requires_grad_(True)
     side = backbone.description.image_size[0]
     # Pre-training used seed 0.
-    scenes = Scenes("train", tuning.steps * tuning.batch_size, seed=1000 + tuning.seed, side=side)
+    count, seed = tuning.steps * tuning.batch_size, 1000 + tuning.seed
+    scenes = Scenes("train", count, seed=seed, side=side, bare_captions=tuning.bare_captions)
     return train(
         TTD(backbone, tuning.ttd),
         scene_batches(scenes, tuning.batch_size, backbone),
