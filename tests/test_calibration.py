@@ -421,8 +421,9 @@ def test_without_refitting_changed_cosines_change_losses_and_selection(refitted:
     fits, pairs = refitted
     options = TTDOptions(rule="probability", threshold=0.5, contrastive_weight=0, calibration=fits[0][1].calibration)
     first, second = (losses_and_gradients(adapter, options, pairs[:12])[0] for adapter, _ in fits)
-    assert not torch.equal(second.targets.selected, first.targets.selected)
-    assert all(abs(float(second.losses[name] / first.losses[name]) - 1) > 0.05 for name in first.losses)
+    assert not first.targets.selected.all()
+    # Every word now looks present.
+    assert second.targets.selected.all() and second.losses["tag"] > 1.5 * first.losses["tag"]
 
 
 class Silent:
