@@ -227,8 +227,15 @@ class Backbone:
     name: str | None = None
 
     def adapter(self, full: bool) -> DenseAdapter:
-        """The model, wrapped as users wrap theirs."""
-        return wrap(self.build(full), tokenizer=self.tokenizer())
+        """The model, wrapped as users wrap theirs; no parameter is at a special initial value, such as biases of 0."""
+        model = self.build(full)
+        if full:
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if name not in ("logit_scale", "logit_bias"):
+                        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
+        return wrap(model, tokenizer=self.tokenizer())
 
 
 def _simple_tokenizer() -> Any:

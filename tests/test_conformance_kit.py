@@ -429,6 +429,16 @@ def test_a_model_that_cannot_do_bfloat16_itself_is_no_fault_of_the_adapter() -> 
     assert own.failed == ["half_precision"]
 
 
+def test_lengths_of_texts_are_the_librarys_business_where_embeddings_are_its_own() -> None:
+    """timm starts the head of EVA a thousand times smaller, so that fresh models have texts that much longer."""
+    made = conforming()
+    with torch.no_grad():
+        made.model.text_projection.weight.mul_(1000)
+    assert check_adapter(lambda: made, only=["joint_space"]).ok
+    unknown = check_adapter(lambda: made, only=["joint_space"], text_reference=lambda *_: None)
+    assert unknown.failed == ["joint_space"] and "of text within a factor" in str(unknown.results[0].expected)
+
+
 def test_large_images_go_through_the_model_few_times() -> None:
     """Nine full-size models are checked in minutes; what does not depend on the size has small images."""
     sizes: list[tuple[int, int]] = []

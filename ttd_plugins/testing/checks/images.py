@@ -196,6 +196,8 @@ def not_normalised(session: Session) -> None:
 )
 def joint_space(session: Session) -> None:
     model, pixels = session.adapter.model, session.pixels(size=session.quick_size())
+    # Embeddings that are the library's own define the joint space, whatever their lengths; fresh weights differ much.
+    own = all(session.run(name).status == "passed" for name in ("pooled_is_the_librarys", "text_is_the_librarys"))
     model.requires_grad_(True)
     features = session.encode(pixels)
     assert features.pooled is not None
@@ -204,7 +206,7 @@ def joint_space(session: Session) -> None:
         name: float(tensor.detach().double().norm(dim=-1).mean())
         for name, tensor in (("patches", features.patches), ("pooled", features.pooled), ("text", texts))
     }
-    for name in ("patches", "text"):
+    for name in ("patches",) if own else ("patches", "text"):
         ratio = lengths[name] / max(lengths["pooled"], 1e-30)
         if not 1 / APART < ratio < APART:
             raise CheckFailed(

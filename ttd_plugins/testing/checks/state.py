@@ -53,9 +53,10 @@ def _use(session: Session) -> None:
     """Ask everything of an adapter that the engine asks."""
     adapter = session.adapter
     image = Image.new("RGB", (50, 40))
-    for size in [session.description.image_size, *session.sizes()[:2]]:
+    native = session.description.image_size
+    for size in [native, *session.sizes()[:2]]:
         for pooled in (True, False):
-            adapter.encode_image(session.pixels(2, size), pooled=pooled)
+            adapter.encode_image(session.pixels(1 if size == native else 2, size), pooled=pooled)
     adapter.encode_text(adapter.tokenize(["a dog", "cat"]).ids.to(adapter.device))
     adapter.dense_transform()(image)
     adapter.native_transform()(image)
