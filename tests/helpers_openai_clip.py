@@ -7,6 +7,7 @@ sequence first, masks in the blocks, LayerNorms that compute in float32, a ResNe
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -63,6 +64,41 @@ def shaken(model: Any) -> Any:
             elif name.endswith("running_var"):
                 buffer.copy_(torch.rand_like(buffer) + 0.5)
     return model.eval()
+
+
+@lru_cache(maxsize=1)
+def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """OpenAI's vocabulary and merges, which open_clip packs, with the special tokens as transformers calls them."""
+    import open_clip
+
+    packed = open_clip.SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    return {names.get(token, token): id_ for token, id_ in packed.encoder.items()}, list(packed.bpe_ranks)
+
+
+def clip_tokenizer(**options: Any) -> Any:
+    """transformers' CLIPTokenizer with OpenAI's own vocabulary, built without a network."""
+    import transformers
+
+    vocabulary, merges = clip_vocabulary()
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, **options)
+
+
+TRUE_VOCABULARY = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
+"""Keys of ``text_config`` that fit :func:`clip_tokenizer`."""
+
+
+def write_folder(folder: Any, *, seed: int = 0, text: dict[str, Any] | None = None) -> Any:
+    """Save a small model, OpenAI's tokenizer and an image processor as transformers does; gives the model."""
+    import transformers
+
+    model = transformers_clip(seed, text=TRUE_VOCABULARY | (text or {}))
+    processor = transformers.CLIPImageProcessor(
+        size={"shortest_edge": IMAGE}, crop_size={"height": IMAGE, "width": IMAGE}
+    )
+    model.save_pretrained(folder)
+    transformers.CLIPProcessor(processor, clip_tokenizer(model_max_length=CONTEXT)).save_pretrained(folder)
+    return model
 
 
 class OldLayer(nn.Module):
@@ -406,13 +442,42 @@ def parts(model: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def resampled(table: Tensor, source: int, grid: tuple[int, int]) -> Tensor:
-    """A position table ``[1 + source**2, W]`` at another grid, as torch resamples a picture."""
+def resampled(table: Tensor, source: int, grid: tuple[int, int], a: float) -> Tensor:
+    """A position table ``[1 + source**2, W]`` at another grid."""
     if grid == (source, source):
         return table
-    picture = table[1:].reshape(1, source, source, -1).permute(0, 3, 1, 2)
-    picture = F.interpolate(picture, size=grid, mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([table[:1], picture.permute(0, 2, 3, 1).reshape(-1, table.shape[1])])
+    picture = bicubic(table[1:].unflatten(0, (source, source)), grid, a)
+    return torch.cat([table[:1], picture.flatten(0, 1)])
+
+
+def bicubic(picture: Tensor, size: tuple[int, int], a: float) -> Tensor:
+    """A picture ``[H, W, C]`` resampled by the cubic convolution kernel (Keys 1981), written out tap by tap.
+
+    ``a`` is -0.75 in torch's plain resampling, where taps beyond the border repeat the border. It is -0.5 in its
+    antialiased one, where such taps are left out of the average and the kernel is widened where a picture shrinks.
+    """
+
+    def kernel(x: float) -> float:
+        x = abs(x)
+        if x < 1:
+            return (a + 2) * x**3 - (a + 3) * x**2 + 1
+        return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
+
+    def matrix(source: int, target: int) -> Tensor:
+        weights = torch.zeros(target, source, dtype=torch.float64)
+        ratio = source / target
+        antialias = a == -0.5
+        widening = max(ratio, 1.0) if antialias else 1.0
+        for row in range(target):
+            centre = (row + 0.5) * ratio
+            for tap in range(-4 * source, 5 * source):
+                value = kernel((tap + 0.5 - centre) / widening)
+                if 0 <= tap < source or not antialias:
+                    weights[row, min(max(tap, 0), source - 1)] += value
+        return weights / weights.sum(1, keepdim=True)
+
+    rows, columns = matrix(picture.shape[0], size[0]), matrix(picture.shape[1], size[1])
+    return torch.einsum("ph,qw,hwc->pqc", rows, columns, picture.double()).to(picture.dtype)
 
 
 def reference_dense(
@@ -422,7 +487,8 @@ def reference_dense(
     p = parts(model)
     rows, columns = images.shape[2] // PATCH, images.shape[3] // PATCH
     x = p["conv"](images).flatten(2).transpose(1, 2)
-    x = torch.cat([p["class"].expand(len(x), 1, -1), x], dim=1) + resampled(p["positions"], GRID, (rows, columns))
+    a = -0.75 if hasattr(model, "vision_model") else -0.5
+    x = torch.cat([p["class"].expand(len(x), 1, -1), x], dim=1) + resampled(p["positions"], GRID, (rows, columns), a)
     x = p["pre"](x)
     for block in p["earlier"]:
         x = block(x)

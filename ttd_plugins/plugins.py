@@ -52,7 +52,7 @@ LOAD_PLUGINS_VARIABLE = "TTD_LOAD_PLUGINS"
 """Environment variable that limits loading to some entry points or distributions (a comma list; empty means none)."""
 
 RANDOM_WEIGHTS = "random"
-ADAPTER_GUIDE = "docs/plugin-hooks.md"
+ADAPTER_GUIDE = "docs/writing-an-adapter.md"
 
 TagExtractorFactory = Callable[..., TagExtractor]
 _NAME = re.compile(r"[a-z][a-z0-9_]*")

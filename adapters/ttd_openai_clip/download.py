@@ -150,10 +150,12 @@ def load_model(source: Source, config: Any) -> nn.Module:
     transformers = import_transformers()
     problem = source.problem()
     try:
-        model, found = transformers.CLIPModel.from_pretrained(
-            source.where, config=config, output_loading_info=True, **source.options(problem)
-        )
-        absent = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+        # Otherwise weights of another shape are an error that does not name them.
+        options = {"output_loading_info": True, "ignore_mismatched_sizes": True, **source.options(problem)}
+        model, found = transformers.CLIPModel.from_pretrained(source.where, config=config, **options)
+        # Of a weight of another shape the two shapes are told as well.
+        mismatched = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
+        absent = sorted([*found["missing_keys"], *mismatched])
         if absent:
             raise ValueError(f"{len(absent)} weights are absent or of another shape, such as {absent[0]}")
     except Exception as error:

@@ -122,9 +122,16 @@ class TransformersCLIPAdapter(OpenAICLIPAdapter):
         embeddings = self._vision.embeddings
         x = embeddings.patch_embedding(pixels.to(embeddings.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
         class_token = embeddings.class_embedding.to(x.dtype).expand(len(x), 1, -1)
-        return torch.cat([class_token, x], dim=1) + self._positions(embeddings.position_embedding.weight, grid).to(
-            x.dtype
-        )
+        x = torch.cat([class_token, x], dim=1)
+        own: Tensor = embeddings.position_embedding.weight
+        if grid == self._grid:
+            positions = own
+        elif hasattr(embeddings, "interpolate_pos_encoding"):
+            # The library's own resampling, as get_image_features(..., interpolate_pos_encoding=True) has it.
+            positions = embeddings.interpolate_pos_encoding(x, pixels.shape[2], pixels.shape[3])
+        else:
+            positions = self._positions(own, grid)
+        return x + positions.to(x.dtype)
 
     def _encode_text(self, ids: Tensor) -> Tensor:
         model: Any = self.model

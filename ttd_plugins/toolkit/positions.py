@@ -24,5 +24,7 @@ def resampled_positions(own: Tensor, source: tuple[int, int], grid: tuple[int, i
     # Not in half precision, for which antialiased resampling has no kernel on every device.
     own = own.to(torch.promote_types(own.dtype, torch.float32))
     image = own[prefix:].unflatten(0, tuple(source)).permute(2, 0, 1)[None]
-    resampled = F.interpolate(image, size=grid, mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([own[:prefix], resampled[0].flatten(1).T])
+    # Where one column is wanted, torch (2.15) gets it wrong unless each axis is resampled on its own.
+    for size in [grid] if grid[1] > 1 else [(grid[0], source[1]), grid]:
+        image = F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([own[:prefix], image[0].flatten(1).T])

@@ -1,0 +1,1 @@
+"""Adapter of ttd-plugins for open_clip's ConvNeXt CLIP models."""

@@ -1,0 +1,112 @@
+"""``ttd new-adapter``: a project of one's own for an adapter, which passes the conformance kit as written."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+SUFFIX = ".in"
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+def command(
+    name: Annotated[
+        str, typer.Argument(help="Name of the family: lower-case letters, digits and _.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write.  [default: ./ttd-NAME]", show_default=False)
+    ] = None,
+) -> None:
+    """Write a project for an adapter of your own.
+
+    It adapts a toy and passes its own tests; what is yours to fill in is marked BLANK.
+    """
+    folder = write_project(name, out)
+    # Quoted only where a shell would need it, so that the lines can be copied.
+    shown = str(folder) if re.fullmatch(r"[\w./+-]+", str(folder)) else f"'{folder}'"
+    typer.echo(f"wrote {folder}; next:")
+    typer.echo(f"  python -m pip install -e {shown}")
+    typer.echo(f"  python -m pytest {shown}")
+    typer.echo(f"  ttd check-adapter {name}:toy@random")
+    typer.echo(f"  grep -rn BLANK {shown}")
+
+
+def write_project(name: str, out: Path | None = None) -> Path:
+    """Write the project of a family ``name`` into the folder ``out``, all of it or nothing, and return the folder.
+
+    Raises:
+        InputError: the name cannot be that of a family or is taken, or the folder cannot be written or is not empty.
+    """
+    from ttd_plugins.adapter import API_VERSION
+    from ttd_plugins.errors import InputError, one_sentence
+
+    _require_free(name)
+    distribution = f"ttd-{name.replace('_', '-')}"
+    folder = Path(distribution) if out is None else out
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{str(folder)!r} is a file; give --out another folder")
+    values = {
+        "family": name,
+        "package": f"ttd_{name}",
+        "class_name": "".join(part[:1].upper() + part[1:] for part in name.split("_")),
+        "distribution": distribution,
+        "api_version": str(API_VERSION),
+    }
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise InputError(f"the folder {str(folder)!r} is not empty; give --out another one")
+        if not folder.parent.is_dir():
+            raise InputError(f"{str(folder)!r} cannot be written: the folder {str(folder.parent)!r} does not exist")
+        beside = Path(tempfile.mkdtemp(prefix=".ttd-new-adapter-", dir=folder.parent))
+        try:
+            _render(files("ttd_plugins.cli") / "adapter_template", beside / "project", values)
+            # An empty folder of that name gives way.
+            os.replace(beside / "project", folder)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"{str(folder)!r} cannot be written: {error.strerror or one_sentence(error)}") from error
+    return folder
+
+
+def _require_free(name: str) -> None:
+    from ttd_plugins.errors import InputError
+    from ttd_plugins.plugins import list_plugins
+
+    if not NAME.fullmatch(name):
+        better = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+        hint = f"; did you mean {better!r}?" if NAME.fullmatch(better) else ""
+        raise InputError(
+            f"{name!r} cannot name a family, which takes lower-case letters, digits and _, a letter first{hint}"
+        )
+    for plugin in list_plugins():
+        if name in (*plugin.families, plugin.name):
+            raise InputError(
+                f"{name!r} is taken by plugin {plugin.name!r} of {plugin.distribution or 'no distribution'}; choose "
+                "another name"
+            )
+    if find_spec(f"ttd_{name}") is not None:
+        raise InputError(f"the project's package would be ttd_{name}, which is installed already; choose another name")
+
+
+def _render(source: Traversable, target: Path, values: dict[str, str]) -> None:
+    """Copy a tree of templates, names and contents filled in."""
+    target.mkdir()
+    for item in source.iterdir():
+        if item.is_dir():
+            _render(item, target / (values["package"] if item.name == "package" else item.name), values)
+        elif item.name.endswith(SUFFIX):
+            text = Template(item.read_text(encoding="utf-8")).substitute(values)
+            (target / item.name.removesuffix(SUFFIX)).write_text(text, encoding="utf-8")
