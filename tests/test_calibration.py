@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers_examples import example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,10 +19,19 @@ from torch import Tensor
 from toy_backbone import END, ToyAdapter, toy
 from typer.testing import CliRunner
 
-from ttd_plugins import cli
-from ttd_plugins.adapter import Calibration, ImageFeatures
+from ttd_plugins import cli, load
+from ttd_plugins.adapter import (
+    BackboneDescription,
+    Calibration,
+    DenseAdapter,
+    ImageFeatures,
+    ImageTransform,
+    Size,
+    Tokens,
+    Tower,
+)
 from ttd_plugins.calibration import MIN_IMAGES, CalibrationFit, fit_calibration, fit_logistic, log_loss
-from ttd_plugins.engine import TTD, TTDOptions, encode_texts
+from ttd_plugins.engine import TTD, TTDOptions, TTDOutput, encode_texts
 from ttd_plugins.errors import InputError, TagExtractionError, TTDError
 from ttd_plugins.losses import map_distance
 from ttd_plugins.selection import select_tags
@@ -292,6 +303,129 @@ def test_a_backbone_with_other_cosines_trains_and_selects_alike_after_refitting(
             torch.testing.assert_close(second.losses[name], first.losses[name], rtol=2e-3, atol=1e-3)
 
 
+class Changed(DenseAdapter):
+    """Another adapter whose cosines all become ``slope * c + offset``, as a real backbone of another family has them.
+
+    Features are normalised and shortened to ``sqrt(slope)``. One more coordinate, equal on every image and text, adds
+    the offset, and what is left of length one goes where the other side has zero.
+    """
+
+    def __init__(self, inner: DenseAdapter, slope: float, offset: float) -> None:
+        super().__init__(inner.model)
+        self.inner, self.slope, self.offset = (inner,), slope, offset
+
+    @property
+    def description(self) -> BackboneDescription:
+        own = self.inner[0].description
+        return replace(own, embedding_width=own.embedding_width + 3)
+
+    def changed(self, features: Tensor, image: bool) -> Tensor:
+        unit = normalize(features) * self.slope**0.5
+        constant = unit.new_full((*unit.shape[:-1], 1), self.offset**0.5)
+        rest = torch.full_like(constant, (1 - self.slope - self.offset) ** 0.5)
+        zero = torch.zeros_like(constant)
+        return torch.cat([unit, constant, *((rest, zero) if image else (zero, rest))], dim=-1)
+
+    def encode_image(self, pixels: Tensor, *, pooled: bool = True) -> ImageFeatures:
+        features = self.inner[0].encode_image(pixels, pooled=pooled)
+        whole = None if features.pooled is None else self.changed(features.pooled, True)
+        return ImageFeatures(self.changed(features.patches, True), whole)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        return self.changed(self.inner[0].encode_text(ids), False)
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        return self.inner[0].tokenize(texts)
+
+    def dense_transform(self, size: Size | None = None) -> ImageTransform:
+        return self.inner[0].dense_transform(size)
+
+    def native_transform(self) -> ImageTransform:
+        return self.inner[0].native_transform()
+
+    def logit_scale(self) -> Tensor:
+        return self.inner[0].logit_scale()
+
+    def lora_targets(self, tower: Tower) -> list[str]:
+        return self.inner[0].lora_targets(tower)
+
+    def tower_parameters(self, tower: Tower) -> Iterable[tuple[str, torch.nn.Parameter]]:
+        return self.inner[0].tower_parameters(tower)
+
+
+Pairs = list[tuple[Image.Image, str]]
+
+
+@pytest.fixture(scope="module")
+def refitted() -> tuple[list[tuple[DenseAdapter, CalibrationFit]], Pairs]:
+    """A trained backbone and the same with other cosines, each with a calibration fitted to it, and scenes."""
+    pytest.importorskip("open_clip")
+    pytest.importorskip("resvg_py")
+    from ttd_plugins.embedded.scenes import Scenes
+
+    pairs = [(Image.fromarray(scene.image), scene.caption) for scene in Scenes("validation", 40)]
+    plain = load("open_clip:tiny")
+    adapters = [plain, Changed(plain, 0.35, 0.4)]
+    return [(adapter, fit_calibration(adapter, pairs)) for adapter in adapters], pairs
+
+
+def losses_and_gradients(
+    adapter: DenseAdapter, options: TTDOptions, pairs: Pairs
+) -> tuple[TTDOutput, dict[str, Tensor]]:
+    transform = adapter.dense_transform()
+    images = torch.stack([transform(image) for image, _ in pairs])
+    output = TTD(adapter, options)(images, [caption for _, caption in pairs])
+    named = {name: p for name, p in adapter.model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(output.loss, list(named.values()), allow_unused=True)
+    return output, {name: g for name, g in zip(named, found, strict=True) if g is not None}
+
+
+def test_the_calibration_of_changed_cosines_is_the_changed_calibration(refitted: Any) -> None:
+    (plain, changed), _ = refitted
+    before, after = plain[1].calibration, changed[1].calibration
+    assert after.scale == pytest.approx(before.scale / 0.35, rel=1e-3)
+    assert after.shift == pytest.approx(before.shift - before.scale * 0.4 / 0.35, rel=1e-3)
+    assert changed[1].log_loss == pytest.approx(plain[1].log_loss, abs=1e-4)
+    # The default map, which belongs to the backbone as it was, is wrong for the changed one.
+    assert changed[1].default == plain[1].default
+    assert changed[1].default_log_loss > plain[1].default_log_loss + 0.1
+
+
+@pytest.mark.parametrize(("rule", "threshold"), [("probability", 0.5), ("minmax", 0.4)])
+@pytest.mark.parametrize(
+    ("distance", "activation"), [("bce", "sigmoid"), ("mse", "sigmoid"), ("l1", "sigmoid"), ("bce", "minmax")]
+)
+def test_changed_cosines_change_no_selection_loss_or_gradient_after_refitting(
+    rule: Any, threshold: float, distance: Any, activation: Any, refitted: Any
+) -> None:
+    fits, pairs = refitted
+    options = TTDOptions(rule=rule, threshold=threshold, distance=distance, activation=activation, contrastive_weight=0)
+    (first, gradients), (second, others) = (
+        losses_and_gradients(adapter, replace(options, calibration=fit.calibration), pairs[:12])
+        for adapter, fit in fits
+    )
+    torch.testing.assert_close(second.alignment.scores, 0.35 * first.alignment.scores + 0.4, rtol=0, atol=1e-5)
+    assert torch.equal(second.targets.selected, first.targets.selected)
+    assert 0 < int(first.targets.selected.sum()) < len(first.targets.selected)
+    torch.testing.assert_close(second.targets.union, first.targets.union, rtol=0, atol=1e-3)
+    assert set(first.losses) == set(second.losses) == {"tag", "distill"}
+    for name in first.losses:
+        torch.testing.assert_close(second.losses[name], first.losses[name], rtol=1e-3, atol=1e-5)
+    assert set(gradients) == set(others)
+    for name, gradient in gradients.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(others[name], gradient, rtol=0, atol=0.02 * scale + 1e-6, msg=name)
+
+
+def test_without_refitting_changed_cosines_change_losses_and_selection(refitted: Any) -> None:
+    fits, pairs = refitted
+    options = TTDOptions(rule="probability", threshold=0.5, contrastive_weight=0, calibration=fits[0][1].calibration)
+    first, second = (losses_and_gradients(adapter, options, pairs[:12])[0] for adapter, _ in fits)
+    assert not first.targets.selected.all()
+    # Every word now looks present.
+    assert second.targets.selected.all() and second.losses["tag"] > 1.5 * first.losses["tag"]
+
+
 class Silent:
     name = "silent"
 
@@ -372,3 +506,36 @@ def test_the_command_says_when_there_are_too_few(arguments: list[str]) -> None:
     result = CliRunner().invoke(cli.app, ["calibrate", "open_clip:tiny", *arguments])
     assert result.exit_code == cli.USER_ERROR
     assert result.stderr.startswith("error: ")
+
+
+# The table of the families -------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_log_losses(capsys: pytest.CaptureFixture[str]) -> None:
+    for library in ("open_clip", "transformers", "resvg_py"):
+        pytest.importorskip(library)
+    table = example("calibration_table")
+    others = ["openai_clip:tiny@random", "siglip:tiny@random", "eva_clip:tiny@random"]
+    table.main(["open_clip:tiny", *others, "open_clip:tyni", "--scenes", "40"])
+    head, line, fitted, *more = capsys.readouterr().out.splitlines()
+    assert head.startswith("| backbone |") and set(line) == {"|", "-"}
+    assert head.count("|") == line.count("|") == fitted.count("|") == 8
+    cells = [cell.strip() for cell in fitted.strip("|").split("|")]
+    expected = json.loads(
+        CliRunner().invoke(cli.app, ["calibrate", "open_clip:tiny", "--scenes", "40", "--json"]).stdout
+    )
+    assert cells[0] == "`open_clip:tiny`" and cells[1] == "softmax"
+    assert (cells[3], cells[5]) == (f"{expected['default_log_loss']:.3f}", f"**{expected['log_loss']:.3f}**")
+    assert cells[6] == f"{expected['held_out_images']}, {2 * expected['held_out_words']}"
+    for name, row in zip(others, more, strict=False):
+        # A model that knows nothing may score borrowed words as high as own ones, and then there is nothing to fit.
+        assert row.startswith(f"| `{name}` |") and ("**" in row or "a calibration cannot be fitted" in row)
+    assert "open_clip:tyni" in more[-1] and "did you mean" in more[-1]
+    assert len(more) == len(others) + 1
+
+
+def test_the_table_needs_scenes(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("resvg_py")
+    with pytest.raises(SystemExit):
+        example("calibration_table").main(["open_clip:tiny", "--scenes", "0"])
+    assert "--scenes must be 1 or more, not 0" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +30,7 @@ from conforming_toy import (
     WIDTH,
     ConformingAdapter,
     ConformingFamily,
+    ConformingModel,
     ConformingPlugin,
     conforming,
 )
@@ -36,7 +38,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from ttd_plugins import cli, load
-from ttd_plugins.adapter import API_VERSION, DenseAdapter, ImageFeatures
+from ttd_plugins.adapter import API_VERSION, BackboneDescription, DenseAdapter, ImageFeatures
 from ttd_plugins.errors import InputError, PluginError
 from ttd_plugins.plugins import temporary_plugin
 from ttd_plugins.testing import CHECKS, AdapterConformance, CheckResult, Report, Session, check_adapter
@@ -406,6 +408,58 @@ def test_a_library_that_normalises_is_compared_in_direction() -> None:
         return nn.functional.normalize(model.encode_image(pixels), dim=-1)
 
     assert check_adapter(conforming, only=["pooled_is_the_librarys"], image_reference=unit).ok
+
+
+class InFloat32(ConformingModel):
+    """Its own functions fail in bfloat16, as those of the original clip package do after ``model.to(bfloat16)``."""
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        return nn.functional.linear(super().encode_image(pixels).float(), self.projection.weight)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        return nn.functional.layer_norm(super().embed(pixels).float(), (WIDTH,), self.norm.weight, self.norm.bias)
+
+
+def test_a_model_that_cannot_do_bfloat16_itself_is_no_fault_of_the_adapter() -> None:
+    names = ["half_precision", "image_features"]
+    report = check_adapter(lambda: ConformingAdapter(InFloat32()), only=names)
+    assert report.passed == ["image_features"]
+    assert report.skipped["half_precision"].startswith("the model itself cannot do it: ")
+    own = check_adapter(lambda: conforming(BROKEN["KeepsFloat32Pixels"][0]), only=names)
+    assert own.failed == ["half_precision"]
+
+
+def test_lengths_of_texts_are_the_librarys_business_where_embeddings_are_its_own() -> None:
+    """timm starts the head of EVA a thousand times smaller, so that fresh models have texts that much longer."""
+    made = conforming()
+    with torch.no_grad():
+        made.model.text_projection.weight.mul_(1000)
+    assert check_adapter(lambda: made, only=["joint_space"]).ok
+    unknown = check_adapter(lambda: made, only=["joint_space"], text_reference=lambda *_: None)
+    assert unknown.failed == ["joint_space"] and "of text within a factor" in str(unknown.results[0].expected)
+
+
+def test_large_images_go_through_the_model_few_times() -> None:
+    """Nine full-size models are checked in minutes; what does not depend on the size has small images."""
+    sizes: list[tuple[int, int]] = []
+
+    class Large(ConformingAdapter):
+        @property
+        def description(self) -> BackboneDescription:
+            return replace(ConformingAdapter.description.fget(self), image_size=(96, 96))  # type: ignore[attr-defined]
+
+        def dense_transform(self, size: Any = None) -> Any:
+            return super().dense_transform((96, 96) if size is None else size)
+
+        def encode_image(self, pixels: Tensor, *, pooled: bool = True) -> ImageFeatures:
+            if pixels.device.type == "cpu":
+                sizes.extend([tuple(pixels.shape[-2:])] * len(pixels))
+            return super().encode_image(pixels, pooled=pooled)
+
+    report = check_adapter(lambda: conforming(Large), not_applicable={"pickling": "the class is local"})
+    assert report.ok, lines(report)
+    assert (96, 96) in sizes
+    assert sum(height * width for height, width in sizes) / 96**2 < 60
 
 
 def test_outputs_of_transformers_are_understood() -> None:

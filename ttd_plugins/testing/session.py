@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 import time
 import warnings
@@ -82,6 +83,9 @@ class Session:
         self._adapter: DenseAdapter | None = None
         self._problem: BaseException | None = None
         self._results: dict[str, CheckResult] = {}
+        self._keeper: Keeper | None = None
+        self._native: ImageFeatures | None = None
+        self._meta: DenseAdapter | None = None
 
     # The adapter and inputs for it -----------------------------------------------------------------------------------
 
@@ -161,6 +165,32 @@ class Session:
         height, width = size or self.description.image_size
         generator = torch.Generator().manual_seed(SEED + seed)
         return torch.randn(count, 3, height, width, generator=generator).to(self.adapter.device)
+
+    def quick_size(self) -> tuple[int, int]:
+        """A small size for checks that do not depend on it: large models take long at their own."""
+        native = self.description.image_size
+        rows, columns = self.description.patch_size
+        small = [size for size in self.sizes() if 9 * rows * columns <= size[0] * size[1] < native[0] * native[1]]
+        # A size that does not work is the finding of that check alone.
+        if not small or self.run("other_sizes").status != "passed":
+            return native
+        return min(small, key=lambda size: size[0] * size[1])
+
+    def native_features(self) -> ImageFeatures:
+        """Features of :meth:`pixels` by the adapter as it was found, without gradient, computed once.
+
+        For checks that build on ``deterministic``: they must not change them.
+        """
+        if self._native is None:
+            with torch.no_grad():
+                self._native = self.encode(self.pixels())
+        return self._native
+
+    def on_meta(self) -> DenseAdapter:
+        """A copy of the adapter without weights, on the meta device."""
+        if self._meta is None:
+            self._meta = copy.deepcopy(self.adapter).to("meta")
+        return copy.deepcopy(self._meta)
 
     def encode(self, pixels: Tensor, *, pooled: bool = True, adapter: DenseAdapter | None = None) -> ImageFeatures:
         """Features, once their types and shapes are known to be right.
@@ -291,10 +321,18 @@ class Session:
             stack.enter_context(kept_random_state(SEED, device))
             stack.enter_context(torch.enable_grad())
             if adapter is not None:
-                keeper = Keeper(adapter)
-                stack.callback(keeper.restore)
+                if self._keeper is None:
+                    # One for all checks: copying a large model takes longer than most of them.
+                    self._keeper = Keeper(adapter)
+                stack.callback(self._keeper.restore)
                 adapter.eval()
             check.function(self)
+
+    def start_again(self) -> None:
+        """Within a check, put the adapter back to where the check started."""
+        assert self._keeper is not None
+        self._keeper.restore()
+        self.adapter.eval()
 
     def report(self, only: Iterable[str] | None = None) -> Report:
         """Run all checks, or ``only`` some, in their order.

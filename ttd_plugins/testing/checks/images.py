@@ -44,9 +44,9 @@ def image_features(session: Session) -> None:
     needs=(BUILT, "image_features", "deterministic"),
 )
 def pooled_on_request(session: Session) -> None:
-    pixels = session.pixels()
+    both = session.native_features()
     with torch.no_grad():
-        both, alone = session.encode(pixels), session.encode(pixels, pooled=False)
+        alone = session.encode(session.pixels(), pooled=False)
     session.expect_close("patches without and with the pooled embedding", alone.patches, both.patches)
 
 
@@ -80,11 +80,10 @@ def deterministic(session: Session) -> None:
     needs=(BUILT, "image_features", "deterministic"),
 )
 def batch_independent(session: Session) -> None:
-    pixels = session.pixels(3)
+    pixels, together = session.pixels(), session.native_features()
+    assert together.pooled is not None
     with torch.no_grad():
-        together = session.encode(pixels)
-        assert together.pooled is not None
-        for index in range(3):
+        for index in range(len(pixels)):
             alone = session.encode(pixels[index : index + 1])
             assert alone.pooled is not None
             session.expect_close("patches alone and in a batch", alone.patches[0], together.patches[index])
@@ -148,9 +147,9 @@ def misfit_sizes(session: Session) -> None:
 )
 def pooled_is_the_librarys(session: Session) -> None:
     pixels = session.pixels()
+    found = session.native_features().pooled
+    assert found is not None
     with torch.no_grad():
-        found = session.encode(pixels).pooled
-        assert found is not None
         try:
             own = session.image_reference(session.adapter, pixels.to(session.dtype))
         except Exception as error:
@@ -181,7 +180,7 @@ def are_unit(session: Session, features: Tensor) -> bool:
 )
 def not_normalised(session: Session) -> None:
     with torch.no_grad():
-        features = session.encode(session.pixels(3))
+        features = session.encode(session.pixels())
         texts = session.embed(session.tokens(["a dog", "two cats on grass", "sky"]).ids)
     assert features.pooled is not None
     for name, tensor in (("patches", features.patches), ("pooled", features.pooled), ("text embeddings", texts)):
@@ -196,16 +195,18 @@ def not_normalised(session: Session) -> None:
     needs=(BUILT, "image_features", "text_features", "not_normalised", "gradients_to_image_parameters"),
 )
 def joint_space(session: Session) -> None:
-    model = session.adapter.model
+    model, pixels = session.adapter.model, session.pixels(size=session.quick_size())
+    # Embeddings that are the library's own define the joint space, whatever their lengths; fresh weights differ much.
+    own = all(session.run(name).status == "passed" for name in ("pooled_is_the_librarys", "text_is_the_librarys"))
     model.requires_grad_(True)
-    features = session.encode(session.pixels())
+    features = session.encode(pixels)
     assert features.pooled is not None
     texts = session.embed(session.tokens(["a dog", "two cats on grass", "sky"]).ids)
     lengths = {
         name: float(tensor.detach().double().norm(dim=-1).mean())
         for name, tensor in (("patches", features.patches), ("pooled", features.pooled), ("text", texts))
     }
-    for name in ("patches", "text"):
+    for name in ("patches",) if own else ("patches", "text"):
         ratio = lengths[name] / max(lengths["pooled"], 1e-30)
         if not 1 / APART < ratio < APART:
             raise CheckFailed(

@@ -91,7 +91,7 @@ def gradients_to_pixels(session: Session) -> None:
 def gradients_to_image_parameters(session: Session) -> None:
     session.adapter.model.requires_grad_(True)
     named = list(session.adapter.tower_parameters("image"))
-    pixels = session.pixels()
+    pixels = session.pixels(1)
     features = session.encode(pixels)
     assert features.pooled is not None
     pooled = _reached(features.pooled, named)
@@ -167,8 +167,9 @@ def lora_targets(session: Session) -> None:
                 raise CheckFailed("no target inside another one", f"{inside[0]} inside {name}")
     if not any_target:
         raise NotApplicable("lora_targets names nothing, so the adapter takes no LoRA")
+    pixels = session.pixels(size=session.quick_size())
     session.adapter.model.requires_grad_(True)
-    features = session.encode(session.pixels())
+    features = session.encode(pixels)
     prefixes = tuple(f"{name}." for name in session.adapter.lora_targets("image"))
     weights = [(n, p) for n, p in session.adapter.tower_parameters("image") if p.ndim > 1 and n.startswith(prefixes)]
     for what, output in (("patches", features.patches), ("the pooled embedding", features.pooled)):
@@ -210,12 +211,11 @@ def _with_lora(session: Session, towers: list[Tower]) -> list[nn.Parameter]:
     needs=(BUILT, "lora_targets", "deterministic", "gradients_to_image_parameters", "gradients_to_text_parameters"),
 )
 def lora_reaches_features(session: Session) -> None:
-    adapter, pixels = session.adapter, session.pixels()
+    adapter, pixels = session.adapter, session.pixels(size=session.quick_size())
     ids = session.tokens(["a dog", "two cats on grass"]).ids
     for tower in _towers(session):
         names = adapter.lora_targets(tower)
         tuned: dict[str, Tensor] = {}
-        keeper = Keeper(adapter)
         with torch.no_grad():
             before = _outputs(session, tower, pixels, ids)
         parameters = _with_lora(session, [tower])
@@ -241,7 +241,7 @@ def lora_reaches_features(session: Session) -> None:
                     output,
                     tolerance=5 * session.tolerance,
                 )
-        keeper.restore()
+        session.start_again()
 
 
 def _outputs(session: Session, tower: Tower, pixels: Tensor, ids: Tensor) -> dict[str, Tensor]:
@@ -259,7 +259,7 @@ def _outputs(session: Session, tower: Tower, pixels: Tensor, ids: Tensor) -> dic
     needs=(BUILT, "lora_targets", "lora_reaches_features", "model_unchanged"),
 )
 def lora_comes_out(session: Session) -> None:
-    adapter, pixels = session.adapter, session.pixels()
+    adapter, pixels = session.adapter, session.pixels(size=session.quick_size())
     ids = session.tokens(["a dog", "two cats on grass"]).ids
     towers = _towers(session)
     keeper = Keeper(adapter.model)
