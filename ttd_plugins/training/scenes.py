@@ -26,7 +26,7 @@ class SceneTuning:
         batch_size: scenes a step.
         rank: rank of LoRA on both towers; 0 means full fine-tuning of both.
         seed: decides the scenes and the fresh LoRA weights.
-        bare_captions: share of captions that are bare nouns; the rest are sentences, in which there is a bias to repair.
+        bare_captions: share of captions that are bare nouns; the rest are sentences.
         optimizer: how parameters are moved.
         ttd: the options of the engine.
     """
