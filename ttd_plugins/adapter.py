@@ -63,7 +63,7 @@ class BackboneDescription:
     """What a backbone is, in the field's terms.
 
     Attributes:
-        family: name of the adapter family, such as ``"open_clip"``.
+        family: name of the adapter family, the part before ``:`` in the backbone's name.
         model: name of the architecture, or the class name of a wrapped object.
         weights: name of the weights, or ``None`` for a wrapped object.
         embedding_width: D, the width of the joint space.

@@ -563,7 +563,7 @@ def parse_name(name: str) -> BackboneName:
         AdapterConflictError, PluginError: as :func:`get_family`.
     """
     if not isinstance(name, str):
-        raise BackboneNameError(f"a backbone name is a string such as 'open_clip:tiny', not a {type(name).__name__}")
+        raise BackboneNameError(f"a backbone name is a string 'family:model@weights', not a {type(name).__name__}")
     registry = _registry()
     text = name.strip()
     family_name, colon, rest = text.partition(":")
