@@ -43,7 +43,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from ttd_plugins import cli
-from ttd_plugins.errors import TTDError
+from ttd_plugins.errors import TTDError, UnsupportedModelError
 from ttd_plugins.plugins import load
 
 HUB_KEYS = list(HUB_NAMES)
@@ -189,6 +189,24 @@ def test_weights_in_parts(hub: HubServer, folders: Any, tmp_path: Path, key: str
     index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
     files["model.safetensors.index.json"] = json.dumps(index).encode()
     assert same_weights(load(served.name).model, weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("open_clip:hf-hub:some/timm-siglip", "timm trunk"),
+        ("eva_clip:hf-hub:some/native-vit", "only EVA trunks"),
+        ("siglip:hf-hub:some/native-vit", ""),
+        ("siglip:some/clip", ""),
+        ("openai_clip:some/siglip", "model type 'siglip'"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused_before_its_weights_are_fetched(
+    hub: HubServer, name: str, reason: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"cannot be adapted: .*{reason}"):
+        load(name)
+    assert not [path for _, path in hub.requests if path.endswith(".safetensors")]
 
 
 # A hub that fails ----------------------------------------------------------------------------------------------------
