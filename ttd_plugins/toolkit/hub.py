@@ -13,7 +13,7 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from ttd_plugins.errors import one_sentence
 
+CONFIG = "config.json"
 LOG_IN = "check the name, or run `hf auth login` where the repository is private or gated"
 CONNECT = "connect to the network once, or set HF_HUB_OFFLINE=1 where the download cache is warm"
 AGAIN = "try again"
@@ -101,11 +102,21 @@ def fetch(repository: str, *choices: Choice, cache_dir: str | None = None) -> Hu
         for choose in choices:
             for name in choose(files):
                 huggingface_hub.hf_hub_download(repository, name, cache_dir=cache_dir)
+        if CONFIG not in files:
+            _remember_absence(repository, cache_dir)
     except LookupError as error:
         return HubProblem(f"the repository {repository} on the model hub {error.args[0]}", "check the name")
     except Exception as error:  # what the client raises differs from version to version
         return _problem(repository, None if name == repository else name, error)
     return None
+
+
+def _remember_absence(repository: str, cache_dir: str | None) -> None:
+    """Let the cache know that there is no configuration, which transformers asks for first, tokenizers included."""
+    from huggingface_hub import errors, hf_hub_download
+
+    with suppress(errors.EntryNotFoundError):
+        hf_hub_download(repository, CONFIG, cache_dir=cache_dir)
 
 
 def fetch_transformers_model(
@@ -121,10 +132,10 @@ def fetch_transformers_model(
     """
     from huggingface_hub import hf_hub_download
 
-    problem = fetch(repository, first_of("config.json"), cache_dir=cache_dir)
+    problem = fetch(repository, first_of(CONFIG), cache_dir=cache_dir)
     if problem is not None:
         return problem
-    config = hf_hub_download(repository, "config.json", cache_dir=cache_dir, local_files_only=True)
+    config = hf_hub_download(repository, CONFIG, cache_dir=cache_dir, local_files_only=True)
     check(json.loads(Path(config).read_text(encoding="utf-8")))
     return fetch(repository, SMALL_FILES, *([transformers_weights] if weights else []), cache_dir=cache_dir)
 
