@@ -7,6 +7,7 @@ for minutes what cannot succeed.
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import os
@@ -147,7 +148,11 @@ def _problem(repository: str, file: str | None, error: Exception) -> HubProblem:
     hub = f"the model hub {constants.ENDPOINT}"
     if isinstance(error, errors.HFValidationError):
         return HubProblem(f"{repository!r} is no name of a repository on a model hub", "it must be ORG/NAME")
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    # The client wraps an answer that it takes for a fault of the network.
+    wrapped: BaseException | None = error
+    while wrapped is not None and getattr(wrapped, "response", None) is None:
+        wrapped = wrapped.__cause__
+    status = getattr(getattr(wrapped, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError) or status in (401, 403, 404):
         thing = f"{file} of {repository}" if file else repository
         return HubProblem(f"{hub} does not give {thing} (HTTP status {status})", LOG_IN)
@@ -188,7 +193,7 @@ def fetch_url(url: str, folder: str | None) -> HubProblem | None:
                 Path(part.name).unlink(missing_ok=True)
     except urllib.error.HTTPError as error:
         return HubProblem(f"{url} answers with HTTP status {error.code}", f"{AGAIN} later")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = f"{type(error).__name__}: {one_sentence(error, 160)}"
         return HubProblem(f"{url} cannot be downloaded ({reason})", f"connect to the network, and {AGAIN}")
     return None

@@ -132,7 +132,7 @@ class OpenCLIPModels:
                 if is_whole(model):
                     self._require_served(full, config)
                 if weights != RANDOM and not on_disk:
-                    problem = self._fetch_weights(model, source, cache_dir) or problem
+                    problem = self._fetch_weights(model, source, cache_dir, full) or problem
                 text_tower = config.get("text_cfg", {}).get("hf_model_name")
                 if text_tower and not Path(text_tower).is_dir():
                     # open_clip asks for it without a cache_dir.
@@ -170,7 +170,7 @@ class OpenCLIPModels:
             raise ValueError(f"{CONFIG} has no model_cfg with a vision_cfg")
         return config
 
-    def _fetch_weights(self, model: str, tag: str | None, cache_dir: str | None) -> HubProblem | None:
+    def _fetch_weights(self, model: str, tag: str | None, cache_dir: str | None, full: str) -> HubProblem | None:
         if model.startswith(FOLDER):
             return None
         if tag is None:
@@ -179,7 +179,12 @@ class OpenCLIPModels:
         if "file" in place:
             return None
         if not place.get("hf_hub"):
-            return fetch_url(place["url"], cache_dir) if place.get("url") else None
+            problem = fetch_url(place["url"], cache_dir) if place.get("url") else None
+            if problem is not None:
+                # open_clip would download it itself, and leave the half of a file that it got where it looks first.
+                way_out = _way_out(model, checkpoint=False)
+                raise TTDError(f"{full} cannot be loaded: {problem.reason}; {problem.advice}, or {way_out}")
+            return None
         # "ORG/NAME/" means open_clip's usual names, "ORG/NAME/FILE" a file, a safetensors twin of which comes first.
         repository, _, file = place["hf_hub"].rpartition("/")
         names = (str(PurePosixPath(file).with_suffix(".safetensors")), file) if file else WEIGHTS
