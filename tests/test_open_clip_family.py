@@ -216,7 +216,7 @@ def names_do_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", [NAME, "hf-hub:nobody/nothing"])
-@pytest.mark.parametrize("broken", ["names", "server", "offline mode"])
+@pytest.mark.parametrize("broken", ["names", "offline mode"])
 def test_without_a_network_there_is_one_clear_sentence(
     family: OpenCLIPFamily,
     architecture: str,
@@ -229,9 +229,6 @@ def test_without_a_network_there_is_one_clear_sentence(
     names_do_not_resolve(monkeypatch)
     if broken == "offline mode":
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    elif broken == "server":
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])
-        monkeypatch.setattr(open_clip.pretrained, "hf_hub_download", lambda **_: 1 / 0)
     weights = "some-tag" if name == NAME else "own"
     began = time.monotonic()
     with pytest.raises(TTDError) as caught:
@@ -240,9 +237,7 @@ def test_without_a_network_there_is_one_clear_sentence(
     assert time.monotonic() - began < 10
     message = str(caught.value)
     assert f"open_clip:{name}@{weights} cannot be loaded" in message
-    assert {"names": "Name or service not known", "server": "division by zero", "offline mode": "cache"}[
-        broken
-    ] in message
+    assert {"names": "Name or service not known", "offline mode": "HF_HUB_OFFLINE is set"}[broken] in message
     assert "HF_HUB_OFFLINE" in message
     assert "path of a checkpoint" in message
     assert "\n" not in message
@@ -269,24 +264,11 @@ def test_a_warm_cache_needs_no_network(
     assert torch.equal(adapter.model.visual.proj, model.visual.proj)
 
 
-def test_weights_that_are_missing_are_never_replaced_by_random_ones(
-    family: OpenCLIPFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """open_clip itself only logs a warning when a hub model's or a folder's weights are not there."""
+def test_weights_that_are_missing_are_never_replaced_by_random_ones(family: OpenCLIPFamily, tmp_path: Path) -> None:
+    """open_clip itself only logs a warning when a folder's weights are not there."""
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config(), "preprocess_cfg": {}}))
     with pytest.raises(TTDError, match=r"cannot be loaded .*weights"):
         family.load(f"local-dir:{tmp_path}", "own")
-
-    def only_the_configuration(filename: str, **_: Any) -> str:
-        if filename == "open_clip_config.json":
-            return str(tmp_path / filename)
-        raise OSError("no such file")
-
-    monkeypatch.setattr(open_clip.pretrained, "hf_hub_download", only_the_configuration)
-    monkeypatch.setattr(family_module, "hub_problem", lambda: None)
-    with pytest.raises(TTDError, match=r"cannot be loaded .*weights"):
-        family.load("hf-hub:some/model", "own")
-    assert family.load("hf-hub:some/model", "random").description.name == "open_clip:hf-hub:some/model@random"
 
 
 def test_a_local_folder(family: OpenCLIPFamily, tmp_path: Path) -> None:
@@ -316,22 +298,6 @@ def test_a_local_folder_that_is_no_model(family: OpenCLIPFamily, tmp_path: Path,
         family.load(f"local-dir:{tmp_path}", "own")
 
 
-def test_a_hub_model_of_another_kind_is_refused_before_its_weights_are_fetched(
-    family: OpenCLIPFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trunk = config() | {"vision_cfg": {"timm_model_name": "vit_base_patch16_224", "image_size": 224}}
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": trunk}))
-
-    def only_the_configuration(filename: str, **_: Any) -> str:
-        assert filename == "open_clip_config.json"
-        return str(tmp_path / filename)
-
-    monkeypatch.setattr(open_clip.pretrained, "hf_hub_download", only_the_configuration)
-    monkeypatch.setattr(family_module, "hub_problem", lambda: None)
-    with pytest.raises(UnsupportedModelError, match="timm trunk"):
-        family.load("hf-hub:some/siglip", "own")
-
-
 def test_weights_trained_with_quick_gelu_get_it(
     family: OpenCLIPFamily, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,7 +308,6 @@ def test_weights_trained_with_quick_gelu_get_it(
     tag = {"file": str(tmp_path / "weights.safetensors"), "quick_gelu": True}
     for name in (NAME, f"{NAME}-quickgelu"):
         monkeypatch.setitem(open_clip.pretrained._PRETRAINED, name, {"openai": tag})
-    monkeypatch.setattr(family_module, "hub_problem", lambda: None)
     adapter = family.load(NAME, "openai")
     assert adapter.description.name == f"open_clip:{NAME}-quickgelu@openai"
     assert isinstance(adapter.model.visual.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)

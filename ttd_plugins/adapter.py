@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from ttd_plugins.errors import ImageSizeError
+from ttd_plugins.errors import ImageSizeError, PluginError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,7 +63,7 @@ class BackboneDescription:
     """What a backbone is, in the field's terms.
 
     Attributes:
-        family: name of the adapter family, such as ``"open_clip"``.
+        family: name of the adapter family, the part before ``:`` in the backbone's name.
         model: name of the architecture, or the class name of a wrapped object.
         weights: name of the weights, or ``None`` for a wrapped object.
         embedding_width: D, the width of the joint space.
@@ -147,6 +147,10 @@ class DenseAdapter(nn.Module, ABC):
     embedding is overwritten, train/eval mode and ``requires_grad`` stay as found. The exceptions are the verbs that
     say so: :meth:`add_lora`, :meth:`merge` and :meth:`unload`. Features are differentiable with respect to the model
     and the pixels, and live on the device of their input and in the dtype of the model.
+
+    Attributes:
+        model: the caller's model.
+        owner: the plugin that made this adapter, for messages; ``None`` where it was made by hand.
     """
 
     model: nn.Module
@@ -155,6 +159,7 @@ class DenseAdapter(nn.Module, ABC):
         super().__init__()
         self.model = model
         self.training = model.training
+        self.owner: str | None = None
         self._lora: LoRAHandle | None = None
         self._originals: list[tuple[Tensor, Tensor]] | None = None
 
@@ -369,3 +374,74 @@ class AdapterFamily(ABC):
         Raises:
             UnsupportedModelError: a part of the model cannot be served, with the reason.
         """
+
+
+# What the engine asks of an adapter goes through these, so that one that lies about its shapes is refused -------------
+
+
+def image_pixels(adapter: DenseAdapter, image: Image, size: Size | None = None) -> Tensor:
+    """``adapter.dense_transform(size)(image)``, pixels ``[3, height, width]``.
+
+    Raises:
+        PluginError: it is not what was asked for.
+    """
+    pixels = adapter.dense_transform(size)(image)
+    due = adapter.description.image_size if size is None else (size, size) if isinstance(size, int) else tuple(size)
+    _require(adapter, "dense_transform", pixels, (3, *due))
+    return pixels
+
+
+def image_features(adapter: DenseAdapter, pixels: Tensor, *, pooled: bool = True) -> ImageFeatures:
+    """:meth:`DenseAdapter.encode_image`.
+
+    Raises:
+        PluginError: the shapes are not those that :meth:`DenseAdapter.patch_grid` and the description promise.
+    """
+    features = adapter.encode_image(pixels, pooled=pooled)
+    if not isinstance(features, ImageFeatures):
+        raise _broken(adapter, f"encode_image gives a {type(features).__name__} where ImageFeatures are due")
+    width = adapter.description.embedding_width
+    grid = adapter.patch_grid(*pixels.shape[-2:])
+    _require(adapter, "encode_image", features.patches, (len(pixels), *grid, width), "patches")
+    if pooled:
+        _require(adapter, "encode_image", features.pooled, (len(pixels), width), "pooled")
+    return features
+
+
+def text_tokens(adapter: DenseAdapter, texts: Sequence[str]) -> Tokens:
+    """:meth:`DenseAdapter.tokenize`.
+
+    Raises:
+        PluginError: it gives something else than a row for every text, as long as the description says.
+    """
+    tokens = adapter.tokenize(texts)
+    if not isinstance(tokens, Tokens):
+        raise _broken(adapter, f"tokenize gives a {type(tokens).__name__} where Tokens are due")
+    _require(adapter, "tokenize", tokens.ids, (len(texts), adapter.description.context_length), "ids")
+    return tokens
+
+
+def text_embeddings(adapter: DenseAdapter, ids: Tensor) -> Tensor:
+    """:meth:`DenseAdapter.encode_text`.
+
+    Raises:
+        PluginError: the shape is not the one that the description promises.
+    """
+    embeddings = adapter.encode_text(ids)
+    _require(adapter, "encode_text", embeddings, (len(ids), adapter.description.embedding_width))
+    return embeddings
+
+
+def _require(adapter: DenseAdapter, method: str, found: object, due: tuple[int, ...], part: str = "a tensor") -> None:
+    if not isinstance(found, Tensor):
+        raise _broken(adapter, f"{method} gives a {type(found).__name__} where {part} of shape {due} is due")
+    if tuple(found.shape) != due:
+        raise _broken(adapter, f"{method} gives {part} of shape {tuple(found.shape)} where {due} is due")
+
+
+def _broken(adapter: DenseAdapter, what: str) -> PluginError:
+    owner = adapter.owner or f"{type(adapter).__module__}.{type(adapter).__qualname__}"
+    name = adapter.description.name
+    return PluginError(
+        f"{owner} breaks the contract of adapters: {what} for {name}; `ttd check-adapter {name}` says more"
+    )

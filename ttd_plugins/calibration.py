@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ttd_plugins import selection, similarity
-from ttd_plugins.adapter import Calibration, DenseAdapter, Size
+from ttd_plugins.adapter import Calibration, DenseAdapter, Size, image_features
 from ttd_plugins.engine import encode_texts, evaluation_mode
 from ttd_plugins.errors import InputError, TagExtractionError, TTDError
 from ttd_plugins.tags import fold
@@ -286,7 +286,7 @@ def _score(
     scores: list[list[float]] = []
     for batch in _batches(backbone, pairs, size, batch_size):
         pixels = torch.stack([one for _, one in batch]).to(backbone.device)
-        features = similarity.normalize(backbone.encode_image(pixels, pooled=False).patches.flatten(1, 2))
+        features = similarity.normalize(image_features(backbone, pixels, pooled=False).patches.flatten(1, 2))
         for (pair, one), patches in zip(batch, features, strict=True):
             pair.digest = hashlib.blake2b(one.float().cpu().numpy().tobytes(), digest_size=16).hexdigest()
             chosen = words[[number[word] for word in (*pair.own, *pair.borrowed)]]

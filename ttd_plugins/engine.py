@@ -20,7 +20,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ttd_plugins import losses, selection, similarity
-from ttd_plugins.adapter import Calibration, DenseAdapter, Size
+from ttd_plugins.adapter import (
+    Calibration,
+    DenseAdapter,
+    Size,
+    image_features,
+    image_pixels,
+    text_embeddings,
+    text_tokens,
+)
 from ttd_plugins.errors import InputError, TagExtractionError, TTDError
 
 if TYPE_CHECKING:
@@ -248,11 +256,11 @@ def encode_texts(adapter: DenseAdapter, texts: Sequence[str]) -> tuple[Tensor, l
     if not texts:
         width = adapter.description.embedding_width
         return torch.zeros(0, width, device=adapter.device), []
-    tokens = adapter.tokenize(texts)
+    tokens = text_tokens(adapter, texts)
     ids = tokens.ids
     if not adapter.description.text_after_end_matters:
         ids = ids[:, : int(tokens.lengths.max())]
-    return similarity.normalize(adapter.encode_text(ids.to(adapter.device))), tokens.truncated
+    return similarity.normalize(text_embeddings(adapter, ids.to(adapter.device))), tokens.truncated
 
 
 class TTD(nn.Module):
@@ -377,7 +385,7 @@ class TTD(nn.Module):
         self, adapter: DenseAdapter, images: Tensor, captions: Sequence[str], candidates: Candidates, *, pooled: bool
     ) -> Alignment:
         pooled = pooled or self.options.score == "image"
-        features = adapter.encode_image(images, pooled=pooled)
+        features = image_features(adapter, images, pooled=pooled)
         caption_embeddings, truncated = encode_texts(adapter, list(captions))
         tag_embeddings, _ = encode_texts(adapter, [self.options.template.format(tag) for tag in candidates.distinct])
         with torch.autocast(images.device.type, enabled=False):
@@ -448,7 +456,7 @@ class TTD(nn.Module):
             from ttd_plugins.data.images import read_image
 
             image = read_image(image)
-        pixels = self.backbone.dense_transform(size)(image)
+        pixels = image_pixels(self.backbone, image, size)
         images = pixels[None].to(self.backbone.device)
         with evaluation_mode(self.backbone):
             candidates = self.candidates(images, [caption], None if tags is None else [tags])

@@ -65,7 +65,7 @@ def listed(choices: Iterable[str], most: int = 12) -> str:
 def choices_sentence(kind: str, given: str, choices: Iterable[str], most: int = 12) -> str:
     """Say that ``given`` is unknown, with the closest of ``choices`` first.
 
-    Returns one sentence such as ``unknown family 'opne_clip'; did you mean 'open_clip'? known: open_clip, siglip``.
+    Returns one sentence such as ``unknown family 'strangr'; did you mean 'stranger'? known: other, stranger``.
     """
     known: Sequence[str] = sorted(choices)
     lowered = {choice.lower(): choice for choice in known}

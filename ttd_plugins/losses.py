@@ -84,8 +84,8 @@ def contrastive_loss(
         text: ``[B, D]``, row b belonging to image b.
         scale: multiplier of the cosines.
         bias: added to the logits.
-        form: ``"softmax"``: the symmetric InfoNCE of CLIP (arXiv 2103.00020); ``"sigmoid"``: the pairwise loss of
-            SigLIP (arXiv 2303.15343), summed over a row and averaged over rows.
+        form: ``"softmax"``: the symmetric InfoNCE (arXiv 2103.00020); ``"sigmoid"``: the pairwise loss
+            (arXiv 2303.15343), summed over a row and averaged over rows.
 
     Returns:
         A scalar.

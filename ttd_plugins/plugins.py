@@ -14,6 +14,7 @@ import inspect
 import os
 import re
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ import torch
 from torch import nn
 
 from ttd_plugins import hookspecs
-from ttd_plugins.adapter import SPOKEN_API_VERSIONS, AdapterFamily, DenseAdapter
+from ttd_plugins.adapter import SPOKEN_API_VERSIONS, AdapterFamily, BackboneDescription, DenseAdapter
 from ttd_plugins.errors import (
     AdapterConflictError,
     BackboneNameError,
@@ -152,7 +153,8 @@ def _blame(owner: str, task: str) -> Iterator[None]:
         yield
     except TTDError:
         raise
-    except Exception as error:
+    # A plugin that calls sys.exit() must not end the caller's program.
+    except (Exception, SystemExit) as error:
         raise PluginError(f"{owner} failed to {task}: {type(error).__name__}: {one_sentence(error)}") from error
 
 
@@ -227,7 +229,7 @@ class _Registry:
             self.manager.register(implementation, name=plugin.name)
             plugin.hooks = self.checked_hooks(implementation)
             self.collect(plugin, implementation)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self.manager.unregister(name=plugin.name)
             if isinstance(error, PluginError):
                 raise
@@ -259,7 +261,9 @@ class _Registry:
 
         def register_family(family: AdapterFamily) -> None:
             problem = _family_problem(family)
-            if problem is None:
+            if problem is None and any(name == family.name for name, _ in plugin.families):
+                plugin.problems.append(f"registers family {family.name!r} twice; the first counts")
+            elif problem is None:
                 plugin.families.append((family.name, family))
             else:
                 plugin.problems.append(problem)
@@ -271,6 +275,8 @@ class _Registry:
                     f"tag extractor {name!r} is refused: it takes a name of lower-case letters, digits and "
                     "underscores, and a callable that builds the extractor"
                 )
+            elif any(name == other for other, _ in plugin.tag_extractors):
+                plugin.problems.append(f"registers tag extractor {name!r} twice; the first counts")
             else:
                 plugin.tag_extractors.append((name, factory))
 
@@ -280,7 +286,7 @@ class _Registry:
         ):
             try:
                 self.alone(hook, implementation)(register=register)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise PluginError(f"raised in {hook}: {type(error).__name__}: {one_sentence(error)}") from error
 
     # Names ---------------------------------------------------------------------------------------------------------
@@ -516,15 +522,24 @@ def list_backbones(family: str | None = None, pattern: str | None = None) -> lis
 def _family_info(plugin: _Plugin, family: AdapterFamily, pattern: str | None) -> FamilyInfo:
     found: list[BackboneInfo] = []
     error = None
+    summary = ""
     try:
         with _blame(plugin.owner, f"list the models of family {family.name!r}"):
+            summary = _text("summary", family.summary)
             for model in family.models():
-                info = BackboneInfo(model, tuple(family.weights(model)), family.default_weights(model))
+                weights = tuple(_text("a name of weights", name) for name in family.weights(model))
+                info = BackboneInfo(_text("a model's name", model), weights, family.default_weights(model))
                 if pattern is None or _fits(family.name, info, pattern):
                     found.append(info)
     except TTDError as problem:
         found, error = [], str(problem)
-    return FamilyInfo(family.name, family.summary, plugin.name, tuple(found), error)
+    return FamilyInfo(family.name, summary, plugin.name, tuple(found), error)
+
+
+def _text(what: str, given: object) -> str:
+    if not isinstance(given, str):
+        raise TypeError(f"{what} is a {type(given).__name__} where a string is due")
+    return given
 
 
 def _fits(family: str, info: BackboneInfo, pattern: str) -> bool:
@@ -548,7 +563,7 @@ def parse_name(name: str) -> BackboneName:
         AdapterConflictError, PluginError: as :func:`get_family`.
     """
     if not isinstance(name, str):
-        raise BackboneNameError(f"a backbone name is a string such as 'open_clip:tiny', not a {type(name).__name__}")
+        raise BackboneNameError(f"a backbone name is a string 'family:model@weights', not a {type(name).__name__}")
     registry = _registry()
     text = name.strip()
     family_name, colon, rest = text.partition(":")
@@ -624,7 +639,7 @@ def load(
     arguments = _lora_arguments(lora)
     target = _device(device)
     with _blame(plugin.owner, f"load {backbone}"):
-        adapter = _checked(family.load(backbone.model, backbone.weights, **options))
+        adapter = _checked(family.load(backbone.model, backbone.weights, **options), plugin)
         if arguments is not None:
             adapter.add_lora(**arguments)
         if target is not None:
@@ -659,7 +674,7 @@ def wrap(
     _check_options(f"family {family.name!r}", family.wrap, options, given=("model", "tokenizer", "preprocess"))
     arguments = _lora_arguments(lora)
     with _blame(plugin.owner, f"wrap {what}"):
-        adapter = _checked(family.wrap(model, tokenizer=tokenizer, preprocess=preprocess, **options))
+        adapter = _checked(family.wrap(model, tokenizer=tokenizer, preprocess=preprocess, **options), plugin)
         if arguments is not None:
             adapter.add_lora(**arguments)
         return adapter
@@ -736,10 +751,37 @@ def _class_name(model: object) -> str:
     return f"{type(model).__module__}.{type(model).__qualname__}"
 
 
-def _checked(adapter: object) -> DenseAdapter:
+def _checked(adapter: object, plugin: _Plugin) -> DenseAdapter:
     if not isinstance(adapter, DenseAdapter):
         raise TypeError(f"it returned a {type(adapter).__name__} where a DenseAdapter is due")
+    if not isinstance(adapter.description, BackboneDescription):
+        raise TypeError(f"its description is a {type(adapter.description).__name__}")
+    adapter.owner = plugin.owner
     return adapter
+
+
+def explain(error: BaseException) -> PluginError | None:
+    """The sentence about an exception that came out of somebody's plugin while it worked, for the command line.
+
+    Whose it is, the traceback tells: the innermost frame that belongs to a package of a plugin. An exception of this
+    distribution's own plugins is a bug to be seen in full.
+
+    Returns:
+        An error that names the plugin, or ``None`` where no other distribution's plugin had a part in it.
+    """
+    registry = _loaded
+    frames = [] if registry is None else list(traceback.walk_tb(error.__traceback__))
+    for frame, _ in reversed(frames):
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        for plugin in registry.plugins if registry is not None else ():
+            brought = [type(family) for _, family in plugin.families] + [
+                factory for _, factory in plugin.tag_extractors
+            ]
+            packages = {str(getattr(one, "__module__", "")).partition(".")[0] for one in brought}
+            if package in packages and plugin.distribution != _own_distribution()[0]:
+                reason = f"{type(error).__name__}: {one_sentence(error)}"
+                return PluginError(f"{plugin.owner} failed in {frame.f_code.co_qualname}: {reason}")
+    return None
 
 
 def _check_options(

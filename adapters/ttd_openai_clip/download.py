@@ -10,7 +10,14 @@ from torch import nn
 
 from ttd_openai_clip.library import import_transformers
 from ttd_plugins.errors import TTDError, UnsupportedModelError, one_sentence
-from ttd_plugins.toolkit.hub import hub_problem
+from ttd_plugins.toolkit.hub import (
+    SMALL_FILES,
+    HubProblem,
+    cannot_load,
+    fetch,
+    fetch_transformers_model,
+    hub_offline,
+)
 
 MODEL_TYPE = "clip"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
@@ -38,28 +45,43 @@ class Source:
         """Whether the files are in a folder."""
         return Path(self.where).is_dir()
 
-    def options(self, problem: str | None) -> dict[str, Any]:
-        """Keyword arguments of ``from_pretrained``; where the hub is out of reach, its cache may still do."""
-        return {"cache_dir": self.cache_dir, "local_files_only": problem is not None or self.is_folder}
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of ``from_pretrained``, which reads what was fetched before."""
+        return {"cache_dir": self.cache_dir, "local_files_only": True}
 
-    def problem(self) -> str | None:
-        """Why the hub cannot be reached; ``None`` if it might be, or is not needed."""
-        return None if self.is_folder else hub_problem()
+    def fetch(self, *, weights: bool) -> HubProblem | None:
+        """Bring the model into the download cache, if it is not in a folder.
 
-    def error(self, error: Exception, problem: str | None) -> TTDError:
+        Raises:
+            UnsupportedModelError: the configuration is another model's.
+            TTDError: the configuration cannot be read.
+        """
+        if self.is_folder:
+            return None
+        try:
+            return fetch_transformers_model(self.where, self.check, weights=weights, cache_dir=self.cache_dir)
+        except TTDError:
+            raise
+        except Exception as error:
+            raise self.error(error, None) from error
+
+    def check(self, config: dict[str, Any]) -> None:
+        """Raise UnsupportedModelError if a configuration is another model's."""
+        kind = config.get("model_type")
+        if kind != MODEL_TYPE:
+            raise UnsupportedModelError(
+                f"{self.full} cannot be adapted: its configuration is of model type {kind!r}, and this family takes "
+                f"{MODEL_TYPE!r} alone"
+            )
+
+    def error(self, error: Exception, problem: HubProblem | None) -> TTDError:
         """One sentence on what failed and what to do."""
         if self.is_folder:
-            return TTDError(
-                f"{self.full} cannot be loaded ({type(error).__name__}: {one_sentence(error)}); the folder needs "
-                "config.json and model.safetensors, as transformers' save_pretrained writes them"
-            )
-        reason = f"{self.full} cannot be loaded ({type(error).__name__}: {one_sentence(error)})"
-        if problem is not None:
-            reason = f"{self.full} cannot be loaded: {problem}, and the download cache does not hold all of it"
-        return TTDError(
-            f"{reason}; connect to the network once, or set HF_HUB_OFFLINE=1 where the download cache is warm, or give "
-            "the path of a folder after openai_clip:"
-        )
+            way_out = "the folder needs config.json and model.safetensors, as transformers' save_pretrained writes them"
+        else:
+            way_out = "give the path of a folder after openai_clip:"
+        return TTDError(cannot_load(self.full, problem, error, way_out))
 
 
 @dataclass(frozen=True)
@@ -76,19 +98,19 @@ class HubTokenizer:
             TTDError: it cannot be had.
         """
         transformers = import_transformers()
-        problem = self.source.problem()
+        problem = None
         try:
-            if self.source.is_folder and not has_any(self.source.where, TOKENIZER_FILES):
+            if not self.source.is_folder:
+                problem = fetch(self.source.where, SMALL_FILES, cache_dir=self.source.cache_dir)
+            elif not has_any(self.source.where, TOKENIZER_FILES):
                 raise FileNotFoundError(f"no {' and no '.join(TOKENIZER_FILES)}")
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self.source.where, **self.source.options(problem))
+            with hub_offline(not self.source.is_folder):
+                tokenizer = transformers.AutoTokenizer.from_pretrained(self.source.where, **self.source.options)
             if len(tokenizer) < FEWEST_TOKENS:
                 raise ValueError(f"it has {len(tokenizer)} tokens")
         except Exception as error:  # transformers and the libraries below it raise nearly anything
-            advice = "connect to the network once" if problem is not None else "check the files of the model"
-            raise TTDError(
-                f"the tokenizer of {self.source.full} cannot be loaded ({problem or one_sentence(error)}); {advice}, "
-                "or pass tokenizer= when you load the model"
-            ) from error
+            way_out = "pass tokenizer= when you load the model"
+            raise TTDError(cannot_load(f"the tokenizer of {self.source.full}", problem, error, way_out)) from error
         return tokenizer
 
 
@@ -97,7 +119,7 @@ def has_any(folder: str, files: tuple[str, ...]) -> bool:
     return any((Path(folder) / file).is_file() for file in files)
 
 
-def read_config(source: Source) -> Any:
+def read_config(source: Source, problem: HubProblem | None) -> Any:
     """The ``CLIPConfig`` of a model, before any of its weights is fetched.
 
     Raises:
@@ -105,17 +127,12 @@ def read_config(source: Source) -> Any:
         TTDError: it cannot be had.
     """
     transformers = import_transformers()
-    problem = source.problem()
     try:
-        content, _ = transformers.PretrainedConfig.get_config_dict(source.where, **source.options(problem))
+        with hub_offline(not source.is_folder):
+            content, _ = transformers.PretrainedConfig.get_config_dict(source.where, **source.options)
         if not content:
             raise FileNotFoundError("no config.json")
-        kind = content.get("model_type")
-        if kind != MODEL_TYPE:
-            raise UnsupportedModelError(
-                f"{source.full} cannot be adapted: its configuration is of model type {kind!r}, and this family takes "
-                f"{MODEL_TYPE!r} alone"
-            )
+        source.check(content)
         return transformers.CLIPConfig.from_dict(content)
     except TTDError:
         raise
@@ -139,7 +156,7 @@ def build(config: Any, full: str) -> nn.Module:
         ) from error
 
 
-def load_model(source: Source, config: Any) -> nn.Module:
+def load_model(source: Source, config: Any, problem: HubProblem | None) -> nn.Module:
     """A ``CLIPModel`` with its own weights, in evaluation mode.
 
     transformers only warns where weights are missing, and makes up the rest; here that is an error.
@@ -148,11 +165,11 @@ def load_model(source: Source, config: Any) -> nn.Module:
         TTDError: the weights cannot be had, or are not all there.
     """
     transformers = import_transformers()
-    problem = source.problem()
     try:
-        # Otherwise weights of another shape are an error that does not name them.
-        options = {"output_loading_info": True, "ignore_mismatched_sizes": True, **source.options(problem)}
-        model, found = transformers.CLIPModel.from_pretrained(source.where, config=config, **options)
+        with hub_offline(not source.is_folder):
+            # Otherwise weights of another shape are an error that does not name them.
+            options = {"output_loading_info": True, "ignore_mismatched_sizes": True, **source.options}
+            model, found = transformers.CLIPModel.from_pretrained(source.where, config=config, **options)
         # Of a weight of another shape the two shapes are told as well.
         mismatched = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
         absent = sorted([*found["missing_keys"], *mismatched])
@@ -163,7 +180,7 @@ def load_model(source: Source, config: Any) -> nn.Module:
     return model.eval()
 
 
-def load_image_processor(source: Source) -> Any:
+def load_image_processor(source: Source, problem: HubProblem | None) -> Any:
     """The image processor of a model; ``None`` for a folder that has none, whose pixels are then OpenAI's.
 
     Raises:
@@ -172,8 +189,8 @@ def load_image_processor(source: Source) -> Any:
     transformers = import_transformers()
     if source.is_folder and not has_any(source.where, PREPROCESSING_FILES):
         return None
-    problem = source.problem()
     try:
-        return transformers.CLIPImageProcessor.from_pretrained(source.where, **source.options(problem))
+        with hub_offline(not source.is_folder):
+            return transformers.CLIPImageProcessor.from_pretrained(source.where, **source.options)
     except Exception as error:
         raise source.error(error, problem) from error

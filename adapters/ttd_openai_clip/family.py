@@ -124,11 +124,14 @@ class OpenAICLIPFamily(AdapterFamily):
 
         transformers = import_transformers()
         random = options["weights"] == RANDOM
+        problem = None
         if random and source.where in CONFIGURATIONS:
             config, preprocess = transformers.CLIPConfig(**CONFIGURATIONS[source.where]), None
         else:
-            config, preprocess = download.read_config(source), download.load_image_processor(source)
-        model = download.build(config, source.full) if random else download.load_model(source, config)
+            problem = source.fetch(weights=not random)
+            config = download.read_config(source, problem)
+            preprocess = download.load_image_processor(source, problem)
+        model = download.build(config, source.full) if random else download.load_model(source, config, problem)
         if tokenizer is None:
             tokenizer = download.HubTokenizer(source)
             # What is going to fail should do so now, except where images alone may be wanted.

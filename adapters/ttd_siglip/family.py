@@ -9,11 +9,13 @@ from torch import nn
 
 from ttd_plugins.adapter import AdapterFamily, Calibration
 from ttd_plugins.errors import BackboneNameError, MissingDependencyError, TTDError, choices_sentence
+from ttd_plugins.toolkit.open_clip_models import OWN_WEIGHTS, RANDOM, OpenCLIPModels, is_whole
 from ttd_siglip.configs import KNOWN
-from ttd_siglip.hub import OWN_WEIGHTS, RANDOM, load_from_transformers
+from ttd_siglip.hub import load_from_transformers
 from ttd_siglip.library import import_open_clip
-from ttd_siglip.open_clip_loading import FOLDER, HUB, architectures, load_from_open_clip, require_architecture
-from ttd_siglip.structure import is_siglip
+from ttd_siglip.structure import is_siglip, refusal_of_open_clip_config
+from ttd_siglip.tokens import pad_right
+from ttd_siglip.transforms import HALF
 
 if TYPE_CHECKING:
     from ttd_siglip.adapter import SiglipAdapter
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 TINY = "tiny"
 EMBEDDED = "embedded"
+HINT = "ORG/NAME on transformers' hub, the path of a folder, hf-hub:ORG/NAME and local-dir:PATH are taken too"
+# What every SigLIP was trained with; open_clip knows it for its tags only, and gives OpenAI's to checkpoints on disk.
+PREPROCESSING = {"mean": HALF, "std": HALF, "interpolation": "bicubic", "resize_mode": "squash"}
 
 
 class SiglipFamily(AdapterFamily):
@@ -40,7 +45,7 @@ class SiglipFamily(AdapterFamily):
     def models(self) -> list[str]:
         """``tiny``, the known models of transformers' hub, and, where it is installed, open_clip's architectures."""
         try:
-            named = architectures(import_open_clip())
+            named = self._named().architectures()
         except MissingDependencyError:
             named = []
         return [TINY, *KNOWN, *named]
@@ -56,15 +61,17 @@ class SiglipFamily(AdapterFamily):
         default = self.default_weights(model)
         if default is not None:
             return [default]
-        open_clip = import_open_clip()
-        require_architecture(open_clip, model, self.models())
-        return list(open_clip.list_pretrained_tags_by_model(model))
+        named = self._named()
+        return named.tags(named.architecture(model, self.models(), HINT))
 
     def default_weights(self, model: str) -> str | None:
         """``embedded`` for ``tiny``, ``own`` for hub models and folders; open_clip's architectures have no default."""
         if model == TINY:
             return EMBEDDED
-        return OWN_WEIGHTS if model.startswith((HUB, FOLDER)) or _is_path_or_hub_name(model) else None
+        return OWN_WEIGHTS if is_whole(model) or _is_path_or_hub_name(model) else None
+
+    def _named(self) -> OpenCLIPModels:
+        return OpenCLIPModels(import_open_clip(), self.name, refusal_of_open_clip_config, PREPROCESSING)
 
     # Loading -------------------------------------------------------------------------------------------------------
 
@@ -106,18 +113,19 @@ class SiglipFamily(AdapterFamily):
                 weights, dense=dense, last_block=last_block, calibration=calibration, tokenizer=tokenizer
             )
         processor = None
-        if not model.startswith((HUB, FOLDER)) and _is_path_or_hub_name(model):
+        if not is_whole(model) and _is_path_or_hub_name(model):
             _require_folder(model)
             built, tokenizer, processor = load_from_transformers(
                 model, weights, tokenizer=tokenizer, precision=precision, cache_dir=cache_dir
             )
         else:
-            open_clip = import_open_clip()
-            if not model.startswith((HUB, FOLDER)):
-                require_architecture(open_clip, model, self.models())
-            built, tokenizer = load_from_open_clip(
-                open_clip, model, weights, tokenizer=tokenizer, precision=precision, cache_dir=cache_dir
-            )
+            named = self._named()
+            if not is_whole(model):
+                model = named.architecture(model, self.models(), HINT)
+            given = tokenizer
+            built, tokenizer = named.load(model, weights, tokenizer=given, precision=precision, cache_dir=cache_dir)
+            if given is None:
+                pad_right(tokenizer)
         return self._adapt(
             built,
             tokenizer=tokenizer,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,21 @@ from ttd_plugins.errors import (
     choices_sentence,
     one_sentence,
 )
-from ttd_plugins.toolkit.hub import hub_offline, hub_problem
+from ttd_plugins.toolkit.hub import (
+    SMALL_FILES,
+    HubProblem,
+    cannot_load,
+    fetch,
+    fetch_transformers_model,
+    hub_offline,
+)
+from ttd_plugins.toolkit.open_clip_models import OWN_WEIGHTS, RANDOM
+from ttd_plugins.toolkit.tokenizing import MissingTokenizer
 from ttd_siglip.building import fresh_model, start_logits
 from ttd_siglip.configs import KNOWN
 from ttd_siglip.library import import_transformers
 from ttd_siglip.structure import refusal_of_transformers_config
-from ttd_siglip.tokens import MissingTokenizer
 
-OWN_WEIGHTS, RANDOM = "own", "random"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -60,34 +67,44 @@ def load_from_transformers(
     is_folder = folder.is_dir()
     source = str(folder) if is_folder else model
     full = f"siglip:{model}@{weights}"
-    problem = None if is_folder else hub_problem()
-    options = {"cache_dir": cache_dir, "local_files_only": is_folder or problem is not None}
+    known = weights == RANDOM and model in KNOWN and not is_folder
+    problem: HubProblem | None = None
+    options = {"cache_dir": cache_dir, "local_files_only": True}
     dtype = PRECISIONS[precision]
-    with nullcontext() if is_folder else hub_offline(problem is not None):
-        try:
-            if weights == RANDOM and model in KNOWN and not is_folder:
-                built = fresh_model(KNOWN[model]).to(dtype)
-            else:
+    try:
+        if known:
+            built, processor = fresh_model(KNOWN[model]).to(dtype), None
+            if tokenizer is None:
+                problem = fetch(source, SMALL_FILES, cache_dir=cache_dir)
+        else:
+            if not is_folder:
+                problem = fetch_transformers_model(
+                    source, partial(_require_served, full), weights=weights == OWN_WEIGHTS, cache_dir=cache_dir
+                )
+            with hub_offline(not is_folder):
                 built = _build(transformers, source, full, weights, dtype, options)
-            processor = None
-            if weights == OWN_WEIGHTS or model not in KNOWN:
                 processor = _image_processor(transformers, source, folder if is_folder else None, options)
-        except TTDError:
-            raise
-        except Exception as error:  # transformers and the libraries below it raise nearly anything
-            raise TTDError(_cannot_load(full, "", is_folder, problem, error)) from error
-        if tokenizer is None:
+    except TTDError:
+        raise
+    except Exception as error:  # transformers and the libraries below it raise nearly anything
+        raise TTDError(cannot_load(full, problem, error, _way_out(is_folder))) from error
+    if tokenizer is None:
+        with hub_offline(not is_folder):
             tokenizer = _tokenizer(transformers, source, full, weights, is_folder, problem, options)
     return built.eval(), tokenizer, processor
+
+
+def _require_served(full: str, config: dict[str, Any]) -> None:
+    reason = refusal_of_transformers_config(config)
+    if reason is not None:
+        raise UnsupportedModelError(f"{full} cannot be adapted: {reason}")
 
 
 def _build(transformers: Any, source: str, full: str, weights: str, dtype: Any, options: dict[str, Any]) -> Any:
     raw, _ = transformers.SiglipConfig.get_config_dict(source, **options)
     if not raw:
         raise ValueError("there is no config.json in it")
-    reason = refusal_of_transformers_config(raw)
-    if reason is not None:
-        raise UnsupportedModelError(f"{full} cannot be adapted: {reason}")
+    _require_served(full, raw)
     config = transformers.SiglipConfig.from_dict(raw)
     if weights == RANDOM:
         model = transformers.SiglipModel(config)
@@ -97,9 +114,9 @@ def _build(transformers: Any, source: str, full: str, weights: str, dtype: Any, 
         source, config=config, dtype=dtype, output_loading_info=True, **options
     )
     # transformers fills in what a checkpoint lacks with random values, and only warns.
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ValueError(f"the checkpoint lacks {len(missing)} tensors of the model, such as {missing[0]}")
+    absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if absent:
+        raise ValueError(f"{len(absent)} tensors of the model are absent or of another shape, such as {absent[0]}")
     return model
 
 
@@ -115,7 +132,7 @@ def _tokenizer(
     full: str,
     weights: str,
     is_folder: bool,
-    problem: str | None,
+    problem: HubProblem | None,
     options: dict[str, Any],
 ) -> Any:
     try:
@@ -127,7 +144,8 @@ def _tokenizer(
                 "pip install 'ttd-plugins[siglip]'"
             )
         else:
-            reason = _cannot_load(full, "the tokenizer of ", is_folder, problem, error) + ", or pass tokenizer="
+            way_out = f"{_way_out(is_folder)}, or pass tokenizer="
+            reason = cannot_load(f"the tokenizer of {full}", problem, error, way_out)
         if weights == RANDOM:
             return MissingTokenizer(reason)
         if isinstance(error, ImportError):
@@ -135,14 +153,8 @@ def _tokenizer(
         raise TTDError(reason) from error
 
 
-def _cannot_load(full: str, part: str, is_folder: bool, problem: str | None, error: Exception) -> str:
-    """One sentence on what failed and what to do, by where the files come from."""
-    reason = f"{part}{full} cannot be loaded ({type(error).__name__}: {one_sentence(error)})"
+def _way_out(is_folder: bool) -> str:
+    """The end of a sentence about what cannot be loaded, by where the files come from."""
     if is_folder:
-        return f"{reason}; the folder must hold a model and its tokenizer as transformers' save_pretrained writes them"
-    if problem is not None:
-        reason = f"{part}{full} cannot be loaded: {problem}, and the download cache does not hold all of it"
-    return (
-        f"{reason}; connect to the network once, or set HF_HUB_OFFLINE=1 where the download cache is warm, or give the "
-        "path of a folder in the place of the model's name"
-    )
+        return "the folder must hold a model and its tokenizer as transformers' save_pretrained writes them"
+    return "give the path of a folder in the place of the model's name"

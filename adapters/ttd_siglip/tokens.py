@@ -18,21 +18,16 @@ from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.toolkit.text import takes_parameter, valid_unicode
 
 
-class MissingTokenizer:
-    """Stands where a tokenizer could not be had, and says so once texts are to be tokenised."""
-
-    def __init__(self, reason: str) -> None:
-        """Remember ``reason``, a whole sentence."""
-        self.reason = reason
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Raise TTDError."""
-        raise TTDError(self.reason)
-
-
 def inner_tokenizer(tokenizer: Any) -> Any:
     """The tokenizer inside a transformers processor, or what was given."""
     return tokenizer.tokenizer if hasattr(tokenizer, "image_processor") else tokenizer
+
+
+def pad_right(tokenizer: Any) -> None:
+    """Set the padding as SigLIP is trained; open_clip does not say it to the tokenizer inside its own."""
+    inner = getattr(tokenizer, "tokenizer", None)
+    if hasattr(inner, "padding_side"):
+        inner.padding_side = "right"  # type: ignore[union-attr]
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], context: int, name: str) -> Tokens:

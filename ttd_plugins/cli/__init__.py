@@ -5,6 +5,7 @@ Nothing heavy is imported here or at the top of a command's file, so that ``ttd 
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -53,9 +54,21 @@ class _Group(TyperGroup):
             except TTDError as error:
                 typer.echo(f"error: {_one_line(error)}", err=True)
                 raise typer.Exit(USER_ERROR) from error
+            except (Exception, SystemExit) as error:
+                blamed = _plugin_error(error)
+                if blamed is None:
+                    raise
+                typer.echo(f"error: {_one_line(blamed)}", err=True)
+                raise typer.Exit(USER_ERROR) from error
             except KeyboardInterrupt as error:
                 typer.echo("interrupted", err=True)
                 raise typer.Exit(INTERRUPTED) from error
+
+
+def _plugin_error(error: BaseException) -> TTDError | None:
+    # Without it no plugin was loaded, and none can be to blame.
+    plugins_module = sys.modules.get("ttd_plugins.plugins")
+    return plugins_module.explain(error) if plugins_module is not None else None
 
 
 def _one_line(message: object) -> str:

@@ -61,7 +61,7 @@ def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise InputError(f"{name} holds integers outside 0 to 65535; convert it to 8 bits a channel")
-        # Dividing by 257 maps 65535 to 255 exactly, where Pillow's own conversion would clip all above 255 to white.
+        # Dividing by 257 maps 65535 to 255 exactly, where Pillow's own conversion would cut all above 255 to white.
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise InputError(f"{name} holds floating-point values, whose range is unknown; convert it to 8 bits a channel")

@@ -15,6 +15,18 @@ from ttd_plugins.toolkit import text_tower
 from ttd_plugins.toolkit.text import takes_parameter, valid_unicode
 
 
+class MissingTokenizer:
+    """Stands where a tokenizer could not be had, and says so once texts are to be tokenised."""
+
+    def __init__(self, reason: str) -> None:
+        """Remember ``reason``, a whole sentence."""
+        self.reason = reason
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Raise TTDError."""
+        raise TTDError(self.reason)
+
+
 @dataclass(frozen=True)
 class RowTokenizer:
     """A tokenizer and the text tower that its ids are for.
@@ -77,6 +89,8 @@ class RowTokenizer:
             options["truncate"] = True
         try:
             ids = self.tokenizer(texts, **options)
+        except TTDError:
+            raise
         except Exception as error:
             raise TTDError(
                 f"the tokenizer of {self.name} failed ({type(error).__name__}: {one_sentence(error)}); it must take a "
