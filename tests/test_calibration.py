@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from toy_backbone import END, ToyAdapter, toy
 from typer.testing import CliRunner
 
 from ttd_plugins import cli
-from ttd_plugins.adapter import Calibration, ImageFeatures
+from ttd_plugins.adapter import BackboneDescription, Calibration, ImageFeatures
 from ttd_plugins.calibration import MIN_IMAGES, CalibrationFit, fit_calibration, fit_logistic, log_loss
 from ttd_plugins.engine import TTD, TTDOptions, encode_texts
 from ttd_plugins.errors import InputError, TagExtractionError, TTDError
@@ -42,6 +43,12 @@ class Seeing(ToyAdapter):
     """A toy whose first patch looks like the words that the pixels' first row numbers: own words score high."""
 
     slope, offset = 1.0, 0.0
+
+    @property
+    def description(self) -> BackboneDescription:
+        # What affine() adds.
+        plain = super().description
+        return replace(plain, embedding_width=plain.embedding_width + 3)
 
     def encode_image(self, pixels: Tensor, *, pooled: bool = True) -> ImageFeatures:
         self.images.append((tuple(pixels.shape), pooled))
