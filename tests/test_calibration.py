@@ -54,6 +54,12 @@ class Seeing(ToyAdapter):
 
     slope, offset = 1.0, 0.0
 
+    @property
+    def description(self) -> BackboneDescription:
+        # What affine() adds.
+        plain = super().description
+        return replace(plain, embedding_width=plain.embedding_width + 3)
+
     def encode_image(self, pixels: Tensor, *, pooled: bool = True) -> ImageFeatures:
         self.images.append((tuple(pixels.shape), pooled))
         rows, columns = self.patch_grid(*pixels.shape[-2:])
