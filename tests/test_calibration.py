@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_examples import example
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
@@ -152,6 +152,8 @@ def test_an_affine_change_of_the_cosines_changes_nothing_that_uses_the_refitted_
 ) -> None:
     slope, offset = change
     scores, present = overlapping(80, seed)
+    # Eighty random scores may rank the wrong way round, which is an error of its own.
+    assume(scores[present].mean() > scores[~present].mean())
     moved = slope * scores + offset
     before, after = fit_logistic(scores, present), fit_logistic(moved, present)
     raw, changed = torch.tensor(scores), torch.tensor(moved)

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ttd_convnext.structure import is_convnext_clip, refusal_of_config
 from ttd_plugins.adapter import AdapterFamily, Calibration
-from ttd_plugins.errors import (
-    BackboneNameError,
-    MissingDependencyError,
-    TTDError,
-    UnsupportedModelError,
-    choices_sentence,
-    one_sentence,
-)
-from ttd_plugins.toolkit.hub import hub_offline, hub_problem, quiet_root_logger
+from ttd_plugins.errors import BackboneNameError, MissingDependencyError, choices_sentence, one_sentence
+from ttd_plugins.toolkit.open_clip_models import RANDOM, OpenCLIPModels
 
 if TYPE_CHECKING:
     from ttd_convnext.adapter import ConvNeXtAdapter
 
 TINY = "tiny"
-RANDOM = "random"
+HINT = "only architectures of open_clip are taken by name; wrap() takes any object"
 
 
 class ConvNeXtFamily(AdapterFamily):
@@ -43,9 +35,7 @@ class ConvNeXtFamily(AdapterFamily):
         Raises:
             MissingDependencyError: open_clip is not installed.
         """
-        open_clip = _import_open_clip()
-        known = open_clip.list_models()
-        return [TINY, *(name for name in known if refusal_of_config(open_clip.get_model_config(name)) is None)]
+        return [TINY, *self._named().architectures()]
 
     def weights(self, model: str) -> list[str]:
         """Pretrained tags of ``model``; a path to a checkpoint of an architecture is taken as well.
@@ -57,17 +47,11 @@ class ConvNeXtFamily(AdapterFamily):
         """
         if model == TINY:
             return []
-        open_clip = _import_open_clip()
-        return list(open_clip.list_pretrained_tags_by_model(self._architecture(open_clip, model)))
+        named = self._named()
+        return named.tags(named.architecture(model, self.models(), HINT))
 
-    def _architecture(self, open_clip: Any, model: str) -> str:
-        """The name of an architecture of open_clip's that this adapter takes."""
-        if model not in open_clip.list_models():
-            raise BackboneNameError(choices_sentence("convnext model", model, self.models()))
-        reason = refusal_of_config(open_clip.get_model_config(model))
-        if reason is not None:
-            raise UnsupportedModelError(f"convnext:{model} cannot be adapted: {reason}")
-        return model
+    def _named(self) -> OpenCLIPModels:
+        return OpenCLIPModels(_import_open_clip(), self.name, refusal_of_config)
 
     def load(  # type: ignore[override]
         self,
@@ -95,44 +79,21 @@ class ConvNeXtFamily(AdapterFamily):
             MissingDependencyError: open_clip is not installed.
             TTDError: the weights cannot be read or downloaded.
         """
-        open_clip = _import_open_clip()
         if model == TINY:
-            if weights != RANDOM:
-                raise BackboneNameError(choices_sentence("weights of convnext:tiny", weights, [RANDOM]))
-            from ttd_convnext.tiny import CONTEXT, build_tiny
+            return self._load_tiny(weights, tokenizer, calibration)
+        named = self._named()
+        name = named.architecture(model, self.models(), HINT)
+        built, tokenizer = named.load(name, weights, tokenizer=tokenizer, precision=precision, cache_dir=cache_dir)
+        return self._adapt(built, tokenizer=tokenizer, calibration=calibration, name=name, weights=weights)
 
-            built: Any = build_tiny()
-            tokenizer = tokenizer if tokenizer is not None else open_clip.SimpleTokenizer(context_length=CONTEXT)
-        else:
-            name = self._architecture(open_clip, model)
-            source = self._weight_source(open_clip, name, weights)
-            on_disk = source is None or Path(source).is_file()
-            problem = None if on_disk else hub_problem()
-            try:
-                with quiet_root_logger("open_clip"), hub_offline(problem is not None):
-                    built = open_clip.create_model(
-                        model_name=name,
-                        pretrained=source,
-                        load_weights=source is not None,
-                        require_pretrained=source is not None,
-                        precision=precision,
-                        cache_dir=cache_dir,
-                    ).eval()
-                    if tokenizer is None:
-                        tokenizer = open_clip.get_tokenizer(model_name=name, cache_dir=cache_dir)
-            except Exception as error:  # open_clip and the libraries below it raise nearly anything
-                raise TTDError(_cannot_load(f"convnext:{model}@{weights}", on_disk, problem, error)) from error
-        return self._adapt(built, tokenizer=tokenizer, calibration=calibration, name=model, weights=weights)
+    def _load_tiny(self, weights: str, tokenizer: Any, calibration: Calibration | None) -> ConvNeXtAdapter:
+        if weights != RANDOM:
+            raise BackboneNameError(choices_sentence("weights of convnext:tiny", weights, [RANDOM]))
+        open_clip = _import_open_clip()
+        from ttd_convnext.tiny import CONTEXT, build_tiny
 
-    def _weight_source(self, open_clip: Any, name: str, weights: str) -> str | None:
-        """What open_clip calls ``pretrained``: a tag, the path of a file, or nothing for random weights."""
-        if weights == RANDOM:
-            return None
-        if open_clip.get_pretrained_cfg(name, weights) or Path(weights).is_file():
-            return weights
-        tags = [*open_clip.list_pretrained_tags_by_model(name), RANDOM]
-        hint = "; the path of a checkpoint file is taken too"
-        raise BackboneNameError(choices_sentence(f"weights of convnext:{name}", weights, tags) + hint)
+        tokenizer = tokenizer if tokenizer is not None else open_clip.SimpleTokenizer(context_length=CONTEXT)
+        return self._adapt(build_tiny(), tokenizer=tokenizer, calibration=calibration, name=TINY, weights=weights)
 
     def claims(self, model: object) -> bool:
         """Whether ``model`` is a CLIP model of open_clip's around a timm ConvNeXt trunk."""
@@ -175,17 +136,3 @@ def _import_open_clip() -> Any:
             f"{one_sentence(error)}); run: pip install open_clip_torch"
         ) from error
     return open_clip
-
-
-def _cannot_load(full: str, on_disk: bool, problem: str | None, error: Exception) -> str:
-    """One sentence on what failed and what to do."""
-    if problem is not None:
-        reason = f"{full} cannot be loaded: {problem}, and the download cache does not hold all of it"
-    else:
-        reason = f"{full} cannot be loaded ({type(error).__name__}: {one_sentence(error)})"
-    if on_disk:
-        return f"{reason}; give a state dict or safetensors file that was saved for this architecture"
-    return (
-        f"{reason}; connect to the network once, or set HF_HUB_OFFLINE=1 where the download cache is warm, or give "
-        "the path of a checkpoint file after @"
-    )
