@@ -166,8 +166,8 @@ class FakeScenes:
 
     asked: list[tuple[Any, ...]]
 
-    def __init__(self, split: str, length: int, *, seed: int = 0, side: int = SIDE) -> None:
-        FakeScenes.asked.append((split, length, seed, side))
+    def __init__(self, split: str, length: int, *, seed: int, side: int, bare_captions: float) -> None:
+        FakeScenes.asked.append((split, length, seed, side, bare_captions))
         self.length, self.seed = length, seed
 
     def __len__(self) -> int:
@@ -214,7 +214,7 @@ def test_full_tuning_moves_both_towers_and_the_same_seed_gives_the_same_weights(
         assert torch.equal(tuned[-1]["log_scale"], before["log_scale"])
     assert all(torch.equal(tuned[0][name], tuned[1][name]) for name in tuned[0])
     assert not all(torch.equal(tuned[0][name], tuned[2][name]) for name in tuned[0])
-    assert FakeScenes.asked == [("train", 6, 1000, SIDE)] * 2 + [("train", 6, 1001, SIDE)]
+    assert FakeScenes.asked == [("train", 6, 1000, SIDE, 0.0)] * 2 + [("train", 6, 1001, SIDE, 0.0)]
 
 
 def test_lora_leaves_the_base_weights_alone_and_its_seed_is_the_tunings() -> None:
