@@ -49,6 +49,11 @@ def make_pairs(count: int, captions: int = 1, *, tags: bool = False) -> list[Pai
     return pairs
 
 
+def raw(text: str) -> bytes:
+    """A text as bytes; escaped bytes that are not UTF-8 come back."""
+    return text.encode("utf-8", "surrogateescape")
+
+
 def digest(pixels: Tensor) -> str:
     return hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:16]
 
@@ -72,7 +77,7 @@ def as_folder(root: Path, pairs: Sequence[Pair], *, form: str = "json") -> Path:
         (images / pair.name).write_bytes(pair.picture)
         stem = Path(pair.name).stem
         if form == "txt":
-            (captions / f"{stem}.txt").write_text("\n".join(pair.captions) + "\n", encoding="utf-8")
+            (captions / f"{stem}.txt").write_bytes(raw("\n".join(pair.captions) + "\n"))
         else:
             (captions / f"{stem}.json").write_text(json.dumps(_record(pair)), encoding="utf-8")
     return root
@@ -95,15 +100,17 @@ def as_table(root: Path, pairs: Sequence[Pair], suffix: str) -> Path:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        columns = [[row[n] for row in rows] for n in range(len(header))]
-        pq.write_table(pa.table([pa.array(column) for column in columns], names=header), file)
+        columns = [pa.array([row[n] for row in rows]) for n in (0, 2)[: len(header) - 1]]
+        # Texts that are not UTF-8 get into Parquet files by writers that do not look.
+        captions = pa.array([raw(caption) for _, caption, _ in rows], pa.binary()).view(pa.string())
+        pq.write_table(pa.table([columns[0], captions, *columns[1:]], names=header), file)
         return file
     cells = [[path, caption, *(["|".join(tags or ())] if tagged else [])] for path, caption, tags in rows]
     if suffix == "jsonl":
         lines = [json.dumps(dict(zip(header, row, strict=True))) for row in cells]
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return file
-    with open(file, "w", encoding="utf-8", newline="") as stream:
+    with open(file, "w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
         writer = csv.writer(stream, delimiter="\t" if suffix == "tsv" else ",")
         writer.writerows([header, *cells])
     return file

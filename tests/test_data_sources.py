@@ -205,7 +205,7 @@ def test_coco_without_its_pictures_or_captions_is_told(tmp_path: Path) -> None:
         open_pairs(file)
     assert len(captions_of(file, images=tmp_path / "elsewhere")) == 2
     file.write_text(json.dumps({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1}]}))
-    with pytest.raises(InputError, match="no annotation in .* has a field 'caption'"):
+    with pytest.raises(InputError, match=r"no annotation in .* has a field 'caption'"):
         open_pairs(file)
 
 
@@ -219,7 +219,7 @@ def test_a_dataset_by_name_and_its_splits(tmp_path: Path, monkeypatch: pytest.Mo
     assert captions_of("hf:imagefolder", split="test", **options) == ["test"]
     with pytest.raises(InputError, match="unknown split 'train'; known: test, validation"):
         open_pairs("hf:imagefolder", **options)
-    with pytest.raises(InputError, match="the dataset 'hf:.*nothing' cannot be loaded"):
+    with pytest.raises(InputError, match=r"the dataset 'hf:.*nothing' cannot be loaded"):
         open_pairs(f"hf:{tmp_path}/nothing")
 
 

@@ -448,10 +448,11 @@ class PairLoader:
             last = min(first + missing, len(chunk.offsets))
             missing -= last - first
             parts.append((chunk, slice(first, last)))
+            if last > first:
+                units[chunk.stream], turn = chunk.offsets[last - 1] + 1, chunk.stream
             if last < len(chunk.offsets):
                 held.appendleft((chunk, last))
-                units[chunk.stream], turn = chunk.offsets[last - 1] + 1, chunk.stream
-            else:
+            elif len(units) > 1:
                 units[chunk.stream], turn = chunk.stop, (chunk.stream + 1) % len(units)
         images = [chunk.images[part] for chunk, part in parts if chunk.images is not None]
         tags = [names for chunk, part in parts for names in chunk.tags[part]]

@@ -73,7 +73,9 @@ class ShardPairs(StreamSource):
         except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
             reason = f"the shard cannot be read after {count} samples: {one_sentence(error)}"
             yield RawPair(name, problem=reason)
-            return
+            # The sample before the break may have lost a part.
+            if not (set(group) & _IMAGES and set(group) & {"txt", "json"}):
+                return
         if group:
             yield self._pair(name, current, group)
 
