@@ -83,7 +83,7 @@ def score_pairs(
         "size": list(size) if isinstance(size, tuple) else size,
         "pictures": len(source) if isinstance(source, MapSource) else None,
     }
-    _require_writable(file)
+    require_scores_file(file)
     skips_file = file.with_name(f"{file.name}.skipped.jsonl")
     if file.exists():
         done = read_scores(file)
@@ -128,7 +128,8 @@ def score_pairs(
     return PruningResult(file, read_scores(file), dict(skipped.reasons))
 
 
-def _require_writable(file: Path) -> None:
+def require_scores_file(file: Path) -> None:
+    """Raise InputError where scores cannot be written to ``file``, before anything slow."""
     if file.suffix not in (".jsonl", ".parquet"):
         raise InputError(f"the file of scores {str(file)!r} must end in .jsonl or .parquet")
     if file.suffix == ".parquet":
