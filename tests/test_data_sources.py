@@ -223,6 +223,16 @@ def test_a_dataset_by_name_and_its_splits(tmp_path: Path, monkeypatch: pytest.Mo
         open_pairs(f"hf:{tmp_path}/nothing")
 
 
+def test_shards_of_one_name_in_two_folders_have_keys_of_their_own(tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    pairs = make_pairs(8)
+    for folder, part in (("a", pairs[:4]), ("b", pairs[4:])):
+        as_shards(tmp_path / folder, part, 1)
+    loader = PairLoader(open_pairs(f"{tmp_path}/{{a,b}}/00000.tar"), tiny, batch_size=8)
+    ((batch, _),) = loader.epoch(0)
+    assert len(set(batch.keys)) == len(set(batch.groups)) == 8
+
+
 def test_patterns_of_shards(tmp_path: Path) -> None:
     pytest.importorskip("webdataset")
     as_shards(tmp_path, make_pairs(6))

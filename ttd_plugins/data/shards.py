@@ -7,6 +7,7 @@ import glob
 import re
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -51,13 +52,16 @@ class ShardPairs(StreamSource):
         self.name = spec
         self.fields = fields or Fields()
         self.shards = _expand(spec)
+        # Keys begin with the shard's name, or its whole path where several folders have a shard of that name.
+        names = Counter(map(_name, self.shards))
+        self._names = {shard: _name(shard) if names[_name(shard)] == 1 else shard for shard in self.shards}
 
     @property
     def summary(self) -> str:
         return f"shards {self.name}: {len(self.shards):,} tar files"
 
     def read_shard(self, shard: str, eager: ReadNow) -> Iterator[RawPair]:
-        name = PurePosixPath(shard.replace("\\", "/")).name
+        name = self._names[shard]
         group: dict[str, bytes | TarSlice] = {}
         current = ""
         count = 0
@@ -124,6 +128,10 @@ class ShardPairs(StreamSource):
         assert not isinstance(text, TarSlice)
         assert not isinstance(record, TarSlice)
         return sidecar(pair, text, record, self.fields, lines=False, missing="it has no caption in its shard")
+
+
+def _name(shard: str) -> str:
+    return PurePosixPath(shard.replace("\\", "/")).name
 
 
 def _is_local(shard: str) -> bool:
