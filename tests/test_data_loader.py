@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import multiprocessing
+import os
 import re
+import signal
 import struct
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -36,7 +40,7 @@ from PIL import Image
 from torch import Tensor
 
 from ttd_plugins.data import PairLoader, PairSource, SkipLog, open_pairs
-from ttd_plugins.data.pairs import MapSource, RawPair, ReadNow, StreamSource
+from ttd_plugins.data.pairs import BadPairError, MapSource, RawPair, ReadNow, StreamSource, parse_tags
 from ttd_plugins.errors import InputError, TTDError
 
 
@@ -423,6 +427,31 @@ def test_an_epoch_goes_on_from_every_place_with_workers(tmp_path: Path, kind: st
         assert rows_of(PairLoader(source, noisy, **options).epoch(0, position)) == rows_of(whole[place + 1 :])
 
 
+def test_workers_outlive_a_signal_that_is_sent_to_all(tmp_path: Path) -> None:
+    source = open_pairs(as_table(tmp_path, make_pairs(40), "csv"))
+    epoch = PairLoader(source, tiny, batch_size=2, workers=1, seed=1).epoch(0)
+    first = next(epoch)
+    (worker,) = multiprocessing.active_children()
+    for sent in (signal.SIGINT, signal.SIGTERM):
+        os.kill(worker.pid or 0, sent)
+    assert rows_of([first, *epoch]) == rows_of(PairLoader(source, tiny, batch_size=2, seed=1).epoch(0))
+
+
+def killing(_: Image.Image) -> Tensor:
+    """A transform that ends its worker as the system does when memory runs out."""
+    assert multiprocessing.parent_process() is not None
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def test_a_worker_that_is_killed_is_told() -> None:
+    loader = PairLoader(Listed([1] * 4, set()), killing, batch_size=2, workers=1)
+    with pytest.raises(TTDError, match=r"a process that decodes pictures of .* has ended .* fewer workers") as caught:
+        list(loader.epoch(0))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_position_of_something_else_is_refused(tmp_path: Path) -> None:
     source = open_pairs(as_shards(tmp_path / "a", make_pairs(8), 4))
     loader = PairLoader(source, tiny, batch_size=2)
@@ -460,6 +489,40 @@ def test_a_transform_of_many_shapes_is_told() -> None:
     loader = PairLoader(Listed([1] * 4, set()), lambda image: torch.zeros(3, next(sizes), 1), batch_size=2)
     with pytest.raises(InputError, match="pixels of one shape"):
         next(loader.epoch(0))
+
+
+# Ready-made tags ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "tags"),
+    [
+        (None, None),
+        ("", []),
+        ("a dog", ["a dog"]),
+        ("cat, dog ,cat", ["cat", "dog"]),
+        ("cat; dog, black", ["cat", "dog, black"]),
+        (b"cat|a; b", ["cat", "a; b"]),
+        ('["cat", " a  dog "]', ["cat", "a dog"]),
+        ([b"cat", "dog", ""], ["cat", "dog"]),
+    ],
+)
+def test_tags_are_read_from_lists_and_texts(value: Any, tags: Any) -> None:
+    assert parse_tags(value) == tags
+
+
+@pytest.mark.parametrize("value", [3, [1], '["cat"', b"\xff", {"cat": 1}])
+def test_what_holds_no_tags_is_told(value: Any) -> None:
+    with pytest.raises(BadPairError, match="the tags are"):
+        parse_tags(value)
+
+
+def test_a_sample_without_tags_beside_others_has_none(tmp_path: Path) -> None:
+    pairs = [replace(pair, tags=("cat",) if n == 1 else None) for n, pair in enumerate(make_pairs(4))]
+    loader = PairLoader(open_pairs(as_folder(tmp_path, pairs)), tiny, batch_size=2, shuffle=False)
+    assert [batch.tags for batch, _ in loader.epoch(0)] == [[[], ["cat"]], None]
+    named = PairLoader(open_pairs(tmp_path, tags_column="tags"), tiny, batch_size=2, shuffle=False)
+    assert [batch.tags for batch, _ in named.epoch(0)] == [[[], ["cat"]], [[], []]]
 
 
 # Pictures as they come -----------------------------------------------------------------------------------------------

@@ -177,3 +177,24 @@ def test_an_image_in_memory_is_converted_alike_and_not_changed(picture: Image.Im
     assert close(to_rgb(picture), picture)
     with pytest.raises(InputError, match=r"^the image holds floating-point values"):
         to_rgb(Image.new("F", (2, 2)))
+
+
+def test_bytes_are_read_as_files_are(tmp_path: Path, picture: Image.Image) -> None:
+    picture.save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    assert close(read_image(data), picture)
+    for content, said in (
+        (b"", "image 'shard/a.jpg' is empty"),
+        (b"hello", "image 'shard/a.jpg' is not an image"),
+        (data[:70], "image 'shard/a.jpg' cannot be decoded"),
+    ):
+        with pytest.raises(InputError, match=said):
+            read_image(content, "shard/a.jpg")
+    with pytest.raises(InputError, match=r"^the image is empty"):
+        read_image(b"")
+
+
+def test_exif_that_cannot_be_parsed_leaves_the_picture_as_it_is(tmp_path: Path, picture: Image.Image) -> None:
+    for broken in (b"Exif\0\0garbage", b"Exif\0\0MM\0\x2a\0\0\0\x08\xff\xff", b"Exif\0\0"):
+        picture.save(tmp_path / "odd.jpg", exif=broken)
+        assert close(read_image(tmp_path / "odd.jpg"), picture, 12)

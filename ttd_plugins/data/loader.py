@@ -38,7 +38,7 @@ from ttd_plugins.data.pairs import (
     usable_caption,
 )
 from ttd_plugins.data.skipping import SkipLog
-from ttd_plugins.errors import InputError, TTDError
+from ttd_plugins.errors import InputError, TTDError, one_sentence
 
 if TYPE_CHECKING:
     from ttd_plugins.adapter import ImageTransform
@@ -434,7 +434,16 @@ class PairLoader:
             # By default a number is drawn from the global generator, which would not be the same after resuming.
             generator=torch.Generator().manual_seed(0),
         )
-        yield from loader
+        try:
+            yield from loader
+        except RuntimeError as error:
+            # An error inside a worker comes with its traceback and is a bug; this is a worker that is gone.
+            if not str(error).startswith("DataLoader worker (pid"):
+                raise
+            raise TTDError(
+                f"a process that decodes pictures of {self.source.name!r} has ended ({one_sentence(error, 100)}), "
+                "mostly because memory ran out; take fewer workers or a smaller batch"
+            ) from error
 
     def _cut(
         self, held: deque[tuple[_Chunk, int]], position: LoaderPosition, count: int
