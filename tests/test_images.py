@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import struct
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -194,7 +197,39 @@ def test_bytes_are_read_as_files_are(tmp_path: Path, picture: Image.Image) -> No
         read_image(b"")
 
 
-def test_exif_that_cannot_be_parsed_leaves_the_picture_as_it_is(tmp_path: Path, picture: Image.Image) -> None:
-    for broken in (b"Exif\0\0garbage", b"Exif\0\0MM\0\x2a\0\0\0\x08\xff\xff", b"Exif\0\0"):
-        picture.save(tmp_path / "odd.jpg", exif=broken)
-        assert close(read_image(tmp_path / "odd.jpg"), picture, 12)
+def with_exif(file: Path, exif: bytes) -> None:
+    """Put bytes into a PNG's EXIF chunk as they are, which Pillow would not write."""
+    data, chunk = file.read_bytes(), b"eXIf" + exif
+    packed = struct.pack(">I", len(exif)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    file.write_bytes(data[:33] + packed + data[33:])
+
+
+def tiff_tags(*entries: tuple[int, int, int, bytes]) -> bytes:
+    packed = b"".join(struct.pack(">HHI", tag, kind, count) + value for tag, kind, count, value in entries)
+    return b"MM\0\x2a" + struct.pack(">IH", 8, len(entries)) + packed + bytes(4)
+
+
+TURNED = (0x0112, 3, 1, b"\0\x06\0\0")
+
+
+@pytest.mark.parametrize(
+    ("exif", "turned"),
+    [
+        (b"garbage!", False),
+        (tiff_tags((0x0112, 2, 4, b"six\0")), False),
+        (tiff_tags((0x0112, 3, 1, b"\0\x63\0\0")), False),
+        (tiff_tags(TURNED), True),
+        (
+            tiff_tags(TURNED, (0x0121, 4, 0, bytes(4)), (0x8825, 0, 0, b"\0\0\09"), (0xA005, 7, 4, b"\xde\xa1h\xf4")),
+            True,
+        ),
+        (tiff_tags((0x0110, 11, 5, b"\0\0\0\6"), TURNED, (0xA005, 8, 3, b"\xfe\x89X\7")), True),
+    ],
+)
+def test_broken_exif_costs_no_picture(tmp_path: Path, picture: Image.Image, exif: bytes, turned: bool) -> None:
+    picture.save(tmp_path / "odd.png")
+    with_exif(tmp_path / "odd.png", exif)
+    upright = picture.transpose(Image.Transpose.ROTATE_270) if turned else picture
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert close(read_image(tmp_path / "odd.png"), upright)

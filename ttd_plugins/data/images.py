@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-import struct
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from ttd_plugins.errors import InputError, one_sentence
 
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _16_BIT_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 
 
@@ -65,9 +73,7 @@ def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
     Raises:
         InputError: the image holds floating-point values, or integers beyond 16 bits.
     """
-    # Some cameras and editors write EXIF that cannot be parsed; the pixels beside it are sound.
-    with contextlib.suppress(SyntaxError, ValueError, KeyError, TypeError, struct.error, EOFError):
-        image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode in _16_BIT_MODES or image.mode == "I":
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -80,6 +86,17 @@ def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    # EXIF of some cameras and editors cannot be parsed, whatever that raises; the pixels beside it are sound.
+    except Exception:
+        return image
+    # ImageOps.exif_transpose would write all of the EXIF anew, and fail at tags that nobody asks for.
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
 
 
 def _refuse_bomb(image: Image.Image, name: str) -> None:
