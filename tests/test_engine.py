@@ -409,13 +409,14 @@ def test_without_gradient_nothing_is_remembered() -> None:
 # Captions, tags and counts -------------------------------------------------------------------------------------------
 
 
-def test_each_distinct_tag_is_encoded_once_and_each_caption_once() -> None:
+def test_each_distinct_text_is_encoded_once() -> None:
     ttd = engine()
-    captions = ["a dog and a cat", "dog", "Dog on the grass", "cat cat", ""]
-    ttd(toy_images(5), captions)
-    assert ttd.backbone.tokenized == [captions, ["dog", "cat", "grass"]]
-    assert [len(ids) for ids in ttd.backbone.texts] == [5, 3]
-    assert ttd.backbone.images == [((5, 3, SIDE, SIDE), True)]
+    captions = ["a dog and a cat", "dog", "Dog on the grass", "cat cat", "", "dog"]
+    ttd(toy_images(6), captions)
+    # The tag "dog" is the second caption, and the last.
+    assert ttd.backbone.tokenized == [[*captions[:5], "cat", "grass"]]
+    assert [len(ids) for ids in ttd.backbone.texts] == [7]
+    assert ttd.backbone.images == [((6, 3, SIDE, SIDE), True)]
 
 
 def test_a_teacher_is_asked_once_more_and_for_no_pooled_embedding() -> None:
@@ -423,7 +424,7 @@ def test_a_teacher_is_asked_once_more_and_for_no_pooled_embedding() -> None:
     (teacher,) = ttd._teacher
     ttd(toy_images(2), ["a dog", "dog"])
     assert teacher.images == [((2, 3, SIDE, SIDE), False)]
-    assert [len(ids) for ids in teacher.texts] == [len(ids) for ids in ttd.backbone.texts] == [2, 1]
+    assert [len(ids) for ids in teacher.texts] == [len(ids) for ids in ttd.backbone.texts] == [2]
 
 
 def test_a_batch_without_any_tag_encodes_none_and_keeps_the_contrastive_term() -> None:
@@ -440,7 +441,7 @@ def test_a_batch_without_any_tag_encodes_none_and_keeps_the_contrastive_term() -
 
 def test_text_is_cut_to_the_longest_of_its_batch_only_where_what_follows_cannot_matter() -> None:
     captions, tags = ["one two three", "four"], [["one"], ["four"]]
-    for matters, lengths in ((False, [4, 2]), (True, [CONTEXT, CONTEXT])):
+    for matters, lengths in ((False, [4]), (True, [CONTEXT])):
         ttd = engine(toy(text_after_end_matters=matters))
         ttd(toy_images(2), captions, tags)
         assert [ids.shape[1] for ids in ttd.backbone.texts] == lengths
@@ -476,16 +477,16 @@ def test_a_caption_longer_than_the_context_keeps_all_its_tags_and_is_reported() 
 def test_the_template_is_put_around_tags_and_not_around_captions() -> None:
     ttd = engine(template="a photo of {} there")
     ttd(toy_images(1), ["big dog"])
-    assert ttd.backbone.tokenized == [["big dog"], ["a photo of big there", "a photo of dog there"]]
-    ids = ttd.backbone.texts[1]
-    assert ids[1].tolist() == [token_of(word) for word in "a photo of dog there".split()] + [END]
+    assert ttd.backbone.tokenized == [["big dog", "a photo of big there", "a photo of dog there"]]
+    (ids,) = ttd.backbone.texts
+    assert ids[2].tolist() == [token_of(word) for word in "a photo of dog there".split()] + [END]
 
 
 @pytest.mark.parametrize("tag", ["{}", "{0}", "{x", "%s", "a}"])
 def test_a_tag_with_braces_is_only_text(tag: str) -> None:
     ttd = engine(template="photo of {}")
     ttd(toy_images(1), ["thing"], [[tag]])
-    assert ttd.backbone.tokenized[1] == [f"photo of {tag}"]
+    assert ttd.backbone.tokenized[0][1] == f"photo of {tag}"
 
 
 def test_given_tags_are_used_as_they_are() -> None:

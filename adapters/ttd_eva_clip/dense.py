@@ -170,7 +170,7 @@ def last_block(
     plain = mode.attention == "plain" and mode.residual and mode.ffn
     if mode.by_hand:
         require_by_hand(block.attn, mode)
-    elif plain or prefix == 0 or refusal_by_hand(block.attn) is not None or has_hooks(block, block.attn):
+    elif plain or refusal_by_hand(block.attn) is not None or has_hooks(block, block.attn):
         trained, patches = _whole(block, x, rope, mode, prefix)
         if averaged:
             trained = patches if plain else block(x, rope)[:, prefix:]

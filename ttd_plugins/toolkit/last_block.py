@@ -53,7 +53,8 @@ def last_block(
         averaged: whether the pooled embedding averages the patches.
 
     Returns:
-        ``[B, prefix, W]``, or ``[B, P, W]`` where ``averaged``; and patches ``[B, P, W]``.
+        ``[B, prefix, W]``, or ``[B, P, W]`` where ``averaged``; and patches ``[B, P, W]``. Without prefix tokens and not
+        ``averaged`` the first has none.
     """
     normed = parts.norm(x)
     one_query = mode.attention == "value" and not averaged
@@ -92,7 +93,7 @@ def _mixed_values(
     attend = partial(F.scaled_dot_product_attention, dropout_p=dropout)
     if mode.attention == "plain" and not averaged:
         return attend(q, k, v)
-    trained = attend(q[:, :, prefix:] if averaged else q[:, :, :prefix], k, v)
+    trained = attend(q[:, :, prefix:] if averaged else q[:, :, :prefix], k, v) if averaged or prefix else v[:, :, :0]
     if mode.attention == "plain":
         patches = trained
     elif mode.attention == "value":
