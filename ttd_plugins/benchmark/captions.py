@@ -84,6 +84,11 @@ def made_up_tags(batch: int, tags: int) -> list[list[str]]:
     return [names[number * tags : (number + 1) * tags] for number in range(batch)]
 
 
+def made_up_captions(batch: int, tags: int) -> list[str]:
+    """Captions that name so many made-up tags each, no two alike."""
+    return [f"a {', a '.join(names[:-1])} and a {names[-1]}" for names in made_up_tags(batch, tags)]
+
+
 class StandInTokenizer:
     """A tokenizer of the right size for random weights whose own vocabulary is not on this machine.
 
