@@ -107,7 +107,11 @@ def test_files_of_captions(tmp_path: Path) -> None:
     path.write_text(json.dumps({"annotations": [{"image_id": i // 2, "caption": f"c{i}"} for i in range(6)]}))
     assert open_captions(str(path)) == open_captions(str(tmp_path)) == ["c0", "c2", "c4"]
     assert batch_of_captions(["a", "b"], 5) == ["a", "b", "a", "b", "a"]
-    for content, said in (("[]", "no file of captions"), ("{", "no file of captions"), ('{"annotations": []}', "holds")):
+    for content, said in (
+        ("[]", "no file of captions"),
+        ("{", "no file of captions"),
+        ('{"annotations": []}', "holds"),
+    ):
         path.write_text(content)
         with pytest.raises(InputError, match=said):
             open_captions(str(path))

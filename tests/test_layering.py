@@ -47,8 +47,8 @@ LAYERS = (
 # The verb of the contract that is carried out by a module built on the contract.
 UPWARD_ON_PURPOSE = {("ttd_plugins.adapter", "ttd_plugins.lora")}
 NOT_FOR_ADAPTERS = (
-    "engine", "calibration", "losses", "selection", "similarity", "texts", "training", "benchmark", "evaluation", "reports",
-    "testing", "cli",
+    "engine", "calibration", "losses", "selection", "similarity", "texts", "training", "benchmark", "evaluation",
+    "reports", "testing", "cli",
 )  # fmt: skip
 BACKBONE_LIBRARIES = {"open_clip", "timm", "transformers", "torchvision", "clip"}
 # Layers for peft are subclasses of its own, so their module is for those who have it.

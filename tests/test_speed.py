@@ -12,15 +12,15 @@ pytest.importorskip("peft", reason="needs the extra 'lora'")
 
 import torch
 from helpers_eva_clip import KINDS, eva_clip
-from helpers_full_size import BACKBONES, _simple_tokenizer, open_clip_siglip_stand_in, siglip_stand_in
-from helpers_open_clip import WordTokenizer, tiny_clip
-from helpers_siglip import tiny_timm
+from helpers_full_size import BACKBONES, _simple_tokenizer
+from helpers_open_clip import tiny_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from toy_backbone import toy, toy_images
+from toy_backbone import toy
 
 from ttd_plugins import TTD, wrap
 from ttd_plugins.adapter import DenseAdapter
@@ -151,9 +151,7 @@ def test_chunks_hold_every_text_once_and_no_other_split_of_sorted_texts_costs_le
     assert all(chunk == sorted(chunk) for chunk in chunks)
     ordered = sorted(range(len(lengths)), key=lambda number: lengths[number])
     least = min(
-        cost(split, lengths, call_cost)
-        for bits in range(2 ** (len(lengths) - 1))
-        for split in [_split(ordered, bits)]
+        cost(split, lengths, call_cost) for bits in range(2 ** (len(lengths) - 1)) for split in [_split(ordered, bits)]
     )
     assert cost(chunks, lengths, call_cost) == least
 
@@ -196,9 +194,8 @@ def operations(function: Any) -> int:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            with FlopCounterMode(display=False) as counter:
-                function()
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            function()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops())

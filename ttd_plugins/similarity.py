@@ -34,9 +34,7 @@ def caption_maps(patches: Tensor, captions: Tensor) -> Tensor:
     return torch.einsum("bpd,bd->bp", patches, captions)
 
 
-def tag_maps(
-    patches: Tensor, tags: Tensor, image_index: Tensor, tag_index: Tensor, most: int | None = None
-) -> Tensor:
+def tag_maps(patches: Tensor, tags: Tensor, image_index: Tensor, tag_index: Tensor, most: int | None = None) -> Tensor:
     """Map of each candidate tag on its image, ``s_n(p) = d_b(p) . t_n`` with ``b = image_index[n]``.
 
     Args:

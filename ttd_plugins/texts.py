@@ -16,7 +16,7 @@ from torch import Tensor
 from ttd_plugins.adapter import DenseAdapter, text_embeddings, text_tokens
 from ttd_plugins.similarity import normalize
 
-CALL_COST = {"cpu": 64}
+CALL_COST = {"cpu": 80}
 OTHER_CALL_COST = 2048
 """What one more call of a text tower costs, in tokens: on a CPU the weights are read once more; on other devices
 kernels are launched that have too little to do."""

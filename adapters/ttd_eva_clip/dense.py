@@ -189,9 +189,7 @@ def _parts(block: Any, rope: Tensor | None) -> parts.BlockParts:
     )
 
 
-def _whole(
-    block: Any, x: Tensor, rope: Tensor | None, mode: DenseMode, prefix: int
-) -> tuple[Tensor, Tensor]:
+def _whole(block: Any, x: Tensor, rope: Tensor | None, mode: DenseMode, prefix: int) -> tuple[Tensor, Tensor]:
     """Prefix tokens and patches by calls of the block's own attention, the value modes with a mask."""
     mask = value_mask(x, prefix) if mode.attention == "value" else None
     if mode.residual and mode.ffn:

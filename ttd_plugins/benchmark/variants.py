@@ -174,7 +174,7 @@ class Bench:
         training = variant in STEPS
         self.adapter.train(training)
         if not training:
-            with torch.inference_mode(), self.autocast():
+            with torch.no_grad(), self.autocast():
                 self._encode(variant)
             return
         self.optimizer.zero_grad(set_to_none=not keep_gradients)
@@ -228,8 +228,10 @@ class Bench:
         return time.perf_counter() - start
 
     def _wait(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
     def count(self, variant: str) -> int:
         """Floating-point operations of a variant: of products of matrices and convolutions, backward pass included."""
@@ -287,7 +289,9 @@ class Bench:
             "batch_size": len(self.captions),
             "image_size": list(self.images.shape[-2:]),
             "patches": self.grid[0] * self.grid[1],
-            "image_encoding": "the library's own" if self.own_size else "the adapter's, at a size not the library's own",
+            "image_encoding": "the library's own"
+            if self.own_size
+            else "the adapter's, at a size not the library's own",
             "data": self.options.data or "built-in captions",
             "tokenizer": "the backbone's own" if self.own_tokenizer else "a stand-in of its size",
             "tokens_per_caption": float(tokens.mean()),

@@ -33,7 +33,7 @@ def run_blocks(transformer: Any, function: Callable[..., Any], *arguments: Any) 
 
 
 def has_hooks(*modules: nn.Module) -> bool:
-    """Whether somebody watches these modules' own forward calls, as sharding does, so that they must be called whole."""
+    """Whether somebody watches these modules' own calls, as sharding does, so that they must be called whole."""
     return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 

@@ -53,8 +53,7 @@ def last_block(
         averaged: whether the pooled embedding averages the patches.
 
     Returns:
-        ``[B, prefix, W]``, or ``[B, P, W]`` where ``averaged``; and patches ``[B, P, W]``. Without prefix tokens and not
-        ``averaged`` the first has none.
+        ``[B, prefix, W]``, or ``[B, P, W]`` where ``averaged``; and patches ``[B, P, W]``.
     """
     normed = parts.norm(x)
     one_query = mode.attention == "value" and not averaged
