@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -122,5 +123,5 @@ def _measure(bench: Bench, repeats: int) -> dict[str, dict[str, float]]:
     times: dict[str, list[float]] = {step: [] for step in steps}
     for _ in range(repeats):
         for step in steps:
-            times[step].append(bench.seconds(lambda step=step: bench.call(step)))
+            times[step].append(bench.seconds(partial(bench.call, step)))
     return {"seconds": {step: median(values) for step, values in times.items()}, "operations": operations}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -52,7 +53,7 @@ def run_benchmark(
         # Another one begins each round, so that none always follows the same.
         first = number % len(VARIANTS)
         order = VARIANTS[first:] + VARIANTS[:first]
-        rounds.append({variant: bench.seconds(lambda variant=variant: bench.call(variant)) for variant in order})
+        rounds.append({variant: bench.seconds(partial(bench.call, variant)) for variant in order})
         parts.append(bench.parts())
     found = bench.describe() | {"repeats": options.repeats} | summary(rounds, operations)
     medians = {name: median(one[name] for one in parts) for name in parts[0]}

@@ -158,7 +158,8 @@ class Bench:
             if not tables:
                 raise
             vocabulary = max(table.num_embeddings for table in tables)
-            self.adapter.tokenizer = StandInTokenizer(self.adapter.description.context_length, vocabulary)
+            adapter: Any = self.adapter
+            adapter.tokenizer = StandInTokenizer(adapter.description.context_length, vocabulary)
             return False
         return True
 
@@ -172,11 +173,11 @@ class Bench:
             keep_gradients: whether the memory of gradients is kept from step to step.
         """
         training = variant in STEPS
-        self.adapter.train(training)
         if not training:
-            with torch.no_grad(), self.autocast():
+            with torch.no_grad():
                 self._encode(variant)
             return
+        self.adapter.train()
         self.optimizer.zero_grad(set_to_none=not keep_gradients)
         with self.autocast():
             loss = self.loss(variant)
@@ -189,10 +190,12 @@ class Bench:
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     def _encode(self, variant: str) -> None:
-        if variant == "encode_image":
-            self._library_image()
-        else:
-            self.adapter.encode_image(self.images, pooled=variant == "dense_and_pooled")
+        self.adapter.eval()
+        with self.autocast():
+            if variant == "encode_image":
+                self._library_image()
+            else:
+                self.adapter.encode_image(self.images, pooled=variant == "dense_and_pooled")
 
     def _library_image(self) -> Tensor:
         # At other sizes libraries fail, or want options that each names otherwise.
@@ -243,7 +246,8 @@ class Bench:
         try:
             # Fused kernels of attention are not counted on every device; the plain products are.
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                self.call(variant)
+                # The counter cannot follow views of parameters without gradients; the operations are the same.
+                self.call(variant) if variant in STEPS else self._encode(variant)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
         return int(counter.get_total_flops())
