@@ -35,10 +35,10 @@ from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.embedded import model_folder
 from ttd_plugins.embedded.scenes import Scene, Scenes
 from ttd_plugins.embedded.tokenizer import train_tokenizer
-from ttd_plugins.engine import encode_texts
 from ttd_plugins.evaluation.metrics import retrieval_recall
 from ttd_plugins.evaluation.scenes import picture_pixels, scene_pixels
 from ttd_plugins.losses import contrastive_loss
+from ttd_plugins.texts import encode_texts
 
 VALIDATION_SCENES = 512
 CAPTIONS_OF_A_KIND = 4

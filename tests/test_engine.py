@@ -258,17 +258,19 @@ def check_gradients_of_features(distance: str, activation: str, seed: int, **opt
     backbone = toy(seed, dtype=torch.float64, width=3)
     # A threshold between the scores of tags, so that some are kept and some are not.
     ttd = TTD(backbone, extractor=words, distance=distance, activation=activation, threshold=0.6137, **options)
-    captions, images = ["dog cat grass", "owl", ""], toy_images(3, 8, 8, seed=seed).double()
+    captions, images = ["dog cat grass", "an owl", ""], toy_images(3, 8, 8, seed=seed).double()
     tags = words(captions)
     names = list(dict.fromkeys(name for one in tags for name in one))
     backbone.keep_outputs = True
     output = ttd(images, captions)
     output.loss.backward()
-    patches, pooled, texts, tag_embeddings = backbone.outputs
+    # One call for all texts: the captions, then the distinct tags.
+    patches, pooled, texts = backbone.outputs
     assert 0 < int(output.targets.selected.sum()) < len(output.targets.selected)
 
     def nested(values: list[Tensor]) -> Features:
-        points, whole, of_captions, of_tags = (value.detach() for value in values)
+        points, whole, of_texts = (value.detach() for value in values)
+        of_captions, of_tags = of_texts[: len(captions)], of_texts[len(captions) :]
         of_name = dict(zip(names, of_tags.tolist(), strict=True))
         return Features(
             points.flatten(1, 2).tolist(),
@@ -277,7 +279,7 @@ def check_gradients_of_features(distance: str, activation: str, seed: int, **opt
             [[of_name[name] for name in one] for one in tags],
         )
 
-    found = [patches, pooled, texts, tag_embeddings]
+    found = [patches, pooled, texts]
     fixed = slow_ttd(ttd, nested(found))
     step = 1e-5
     for position, feature in enumerate(found):
@@ -409,13 +411,14 @@ def test_without_gradient_nothing_is_remembered() -> None:
 # Captions, tags and counts -------------------------------------------------------------------------------------------
 
 
-def test_each_distinct_tag_is_encoded_once_and_each_caption_once() -> None:
+def test_each_distinct_text_is_encoded_once() -> None:
     ttd = engine()
-    captions = ["a dog and a cat", "dog", "Dog on the grass", "cat cat", ""]
-    ttd(toy_images(5), captions)
-    assert ttd.backbone.tokenized == [captions, ["dog", "cat", "grass"]]
-    assert [len(ids) for ids in ttd.backbone.texts] == [5, 3]
-    assert ttd.backbone.images == [((5, 3, SIDE, SIDE), True)]
+    captions = ["a dog and a cat", "dog", "Dog on the grass", "cat cat", "", "dog"]
+    ttd(toy_images(6), captions)
+    # The tag "dog" is the second caption, and the last.
+    assert ttd.backbone.tokenized == [[*captions[:5], "cat", "grass"]]
+    assert [len(ids) for ids in ttd.backbone.texts] == [7]
+    assert ttd.backbone.images == [((6, 3, SIDE, SIDE), True)]
 
 
 def test_a_teacher_is_asked_once_more_and_for_no_pooled_embedding() -> None:
@@ -423,7 +426,7 @@ def test_a_teacher_is_asked_once_more_and_for_no_pooled_embedding() -> None:
     (teacher,) = ttd._teacher
     ttd(toy_images(2), ["a dog", "dog"])
     assert teacher.images == [((2, 3, SIDE, SIDE), False)]
-    assert [len(ids) for ids in teacher.texts] == [len(ids) for ids in ttd.backbone.texts] == [2, 1]
+    assert [len(ids) for ids in teacher.texts] == [len(ids) for ids in ttd.backbone.texts] == [2]
 
 
 def test_a_batch_without_any_tag_encodes_none_and_keeps_the_contrastive_term() -> None:
@@ -440,7 +443,7 @@ def test_a_batch_without_any_tag_encodes_none_and_keeps_the_contrastive_term() -
 
 def test_text_is_cut_to_the_longest_of_its_batch_only_where_what_follows_cannot_matter() -> None:
     captions, tags = ["one two three", "four"], [["one"], ["four"]]
-    for matters, lengths in ((False, [4, 2]), (True, [CONTEXT, CONTEXT])):
+    for matters, lengths in ((False, [4]), (True, [CONTEXT])):
         ttd = engine(toy(text_after_end_matters=matters))
         ttd(toy_images(2), captions, tags)
         assert [ids.shape[1] for ids in ttd.backbone.texts] == lengths
@@ -476,16 +479,16 @@ def test_a_caption_longer_than_the_context_keeps_all_its_tags_and_is_reported() 
 def test_the_template_is_put_around_tags_and_not_around_captions() -> None:
     ttd = engine(template="a photo of {} there")
     ttd(toy_images(1), ["big dog"])
-    assert ttd.backbone.tokenized == [["big dog"], ["a photo of big there", "a photo of dog there"]]
-    ids = ttd.backbone.texts[1]
-    assert ids[1].tolist() == [token_of(word) for word in "a photo of dog there".split()] + [END]
+    assert ttd.backbone.tokenized == [["big dog", "a photo of big there", "a photo of dog there"]]
+    (ids,) = ttd.backbone.texts
+    assert ids[2].tolist() == [token_of(word) for word in "a photo of dog there".split()] + [END]
 
 
 @pytest.mark.parametrize("tag", ["{}", "{0}", "{x", "%s", "a}"])
 def test_a_tag_with_braces_is_only_text(tag: str) -> None:
     ttd = engine(template="photo of {}")
     ttd(toy_images(1), ["thing"], [[tag]])
-    assert ttd.backbone.tokenized[1] == [f"photo of {tag}"]
+    assert ttd.backbone.tokenized[0][1] == f"photo of {tag}"
 
 
 def test_given_tags_are_used_as_they_are() -> None:
@@ -626,12 +629,12 @@ def test_features_of_half_precision_are_judged_in_float32(how: str) -> None:
     backbone = toy(dtype=torch.bfloat16 if how == "weights" else torch.float32)
     backbone.keep_outputs = True
     ttd = TTD(backbone, extractor=words)
-    captions = ["dog cat grass", "owl", ""]
+    captions = ["dog cat grass", "an owl", ""]
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
-        output = ttd(toy_images(3), captions)
-    patches, pooled, texts, tags = (feature.detach() for feature in backbone.outputs)
+        output = ttd(toy_images(3), captions, [["dog", "cat", "grass"], ["owl"], []])
+    patches, pooled, texts = (feature.detach() for feature in backbone.outputs)
     assert patches.dtype == torch.bfloat16
-    of_tags = tags.double().tolist()
+    texts, of_tags = texts[:3], texts[3:].double().tolist()
     features = Features(
         patches.double().flatten(1, 2).tolist(),
         pooled.double().tolist(),
@@ -931,8 +934,8 @@ def test_maps_take_a_path_and_given_tags(tmp_path: Any) -> None:
     picture().save(file)
     ttd = engine()
     for path in (file, str(file)):
-        np.testing.assert_array_equal(
-            ttd.maps(path, "a dog", tags=["sky"]).tag_maps, ttd.maps(picture(), "sky").tag_maps
+        np.testing.assert_allclose(
+            ttd.maps(path, "a dog", tags=["sky"]).tag_maps, ttd.maps(picture(), "sky").tag_maps, atol=1e-6
         )
     with pytest.raises(InputError, match="does not exist"):
         ttd.maps(tmp_path / "none.png", "a dog")

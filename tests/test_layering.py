@@ -32,6 +32,7 @@ LAYERS = (
     "ttd_plugins.similarity",
     "ttd_plugins.selection",
     "ttd_plugins.losses",
+    "ttd_plugins.texts",
     "ttd_plugins.engine",
     "ttd_plugins.calibration",
     "ttd_plugins.embedded",
@@ -40,12 +41,14 @@ LAYERS = (
     "ttd_plugins.training",
     "ttd_plugins.reports",
     "ttd_plugins.testing",
+    "ttd_plugins.benchmark",
     "ttd_plugins.cli",
 )
 # The verb of the contract that is carried out by a module built on the contract.
 UPWARD_ON_PURPOSE = {("ttd_plugins.adapter", "ttd_plugins.lora")}
 NOT_FOR_ADAPTERS = (
-    "engine", "calibration", "losses", "selection", "similarity", "training", "evaluation", "reports", "testing", "cli",
+    "engine", "calibration", "losses", "selection", "similarity", "texts", "training", "benchmark", "evaluation",
+    "reports", "testing", "cli",
 )  # fmt: skip
 BACKBONE_LIBRARIES = {"open_clip", "timm", "transformers", "torchvision", "clip"}
 # Layers for peft are subclasses of its own, so their module is for those who have it.

@@ -140,7 +140,9 @@ def test_a_published_architecture_with_random_weights_needs_no_network(
     assert not adapter.model.training
     with torch.no_grad():
         assert adapter.encode_image(pixels()).patches.shape == (2, 4, 4, EMBED)
-    with pytest.raises(TTDError, match=r"the tokenizer of openai_clip:.* cannot be loaded: .*hub.*tokenizer=") as caught:
+    with pytest.raises(
+        TTDError, match=r"the tokenizer of openai_clip:.* cannot be loaded: .*hub.*tokenizer="
+    ) as caught:
         adapter.tokenize(["a cat"])
     assert "\n" not in str(caught.value)
     given = family.load(name, "random", tokenizer=Words(), precision="bf16")

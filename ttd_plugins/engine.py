@@ -26,10 +26,9 @@ from ttd_plugins.adapter import (
     Size,
     image_features,
     image_pixels,
-    text_embeddings,
-    text_tokens,
 )
 from ttd_plugins.errors import InputError, TagExtractionError, TTDError
+from ttd_plugins.texts import encode_texts, on_device
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -122,9 +121,14 @@ class Candidates:
         return cls(
             [list(names) for names in tags],
             list(number),
-            torch.tensor(images, dtype=torch.long, device=device),
-            torch.tensor(indices, dtype=torch.long, device=device),
+            on_device(torch.tensor(images, dtype=torch.long), device),
+            on_device(torch.tensor(indices, dtype=torch.long), device),
         )
+
+    @property
+    def most(self) -> int:
+        """The largest number of candidates of one image, known without asking the device."""
+        return max(map(len, self.tags), default=0)
 
 
 @dataclass
@@ -246,21 +250,6 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
-
-
-def encode_texts(adapter: DenseAdapter, texts: Sequence[str]) -> tuple[Tensor, list[bool]]:
-    """L2-normalised embeddings ``[N, D]`` of texts in at least float32, and which texts were longer than the context.
-
-    Positions after the last end token are cut where the backbone says that they cannot matter.
-    """
-    if not texts:
-        width = adapter.description.embedding_width
-        return torch.zeros(0, width, device=adapter.device), []
-    tokens = text_tokens(adapter, texts)
-    ids = tokens.ids
-    if not adapter.description.text_after_end_matters:
-        ids = ids[:, : int(tokens.lengths.max())]
-    return similarity.normalize(text_embeddings(adapter, ids.to(adapter.device))), tokens.truncated
 
 
 class TTD(nn.Module):
@@ -386,14 +375,16 @@ class TTD(nn.Module):
     ) -> Alignment:
         pooled = pooled or self.options.score == "image"
         features = image_features(adapter, images, pooled=pooled)
-        caption_embeddings, truncated = encode_texts(adapter, list(captions))
-        tag_embeddings, _ = encode_texts(adapter, [self.options.template.format(tag) for tag in candidates.distinct])
+        # Captions and tags together, so that texts of one length share a call of the text tower.
+        tags = [self.options.template.format(tag) for tag in candidates.distinct]
+        embeddings, truncated = encode_texts(adapter, [*captions, *tags])
+        caption_embeddings, tag_embeddings = embeddings[: len(captions)], embeddings[len(captions) :]
         with torch.autocast(images.device.type, enabled=False):
             rows, columns = features.patches.shape[1:3]
             patches = similarity.normalize(features.patches.flatten(1, 2))
             whole = similarity.normalize(features.pooled) if features.pooled is not None else None
             image_index, tag_index = candidates.image_index, candidates.tag_index
-            tag_maps = similarity.tag_maps(patches, tag_embeddings, image_index, tag_index)
+            tag_maps = similarity.tag_maps(patches, tag_embeddings, image_index, tag_index, candidates.most)
             if self.options.score == "pixel":
                 scores = selection.pixel_scores(tag_maps)
             elif self.options.score == "image":
@@ -411,7 +402,7 @@ class TTD(nn.Module):
                 tag_embeddings,
                 whole,
                 caption_embeddings,
-                truncated,
+                truncated[: len(captions)],
             )
 
     @torch.no_grad()

@@ -34,7 +34,7 @@ def caption_maps(patches: Tensor, captions: Tensor) -> Tensor:
     return torch.einsum("bpd,bd->bp", patches, captions)
 
 
-def tag_maps(patches: Tensor, tags: Tensor, image_index: Tensor, tag_index: Tensor) -> Tensor:
+def tag_maps(patches: Tensor, tags: Tensor, image_index: Tensor, tag_index: Tensor, most: int | None = None) -> Tensor:
     """Map of each candidate tag on its image, ``s_n(p) = d_b(p) . t_n`` with ``b = image_index[n]``.
 
     Args:
@@ -42,6 +42,7 @@ def tag_maps(patches: Tensor, tags: Tensor, image_index: Tensor, tag_index: Tens
         tags: L2-normalised embeddings of the K distinct tags, ``[K, D]``.
         image_index: int64 ``[N]``, ascending: the image of each candidate.
         tag_index: int64 ``[N]``: which distinct tag each candidate is.
+        most: the largest number of candidates of one image; without it the device is asked, and waited for.
 
     Returns:
         Cosines ``[N, P]``.
@@ -52,7 +53,8 @@ def tag_maps(patches: Tensor, tags: Tensor, image_index: Tensor, tag_index: Tens
     first = torch.searchsorted(image_index, torch.arange(batch, device=image_index.device))
     slot = torch.arange(len(image_index), device=image_index.device) - first[image_index]
     # One padded batched product reads each image's patches once, however many tags the image has.
-    padded = tags.new_zeros(batch, int(torch.bincount(image_index, minlength=batch).max()), width)
+    most = int(torch.bincount(image_index, minlength=batch).max()) if most is None else most
+    padded = tags.new_zeros(batch, most, width)
     padded = padded.index_put((image_index, slot), tags[tag_index])
     return torch.bmm(padded, patches.transpose(1, 2))[image_index, slot]
 
@@ -91,9 +93,11 @@ def union_map(maps: Tensor, image_index: Tensor, batch: int) -> Tensor:
 class TagMaps(nn.Module):
     """Module twin of :func:`tag_maps`."""
 
-    def forward(self, patches: Tensor, tags: Tensor, image_index: Tensor, tag_index: Tensor) -> Tensor:
+    def forward(
+        self, patches: Tensor, tags: Tensor, image_index: Tensor, tag_index: Tensor, most: int | None = None
+    ) -> Tensor:
         """See :func:`tag_maps`."""
-        return tag_maps(patches, tags, image_index, tag_index)
+        return tag_maps(patches, tags, image_index, tag_index, most)
 
 
 class CaptionMaps(nn.Module):

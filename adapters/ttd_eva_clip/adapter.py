@@ -155,8 +155,8 @@ class EvaCLIPAdapter(DenseAdapter):
     def encode_image(self, pixels: Tensor, *, pooled: bool = True) -> ImageFeatures:
         """Patch features in the joint space, and the library's pooled embedding, from one pass.
 
-        Towers that average their patches take the last block twice when the pooled embedding is asked for, since
-        their pooled embedding needs the patches as trained.
+        Towers that average their patches need those of the last block twice when the pooled embedding is asked for, as
+        trained and as the dense mode says; the two share what they can.
 
         Args:
             pixels: float ``[B, 3, height, width]``, normalised; cast to the dtype of the model.
@@ -179,14 +179,14 @@ class EvaCLIPAdapter(DenseAdapter):
         ropes = self._ropes(grid)
         for block, rope in zip(blocks, ropes, strict=False):
             x = run_blocks(trunk, block, x, rope)
-        before, patches = run_blocks(trunk, last_block, last, x, ropes[-1], self.dense, grid, prefix)
+        averaged = pooled and trunk.global_pool != "token"
+        trained, patches = run_blocks(trunk, last_block, last, x, ropes[-1], self.dense, grid, prefix, averaged)
         dense = self._project(trunk.norm(patches)).unflatten(1, grid)
         if not pooled:
             return ImageFeatures(dense)
-        if trunk.global_pool == "token":
-            return ImageFeatures(dense, self._project(trunk.norm(before[:, 0])))
-        trained = trunk.norm(run_blocks(trunk, last, x, ropes[-1])[:, prefix:])
-        return ImageFeatures(dense, self._project(trained.mean(dim=1)))
+        if not averaged:
+            return ImageFeatures(dense, self._project(trunk.norm(trained[:, 0])))
+        return ImageFeatures(dense, self._project(trunk.norm(trained).mean(dim=1)))
 
     def _embed(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens ``[B, prefix + P, W]`` that enter the first block, class and register tokens first."""

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttd_plugins.errors import UnsupportedModelError
-from ttd_plugins.toolkit.attention import attention_dropout
-from ttd_plugins.toolkit.dense import DenseMode, diagonal_mask, gaussian_window
+from ttd_plugins.toolkit import last_block as parts
+from ttd_plugins.toolkit.attention import attention_dropout, has_hooks, split_heads
+from ttd_plugins.toolkit.dense import DenseMode, diagonal_mask
 
 
 def bias_is_added_outside(attention: Any) -> bool:
@@ -52,22 +53,41 @@ def rotary_embedding(trunk: Any, grid: tuple[int, int]) -> Tensor | None:
     return twin.get_embed()
 
 
-def queries_keys_values(attention: Any, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values ``[B, heads, N, side]`` of ``x`` ``[B, N, W]``, normed and rotated as trained."""
+def queries_keys_values(
+    attention: Any, x: Tensor, rope: Tensor | None, asking: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values ``[B, heads, N, side]`` of ``x`` ``[B, N, W]``, normed and rotated as trained.
+
+    With ``asking``, the prefix tokens of ``x``, queries are of these alone; prefix tokens are not rotated.
+    """
     base = inner(attention)
+    parts: Any
+    some = x if asking is None else asking
     if hasattr(attention, "project_qkv"):
-        parts = attention.project_qkv(x)
+        parts = attention.project_qkv(x) if asking is None else attention.project_some(asking, x)
     elif base.qkv is None:
-        parts = (base.q_proj(x), base.k_proj(x), base.v_proj(x))
+        parts = (base.q_proj(some), base.k_proj(x), base.v_proj(x))
     elif bias_is_added_outside(base):
-        parts = F.linear(x, *fused_projection(base)).chunk(3, dim=-1)
+        parts = _fused(x, asking, *fused_projection(base))
     elif getattr(base, "q_bias", None) is not None:
         parts = (base.qkv(x) + fused_projection(base)[1]).chunk(3, dim=-1)
+    elif type(base.qkv) is nn.Linear and not has_hooks(base.qkv):
+        parts = _fused(x, asking, base.qkv.weight, base.qkv.bias)
     else:
         parts = base.qkv(x).chunk(3, dim=-1)
-    q, k, v = (t.unflatten(-1, (base.num_heads, -1)).transpose(1, 2) for t in parts)
-    q, k = base.q_norm(q), base.k_norm(k)
-    return (q, k, v) if rope is None else (_rotated(base, q, rope).type_as(v), _rotated(base, k, rope).type_as(v), v)
+    q, k, v = (split_heads(t, base.num_heads) for t in parts)
+    q, k = base.q_norm(q[:, :, : some.shape[1]]), base.k_norm(k)
+    if rope is None:
+        return q, k, v
+    return (_rotated(base, q, rope) if asking is None else q).type_as(v), _rotated(base, k, rope).type_as(v), v
+
+
+def _fused(x: Tensor, asking: Tensor | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    if asking is None:
+        return F.linear(x, weight, bias).chunk(3, dim=-1)
+    parts = [weight.shape[0] // 3, weight.shape[0] - weight.shape[0] // 3]
+    (for_q, for_kv), biases = weight.split(parts), (None, None) if bias is None else bias.split(parts)
+    return F.linear(asking, for_q, biases[0]), *F.linear(x, for_kv, biases[1]).chunk(2, dim=-1)
 
 
 def _rotated(base: Any, x: Tensor, rope: Tensor) -> Tensor:
@@ -79,9 +99,9 @@ def _rotated(base: Any, x: Tensor, rope: Tensor) -> Tensor:
 
 
 def finish_attention(attention: Any, mixed: Tensor, x: Tensor) -> Tensor:
-    """What follows the mixed values ``[B, heads, N, side]``: inner norm, gate by the input ``x``, output projection."""
+    """What follows the mixed values ``[B, N, W]``: inner norm, gate by the input ``x``, output projection."""
     base = inner(attention)
-    out = base.norm(mixed.transpose(1, 2).flatten(2))
+    out = base.norm(mixed)
     gate = getattr(base, "gate", None)
     if gate is not None:
         out = out * gate(x).sigmoid()
@@ -124,9 +144,15 @@ def require_by_hand(attention: Any, mode: DenseMode) -> None:
 
 
 def last_block(
-    block: Any, x: Tensor, rope: Tensor | None, mode: DenseMode, grid: tuple[int, int], prefix: int
+    block: Any,
+    x: Tensor,
+    rope: Tensor | None,
+    mode: DenseMode,
+    grid: tuple[int, int],
+    prefix: int,
+    averaged: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Run the last block once, for the prefix tokens as trained and for the patches as ``mode`` says.
+    """Run the last block once, as trained for what is pooled and as ``mode`` says for the patches.
 
     Args:
         block: timm's ``EvaBlock`` or ``EvaBlockPostNorm``.
@@ -135,18 +161,41 @@ def last_block(
         mode: how patches are computed.
         grid: rows and columns, P in all.
         prefix: how many tokens are no patches.
+        averaged: whether the pooled embedding averages the patches.
 
     Returns:
-        Prefix tokens ``[B, prefix, W]`` and patches ``[B, P, W]``, before the final norm.
+        Prefix tokens ``[B, prefix, W]``, or patches as trained ``[B, P, W]`` where ``averaged``; and patches by mode
+        ``[B, P, W]``; all before the final norm.
     """
+    plain = mode.attention == "plain" and mode.residual and mode.ffn
     if mode.by_hand:
-        branch = _finish_branch(block, _by_hand(block.attn, _input(block, x), rope, mode, grid, prefix))
-    else:
-        mask = value_mask(x, prefix) if mode.attention == "value" else None
-        if mode.residual and mode.ffn:
-            out = block(x, rope=rope, attn_mask=mask)
-            return out[:, :prefix], out[:, prefix:]
-        branch = _finish_branch(block, block.attn(_input(block, x), rope=rope, attn_mask=mask))
+        require_by_hand(block.attn, mode)
+    elif plain or refusal_by_hand(block.attn) is not None or has_hooks(block, block.attn):
+        trained, patches = _whole(block, x, rope, mode, prefix)
+        if averaged:
+            trained = patches if plain else block(x, rope)[:, prefix:]
+        return trained, patches
+    return parts.last_block(_parts(block, rope), x, mode, grid, prefix, averaged)
+
+
+def _parts(block: Any, rope: Tensor | None) -> parts.BlockParts:
+    attention = block.attn
+    return parts.BlockParts(
+        norm=lambda x: _input(block, x),
+        project=lambda asking, x: queries_keys_values(attention, x, rope, None if asking is x else asking),
+        finish=lambda mixed, normed: _finish_branch(block, finish_attention(attention, mixed, normed)),
+        feed_forward=lambda tokens: _ffn(block, tokens),
+        dropout=attention_dropout(inner(attention)),
+    )
+
+
+def _whole(block: Any, x: Tensor, rope: Tensor | None, mode: DenseMode, prefix: int) -> tuple[Tensor, Tensor]:
+    """Prefix tokens and patches by calls of the block's own attention, the value modes with a mask."""
+    mask = value_mask(x, prefix) if mode.attention == "value" else None
+    if mode.residual and mode.ffn:
+        out = block(x, rope=rope, attn_mask=mask)
+        return out[:, :prefix], out[:, prefix:]
+    branch = _finish_branch(block, block.attn(_input(block, x), rope=rope, attn_mask=mask))
     trained = x[:, :prefix] + branch[:, :prefix]
     patches = branch[:, prefix:] + x[:, prefix:] if mode.residual else branch[:, prefix:]
     trained = trained + _ffn(block, trained)
@@ -183,26 +232,3 @@ def _ffn(block: Any, x: Tensor) -> Tensor:
     out = block.mlp(block.norm2(x))
     gamma = getattr(block, "gamma_2", None)
     return block.drop_path2(out if gamma is None else gamma * out)
-
-
-def _by_hand(
-    attention: Any, x: Tensor, rope: Tensor | None, mode: DenseMode, grid: tuple[int, int], prefix: int
-) -> Tensor:
-    """Attention output ``[B, prefix + P, W]`` from queries, keys and values: the prefix as trained, patches by mode."""
-    require_by_hand(attention, mode)
-    q, k, v = queries_keys_values(attention, x, rope)
-    dropout = attention_dropout(inner(attention))
-
-    def attend(queries: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
-        return F.scaled_dot_product_attention(queries, keys, v, attn_mask=mask, dropout_p=dropout)
-
-    if mode.attention == "kk+window":
-        window = F.pad(gaussian_window(grid, mode.window_std, q)[:, 1:], (prefix, 0))
-        patches = attend(k[:, :, prefix:], k, window)
-    elif mode.attention == "qq+kk":
-        patches = attend(q[:, :, prefix:], q) + attend(k[:, :, prefix:], k)
-    else:
-        both = q if mode.attention == "qq" else k
-        patches = attend(both[:, :, prefix:], both)
-    mixed = torch.cat([attend(q[:, :, :prefix], k), patches], dim=2)
-    return finish_attention(attention, mixed, x)

@@ -53,4 +53,4 @@ class LoRAEvaAttention(LoRASelfAttention):
         mixed = F.scaled_dot_product_attention(
             q, k, v, attn_mask=attn_mask, dropout_p=attention_dropout(self), is_causal=is_causal
         )
-        return finish_attention(self, mixed, x)
+        return finish_attention(self, mixed.transpose(1, 2).flatten(2), x)

@@ -135,8 +135,8 @@ class OpenCLIPAdapter(DenseAdapter):
     def encode_image(self, pixels: Tensor, *, pooled: bool = True) -> ImageFeatures:
         """Patch features in the joint space, and the library's pooled embedding, from one pass.
 
-        Towers that average their patches take the last block twice when the pooled embedding is asked for, since
-        their pooled embedding needs the patches as trained.
+        Towers that average their patches need those of the last block twice when the pooled embedding is asked for, as
+        trained and as the dense mode says; the two share what they can.
 
         Args:
             pixels: float ``[B, 3, height, width]``, normalised; cast to the dtype of the model.
@@ -157,13 +157,13 @@ class OpenCLIPAdapter(DenseAdapter):
         x = self._embed(pixels, grid)
         for block in blocks:
             x = run_blocks(visual.transformer, block, x)
-        class_token, patches = run_blocks(visual.transformer, last_block, last, x, self.dense, grid)
+        averaged = pooled and getattr(visual, "pool_type", "tok") != "tok"
+        trained, patches = run_blocks(visual.transformer, last_block, last, x, self.dense, grid, averaged)
         dense = self._project(visual.ln_post(patches)).unflatten(1, grid)
         if not pooled:
             return ImageFeatures(dense)
-        if getattr(visual, "pool_type", "tok") == "tok":
-            return ImageFeatures(dense, self._project(visual.ln_post(class_token)))
-        trained = run_blocks(visual.transformer, last, x)[:, 1:]
+        if not averaged:
+            return ImageFeatures(dense, self._project(visual.ln_post(trained)))
         if getattr(visual, "final_ln_after_pool", False):
             return ImageFeatures(dense, self._project(visual.ln_post(trained.mean(dim=1))))
         return ImageFeatures(dense, self._project(visual.ln_post(trained).mean(dim=1)))

@@ -1,18 +1,17 @@
-"""The last block of open_clip's vision transformer, run once for the class token as trained and for dense features."""
+"""The last block of open_clip's vision transformer, run once for what is pooled and for dense features."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttd_plugins.errors import UnsupportedModelError
-from ttd_plugins.toolkit.attention import attention_dropout
+from ttd_plugins.toolkit import last_block as parts
+from ttd_plugins.toolkit.attention import attention_dropout, has_hooks, project_out, project_some
 from ttd_plugins.toolkit.attention import is_plain_attention as is_plain_multihead
-from ttd_plugins.toolkit.dense import DenseMode, diagonal_mask, gaussian_window
+from ttd_plugins.toolkit.dense import DenseMode, diagonal_mask
 
 
 def is_plain_attention(attention: nn.Module) -> bool:
@@ -54,30 +53,60 @@ def require_by_hand(attention: nn.Module, mode: DenseMode) -> None:
         )
 
 
-def last_block(block: Any, x: Tensor, mode: DenseMode, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Run the last block once, for the class token as trained and for the patches as ``mode`` says.
+def in_parts(block: Any) -> bool:
+    """Whether the block may be run part by part: nothing in it is wrapped unknown, and nobody watches its calls."""
+    attention = block.attn
+    return (is_plain_attention(attention) or hasattr(attention, "project_qkv")) and not has_hooks(block, attention)
+
+
+def last_block(
+    block: Any, x: Tensor, mode: DenseMode, grid: tuple[int, int], averaged: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Run the last block once, as trained for what is pooled and as ``mode`` says for the patches.
 
     Args:
         block: open_clip's residual attention block, plain or custom.
         x: ``[B, 1 + P, W]``, the class token first.
         mode: how patches are computed.
         grid: rows and columns, P in all.
+        averaged: whether the pooled embedding averages the patches.
 
     Returns:
-        Class token ``[B, W]`` and patches ``[B, P, W]``, before the final LayerNorm.
+        The class token ``[B, W]``, or patches as trained ``[B, P, W]`` where ``averaged``; and patches by mode
+        ``[B, P, W]``; all before the final LayerNorm.
     """
+    plain = mode.attention == "plain" and mode.residual and mode.ffn
     if mode.by_hand:
-        branch = _by_hand_branch(block, x, mode, grid)
-    else:
-        mask = diagonal_mask(x.shape[1], x) if mode.attention == "value" else None
-        if mode.residual and mode.ffn:
-            out = block(x, attn_mask=mask)
-            return out[:, 0], out[:, 1:]
-        branch = _finish_branch(block, _attend(block, block.ln_1(x), mask))
-    trained = x + branch if mode.residual and mode.ffn else x[:, :1] + branch[:, :1]
-    trained = trained + block.ls_2(block.mlp(block.ln_2(trained)))
+        require_by_hand(block.attn, mode)
+    elif plain or not in_parts(block):
+        trained, patches = _whole(block, x, mode)
+        if averaged:
+            trained = patches if plain else block(x)[:, 1:]
+        return trained, patches
+    trained, patches = parts.last_block(_parts(block), x, mode, grid, averaged=averaged)
+    return (trained if averaged else trained[:, 0]), patches
+
+
+def _parts(block: Any) -> parts.BlockParts:
+    attention = block.attn
+    return parts.BlockParts(
+        norm=block.ln_1,
+        project=partial(project_some, attention),
+        finish=lambda mixed, _: _finish_branch(block, project_out(attention, mixed)),
+        feed_forward=lambda tokens: block.ls_2(block.mlp(block.ln_2(tokens))),
+        dropout=attention_dropout(attention),
+    )
+
+
+def _whole(block: Any, x: Tensor, mode: DenseMode) -> tuple[Tensor, Tensor]:
+    """Class token and patches by calls of the block's own attention, the value modes with a mask."""
+    mask = diagonal_mask(x.shape[1], x) if mode.attention == "value" else None
     if mode.residual and mode.ffn:
-        return trained[:, 0], trained[:, 1:]
+        out = block(x, attn_mask=mask)
+        return out[:, 0], out[:, 1:]
+    branch = _finish_branch(block, _attend(block, block.ln_1(x), mask))
+    trained = x[:, :1] + branch[:, :1]
+    trained = trained + block.ls_2(block.mlp(block.ln_2(trained)))
     patches = branch[:, 1:]
     if mode.residual:
         patches = patches + x[:, 1:]
@@ -96,28 +125,3 @@ def _finish_branch(block: Any, attended: Tensor) -> Tensor:
     if hasattr(block, "ln_attn"):
         attended = block.ln_attn(attended)
     return block.ls_1(attended)
-
-
-def _by_hand_branch(block: Any, x: Tensor, mode: DenseMode, grid: tuple[int, int]) -> Tensor:
-    """The attention branch ``[B, 1 + P, W]`` from queries, keys and values: row 0 as trained, the others by mode."""
-    attention = block.attn
-    require_by_hand(attention, mode)
-    normed = block.ln_1(x)
-    ours = hasattr(attention, "project_qkv")
-    if ours:
-        q, k, v = attention.project_qkv(normed)
-    else:
-        q, k, v = F.linear(normed, attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1)
-    q, k, v = (t.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-    attend = partial(F.scaled_dot_product_attention, dropout_p=attention_dropout(attention))
-    class_token = attend(q[:, :, :1], k, v)
-    if mode.attention == "kk+window":
-        patches = attend(k[:, :, 1:], k, v, attn_mask=gaussian_window(grid, mode.window_std, q))
-    elif mode.attention == "qq+kk":
-        patches = attend(q[:, :, 1:], q, v) + attend(k[:, :, 1:], k, v)
-    else:
-        both = q if mode.attention == "qq" else k
-        patches = attend(both[:, :, 1:], both, v)
-    context = torch.cat([class_token, patches], dim=2).transpose(1, 2).flatten(2)
-    out = attention.project_out(context) if ours else attention.out_proj(context)
-    return _finish_branch(block, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttd_openai_clip.adapter import OpenAICLIPAdapter
-from ttd_openai_clip.dense import Block, last_block, mix
 from ttd_plugins.adapter import ImageFeatures, Tower
 from ttd_plugins.errors import UnsupportedModelError
-from ttd_plugins.toolkit.attention import attention_dropout, is_plain_attention, run_blocks
+from ttd_plugins.toolkit.attention import (
+    attention_dropout,
+    has_hooks,
+    is_plain_attention,
+    project_out,
+    project_some,
+    run_blocks,
+)
 from ttd_plugins.toolkit.dense import PRESETS, DenseMode, diagonal_mask
+from ttd_plugins.toolkit.last_block import BlockParts, last_block
 from ttd_plugins.toolkit.lora_targets import base_layer
 
 RESNET_STRIDE = 32
@@ -138,10 +146,11 @@ class OriginalViTAdapter(OriginalCLIPAdapter):
         x = self._embed(pixels, grid).transpose(0, 1)
         for block in blocks:
             x = run_blocks(visual.transformer, block, x)
-        block = Block(last.ln_1, _branch(last.attn), lambda tokens: last.mlp(last.ln_2(tokens)))
-        class_token, patches = run_blocks(visual.transformer, last_block, block, x.transpose(0, 1), self.dense, grid)
+        run: Any = last_block if _in_parts(last) or self.dense.by_hand else _whole
+        block = _parts(last) if run is last_block else last
+        trained, patches = run_blocks(visual.transformer, run, block, x.transpose(0, 1), self.dense, grid)
         dense = self._project(visual.ln_post(patches)).unflatten(1, grid)
-        return ImageFeatures(dense, self._project(visual.ln_post(class_token)) if pooled else None)
+        return ImageFeatures(dense, self._project(visual.ln_post(trained[:, 0])) if pooled else None)
 
     def _embed(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens ``[B, 1 + P, W]`` that enter the first block, the class token first."""
@@ -252,22 +261,32 @@ def _run_block(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
     return x + block.mlp(block.ln_2(x))
 
 
-def _branch(attention: Any) -> Callable[[Tensor, DenseMode, tuple[int, int]], Tensor]:
-    def branch(normed: Tensor, mode: DenseMode, grid: tuple[int, int]) -> Tensor:
-        if not mode.by_hand:
-            mask = diagonal_mask(normed.shape[1], normed) if mode.attention == "value" else None
-            x = normed.transpose(0, 1)
-            return attention(x, x, x, need_weights=False, attn_mask=mask)[0].transpose(0, 1)
-        ours = hasattr(attention, "project_qkv")
-        if ours:
-            q, k, v = attention.project_qkv(normed)
-        else:
-            q, k, v = F.linear(normed, attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1)
-        dropout = attention_dropout(attention)
-        mixed = mix(q, k, v, heads=attention.num_heads, dropout=dropout, mode=mode, grid=grid)
-        return attention.project_out(mixed) if ours else attention.out_proj(mixed)
+def _in_parts(block: Any) -> bool:
+    """Whether the block may be run part by part: nothing in it is wrapped unknown, and nobody watches its calls."""
+    attention = block.attn
+    return (is_plain_attention(attention) or hasattr(attention, "project_qkv")) and not has_hooks(block, attention)
 
-    return branch
+
+def _parts(block: Any) -> BlockParts:
+    attention = block.attn
+    return BlockParts(
+        norm=block.ln_1,
+        project=partial(project_some, attention),
+        finish=lambda mixed, _: project_out(attention, mixed),
+        feed_forward=lambda tokens: block.mlp(block.ln_2(tokens)),
+        dropout=attention_dropout(attention),
+    )
+
+
+def _whole(block: Any, x: Tensor, mode: DenseMode, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The same by a call of the block's own attention, the value modes with a mask."""
+    normed = block.ln_1(x).transpose(0, 1)
+    mask = diagonal_mask(len(normed), normed) if mode.attention == "value" else None
+    branch = block.attn(normed, normed, normed, need_weights=False, attn_mask=mask)[0].transpose(0, 1)
+    trained = x[:, :1] + branch[:, :1]
+    patches = branch[:, 1:] + x[:, 1:] if mode.residual else branch[:, 1:]
+    trained = trained + block.mlp(block.ln_2(trained))
+    return trained, patches + block.mlp(block.ln_2(patches)) if mode.ffn else patches
 
 
 def _batch_norm(norm: Any, x: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ttd_openai_clip.adapter import OpenAICLIPAdapter
-from ttd_openai_clip.dense import Block, last_block, mix
 from ttd_openai_clip.structure import TRANSFORMERS_ATTENTION
 from ttd_plugins.adapter import ImageFeatures, Tower
 from ttd_plugins.errors import UnsupportedModelError
+from ttd_plugins.toolkit.attention import split_heads
 from ttd_plugins.toolkit.dense import DenseMode
+from ttd_plugins.toolkit.last_block import BlockParts, last_block
 from ttd_plugins.toolkit.lora_targets import base_layer
 from ttd_plugins.toolkit.text import takes_parameter
 
@@ -110,12 +111,11 @@ class TransformersCLIPAdapter(OpenAICLIPAdapter):
             # Newer versions' layers checkpoint themselves; before that their encoder did.
             own = hasattr(layer, "gradient_checkpointing")
             x = _run(_call_layer, layer, x, checkpointed=not own and _checkpoints(vision.encoder))
-        block = Block(last.layer_norm1, _branch(last.self_attn), lambda tokens: last.mlp(last.layer_norm2(tokens)))
         checkpointed = _checkpoints(last) or _checkpoints(vision.encoder)
-        class_token, patches = _run(last_block, block, x, self.dense, grid, checkpointed=checkpointed)
+        trained, patches = _run(last_block, _parts(last), x, self.dense, grid, checkpointed=checkpointed)
         project: Any = self.model.visual_projection
         dense = project(vision.post_layernorm(patches)).unflatten(1, grid)
-        return ImageFeatures(dense, project(vision.post_layernorm(class_token)) if pooled else None)
+        return ImageFeatures(dense, project(vision.post_layernorm(trained[:, 0])) if pooled else None)
 
     def _embed(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens ``[B, 1 + P, W]``, the class token first."""
@@ -165,14 +165,21 @@ class TransformersCLIPAdapter(OpenAICLIPAdapter):
         return targets
 
 
-def _branch(attention: Any) -> Callable[[Tensor, DenseMode, tuple[int, int]], Tensor]:
-    def branch(normed: Tensor, mode: DenseMode, grid: tuple[int, int]) -> Tensor:
-        q, k, v = attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
-        dropout = float(attention.dropout) if attention.training else 0.0
-        mixed = mix(q, k, v, heads=attention.num_heads, dropout=dropout, mode=mode, grid=grid)
-        return attention.out_proj(mixed)
+def _parts(layer: Any) -> BlockParts:
+    attention = layer.self_attn
 
-    return branch
+    def project(asking: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = attention.q_proj(asking), attention.k_proj(x), attention.v_proj(x)
+        heads = attention.num_heads
+        return split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)
+
+    return BlockParts(
+        norm=layer.layer_norm1,
+        project=project,
+        finish=lambda mixed, _: attention.out_proj(mixed),
+        feed_forward=lambda tokens: layer.mlp(layer.layer_norm2(tokens)),
+        dropout=float(attention.dropout) if attention.training else 0.0,
+    )
 
 
 def _call_layer(layer: Any, x: Tensor) -> Tensor:

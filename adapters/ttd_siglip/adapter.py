@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,9 +18,10 @@ from ttd_plugins.adapter import (
     Tokens,
 )
 from ttd_plugins.errors import ImageSizeError, InputError, UnsupportedModelError
+from ttd_plugins.toolkit.last_block import BlockParts
 from ttd_plugins.toolkit.transforms import DenseTransform
 from ttd_siglip import tokens
-from ttd_siglip.dense import SiglipMode, mode_names, self_mask, siglip_mode
+from ttd_siglip.dense import SiglipMode, mode_names, self_mask, siglip_mode, value_block
 from ttd_siglip.structure import refusal_of_model
 from ttd_siglip.transforms import read_normalisation
 
@@ -117,6 +118,14 @@ class SiglipAdapter(DenseAdapter):
         """One block with an additive mask ``[P, P]``, checkpointed where the tower says so."""
 
     @abstractmethod
+    def _parts(self, block: Any) -> BlockParts | None:
+        """The last block in parts; ``None`` where it must be called whole."""
+
+    @abstractmethod
+    def _checkpointed(self, block: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+        """``function(*arguments)``, checkpointed where the block is."""
+
+    @abstractmethod
     def _norm(self, x: Tensor) -> Tensor:
         """The final norm of the encoder."""
 
@@ -209,8 +218,8 @@ class SiglipAdapter(DenseAdapter):
     def encode_image(self, pixels: Tensor, *, pooled: bool = True) -> ImageFeatures:
         """Patch features in the joint space, and the library's pooled embedding, from one pass.
 
-        With ``last_block="value"`` the last block runs twice when the pooled embedding is asked for, since that needs
-        the patches as trained.
+        With ``last_block="value"`` the last block gives its patches twice when the pooled embedding is asked for, since
+        that needs them as trained; the two share what they can.
 
         Args:
             pixels: float ``[B, 3, height, width]``, normalised; cast to the dtype of the model.
@@ -232,12 +241,25 @@ class SiglipAdapter(DenseAdapter):
         for block in blocks:
             x = self._run_block(block, x, None)
         if self.dense.last_block == "value":
-            patches = self._norm(self._run_block(last, x, self_mask(x.shape[1], x)))
-            trained = self._norm(self._run_block(last, x, None)) if pooled else None
+            trained, patches = self._run_value_block(last, x, pooled)
+            dense = self._dense(self._norm(patches))
+            whole = self._pool(self._norm(trained)) if pooled else None
         else:
-            patches = trained = self._norm(self._run_block(last, x, None))
-        dense = self._dense(patches).unflatten(1, grid)
-        return ImageFeatures(dense, self._pool(trained) if pooled and trained is not None else None)
+            patches = self._norm(self._run_block(last, x, None))
+            dense, whole = self._dense_and_pool(patches) if pooled else (self._dense(patches), None)
+        return ImageFeatures(dense.unflatten(1, grid), whole)
+
+    def _run_value_block(self, block: Any, x: Tensor, pooled: bool) -> tuple[Tensor, Tensor]:
+        """Patches ``[B, P, W]`` of the last block as trained (none unless ``pooled``), and each of itself alone."""
+        parts = self._parts(block)
+        if parts is not None:
+            return self._checkpointed(block, value_block, parts, x, pooled)
+        trained = self._run_block(block, x, None) if pooled else x[:, :0]
+        return trained, self._run_block(block, x, self_mask(x.shape[1], x))
+
+    def _dense_and_pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`_dense` and :meth:`_pool` of the same tokens."""
+        return self._dense(x), self._pool(x)
 
     def _require_ids(self, ids: Tensor) -> None:
         context = self._context_length()

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttd_plugins.errors import InputError, choices_sentence
+from ttd_plugins.toolkit.dense import DenseMode
+from ttd_plugins.toolkit.last_block import BlockParts, last_block
 
 HeadMode = Literal["value", "token_probe", "query_query"]
 """``value``: each patch answers with its own value; ``token_probe``: each patch is the probe, softmax(q k), as FG-CLIP
@@ -79,9 +81,9 @@ def self_mask(tokens: int, like: Tensor) -> Tensor:
     return mask.fill_diagonal_(0)
 
 
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """``[B, P, W]`` to ``[B, heads, P, W / heads]``."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+def value_block(parts: BlockParts, x: Tensor, pooled: bool) -> tuple[Tensor, Tensor]:
+    """Patches of the last block as trained (none unless ``pooled``), and with each attending to itself alone."""
+    return last_block(parts, x, DenseMode("value"), (1, x.shape[1]), prefix=0, averaged=pooled)
 
 
 def attend(probes: Tensor, keys: Tensor, values: Tensor, dropout: float = 0.0) -> Tensor:

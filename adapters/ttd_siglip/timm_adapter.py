@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttd_plugins.adapter import ImageTransform, Tower
-from ttd_plugins.toolkit.attention import is_plain_attention, run_blocks
+from ttd_plugins.toolkit import text_tower
+from ttd_plugins.toolkit.attention import has_hooks, is_plain_attention, run_blocks, split_heads
+from ttd_plugins.toolkit.last_block import BlockParts
 from ttd_plugins.toolkit.lora_targets import base_layer, linear_layers_of_blocks
 from ttd_plugins.toolkit.positions import resampled_positions
 from ttd_plugins.toolkit.text import takes_parameter
 from ttd_plugins.toolkit.transforms import NativeTransform
 from ttd_siglip.adapter import SiglipAdapter
-from ttd_siglip.dense import attend, split_heads
+from ttd_siglip.dense import attend
 
 DEFAULT_CONTEXT_LENGTH = 64
 
@@ -104,6 +108,16 @@ class TimmSiglipAdapter(SiglipAdapter):
             return run_blocks(self._trunk, block, x)
         return run_blocks(self._trunk, _run_masked, block, x, mask)
 
+    def _parts(self, block: Any) -> BlockParts | None:
+        attention = block.attn
+        # Other blocks and attentions of timm compute something else with the same names.
+        if (type(block).__name__, type(attention).__name__) != ("Block", "Attention") or has_hooks(block, attention):
+            return None
+        return block_parts(block)
+
+    def _checkpointed(self, block: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+        return run_blocks(self._trunk, function, *arguments)
+
     def _norm(self, x: Tensor) -> Tensor:
         return self._trunk.norm(x)
 
@@ -117,15 +131,36 @@ class TimmSiglipAdapter(SiglipAdapter):
 
     def _dense(self, x: Tensor) -> Tensor:
         pool = self._trunk.attn_pool
-        k, mixed = pool.kv(x).chunk(2, dim=-1)
-        if self.dense.head != "value":
-            q, k, v = (split_heads(part, pool.num_heads) for part in (pool.q(x), k, mixed))
-            q = pool.q_norm(q)
-            mixed = attend(q, pool.k_norm(k) if self.dense.head == "token_probe" else q, v)
+        if self.dense.head == "value" and type(pool.kv) is nn.Linear and not has_hooks(pool.kv):
+            width = pool.kv.out_features // 2
+            mixed = F.linear(x, pool.kv.weight[width:], None if pool.kv.bias is None else pool.kv.bias[width:])
+        else:
+            k, mixed = pool.kv(x).chunk(2, dim=-1)
+            if self.dense.head != "value":
+                q, k, v = (split_heads(part, pool.num_heads) for part in (pool.q(x), k, mixed))
+                q = pool.q_norm(q)
+                mixed = attend(q, pool.k_norm(k) if self.dense.head == "token_probe" else q, v)
+        return self._finish_pool(mixed)
+
+    def _finish_pool(self, mixed: Tensor) -> Tensor:
+        """What the pooling head does with mixed values ``[B, N, W]``, to the joint space."""
+        pool = self._trunk.attn_pool
         out = pool.proj_drop(pool.proj(mixed))
         if pool.mlp is not None:
             out = out + pool.mlp(pool.norm(out))
         return self._project(out)
+
+    def _dense_and_pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        pool = self._trunk.attn_pool
+        if self.dense.head != "value" or pool.pool != "token" or has_hooks(pool):
+            return super()._dense_and_pool(x)
+        # The probe's answer is mixed from the same values, and goes the same way from there.
+        k, v = pool.kv(x).chunk(2, dim=-1)
+        q = split_heads(pool.q(pool.latent.expand(len(x), -1, -1)), pool.num_heads)
+        k = pool.k_norm(split_heads(k, pool.num_heads))
+        answer = attend(pool.q_norm(q), k, split_heads(v, pool.num_heads))[:, :1]
+        out = self._finish_pool(torch.cat([answer, v], dim=1))
+        return out[:, 1:], out[:, 0]
 
     def _refusal_of_head_mode(self, head: str) -> str | None:
         pool = self._trunk.attn_pool
@@ -149,9 +184,7 @@ class TimmSiglipAdapter(SiglipAdapter):
             InputError: L is another length.
         """
         self._require_ids(ids)
-        model: Any = self.model
-        out = model.encode_text(ids, normalize=False)
-        return out[0] if isinstance(out, tuple) else out
+        return text_tower.encode_text(self.model, ids)
 
     def native_transform(self) -> ImageTransform:
         """The caller's ``preprocess``, or open_clip's evaluation preprocessing, which squashes and crops nothing."""
@@ -206,3 +239,26 @@ class TimmSiglipAdapter(SiglipAdapter):
 
 def _run_masked(block: Any, x: Tensor, mask: Tensor) -> Tensor:
     return block(x, attn_mask=mask)
+
+
+def block_parts(block: Any) -> BlockParts:
+    """timm's ``Block`` around its ``Attention``, in parts."""
+    attention = block.attn
+
+    def project(asking: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (split_heads(part, attention.num_heads) for part in attention.qkv(x).chunk(3, dim=-1))
+        return attention.q_norm(q[:, :, : asking.shape[1]]), attention.k_norm(k), v
+
+    def finish(mixed: Tensor, normed: Tensor) -> Tensor:
+        mixed = getattr(attention, "norm", nn.Identity())(mixed)
+        if getattr(attention, "gate", None) is not None:
+            mixed = mixed * attention.gate(normed).sigmoid()
+        return block.drop_path1(block.ls1(attention.proj_drop(attention.proj(mixed))))
+
+    return BlockParts(
+        norm=block.norm1,
+        project=project,
+        finish=finish,
+        feed_forward=lambda tokens: block.drop_path2(block.ls2(block.mlp(block.norm2(tokens)))),
+        dropout=float(attention.attn_drop.p) if attention.training else 0.0,
+    )

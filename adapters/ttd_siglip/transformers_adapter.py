@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ttd_plugins.adapter import ImageTransform, Tower
-from ttd_plugins.toolkit.attention import attention_dropout, is_plain_attention
+from ttd_plugins.toolkit.attention import attention_dropout, has_hooks, is_plain_attention, project_some, split_heads
+from ttd_plugins.toolkit.last_block import BlockParts
 from ttd_plugins.toolkit.lora_targets import base_layer
 from ttd_plugins.toolkit.transforms import NativeTransform
 from ttd_siglip.adapter import SiglipAdapter
-from ttd_siglip.dense import attend, split_heads
+from ttd_siglip.dense import attend
 from ttd_siglip.transforms import ProcessorTransform, image_processor
 
 TOWERS = {"image": "vision_model", "text": "text_model"}
@@ -66,6 +69,30 @@ class TransformersSiglipAdapter(SiglipAdapter):
         # By position: a reentrant checkpoint passes no gradient through keyword arguments.
         return block(x, None if mask is None else mask[None, None])
 
+    def _parts(self, block: Any) -> BlockParts | None:
+        attention = block.self_attn
+        if not all(hasattr(attention, name) for name in (*ATTENTION, "num_heads")) or has_hooks(block, attention):
+            return None
+
+        def project(asking: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            q, k, v = attention.q_proj(asking), attention.k_proj(x), attention.v_proj(x)
+            heads = attention.num_heads
+            return split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)
+
+        return BlockParts(
+            norm=block.layer_norm1,
+            project=project,
+            finish=lambda mixed, _: attention.out_proj(mixed),
+            feed_forward=lambda tokens: block.mlp(block.layer_norm2(tokens)),
+            dropout=float(attention.dropout) if attention.training else 0.0,
+        )
+
+    def _checkpointed(self, block: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+        # Layers of transformers checkpoint their own calls, which are passed by here.
+        if getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
+
     def _norm(self, x: Tensor) -> Tensor:
         return self._vision.post_layernorm(x)
 
@@ -82,8 +109,23 @@ class TransformersSiglipAdapter(SiglipAdapter):
         else:
             q, k, v = (split_heads(part, attention.num_heads) for part in F.linear(x, weight, bias).chunk(3, dim=-1))
             mixed = attend(q, k if self.dense.head == "token_probe" else q, v, attention_dropout(attention))
-        out = attention.out_proj(mixed)
+        return self._finish_head(mixed)
+
+    def _finish_head(self, mixed: Tensor) -> Tensor:
+        """What the pooling head does with mixed values ``[B, N, W]``, which ends in the joint space."""
+        head = self._vision.head
+        out = head.attention.out_proj(mixed)
         return out + head.mlp(head.layernorm(out))
+
+    def _dense_and_pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        head = self._vision.head
+        if self.dense.head != "value" or has_hooks(head, head.attention):
+            return super()._dense_and_pool(x)
+        # The probe's answer is mixed from the same values, and goes the same way from there.
+        q, k, v = project_some(head.attention, head.probe.expand(len(x), -1, -1), x)
+        answer = attend(q, k, v, attention_dropout(head.attention))
+        out = self._finish_head(torch.cat([answer, v.transpose(1, 2).flatten(2)], dim=1))
+        return out[:, 1:], out[:, 0]
 
     def _refusal_of_head_mode(self, head: str) -> str | None:
         attention = self._vision.head.attention

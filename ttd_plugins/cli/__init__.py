@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from ttd_plugins import __version__
-from ttd_plugins.cli import backbones, calibrate, check_adapter, demo, heatmap, new_adapter, plugins, prune, tags
+from ttd_plugins.cli import backbones, bench, calibrate, check_adapter, demo, heatmap, new_adapter, plugins, prune, tags
 from ttd_plugins.errors import PluginWarning, TTDError
 
 USER_ERROR = 2
@@ -28,6 +28,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plugins": plugins.command,
     "calibrate": calibrate.command,
     "prune": prune.command,
+    "bench": bench.command,
     "check-adapter": check_adapter.command,
     "new-adapter": new_adapter.command,
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.embedded.scenes import Scene, kind_of_noun
-from ttd_plugins.engine import TTD, Alignment, encode_texts, evaluation_mode
+from ttd_plugins.engine import TTD, Alignment, evaluation_mode
 from ttd_plugins.evaluation.metrics import (
     average_precision,
     f1_score,
@@ -24,6 +24,7 @@ from ttd_plugins.evaluation.metrics import (
     upsample_map,
 )
 from ttd_plugins.similarity import minmax_normalize
+from ttd_plugins.texts import encode_texts
 
 CAPTION_MAP_THRESHOLD = 0.40
 TAG_MAP_THRESHOLD = 0.50

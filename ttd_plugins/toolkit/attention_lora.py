@@ -159,6 +159,22 @@ class LoRASelfAttention(nn.Module, LoraLayer):
             v = v + self._lora_path(adapter, "v", dropped).to(v.dtype)
         return q, k, v
 
+    def project_some(self, asking: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of ``asking`` ``[..., M, E]``, keys and values of ``x`` ``[..., L, E]``, LoRA included."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        weight, bias = self.in_projection(self.base_layer)
+        parts = [self._embed_dim, 2 * self._embed_dim]
+        (for_q, for_kv), biases = weight.split(parts), (None, None) if bias is None else bias.split(parts)
+        q = F.linear(asking, for_q, biases[0])
+        k, v = F.linear(x, for_kv, biases[1]).chunk(2, dim=-1)
+        for adapter in self._live_adapters():
+            dropped = self._lora_input(adapter, x)
+            q = q + self._lora_path(adapter, "q", self._lora_input(adapter, asking)).to(q.dtype)
+            k = k + self._lora_path(adapter, "k", dropped).to(k.dtype)
+            v = v + self._lora_path(adapter, "v", dropped).to(v.dtype)
+        return q, k, v
+
     def project_out(self, context: Tensor) -> Tensor:
         """Output projection of the mixed values ``[..., E]``, LoRA included."""
         base = self.out_projection(self.base_layer)

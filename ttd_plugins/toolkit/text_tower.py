@@ -3,8 +3,9 @@
 A tower is native here if its parts are named ``token_embedding``, ``positional_embedding``, ``transformer.resblocks``
 and ``ln_final``, inlined in the model or under ``model.text``. A causal tower pooled at its end token never looks
 behind that token, so its parts are run with sliced positions and mask (the library's own ``encode_text`` takes the full
-context only). Every other tower (bidirectional, with an appended class token, pooled at the last position, or not
-native at all) gets the library's own ``encode_text``.
+context only). A tower that pools at the last position is run at the full context; in either, the last block is run at
+the pooled position alone. Every other tower (with an appended class token or masked padding, or not native at all)
+gets the library's own ``encode_text``.
 """
 
 from __future__ import annotations
@@ -13,13 +14,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttd_plugins.errors import InputError
-from ttd_plugins.toolkit.attention import is_plain_attention, run_blocks
+from ttd_plugins.toolkit.attention import (
+    attention_dropout,
+    has_hooks,
+    is_plain_attention,
+    project_out,
+    project_some,
+    run_blocks,
+)
 from ttd_plugins.toolkit.lora_targets import base_layer, linear_layers_of_blocks
 
 DEFAULT_CONTEXT_LENGTH = 77
+BLOCK_PARTS = ("ln_1", "ls_1", "ln_2", "ls_2", "mlp")
 NATIVE_PARTS = ("token_embedding", "positional_embedding", "transformer", "ln_final")
 
 
@@ -106,10 +116,21 @@ def encode_text(model: Any, ids: Tensor) -> Tensor:
                 f"this text tower looks at all {context} positions, so token ids cut to {ids.shape[1]} would change "
                 "its embeddings; pass the rows that tokenize() gives"
             )
+        if _pools_last(model):
+            return _encode_in_parts(model, ids)
         return _first(model.encode_text(ids, normalize=False))
     if ids.shape[1] > context:
         raise InputError(f"token ids have {ids.shape[1]} positions, but the text tower has {context}")
-    return _encode_trimmed(model, ids)
+    return _encode_in_parts(model, ids)
+
+
+def _pools_last(model: Any) -> bool:
+    """Whether a native tower without masks of its own making pools at the last position, padding or not (SigLIP's)."""
+    text = text_module(model)
+    if getattr(text, "cls_emb", None) is not None or getattr(text, "use_pad_mask", False):
+        return False
+    mask = getattr(text, "attn_mask", None)
+    return pool_type(model) == "last" and (mask is None or mask.ndim == 2)
 
 
 def _first(output: Any) -> Tensor:
@@ -117,31 +138,52 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _encode_trimmed(model: Any, ids: Tensor) -> Tensor:
+def _encode_in_parts(model: Any, ids: Tensor) -> Tensor:
+    """Embeddings ``[N, D]`` of ids ``[N, L]``, the last block at the position that is pooled alone."""
     text = text_module(model)
     length = ids.shape[1]
     dtype = text.transformer.get_cast_dtype()
     x = text.token_embedding(ids).to(dtype) + text.positional_embedding[:length].to(dtype)
-    mask = text.attn_mask[:length, :length]
-    for block in text.transformer.resblocks:
+    mask = None if text.attn_mask is None else text.attn_mask[:length, :length]
+    *blocks, last = text.transformer.resblocks
+    for block in blocks:
         x = run_blocks(text.transformer, _run_block, block, x, mask)
-    x = text.ln_final(x)
-    pool = pool_type(model)
-    if pool == "argmax":
-        position = ids.argmax(dim=-1)
-    elif pool == "eos":
-        position = ids.eq(end_id(model)).int().argmax(dim=-1)
-    else:
-        position = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-    pooled = x[torch.arange(len(ids), device=x.device), position]
+    pooled = text.ln_final(run_blocks(text.transformer, _run_last_block, last, x, mask, _positions(model, ids)))
     projection = text.text_projection
     if projection is None:
         return pooled
     return projection(pooled) if isinstance(projection, nn.Module) else pooled @ projection
 
 
-def _run_block(block: Any, x: Tensor, mask: Tensor) -> Tensor:
+def _positions(model: Any, ids: Tensor) -> Tensor:
+    """The position ``[N]`` that is pooled of each row."""
+    pool = pool_type(model)
+    if pool == "argmax":
+        return ids.argmax(dim=-1)
+    if pool == "eos":
+        return ids.eq(end_id(model)).int().argmax(dim=-1)
+    return torch.full_like(ids[:, 0], ids.shape[1] - 1 if pool == "last" else 0)
+
+
+def _run_block(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
     return block(x, attn_mask=mask)
+
+
+def _run_last_block(block: Any, x: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
+    """The last block's tokens ``[N, W]`` at one position each: one query, and one token in the MLP."""
+    attention = block.attn
+    rows = torch.arange(len(x), device=x.device)
+    known = is_plain_attention(attention) or hasattr(attention, "project_qkv")
+    if not known or has_hooks(block, attention) or not all(hasattr(block, name) for name in BLOCK_PARTS):
+        return _run_block(block, x, mask)[rows, positions]
+    normed = block.ln_1(x)
+    q, k, v = project_some(attention, normed[rows, positions][:, None], normed)
+    seen = None if mask is None else mask[positions][:, None, None].to(q.dtype)
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=attention_dropout(attention))
+    branch = project_out(attention, mixed.transpose(1, 2).flatten(2))[:, 0]
+    branch = block.ln_attn(branch) if hasattr(block, "ln_attn") else branch
+    out = x[rows, positions] + block.ls_1(branch)
+    return out + block.ls_2(block.mlp(block.ln_2(out)))
 
 
 def lora_targets(model: Any, is_whole: Callable[[nn.Module], bool] = is_plain_attention) -> list[str]:

@@ -1,0 +1,246 @@
+"""``ttd bench``: what it reports, the yardstick, and the arithmetic of ratios and growth."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("open_clip", reason="needs the extra 'open_clip'")
+
+import numpy as np
+import torch
+from toy_backbone import toy, toy_images
+from typer.testing import CliRunner
+
+from ttd_plugins import TTD, cli
+from ttd_plugins.benchmark import memory
+from ttd_plugins.benchmark.captions import (
+    BUILT_IN,
+    StandInTokenizer,
+    batch_of_captions,
+    made_up_captions,
+    made_up_tags,
+    open_captions,
+)
+from ttd_plugins.benchmark.growth import axis_result, fit_exponent, run_growth
+from ttd_plugins.benchmark.measure import run_benchmark, summary
+from ttd_plugins.benchmark.unshared import unshared_losses
+from ttd_plugins.benchmark.variants import RATIOS, VARIANTS, Bench, BenchOptions
+from ttd_plugins.errors import InputError
+from ttd_plugins.plugins import make_tag_extractor
+
+TINY = "open_clip:tiny@random"
+DUE = (
+    "ttd_over_contrastive",
+    "ttd_over_trimmed_contrastive",
+    "unshared_over_ttd",
+    "dense_over_encode_image",
+    "memory_ttd_over_contrastive",
+)
+COCO = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco_instances_train"
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.app, ["bench", *arguments])
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    answer = run("--backbone", TINY, "--batch-size", "2", "--repeats", "2", "--no-memory", "--json")
+    assert answer.exit_code == 0, answer.output
+    return json.loads(answer.stdout)
+
+
+def test_the_report_has_every_ratio_beside_its_counted_limit(report: dict[str, Any]) -> None:
+    assert report["backbone"] == TINY and report["batch_size"] == 2 and report["repeats"] == 2
+    assert set(report["ratios"]) == {*RATIOS, "memory_ttd_over_contrastive"} >= set(DUE)
+    assert report["ratios"]["memory_ttd_over_contrastive"] is None and report["memory"] is None
+    for name, (above, below) in RATIOS.items():
+        low, high = report["spread"][name]
+        assert 0 < low <= report["ratios"][name] <= high
+        assert report["limits"][name] == report["operations"][above] / report["operations"][below]
+        assert math.isclose(report["over_limit"][name], report["ratios"][name] / report["limits"][name])
+    assert set(report["seconds"]) == set(report["operations"]) == set(VARIANTS)
+    assert all(0 < one["low"] <= one["median"] <= one["high"] for one in report["seconds"].values())
+    # The first two built-in captions share no word.
+    tags = make_tag_extractor("words")(BUILT_IN[:2])
+    assert report["tags_per_caption"] * 2 == report["distinct_tags"] == sum(map(len, tags))
+    assert math.isclose(sum(report["share"].values()), 1)
+    assert report["tokenizer"] == "the backbone's own"
+    counted = report["operations"]
+    assert counted["unshared"] > counted["ttd"] > counted["ttd_alone"] > counted["dense"] > 0
+    assert counted["contrastive"] > counted["contrastive_trimmed"]
+
+
+def test_the_same_as_tables(report: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    from ttd_plugins.cli.bench import print_report
+
+    axis = axis_result([2, 4], [{"seconds": {"ttd": s}, "operations": {"ttd": s * 1e9}} for s in (1.0, 2.0)])
+    print_report(report | {"growth": {"tags_per_caption": axis}})
+    shown = capsys.readouterr().out
+    assert TINY in shown and "Growth with tags per caption" in shown and "1.00" in shown
+    assert f"{report['share']['backward']:.1%}" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--batch-size", "1"], "batch_size must be 2 or more"),
+        (["--repeats", "0"], "repeats must be 1 or more"),
+        (["--precision", "bfloat"], "did you mean 'bfloat16'"),
+        (["--data", "nowhere.json"], "cannot be read"),
+        (["--image-size", "65"], "multiple of"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_sentence(arguments: list[str], said: str) -> None:
+    answer = run("--backbone", TINY, *arguments)
+    assert answer.exit_code == 2
+    assert said in answer.output and len(answer.output.strip().splitlines()) == 1
+
+
+def test_files_of_captions(tmp_path: Path) -> None:
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps({"annotations": [{"image_id": i // 2, "caption": f"c{i}"} for i in range(6)]}))
+    assert open_captions(str(path)) == open_captions(str(tmp_path)) == ["c0", "c2", "c4"]
+    assert batch_of_captions(["a", "b"], 5) == ["a", "b", "a", "b", "a"]
+    for content, said in (
+        ("[]", "no file of captions"),
+        ("{", "no file of captions"),
+        ('{"annotations": []}', "holds"),
+    ):
+        path.write_text(content)
+        with pytest.raises(InputError, match=said):
+            open_captions(str(path))
+
+
+@pytest.mark.skipif(not COCO.is_dir(), reason=f"needs {COCO}")
+def test_captions_of_coco_are_one_a_picture() -> None:
+    captions = open_captions(str(COCO))
+    assert len(captions) == 80 and all(len(caption.split()) > 3 for caption in captions)
+
+
+def test_built_in_captions_have_about_eight_candidates() -> None:
+    counts = [len(tags) for tags in make_tag_extractor("words")(BUILT_IN)]
+    assert 7.5 <= sum(counts) / len(counts) <= 8.5 and len(set(BUILT_IN)) == len(BUILT_IN)
+
+
+def test_made_up_tags_are_all_distinct() -> None:
+    names = [name for one in made_up_tags(64, 64) for name in one]
+    assert len(set(names)) == 64 * 64
+    assert len(set(made_up_captions(8, 4))) == 8
+    with pytest.raises(InputError, match="made-up tags"):
+        made_up_tags(10**6, 64)
+
+
+def test_the_stand_in_tokenizer_keeps_its_end_token() -> None:
+    tokenizer = StandInTokenizer(6, 100)
+    rows = tokenizer(["a dog.", "extraordinarily long words here", ""])
+    assert rows.shape == (3, 6) and int(rows.max()) == 99
+    assert rows.argmax(-1).tolist() == [4, 5, 1]
+    assert torch.equal(tokenizer("a dog.", context_length=8)[0, :5], rows[0, :5])
+
+
+# The yardstick -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_the_yardstick_has_the_losses_of_the_engine_where_captions_have_no_tags_too(sigmoid: bool) -> None:
+    backbone, images = toy(3, sigmoid=sigmoid), toy_images(4)
+    captions, tags = ["dog cat grass", "owl", "", "dog"], [["dog", "cat", "grass"], ["owl"], [], ["dog"]]
+    ours = TTD(backbone)(images, captions, tags)
+    theirs = unshared_losses(backbone, images, captions, tags)
+    for name, value in ours.losses.items():
+        torch.testing.assert_close(theirs[name].detach(), value, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(theirs["loss"], ours.loss, atol=1e-6, rtol=1e-5)
+    nothing = unshared_losses(backbone, images, [""] * 4, [[]] * 4)
+    assert nothing["tag"].item() == nothing["distill"].item() == 0.0 < nothing["contrastive"].item()
+
+
+def test_the_yardstick_encodes_every_candidate_of_every_caption_at_the_full_context() -> None:
+    backbone = toy()
+    unshared_losses(backbone, toy_images(2), ["a dog", "dog dog"], [["dog"], ["dog"]])
+    assert [tuple(ids.shape) for ids in backbone.texts] == [(4, backbone.description.context_length)]
+    assert len(backbone.images) == 1
+
+
+def test_variants_train_and_encode(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(BenchOptions("toy:toy", batch_size=3), adapter=toy(), captions=["a dog", "a cat", "an owl"])
+    for variant in VARIANTS:
+        before = [p.detach().clone() for p in bench.parameters]
+        bench.call(variant, keep_gradients=True)
+        moved = any(not torch.equal(p, q) for p, q in zip(bench.parameters, before, strict=True))
+        assert moved == (variant in ("contrastive", "contrastive_trimmed", "ttd", "ttd_alone", "unshared"))
+        assert bench.adapter.model.training == moved
+    order: list[str] = []
+    monkeypatch.setattr(bench, "call", order.append)
+    monkeypatch.setattr(bench, "count", lambda _: 1)
+    run_benchmark(BenchOptions("toy:toy", batch_size=3, repeats=2), bench=bench, memory=False)
+    rounds = [order[: len(VARIANTS)], order[len(VARIANTS) :]]
+    assert rounds[0] == list(VARIANTS) and rounds[1] == [*VARIANTS[1:], VARIANTS[0]]
+
+
+# Arithmetic ----------------------------------------------------------------------------------------------------------
+
+
+def test_ratios_are_medians_of_the_rounds_own() -> None:
+    rounds = [dict.fromkeys(VARIANTS, 1.0) | {"ttd": ttd, "contrastive": c} for ttd, c in ((2, 1), (9, 3), (8, 2))]
+    found = summary(rounds, dict.fromkeys(VARIANTS, 10) | {"ttd": 20})
+    assert found["ratios"]["ttd_over_contrastive"] == 3.0
+    assert found["spread"]["ttd_over_contrastive"] == [2.0, 4.0]
+    assert found["limits"]["ttd_over_contrastive"] == 2.0
+    assert found["over_limit"]["ttd_over_contrastive"] == 1.5
+    assert found["seconds"]["ttd"] == {"median": 8, "low": 2, "high": 9}
+
+
+@pytest.mark.parametrize("exponent", [-1.0, 0.0, 0.7, 1.0, 2.0])
+def test_exponents_of_synthetic_times_are_found(exponent: float) -> None:
+    sizes = [2, 4, 8, 16, 32, 64]
+    assert math.isclose(fit_exponent(sizes, [3.5 * size**exponent for size in sizes]), exponent, abs_tol=1e-9)
+    noise = np.random.default_rng(0).normal(0, 0.02, len(sizes))
+    noisy = [3.5 * size**exponent * math.exp(e) for size, e in zip(sizes, noise, strict=True)]
+    assert abs(fit_exponent(sizes, noisy) - exponent) < 0.05
+    slope = np.polyfit(np.log(sizes), np.log(noisy), 1)[0]
+    assert math.isclose(fit_exponent(sizes, noisy), slope, abs_tol=1e-9)
+
+
+@pytest.mark.parametrize(("sizes", "values"), [([2], [1]), ([2, 2], [1, 1]), ([2, 4], [1, 0]), ([2, 4], [1])])
+def test_an_exponent_needs_two_positive_points(sizes: list[int], values: list[float]) -> None:
+    with pytest.raises(InputError, match="two different sizes"):
+        fit_exponent(sizes, values)
+
+
+def test_growth_of_a_tiny_backbone_in_operations() -> None:
+    found = run_growth(BenchOptions(TINY, repeats=1), batches=(2, 4), tags=(2, 8))
+    assert found["batch"]["sizes"] == [2, 4] and found["tags_per_caption"]["sizes"] == [2, 8]
+    tokens = found["image_tokens"]["sizes"]
+    assert tokens == sorted(set(tokens)) and len(tokens) > 2
+    for axis, highest in (("batch", 1.02), ("tags_per_caption", 1.0)):
+        assert 0 < found[axis]["exponents"]["operations"]["ttd"] <= highest
+    grown = found["image_tokens"]["exponents"]["operations"]
+    assert grown["ttd"] <= grown["contrastive"] + 0.05
+    assert all(seconds > 0 for axis in found.values() for row in axis["seconds"].values() for seconds in row)
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="only Linux tells peak memory of a CPU")
+def test_peak_memory_sees_what_a_step_needs() -> None:
+    few = memory.measure(BenchOptions(TINY, batch_size=2), "ttd")
+    many = memory.measure(BenchOptions(TINY, batch_size=24), "ttd")
+    assert few is not None and many is not None and few["resident"] > 0
+    assert many["peak"] > few["peak"] + 2**21
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="only Linux tells peak memory of a CPU")
+def test_the_whole_command_with_memory_in_fresh_processes() -> None:
+    answer = run("--backbone", TINY, "--batch-size", "16", "--repeats", "2", "--json")
+    assert answer.exit_code == 0, answer.output
+    found = json.loads(answer.stdout)
+    assert all(isinstance(found["ratios"][name], float) for name in DUE)
+    assert found["memory"]["unshared"]["peak"] > found["memory"]["ttd"]["peak"]

@@ -1,0 +1,308 @@
+"""Every fast path gives what the step that shares nothing gives, and costs the operations that it should."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("open_clip", reason="needs the extra 'open_clip'")
+pytest.importorskip("transformers", reason="needs the extra 'siglip'")
+pytest.importorskip("peft", reason="needs the extra 'lora'")
+
+import torch
+from helpers_eva_clip import KINDS, eva_clip
+from helpers_full_size import BACKBONES, _simple_tokenizer
+from helpers_open_clip import tiny_clip
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from toy_backbone import toy
+
+from ttd_plugins import TTD, wrap
+from ttd_plugins.adapter import DenseAdapter
+from ttd_plugins.benchmark.unshared import unshared_losses
+from ttd_plugins.texts import encode_texts, plan_chunks
+
+CAPTIONS = [
+    "a brown dog and a black cat on the wet grass",
+    "dog",
+    "two children fly a kite over the beach near an old wooden boat while the sun sets behind the hills",
+    "a brown dog and a black cat on the wet grass",
+    "of the",
+    "the cat and a kite",
+]
+
+
+def small(kind: str, dense: str | None = None) -> DenseAdapter:
+    """A small model of a kind of backbone; ``KIND/avg`` averages its patches."""
+    name, _, pool = kind.partition("/")
+    options: dict[str, Any] = {} if dense is None else {"dense": dense}
+    if pool and name == "open_clip":
+        text = {"context_length": 77, "vocab_size": 49408}
+        return wrap(tiny_clip(text=text, vision={"pool_type": "avg"}), tokenizer=_simple_tokenizer(), **options)
+    if pool:
+        text = {"context_length": 77, "vocab_size": 49408}
+        model = eva_clip(KINDS["eva02_base"] | {"global_pool": "avg"}, text=text)
+        return wrap(model, tokenizer=_simple_tokenizer(), **options)
+    backbone = BACKBONES[name]
+    return wrap(backbone.build(False), tokenizer=backbone.tokenizer(), **options)
+
+
+def watched(adapter: DenseAdapter) -> DenseAdapter:
+    """The same with a hook on every module, which keeps adapters from running blocks part by part."""
+    for module in adapter.model.modules():
+        module.register_forward_pre_hook(lambda *_: None)
+    return adapter
+
+
+def gradients(adapter: DenseAdapter, loss: Tensor) -> dict[str, Tensor]:
+    adapter.zero_grad(set_to_none=True)
+    loss.backward()
+    named = {name: p.grad.clone() for name, p in adapter.named_parameters() if p.grad is not None}
+    assert named
+    return named
+
+
+def expect_the_unshared_step(adapter: DenseAdapter, images: Tensor) -> None:
+    ttd = TTD(adapter)
+    output = ttd(images, CAPTIONS)
+    # Selection is a step function: a score at the threshold would be a matter of rounding.
+    scores, index = output.alignment.scores.detach(), output.alignment.candidates.image_index
+    for image in range(len(CAPTIONS)):
+        own = scores[index == image]
+        if len(own) > 1:
+            ranks = (own - own.min()) / (own.max() - own.min())
+            assert float((ranks - 0.5).abs().min()) > 1e-5
+    ours = gradients(adapter, output.loss)
+    flags = {name: p.requires_grad for name, p in adapter.named_parameters()}
+    plain = watched(adapter)
+    expected = unshared_losses(plain, images, CAPTIONS, output.alignment.candidates.tags)
+    for name, value in output.losses.items():
+        torch.testing.assert_close(value, expected[name].detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.loss, expected["loss"], atol=1e-5, rtol=1e-5)
+    theirs = gradients(plain, expected["loss"])
+    assert flags == {name: p.requires_grad for name, p in adapter.named_parameters()}
+    # A mask leaves zeros where the value path leaves nothing.
+    names = ours.keys() | theirs.keys()
+    assert all(not theirs[name].any() for name in theirs.keys() - ours.keys())
+    zero = torch.zeros(())
+    difference = sum(float((ours.get(n, zero) - theirs.get(n, zero)).square().sum()) for n in names) ** 0.5
+    assert difference <= 1e-4 * sum(float(value.square().sum()) for value in theirs.values()) ** 0.5
+
+
+def images_of(adapter: DenseAdapter, seed: int = 0) -> Tensor:
+    height, width = adapter.description.image_size
+    return torch.randn(len(CAPTIONS), 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def with_lora(adapter: DenseAdapter) -> DenseAdapter:
+    adapter.add_lora(3)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in adapter.lora_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return adapter
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", [*(name for name in BACKBONES if name != "siglip2"), "open_clip/avg", "eva/avg"])
+def test_a_step_equals_the_one_that_shares_nothing(kind: str, lora: bool) -> None:
+    adapter = small(kind)
+    adapter = with_lora(adapter) if lora else adapter
+    expect_the_unshared_step(adapter, images_of(adapter))
+
+
+MODES = [
+    ("open_clip", "value_only"),
+    ("open_clip/avg", "value_only"),
+    ("open_clip/avg", "sclip"),
+    ("open_clip/avg", "plain"),
+    ("eva/avg", "value_only"),
+    ("siglip", "value,last_block=value"),
+    ("transformers_siglip", "value,last_block=value"),
+    ("original_vit", "value_only"),
+]
+
+
+@pytest.mark.parametrize(("kind", "dense"), MODES)
+def test_other_dense_modes_equal_the_one_that_shares_nothing(kind: str, dense: str) -> None:
+    adapter = small(kind, dense)
+    expect_the_unshared_step(adapter, images_of(adapter))
+
+
+# Texts ---------------------------------------------------------------------------------------------------------------
+
+
+def cost(chunks: list[list[int]], lengths: list[int], call_cost: int) -> int:
+    return sum(len(chunk) * max(lengths[number] for number in chunk) + call_cost for chunk in chunks)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=7), st.integers(0, 40))
+def test_chunks_hold_every_text_once_and_no_other_split_of_sorted_texts_costs_less(
+    lengths: list[int], call_cost: int
+) -> None:
+    chunks = plan_chunks(lengths, call_cost)
+    assert sorted(number for chunk in chunks for number in chunk) == list(range(len(lengths)))
+    assert all(chunk == sorted(chunk) for chunk in chunks)
+    ordered = sorted(range(len(lengths)), key=lambda number: lengths[number])
+    least = min(
+        cost(split, lengths, call_cost) for bits in range(2 ** (len(lengths) - 1)) for split in [_split(ordered, bits)]
+    )
+    assert cost(chunks, lengths, call_cost) == least
+
+
+def _split(ordered: list[int], bits: int) -> list[list[int]]:
+    parts = [[ordered[0]]]
+    for place, number in enumerate(ordered[1:]):
+        if bits >> place & 1:
+            parts.append([])
+        parts[-1].append(number)
+    return parts
+
+
+def test_texts_are_encoded_in_chunks_and_come_back_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ttd_plugins.texts.CALL_COST", {"cpu": 3})
+    backbone = toy(dtype=torch.float64)
+    texts = ["dog", "a b c d e", "cat", "dog", "f g h i j k", "owl", "hen", "a b c d e"]
+    embeddings, truncated = encode_texts(backbone, texts)
+    assert [tuple(ids.shape) for ids in backbone.texts] == [(4, 2), (2, 7)]
+    assert truncated == [False] * len(texts)
+    for embedding, text in zip(embeddings, texts, strict=True):
+        torch.testing.assert_close(embedding, encode_texts(backbone, [text])[0][0])
+
+
+def test_a_batch_of_many_tags_is_encoded_in_two_calls() -> None:
+    backbone = small("open_clip")
+    lengths = []
+    own = backbone.encode_text
+    backbone.encode_text = lambda ids: (lengths.append(tuple(ids.shape)), own(ids))[1]  # type: ignore[method-assign]
+    tags = "red blue green dog cat horse bird sun moon car bus train".split() * 4
+    captions = [" ".join(tags[i : i + 12]) for i in range(12)]
+    TTD(backbone)(torch.zeros(12, 3, 32, 32), captions)
+    assert lengths == [(12, 3), (12, 14)]
+
+
+# Operations ----------------------------------------------------------------------------------------------------------
+
+
+def operations(function: Any) -> int:
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            function()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return int(counter.get_total_flops())
+
+
+def deep(width: int = 64) -> DenseAdapter:
+    """A model whose towers stand to each other about as those of ViT-B/16 do: many image tokens, few text tokens."""
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3}
+    vision = {"width": width, "layers": 6, "image_size": 112, "head_width": 16}
+    return wrap(tiny_clip(text=text, vision=vision), tokenizer=_simple_tokenizer())
+
+
+def test_the_operations_of_a_step_are_about_those_of_a_contrastive_step() -> None:
+    from ttd_plugins.benchmark.variants import Bench, BenchOptions
+
+    bench = Bench(BenchOptions("open_clip:small", batch_size=4), adapter=deep())
+    found = {name: bench.count(name) for name in ("contrastive", "contrastive_trimmed", "ttd", "unshared", "dense",
+                                                  "encode_image")}  # fmt: skip
+    assert found["ttd"] <= found["contrastive"]
+    assert found["ttd"] <= 1.25 * found["contrastive_trimmed"]
+    assert found["dense"] <= 1.02 * found["encode_image"]
+    assert found["unshared"] >= 1.3 * found["ttd"]
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "eva02", "transformers_clip", "original_vit"])
+def test_value_modes_leave_out_attention_among_patches(kind: str) -> None:
+    adapter = small(kind)
+    images = images_of(adapter)
+    parts = operations(lambda: adapter.encode_image(images))
+    if kind != "transformers_clip":
+        masked = operations(lambda: watched(adapter).encode_image(images))
+        assert parts < masked
+    plain = small(kind, "plain")
+    assert parts < operations(lambda: plain.encode_image(images))
+
+
+def test_dense_features_of_siglip_share_the_head_with_the_pooled_embedding() -> None:
+    adapter = small("siglip")
+    images = images_of(adapter)
+    both, dense = (operations(lambda p=p: adapter.encode_image(images, pooled=p)) for p in (True, False))
+    apart = operations(lambda: watched(adapter).encode_image(images))
+    assert dense < both < apart
+
+
+# Nothing is waited for, and nothing is kept for nothing --------------------------------------------------------------
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses whatever asks a tensor for a number, or for a shape that depends on its values."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "is_nonzero", "equal")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not any(name in str(func) for name in self.REFUSED), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "eva02", "siglip", "original_vit"])
+def test_a_step_never_waits_for_the_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = small(kind)
+    ttd = TTD(adapter)
+    images = images_of(adapter)
+    own = type(adapter).tokenize
+
+    def outside(self: DenseAdapter, texts: Any) -> Any:
+        # Tokens are made on the CPU, whatever the device.
+        with torch.utils._python_dispatch._disable_current_modes():
+            return own(self, texts)
+
+    monkeypatch.setattr(type(adapter), "tokenize", outside)
+    ttd.forward(images, CAPTIONS)
+    with NoWaiting():
+        loss = ttd(images, CAPTIONS).loss
+        loss.backward()
+    with pytest.raises(AssertionError, match="waits"), NoWaiting():
+        int(images.max())
+
+
+@pytest.mark.parametrize("frozen", ["image", "text"])
+def test_a_frozen_tower_keeps_no_graph(frozen: str) -> None:
+    adapter = small("open_clip")
+    for _, parameter in adapter.tower_parameters(frozen):  # type: ignore[arg-type]
+        parameter.requires_grad_(False)
+    output = TTD(adapter, contrastive_weight=0.0)(images_of(adapter), CAPTIONS)
+    assert output.alignment.patches.requires_grad == (frozen == "text")
+    assert output.alignment.tags.requires_grad == (frozen == "image")
+    assert output.loss.requires_grad
+
+
+def test_autocast_to_bfloat16_agrees_with_float32() -> None:
+    adapter = small("open_clip")
+    images, ttd = images_of(adapter), TTD(adapter)
+    exact = ttd(images, CAPTIONS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = ttd(images, CAPTIONS)
+    rough.loss.backward()
+    assert rough.alignment.tag_maps.dtype == torch.float32
+    torch.testing.assert_close(rough.losses["contrastive"], exact.losses["contrastive"], atol=0.1, rtol=0.1)
+    torch.testing.assert_close(rough.alignment.caption_maps, exact.alignment.caption_maps, atol=0.05, rtol=0)
+    assert all(bool(torch.isfinite(p.grad).all()) for p in adapter.parameters() if p.grad is not None)
+
+
+def test_hooks_on_the_last_block_still_see_its_calls() -> None:
+    adapter = small("open_clip")
+    seen = []
+    block: nn.Module = adapter.model.visual.transformer.resblocks[-1]  # type: ignore[union-attr,index,assignment]
+    expected = adapter.encode_image(images_of(adapter)).patches
+    block.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(adapter.encode_image(images_of(adapter)).patches, expected, atol=1e-5, rtol=1e-5)
+    assert seen == [1]

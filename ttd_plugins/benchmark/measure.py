@@ -1,0 +1,100 @@
+"""A whole benchmark: variants timed in turns, operations counted, memory, and where the time goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from statistics import median
+from typing import Any
+
+from ttd_plugins.benchmark.memory import peak_memory
+from ttd_plugins.benchmark.variants import RATIOS, VARIANTS, Bench, BenchOptions
+
+MEMORY_VARIANTS = ("contrastive", "contrastive_trimmed", "ttd", "unshared")
+
+
+def run_benchmark(
+    options: BenchOptions,
+    *,
+    bench: Bench | None = None,
+    memory: bool = True,
+    on_progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Measure a backbone.
+
+    Args:
+        options: what is measured.
+        bench: what was built of them already.
+        memory: whether peak memory is measured, in one fresh process a variant.
+        on_progress: told what is done next.
+
+    Returns:
+        A JSON object: what was measured; ``seconds`` of each variant (median, low and high); ``ratios``, medians of the
+        rounds' own ratios, and ``spread``, their lowest and highest; ``operations`` of each variant, ``limits``, the
+        same ratios of these, and ``over_limit``, how far each measured ratio is from it; ``parts`` of a TTD step in
+        seconds and ``share`` of each; ``memory`` in bytes.
+
+    Raises:
+        InputError: the data cannot be read.
+        TTDError: the backbone cannot be had.
+    """
+    tell = on_progress or (lambda _: None)
+    tell(f"building {options.name}")
+    bench = Bench(options) if bench is None else bench
+    operations: dict[str, int] = {}
+    for variant in VARIANTS:
+        tell(f"counting: {variant}")
+        operations[variant] = bench.count(variant)
+    rounds: list[dict[str, float]] = []
+    parts: list[dict[str, float]] = []
+    bench.parts()
+    for number in range(options.repeats):
+        tell(f"timing: round {number + 1} of {options.repeats}")
+        # Another one begins each round, so that none always follows the same.
+        first = number % len(VARIANTS)
+        order = VARIANTS[first:] + VARIANTS[:first]
+        rounds.append({variant: bench.seconds(partial(bench.call, variant)) for variant in order})
+        parts.append(bench.parts())
+    found = bench.describe() | {"repeats": options.repeats} | summary(rounds, operations)
+    medians = {name: median(one[name] for one in parts) for name in parts[0]}
+    found["parts"] = medians
+    found["share"] = {name: seconds / sum(medians.values()) for name, seconds in medians.items()}
+    found["images_per_second"] = found["batch_size"] / found["seconds"]["ttd"]["median"]
+    found["operations_per_second"] = operations["ttd"] / found["seconds"]["ttd"]["median"]
+    found["memory"] = None
+    found["ratios"]["memory_ttd_over_contrastive"] = None
+    if memory:
+        # Its own weights and gradients would be there beside those of the processes that measure.
+        del bench
+        used: dict[str, dict[str, int] | None] = {}
+        for variant in MEMORY_VARIANTS:
+            tell(f"memory: {variant}")
+            used[variant] = peak_memory(options, variant)
+        found["memory"] = used
+        ours, theirs = used["ttd"], used["contrastive"]
+        if ours and theirs and theirs["peak"] > 0:
+            found["ratios"]["memory_ttd_over_contrastive"] = ours["peak"] / theirs["peak"]
+    return found
+
+
+def summary(rounds: Sequence[Mapping[str, float]], operations: Mapping[str, int]) -> dict[str, Any]:
+    """Medians and spread of the seconds of variants and of the ratios of each round, beside the counted limits."""
+    seconds = {}
+    for variant in rounds[0]:
+        times = [one[variant] for one in rounds]
+        seconds[variant] = {"median": median(times), "low": min(times), "high": max(times)}
+    ratios, spread, limits, over = {}, {}, {}, {}
+    for name, (above, below) in RATIOS.items():
+        values = [one[above] / one[below] for one in rounds]
+        ratios[name] = median(values)
+        spread[name] = [min(values), max(values)]
+        limits[name] = operations[above] / operations[below]
+        over[name] = ratios[name] / limits[name]
+    return {
+        "seconds": seconds,
+        "ratios": ratios,
+        "spread": spread,
+        "operations": dict(operations),
+        "limits": limits,
+        "over_limit": over,
+    }

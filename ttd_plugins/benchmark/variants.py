@@ -1,0 +1,304 @@
+"""What is measured: training steps and encodings of one backbone on one batch, each a call without arguments."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttd_plugins.adapter import DenseAdapter, image_features, text_tokens
+from ttd_plugins.benchmark import unshared
+from ttd_plugins.benchmark.captions import BUILT_IN, StandInTokenizer, batch_of_captions, open_captions
+from ttd_plugins.engine import TTD
+from ttd_plugins.errors import InputError, TTDError, choices_sentence
+from ttd_plugins.testing.session import library_image_embedding
+from ttd_plugins.texts import encode_texts
+
+STEPS = ("contrastive", "contrastive_trimmed", "ttd", "ttd_alone", "unshared")
+ENCODINGS = ("encode_image", "dense", "dense_and_pooled")
+VARIANTS = STEPS + ENCODINGS
+TITLES = {
+    "contrastive": "contrastive step, texts at the full context",
+    "contrastive_trimmed": "contrastive step, texts trimmed",
+    "ttd": "TTD step with the contrastive term",
+    "ttd_alone": "TTD step without it",
+    "unshared": "TTD step that shares nothing",
+    "encode_image": "the library's image encoding",
+    "dense": "dense features",
+    "dense_and_pooled": "dense features and pooled embedding",
+}
+RATIOS = {
+    "ttd_over_contrastive": ("ttd", "contrastive"),
+    "ttd_over_trimmed_contrastive": ("ttd", "contrastive_trimmed"),
+    "ttd_alone_over_contrastive": ("ttd_alone", "contrastive"),
+    "unshared_over_ttd": ("unshared", "ttd"),
+    "dense_over_encode_image": ("dense", "encode_image"),
+    "dense_and_pooled_over_encode_image": ("dense_and_pooled", "encode_image"),
+}
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What is measured, and how.
+
+    Attributes:
+        backbone: ``family:model``, or with ``@weights``; random weights where none are named.
+        backbone_options: keyword arguments of the family's ``load``.
+        batch_size: pairs of a step.
+        data: captions; see :func:`ttd_plugins.benchmark.captions.open_captions`. Built-in ones by default.
+        image_size: side of the square input in pixels; by default the backbone's preferred size.
+        lora: rank of LoRA on both towers; 0 trains all weights.
+        precision: ``"float32"``, or ``"bfloat16"`` for autocast around float32 weights.
+        repeats: rounds, in each of which every variant is timed once.
+        device: where to compute.
+        seed: decides the pixels.
+    """
+
+    backbone: str
+    backbone_options: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 16
+    data: str | None = None
+    image_size: int | None = None
+    lora: int = 0
+    precision: str = "float32"
+    repeats: int = 5
+    device: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 2:
+            raise InputError(f"batch_size must be 2 or more, since a contrastive step of one pair has nothing to tell "
+                             f"apart, not {self.batch_size}")  # fmt: skip
+        if self.repeats < 1:
+            raise InputError(f"repeats must be 1 or more, not {self.repeats}")
+        if self.lora < 0:
+            raise InputError(f"lora must be a rank of 0 (all weights are trained) or more, not {self.lora}")
+        if self.precision not in PRECISIONS:
+            raise InputError(choices_sentence("precision", self.precision, PRECISIONS))
+
+    @property
+    def name(self) -> str:
+        """The backbone's name with its weights said."""
+        return self.backbone if "@" in self.backbone else f"{self.backbone}@random"
+
+
+class Bench:
+    """One backbone, one batch, one optimizer, and the variants that share them.
+
+    Attributes:
+        adapter: the backbone.
+        ttd: the engine with the contrastive term; ``ttd_alone`` is the one without.
+        optimizer: AdamW over everything that requires a gradient, with a learning rate that changes next to nothing.
+        captions, tags: the texts of the batch.
+        images: ``[B, 3, height, width]``, random normal pixels.
+        own_size: whether images have the size that the library takes, so that its own encoding can be measured; at
+            others the adapter's pooled embedding stands in for it.
+        own_tokenizer: whether the backbone's own tokenizer is used, and not a stand-in of its size.
+    """
+
+    def __init__(
+        self,
+        options: BenchOptions,
+        *,
+        adapter: DenseAdapter | None = None,
+        captions: Sequence[str] | None = None,
+        tags: Sequence[Sequence[str]] | None = None,
+    ) -> None:
+        """Build what is measured.
+
+        Args:
+            options: what is measured.
+            adapter: a backbone that is there already; otherwise the options' is loaded.
+            captions, tags: texts of the batch, in place of those that the options name and of those that are found.
+
+        Raises:
+            InputError: the data cannot be read.
+            TTDError: the backbone cannot be had.
+        """
+        from ttd_plugins.plugins import load
+
+        self.options = options
+        if captions is None:
+            captions = batch_of_captions(open_captions(options.data) if options.data else BUILT_IN, options.batch_size)
+        self.captions = list(captions)
+        fresh = adapter is None
+        adapter = load(options.name, device=options.device, **options.backbone_options) if adapter is None else adapter
+        self.adapter = adapter
+        self.own_tokenizer = not fresh or self._ensure_tokenizer()
+        if fresh and options.lora:
+            adapter.add_lora(options.lora)
+        self.device = adapter.device
+        self.ttd, self.ttd_alone = TTD(adapter), TTD(adapter, contrastive_weight=0.0)
+        candidates = self.ttd.candidates(torch.zeros(len(self.captions)), self.captions, tags)
+        self.tags = candidates.tags
+        self.distinct = len(candidates.distinct)
+        generator = torch.Generator().manual_seed(options.seed)
+        side = options.image_size
+        height, width = adapter.description.image_size if side is None else (side, side)
+        self.grid = adapter.patch_grid(height, width)
+        self.own_size = (height, width) == tuple(adapter.description.image_size)
+        self.images = torch.randn(len(self.captions), 3, height, width, generator=generator).to(self.device)
+        self.parameters = [p for p in adapter.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-7)
+
+    def _ensure_tokenizer(self) -> bool:
+        try:
+            self.adapter.tokenize(["a"])
+        except TTDError:
+            if not self.options.name.endswith("@random") or not hasattr(self.adapter, "tokenizer"):
+                raise
+            tables = [module for module in self.adapter.model.modules() if isinstance(module, nn.Embedding)]
+            if not tables:
+                raise
+            vocabulary = max(table.num_embeddings for table in tables)
+            adapter: Any = self.adapter
+            adapter.tokenizer = StandInTokenizer(adapter.description.context_length, vocabulary)
+            return False
+        return True
+
+    # Variants ------------------------------------------------------------------------------------------------------
+
+    def call(self, variant: str, *, keep_gradients: bool = False) -> None:
+        """Run a variant once, in training mode for steps and evaluation mode without gradient for encodings.
+
+        Args:
+            variant: one of ``VARIANTS``.
+            keep_gradients: whether the memory of gradients is kept from step to step.
+        """
+        training = variant in STEPS
+        if not training:
+            with torch.no_grad():
+                self._encode(variant)
+            return
+        self.adapter.train()
+        self.optimizer.zero_grad(set_to_none=not keep_gradients)
+        with self.autocast():
+            loss = self.loss(variant)
+        loss.backward()
+        self.optimizer.step()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision that was asked for."""
+        dtype = PRECISIONS[self.options.precision]
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+
+    def _encode(self, variant: str) -> None:
+        self.adapter.eval()
+        with self.autocast():
+            if variant == "encode_image":
+                self._library_image()
+            else:
+                self.adapter.encode_image(self.images, pooled=variant == "dense_and_pooled")
+
+    def _library_image(self) -> Tensor:
+        # At other sizes libraries fail, or want options that each names otherwise.
+        found = library_image_embedding(self.adapter, self.images) if self.own_size else None
+        pooled = self.adapter.encode_image(self.images).pooled if found is None else found
+        assert pooled is not None
+        return pooled
+
+    def loss(self, variant: str) -> Tensor:
+        """The loss of a training step, a scalar with gradient."""
+        if variant == "ttd":
+            return self.ttd(self.images, self.captions, self.tags).loss
+        if variant == "ttd_alone":
+            return self.ttd_alone(self.images, self.captions, self.tags).loss
+        if variant == "unshared":
+            return unshared.unshared_losses(self.adapter, self.images, self.captions, self.tags)["loss"]
+        image = self._library_image()
+        if variant == "contrastive":
+            text = unshared.full_context_texts(self.adapter, self.captions)
+        else:
+            text, _ = encode_texts(self.adapter, self.captions)
+        with torch.autocast(self.device.type, enabled=False):
+            return unshared.contrastive_term(self.adapter, image, text)
+
+    # Measuring -----------------------------------------------------------------------------------------------------
+
+    def seconds(self, function: Callable[[], Any]) -> float:
+        """Wall-clock seconds of a call, the device's work included."""
+        self._wait()
+        start = time.perf_counter()
+        function()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def count(self, variant: str) -> int:
+        """Floating-point operations of a variant: of products of matrices and convolutions, backward pass included."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        from torch.utils.flop_counter import FlopCounterMode
+
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            # Fused kernels of attention are not counted on every device; the plain products are.
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                # The counter cannot follow views of parameters without gradients; the operations are the same.
+                self.call(variant) if variant in STEPS else self._encode(variant)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+        return int(counter.get_total_flops())
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of the parts of a TTD step with the contrastive term, in the order in which they happen."""
+        found: dict[str, float] = {}
+        adapter, ttd = self.adapter, self.ttd
+        adapter.train(True)
+
+        def timed(name: str, function: Callable[[], Any]) -> Any:
+            results: list[Any] = []
+            found[name] = self.seconds(lambda: results.append(function()))
+            return results[0]
+
+        with self.autocast():
+            candidates = timed("tags", lambda: ttd.candidates(self.images, self.captions))
+            texts = [*self.captions, *candidates.distinct]
+            timed("tokens", lambda: text_tokens(adapter, list(dict.fromkeys(texts))))
+            timed("images", lambda: image_features(adapter, self.images))
+            timed("texts", lambda: encode_texts(adapter, texts))
+            output = timed("maps and losses", lambda: ttd(self.images, self.captions, self.tags))
+        timed("backward", output.loss.backward)
+        timed("optimizer", self.optimizer.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        found["texts"] = max(found["texts"] - found["tokens"], 0.0)
+        forward = found["tokens"] + found["images"] + found["texts"]
+        found["maps and losses"] = max(found["maps and losses"] - forward, 0.0)
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """What was measured, for a report."""
+        tokens = text_tokens(self.adapter, self.captions).lengths.float()
+        return {
+            "backbone": self.options.name,
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type,
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+            "precision": self.options.precision,
+            "trained": f"LoRA of rank {self.options.lora}" if self.options.lora else "all weights",
+            "trainable_parameters": sum(p.numel() for p in self.parameters),
+            "batch_size": len(self.captions),
+            "image_size": list(self.images.shape[-2:]),
+            "patches": self.grid[0] * self.grid[1],
+            "image_encoding": "the library's own"
+            if self.own_size
+            else "the adapter's, at a size not the library's own",
+            "data": self.options.data or "built-in captions",
+            "tokenizer": "the backbone's own" if self.own_tokenizer else "a stand-in of its size",
+            "tokens_per_caption": float(tokens.mean()),
+            "tags_per_caption": sum(map(len, self.tags)) / len(self.tags),
+            "distinct_tags": self.distinct,
+        }

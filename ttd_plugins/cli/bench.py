@@ -1,0 +1,135 @@
+"""``ttd bench``: what TTD costs beside a contrastive step, in time, memory and counted operations."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from ttd_plugins.cli import maps
+
+GIGA, MEBI = 1e9, 2**20
+
+
+def command(
+    backbone: Annotated[
+        str, typer.Option("--backbone", help="family:model, or with @weights; random weights where none are named.")
+    ] = maps.DEFAULT_BACKBONE,
+    backbone_option: maps.BackboneSettings = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Pairs of a step.")] = 16,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Captions: a file in COCO's format, or its folder.  [default: built-in ones]"),
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", help="Side of the input in pixels.  [default: the backbone's]")
+    ] = None,
+    lora: Annotated[int, typer.Option("--lora", help="Rank of LoRA on both towers; 0 trains all weights.")] = 0,
+    precision: Annotated[str, typer.Option("--precision", help="float32, or bfloat16 for autocast.")] = "float32",
+    repeats: Annotated[int, typer.Option("--repeats", help="Rounds; each times every variant once.")] = 5,
+    growth: Annotated[
+        bool, typer.Option("--growth", help="Also how cost grows with batch, image size and tags per caption.")
+    ] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Peak memory, each variant in a process of its own.")
+    ] = True,
+    device: maps.DeviceOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
+) -> None:
+    """Measure what TTD costs beside a contrastive step.
+
+    In one run and in turns: contrastive steps at the full context and with trimmed texts; the TTD step with and
+    without the contrastive term; a TTD step that shares nothing; dense features and the library's own image encoding.
+    """
+    from ttd_plugins.benchmark.variants import BenchOptions
+
+    options = BenchOptions(
+        backbone=backbone,
+        backbone_options=maps.parse_settings(backbone_option),
+        batch_size=batch_size,
+        data=data,
+        image_size=image_size,
+        lora=lora,
+        precision=precision,
+        repeats=repeats,
+        device=device,
+    )
+    from rich.console import Console
+
+    from ttd_plugins.benchmark.growth import run_growth
+    from ttd_plugins.benchmark.measure import run_benchmark
+
+    with Console(stderr=True).status("") as status:
+        found = run_benchmark(options, memory=memory, on_progress=status.update)
+        if growth:
+            found["growth"] = run_growth(options, on_progress=status.update)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        print_report(found)
+
+
+def print_report(found: dict[str, Any]) -> None:
+    """Print tables of variants, of ratios beside their counted limits, of the parts of a step, and of growth."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    from ttd_plugins.benchmark.variants import TITLES
+
+    console = Console()
+
+    def table(title: str, first: str, *columns: str) -> Table:
+        made = Table(box=SIMPLE, title=title, title_justify="left")
+        made.add_column(first)
+        for column in columns:
+            made.add_column(column, justify="right")
+        return made
+
+    console.print(
+        f"{found['backbone']}: batch {found['batch_size']}, {'x'.join(map(str, found['image_size']))} pixels, "
+        f"{found['precision']}, {found['trained']} ({found['trainable_parameters']:,} parameters), {found['device']}, "
+        f"{found['threads']} threads\n{found['data']}: {found['tags_per_caption']:.1f} tags a caption, "
+        f"{found['distinct_tags']} distinct tags a batch, {found['tokens_per_caption']:.1f} tokens a caption "
+        f"({found['tokenizer']} tokenizer)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    memory = found["memory"] or {}
+    variants = table("Variants", "variant", "seconds", "low", "high", "GFLOP", "peak MiB")
+    for name, seconds in found["seconds"].items():
+        used = memory.get(name)
+        variants.add_row(
+            TITLES[name],
+            *(f"{seconds[key]:.4g}" for key in ("median", "low", "high")),
+            f"{found['operations'][name] / GIGA:.4g}",
+            f"{used['peak'] / MEBI:.0f}" if used else "–",
+        )
+    console.print(variants)
+    ratios = table("Ratios", "", "measured", "low", "high", "counted limit", "measured / limit")
+    for name, value in found["ratios"].items():
+        limits = name in found["limits"]
+        ratios.add_row(
+            name.replace("_", " "),
+            "–" if value is None else f"{value:.3f}",
+            *((f"{end:.3f}" for end in found["spread"][name]) if limits else ("", "")),
+            f"{found['limits'][name]:.3f}" if limits else "",
+            f"{found['over_limit'][name]:.3f}" if limits else "",
+        )
+    console.print(ratios)
+    parts = table("Where a TTD step's time goes", "part", "seconds", "share")
+    for name, seconds in found["parts"].items():
+        parts.add_row(name, f"{seconds:.4g}", f"{found['share'][name]:.1%}")
+    console.print(parts)
+    for axis, grown in found.get("growth", {}).items():
+        rows = table(f"Growth with {axis.replace('_', ' ')}", "", *map(str, grown["sizes"]), "exponent")
+        for kind, unit in (("seconds", 1.0), ("operations", GIGA)):
+            for step, values in grown[kind].items():
+                label = f"{step}, {'seconds' if kind == 'seconds' else 'GFLOP'}"
+                exponent = grown["exponents"][kind][step]
+                rows.add_row(label, *(f"{value / unit:.3g}" for value in values), f"{exponent:.2f}")
+        console.print(rows)
+    console.print(
+        f"{found['images_per_second']:.3g} images/s in the TTD step, {found['repeats']} rounds", soft_wrap=True
+    )
