@@ -38,6 +38,7 @@ LAYERS = (
     "ttd_plugins.data",
     "ttd_plugins.evaluation",
     "ttd_plugins.training",
+    "ttd_plugins.export",
     "ttd_plugins.reports",
     "ttd_plugins.testing",
     "ttd_plugins.cli",
@@ -46,6 +47,7 @@ LAYERS = (
 UPWARD_ON_PURPOSE = {("ttd_plugins.adapter", "ttd_plugins.lora")}
 NOT_FOR_ADAPTERS = (
     "engine", "calibration", "losses", "selection", "similarity", "training", "evaluation", "reports", "testing", "cli",
+    "export",
 )  # fmt: skip
 BACKBONE_LIBRARIES = {"open_clip", "timm", "transformers", "torchvision", "clip"}
 # Layers for peft are subclasses of its own, so their module is for those who have it.

@@ -12,12 +12,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from ttd_plugins.errors import ImageSizeError, PluginError
+from ttd_plugins.errors import ImageSizeError, PluginError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -136,6 +137,31 @@ class Tokens:
             )
 
 
+@dataclass(frozen=True)
+class ExportedModel:
+    """What :meth:`DenseAdapter.export` wrote, and how the backbone's own library loads it.
+
+    In every text ``PATH`` stands for the folder, which may be moved; :meth:`at` fills it in.
+
+    Attributes:
+        library: name of the package that loads it.
+        load: one line of code that gives the model.
+        more: further lines: another way to the model, its tokenizer, its preprocessing.
+        name: what :func:`ttd_plugins.load` takes for the same, or ``None`` where no name does.
+        notes: whole sentences on what was not saved or needs care.
+    """
+
+    library: str
+    load: str
+    more: tuple[str, ...] = ()
+    name: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def at(self, folder: str | Path) -> tuple[str, ...]:
+        """Every line of code with ``folder`` in the place of ``PATH``, :attr:`load` first."""
+        return tuple(line.replace("PATH", str(folder)) for line in (self.load, *self.more))
+
+
 ImageTransform = Callable[["Image"], Tensor]
 """A PIL image (any mode) to float32 pixels ``[3, height, width]``, normalised for the backbone."""
 
@@ -232,6 +258,21 @@ class DenseAdapter(nn.Module, ABC):
     @abstractmethod
     def tower_parameters(self, tower: Tower) -> Iterable[tuple[str, nn.Parameter]]:
         """Named parameters of one tower, as in ``self.model.named_parameters()``; the two towers share none."""
+
+    def export(self, folder: Path) -> ExportedModel:
+        """Write the model as it is now into ``folder``, an empty one, in the format of the backbone's own library.
+
+        What is written loads without ttd_plugins and gives the same embeddings. :func:`ttd_plugins.export.export_backbone`
+        folds LoRA in before it calls this, takes it out again after, and renames the folder once it is complete.
+
+        Raises:
+            UnsupportedModelError: the family does not say how, or the library could not rebuild this model.
+            MissingDependencyError: the library is not installed.
+        """
+        raise UnsupportedModelError(
+            f"the family of {self.description.name} does not say how its models are exported; export the weights alone "
+            "with form='weights', or LoRA with form='lora'"
+        )
 
     # What every adapter has ----------------------------------------------------------------------------------------
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ttd_plugins.adapter import TOWERS, Tower
 from ttd_plugins.errors import InputError, MissingDependencyError, TTDError, UnsupportedModelError, one_sentence
@@ -19,11 +22,16 @@ if TYPE_CHECKING:
 ADAPTER_NAME = "default"
 """The name that peft knows our LoRA by; its state-dict helpers take it by default."""
 
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What peft puts before the names of a model's modules in its files."""
+
 
 @dataclass
 class _Place:
     """Where a LoRA layer is put, and the base module that it wraps."""
 
+    name: str
     parent: nn.Module
     child: str
     base: nn.Module
@@ -32,6 +40,17 @@ class _Place:
     def layer(self) -> Any:
         """What stands there now."""
         return getattr(self.parent, self.child)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """LoRA's own parameters by their names in the layer, without the adapter's name."""
+        base = {id(parameter) for parameter in self.base.parameters()}
+        named = self.layer.named_parameters()
+        return {name.replace(f".{ADAPTER_NAME}.", "."): p for name, p in named if id(p) not in base}
+
+    @property
+    def is_split_attention(self) -> bool:
+        """Whether this is ``nn.MultiheadAttention`` under our layer, which peft has a layer of its own for."""
+        return isinstance(self.base, nn.MultiheadAttention) and hasattr(self.layer, "lora_A_q")
 
 
 @dataclass
@@ -51,11 +70,66 @@ class LoRAHandle:
 
     def parameters(self) -> list[nn.Parameter]:
         """The LoRA parameters, layer by layer in the model's order."""
-        parameters: list[nn.Parameter] = []
+        return [parameter for place in self._places for parameter in place.parameters().values()]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """LoRA's tensors by the names that peft gives them in ``adapter_model.safetensors``, on the CPU.
+
+        ``nn.MultiheadAttention`` is written as peft's own layer for it reads it: one pair of matrices of three times
+        the rank for the fused input projection, block-diagonal in B, and the output projection's padded with zeros.
+        """
+        self._require_inside()
+        found: dict[str, Tensor] = {}
         for place in self._places:
-            base = {id(parameter) for parameter in place.base.parameters()}
-            parameters.extend(p for p in place.layer.parameters() if id(p) not in base)
-        return parameters
+            own = {name: p.detach().cpu().contiguous() for name, p in place.parameters().items()}
+            packed = _pack_attention(own) if place.is_split_attention else own
+            found |= {f"{PREFIX}{place.name}.{name}": tensor for name, tensor in packed.items()}
+        return found
+
+    def peft_config(self, base: str | None = None) -> dict[str, Any]:
+        """The content of ``adapter_config.json``, which may be written as JSON."""
+        content = {key: sorted(value) if isinstance(value, set) else value for key, value in self.config.to_dict().items()}
+        wide = [place.name for place in self._places if place.is_split_attention]
+        return content | {
+            "base_model_name_or_path": base,
+            "inference_mode": True,
+            "rank_pattern": {re.escape(name): 3 * self.config.r for name in wide},
+            "alpha_pattern": {re.escape(name): 3 * self.config.lora_alpha for name in wide},
+        }
+
+    @property
+    def peft_suffices(self) -> bool:
+        """Whether peft alone reads what :func:`save_lora` writes: no layer but its own, and ``nn.MultiheadAttention``."""
+        return all(
+            place.is_split_attention or type(place.layer).__module__.startswith("peft.") for place in self._places
+        )
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the tensors of a file into the layers, which must want exactly these.
+
+        Raises:
+            TTDError: one is absent, is one too many, or does not fit; nothing is changed then.
+        """
+        self._require_inside()
+        due = self.tensors()
+        wrong = sorted(due.keys() ^ tensors.keys()) or sorted(
+            name for name, tensor in due.items() if tensor.shape != tensors[name].shape
+        )
+        if wrong:
+            raise TTDError(
+                f"LoRA of other modules or of another rank was given ({len(wrong)} tensors differ, such as {wrong[0]}); "
+                "load the backbone that it was made for, with the same dense mode"
+            )
+        copies: list[tuple[nn.Parameter, Tensor]] = []
+        for place in self._places:
+            start = f"{PREFIX}{place.name}."
+            own = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+            if place.is_split_attention:
+                own = _unpack_attention(own, self.config.r, place.name)
+            copies += [(parameter, own[name]) for name, parameter in place.parameters().items()]
+        with torch.no_grad():
+            for parameter, tensor in copies:
+                parameter.copy_(tensor)
 
     def merge(self) -> None:
         """Add LoRA to the base weights, in place, and take the layers out.
@@ -64,14 +138,52 @@ class LoRAHandle:
             TTDError: LoRA holds values that are not finite (nothing is changed), or is no longer in the model.
         """
         self._require_inside()
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters()):
-            raise TTDError(
-                "LoRA holds values that are not finite, so it was not merged; unload() gives the model back as it was"
-            )
+        self._require_finite()
         for place in self._places:
             if not place.layer.merged:
                 place.layer.merge()
         self._take_out()
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """The model as :meth:`merge` would leave it, for as long as the context lasts; then bitwise as it was before.
+
+        The weights of the wrapped modules are kept twice meanwhile.
+
+        Raises:
+            TTDError: LoRA holds values that are not finite, or is no longer in the model.
+        """
+        self._require_inside()
+        self._require_finite()
+        layers = [place.layer for place in self._places]
+        ours = [layer for layer in layers if not layer.merged]
+        kept = [(p, p.detach().clone()) for place in self._places for p in place.base.parameters()]
+        known = getattr(self._model, "peft_config", None)
+        try:
+            for layer in ours:
+                layer.merge()
+            for place in self._places:
+                setattr(place.parent, place.child, place.base)
+            if known is not None:
+                del self._model.peft_config
+            yield
+        finally:
+            if known is not None:
+                self._model.peft_config = known
+            for place, layer in zip(self._places, layers, strict=True):
+                setattr(place.parent, place.child, layer)
+            for layer in ours:
+                if layer.merged:
+                    layer.unmerge()
+            with torch.no_grad():
+                for parameter, value in kept:
+                    parameter.copy_(value)
+
+    def _require_finite(self) -> None:
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters()):
+            raise TTDError(
+                "LoRA holds values that are not finite, so it was not merged; unload() gives the model back as it was"
+            )
 
     def remove(self) -> None:
         """Take LoRA out: the very modules and tensors from before are back, bitwise.
@@ -164,7 +276,8 @@ def attach_lora(
     if layers:
         config._register_custom_module(layers)
     places = [
-        _Place(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], b) for name, b in bases.items()
+        _Place(name, model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], base)
+        for name, base in bases.items()
     ]
     handle = LoRAHandle(config=config, towers=towers, _model=model, _places=places, _flags=flags)
     try:
@@ -177,6 +290,128 @@ def attach_lora(
     for place in places:
         _like_base(place)
     return handle
+
+
+def save_lora(adapter: DenseAdapter, folder: str | Path) -> None:
+    """Write LoRA alone into an existing folder, in peft's format: ``adapter_config.json``, ``adapter_model.safetensors``.
+
+    Raises:
+        TTDError: the model has no LoRA.
+        OSError, safetensors.SafetensorError: the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    handle = adapter._lora
+    if handle is None:
+        raise TTDError(f"{adapter.description.name} has no LoRA that could be saved; add_lora() puts it in")
+    content = handle.peft_config(adapter.description.model)
+    save_file(handle.tensors(), str(Path(folder) / WEIGHTS_FILE), metadata={"format": "pt"})
+    (Path(folder) / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load_lora(adapter: DenseAdapter, folder: str | Path) -> DenseAdapter:
+    """Put the LoRA that :func:`save_lora` wrote back into the same backbone, bitwise and ready to be trained.
+
+    Args:
+        adapter: the backbone that it was made for, in the same dense mode, without LoRA.
+        folder: the folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns:
+        The adapter that was given.
+
+    Raises:
+        TTDError: a file cannot be read, or belongs to another backbone; the adapter is left without LoRA then.
+        MissingDependencyError: peft is not installed.
+    """
+    folder = Path(folder)
+    content, tensors = _read_lora(folder)
+    unknown = _foreign_options(content)
+    if unknown:
+        raise TTDError(f"{folder / CONFIG_FILE} describes more than plain LoRA ({', '.join(unknown)}); load it with peft")
+    names = {name.removeprefix(PREFIX) for name in tensors}
+    towers: list[Tower] = [
+        tower
+        for tower in TOWERS
+        if any(name.startswith(f"{target}.") for target in adapter.lora_targets(tower) for name in names)
+    ]
+    if not towers:
+        raise TTDError(
+            f"{folder} holds LoRA for none of the modules of {adapter.description.name}; load the backbone that it was "
+            f"made for ({content.get('base_model_name_or_path') or 'its name was not saved'})"
+        )
+    adapter.add_lora(int(content["r"]), alpha=content["lora_alpha"], dropout=content["lora_dropout"], towers=towers)
+    handle = adapter._lora
+    assert handle is not None
+    try:
+        patterns = {name: handle.peft_config()[name] for name in ("rank_pattern", "alpha_pattern")}
+        if any((content.get(name) or {}) != due for name, due in patterns.items()):
+            raise TTDError(f"{folder / CONFIG_FILE} gives modules ranks or scales of their own; load it with peft")
+        handle.fill(tensors)
+    except BaseException:
+        handle.remove()
+        adapter._lora = None
+        raise
+    return adapter
+
+
+def _read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        if content["peft_type"] != "LORA":
+            raise ValueError(f"its peft_type is {content['peft_type']}")
+        numbers = [content[name] for name in ("r", "lora_alpha", "lora_dropout")]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError("r, lora_alpha and lora_dropout must be numbers")
+        return content, load_file(str(folder / WEIGHTS_FILE))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise TTDError(
+            f"no LoRA can be read from {folder} ({type(error).__name__}: {one_sentence(error)}); give a folder with "
+            f"{CONFIG_FILE} and {WEIGHTS_FILE}, as save_lora writes them"
+        ) from error
+
+
+def _foreign_options(content: Mapping[str, Any]) -> list[str]:
+    """Names of the settings that change what LoRA computes and that ours never has."""
+    plain = {"bias": ("none", None), "init_lora_weights": (True, False, None)}
+    names = ("use_dora", "use_rslora", "lora_bias", "bias", "modules_to_save", "layer_replication", "target_parameters",
+             "trainable_token_indices", "fan_in_fan_out", "megatron_config")  # fmt: skip
+    return [name for name in names if content.get(name) and content[name] not in plain.get(name, ())]
+
+
+def _pack_attention(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Four pairs of matrices of rank r as peft's two pairs of rank 3 r, which compute the same."""
+    down, up = ([own[f"lora_{matrix}_{name}.weight"] for name in ("q", "k", "v", "out")] for matrix in "AB")
+    extra = 2 * len(down[3])
+    return {
+        "lora_A.weight": torch.cat(down[:3]),
+        "lora_B.weight": torch.block_diag(*up[:3]),
+        "base_layer.out_proj.lora_A.weight": torch.nn.functional.pad(down[3], (0, 0, 0, extra)),
+        "base_layer.out_proj.lora_B.weight": torch.nn.functional.pad(up[3], (0, extra)),
+    }
+
+
+def _unpack_attention(packed: Mapping[str, Tensor], rank: int, name: str) -> dict[str, Tensor]:
+    """The reverse of :func:`_pack_attention`.
+
+    Raises:
+        TTDError: queries, keys and values share directions, as LoRA that peft itself trained does.
+    """
+    width = packed["lora_A.weight"].shape[1]
+    down, up = packed["lora_A.weight"], packed["lora_B.weight"]
+    own = {
+        "lora_A_out.weight": packed["base_layer.out_proj.lora_A.weight"][:rank],
+        "lora_B_out.weight": packed["base_layer.out_proj.lora_B.weight"][:, :rank],
+    }
+    for index, part in enumerate("qkv"):
+        ranks, rows = (slice(index * size, (index + 1) * size) for size in (rank, width))
+        own |= {f"lora_A_{part}.weight": down[ranks], f"lora_B_{part}.weight": up[rows, ranks]}
+    again = _pack_attention(own)
+    if not all(torch.equal(tensor, packed[key]) for key, tensor in again.items()):
+        raise TTDError(f"the LoRA of {name} mixes queries, keys and values, so peft itself made it; load it with peft")
+    return own
 
 
 def _import_peft() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ttd_openai_clip.adapter import OpenAICLIPAdapter
 from ttd_openai_clip.dense import Block, last_block, mix
-from ttd_plugins.adapter import ImageFeatures, Tower
+from ttd_plugins.adapter import ExportedModel, ImageFeatures, Tower
 from ttd_plugins.errors import UnsupportedModelError
 from ttd_plugins.toolkit.attention import attention_dropout, is_plain_attention, run_blocks
 from ttd_plugins.toolkit.dense import PRESETS, DenseMode, diagonal_mask
@@ -100,6 +101,19 @@ class OriginalCLIPAdapter(OpenAICLIPAdapter):
         from ttd_plugins.toolkit.attention_lora import LoRAMultiheadAttention
 
         return {nn.MultiheadAttention: LoRAMultiheadAttention}
+
+    def export(self, folder: Path) -> ExportedModel:
+        """Write a state dict that the original package's ``build_model`` takes, as safetensors.
+
+        ``build_model`` reads sizes off the tensors, takes heads of 64 channels for granted, and casts most weights to
+        float16; what it takes for granted is checked here.
+
+        Raises:
+            UnsupportedModelError: ``build_model`` would build another model.
+        """
+        from ttd_openai_clip.original_export import export_original
+
+        return export_original(self, folder)
 
 
 class OriginalViTAdapter(OriginalCLIPAdapter):

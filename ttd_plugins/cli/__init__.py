@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from ttd_plugins import __version__
-from ttd_plugins.cli import backbones, calibrate, check_adapter, demo, heatmap, new_adapter, plugins, tags
+from ttd_plugins.cli import backbones, calibrate, check_adapter, demo, export, heatmap, new_adapter, plugins, tags
 from ttd_plugins.errors import PluginWarning, TTDError
 
 USER_ERROR = 2
@@ -24,6 +24,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo.command,
     "tags": tags.command,
     "heatmap": heatmap.command,
+    "export": export.command,
     "backbones": backbones.command,
     "plugins": plugins.command,
     "calibrate": calibrate.command,
