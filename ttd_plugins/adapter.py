@@ -177,9 +177,12 @@ class DenseAdapter(nn.Module, ABC):
     Attributes:
         model: the caller's model.
         owner: the plugin that made this adapter, for messages; ``None`` where it was made by hand.
+        lora_needs_adapter: whether the library's own forward passes some of the modules that LoRA wraps by (it reads
+            their weights and does not call them), so that unmerged LoRA counts in this adapter's features alone.
     """
 
     model: nn.Module
+    lora_needs_adapter: bool = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -156,30 +156,32 @@ def _write_model(adapter: DenseAdapter, folder: Path, form: Form) -> ExportedMod
     from ttd_plugins.toolkit.exporting import write_weights
 
     write_weights(adapter.model, folder / WEIGHTS_FILE)
-    kind = f"{type(adapter.model).__module__}.{type(adapter.model).__qualname__}"
     return ExportedModel(
         "safetensors",
         f'model.load_state_dict(safetensors.torch.load_file("PATH/{WEIGHTS_FILE}"))',
-        notes=(f"The weights alone: `model` has to be built as it was before, a {kind}.",),
+        notes=(f"The weights alone: `model` has to be built as it was before, a {_class_of(adapter)}.",),
     )
 
 
 def _write_lora(adapter: DenseAdapter, folder: Path) -> ExportedModel:
     from ttd_plugins.lora import save_lora
 
-    save_lora(adapter, folder)
-    handle = adapter._lora
-    assert handle is not None
-    name = adapter.description.name
-    ours = f'ttd_plugins.lora.load_lora(ttd_plugins.load("{name}"), "PATH")'
-    dense = (
-        f"load_lora wants the dense mode that it was made with ({adapter.description.dense_mode}), which decides what "
-        "LoRA wraps."
+    alone = save_lora(adapter, folder)
+    description = adapter.description
+    ours = f'ttd_plugins.lora.load_lora(ttd_plugins.load("{description.name}"), "PATH")'
+    dense = f"load_lora wants the backbone in the dense mode {description.dense_mode}, which decides what LoRA wraps."
+    if alone:
+        kind = f"`base` is the untuned model, a {_class_of(adapter)}."
+        return ExportedModel("peft", 'model = peft.PeftModel.from_pretrained(base, "PATH")', (ours,), None, (kind, dense))
+    why = (
+        "peft alone refuses this folder, because it has no layer that computes the same for some of the modules; "
+        "ttd_plugins.lora.load_lora reads it back exactly, and form='native' needs neither."
     )
-    if handle.peft_suffices:
-        return ExportedModel("peft", 'model = peft.PeftModel.from_pretrained(base, "PATH")', (ours,), notes=(dense,))
-    alone = "peft has no layer for some of the modules, so that it refuses the folder; ttd_plugins.lora.load_lora reads it."
-    return ExportedModel("ttd_plugins", ours, notes=(alone, dense))
+    return ExportedModel("ttd_plugins", ours, notes=(why, dense))
+
+
+def _class_of(adapter: DenseAdapter) -> str:
+    return f"{type(adapter.model).__module__}.{type(adapter.model).__qualname__}"
 
 
 def _require_free(out: Path) -> None:

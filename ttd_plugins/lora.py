@@ -23,6 +23,7 @@ ADAPTER_NAME = "default"
 """The name that peft knows our LoRA by; its state-dict helpers take it by default."""
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PEFT_TYPE, OWN_TYPE = "LORA", "TTD_LORA"
 PREFIX = "base_model.model."
 """What peft puts before the names of a model's modules in its files."""
 
@@ -47,11 +48,6 @@ class _Place:
         named = self.layer.named_parameters()
         return {name.replace(f".{ADAPTER_NAME}.", "."): p for name, p in named if id(p) not in base}
 
-    @property
-    def is_split_attention(self) -> bool:
-        """Whether this is ``nn.MultiheadAttention`` under our layer, which peft has a layer of its own for."""
-        return isinstance(self.base, nn.MultiheadAttention) and hasattr(self.layer, "lora_A_q")
-
 
 @dataclass
 class LoRAHandle:
@@ -73,36 +69,18 @@ class LoRAHandle:
         return [parameter for place in self._places for parameter in place.parameters().values()]
 
     def tensors(self) -> dict[str, Tensor]:
-        """LoRA's tensors by the names that peft gives them in ``adapter_model.safetensors``, on the CPU.
-
-        ``nn.MultiheadAttention`` is written as peft's own layer for it reads it: one pair of matrices of three times
-        the rank for the fused input projection, block-diagonal in B, and the output projection's padded with zeros.
-        """
+        """LoRA's tensors on the CPU, by the names that ``adapter_model.safetensors`` has for them."""
         self._require_inside()
-        found: dict[str, Tensor] = {}
-        for place in self._places:
-            own = {name: p.detach().cpu().contiguous() for name, p in place.parameters().items()}
-            packed = _pack_attention(own) if place.is_split_attention else own
-            found |= {f"{PREFIX}{place.name}.{name}": tensor for name, tensor in packed.items()}
-        return found
-
-    def peft_config(self, base: str | None = None) -> dict[str, Any]:
-        """The content of ``adapter_config.json``, which may be written as JSON."""
-        content = {key: sorted(value) if isinstance(value, set) else value for key, value in self.config.to_dict().items()}
-        wide = [place.name for place in self._places if place.is_split_attention]
-        return content | {
-            "base_model_name_or_path": base,
-            "inference_mode": True,
-            "rank_pattern": {re.escape(name): 3 * self.config.r for name in wide},
-            "alpha_pattern": {re.escape(name): 3 * self.config.lora_alpha for name in wide},
+        return {
+            f"{PREFIX}{place.name}.{name}": parameter.detach().cpu().contiguous()
+            for place in self._places
+            for name, parameter in place.parameters().items()
         }
 
     @property
-    def peft_suffices(self) -> bool:
-        """Whether peft alone reads what :func:`save_lora` writes: no layer but its own, and ``nn.MultiheadAttention``."""
-        return all(
-            place.is_split_attention or type(place.layer).__module__.startswith("peft.") for place in self._places
-        )
+    def needs_own_layers(self) -> bool:
+        """Whether some layer is none of peft's, so that peft alone cannot serve what :func:`save_lora` writes."""
+        return not all(type(place.layer).__module__.startswith("peft.") for place in self._places)
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy the tensors of a file into the layers, which must want exactly these.
@@ -120,16 +98,10 @@ class LoRAHandle:
                 f"LoRA of other modules or of another rank was given ({len(wrong)} tensors differ, such as {wrong[0]}); "
                 "load the backbone that it was made for, with the same dense mode"
             )
-        copies: list[tuple[nn.Parameter, Tensor]] = []
-        for place in self._places:
-            start = f"{PREFIX}{place.name}."
-            own = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
-            if place.is_split_attention:
-                own = _unpack_attention(own, self.config.r, place.name)
-            copies += [(parameter, own[name]) for name, parameter in place.parameters().items()]
         with torch.no_grad():
-            for parameter, tensor in copies:
-                parameter.copy_(tensor)
+            for place in self._places:
+                for name, parameter in place.parameters().items():
+                    parameter.copy_(tensors[f"{PREFIX}{place.name}.{name}"])
 
     def merge(self) -> None:
         """Add LoRA to the base weights, in place, and take the layers out.
@@ -292,8 +264,16 @@ def attach_lora(
     return handle
 
 
-def save_lora(adapter: DenseAdapter, folder: str | Path) -> None:
-    """Write LoRA alone into an existing folder, in peft's format: ``adapter_config.json``, ``adapter_model.safetensors``.
+def save_lora(adapter: DenseAdapter, folder: str | Path) -> bool:
+    """Write LoRA alone into an existing folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Where every layer is peft's own and the library's own forward calls it, this is peft's format and
+    ``peft.PeftModel.from_pretrained`` takes the folder. Elsewhere the two files are alike, but ``peft_type`` is
+    ``TTD_LORA``: peft then refuses the folder, where it would otherwise put layers of its own that compute something
+    else in the place of ours, and :func:`load_lora` takes it.
+
+    Returns:
+        Whether peft alone suffices.
 
     Raises:
         TTDError: the model has no LoRA.
@@ -304,9 +284,16 @@ def save_lora(adapter: DenseAdapter, folder: str | Path) -> None:
     handle = adapter._lora
     if handle is None:
         raise TTDError(f"{adapter.description.name} has no LoRA that could be saved; add_lora() puts it in")
-    content = handle.peft_config(adapter.description.model)
+    alone = not (handle.needs_own_layers or adapter.lora_needs_adapter)
+    settings = handle.config.to_dict() | {
+        "peft_type": PEFT_TYPE if alone else OWN_TYPE,
+        "base_model_name_or_path": adapter.description.model,
+        "inference_mode": True,
+    }
+    content = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
     save_file(handle.tensors(), str(Path(folder) / WEIGHTS_FILE), metadata={"format": "pt"})
     (Path(folder) / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return alone
 
 
 def load_lora(adapter: DenseAdapter, folder: str | Path) -> DenseAdapter:
@@ -343,9 +330,6 @@ def load_lora(adapter: DenseAdapter, folder: str | Path) -> DenseAdapter:
     handle = adapter._lora
     assert handle is not None
     try:
-        patterns = {name: handle.peft_config()[name] for name in ("rank_pattern", "alpha_pattern")}
-        if any((content.get(name) or {}) != due for name, due in patterns.items()):
-            raise TTDError(f"{folder / CONFIG_FILE} gives modules ranks or scales of their own; load it with peft")
         handle.fill(tensors)
     except BaseException:
         handle.remove()
@@ -360,7 +344,7 @@ def _read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     try:
         content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        if content["peft_type"] != "LORA":
+        if content["peft_type"] not in (PEFT_TYPE, OWN_TYPE):
             raise ValueError(f"its peft_type is {content['peft_type']}")
         numbers = [content[name] for name in ("r", "lora_alpha", "lora_dropout")]
         if not all(isinstance(number, int | float) for number in numbers):
@@ -377,41 +361,8 @@ def _foreign_options(content: Mapping[str, Any]) -> list[str]:
     """Names of the settings that change what LoRA computes and that ours never has."""
     plain = {"bias": ("none", None), "init_lora_weights": (True, False, None)}
     names = ("use_dora", "use_rslora", "lora_bias", "bias", "modules_to_save", "layer_replication", "target_parameters",
-             "trainable_token_indices", "fan_in_fan_out", "megatron_config")  # fmt: skip
+             "trainable_token_indices", "fan_in_fan_out", "rank_pattern", "alpha_pattern")  # fmt: skip
     return [name for name in names if content.get(name) and content[name] not in plain.get(name, ())]
-
-
-def _pack_attention(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Four pairs of matrices of rank r as peft's two pairs of rank 3 r, which compute the same."""
-    down, up = ([own[f"lora_{matrix}_{name}.weight"] for name in ("q", "k", "v", "out")] for matrix in "AB")
-    extra = 2 * len(down[3])
-    return {
-        "lora_A.weight": torch.cat(down[:3]),
-        "lora_B.weight": torch.block_diag(*up[:3]),
-        "base_layer.out_proj.lora_A.weight": torch.nn.functional.pad(down[3], (0, 0, 0, extra)),
-        "base_layer.out_proj.lora_B.weight": torch.nn.functional.pad(up[3], (0, extra)),
-    }
-
-
-def _unpack_attention(packed: Mapping[str, Tensor], rank: int, name: str) -> dict[str, Tensor]:
-    """The reverse of :func:`_pack_attention`.
-
-    Raises:
-        TTDError: queries, keys and values share directions, as LoRA that peft itself trained does.
-    """
-    width = packed["lora_A.weight"].shape[1]
-    down, up = packed["lora_A.weight"], packed["lora_B.weight"]
-    own = {
-        "lora_A_out.weight": packed["base_layer.out_proj.lora_A.weight"][:rank],
-        "lora_B_out.weight": packed["base_layer.out_proj.lora_B.weight"][:, :rank],
-    }
-    for index, part in enumerate("qkv"):
-        ranks, rows = (slice(index * size, (index + 1) * size) for size in (rank, width))
-        own |= {f"lora_A_{part}.weight": down[ranks], f"lora_B_{part}.weight": up[rows, ranks]}
-    again = _pack_attention(own)
-    if not all(torch.equal(tensor, packed[key]) for key, tensor in again.items()):
-        raise TTDError(f"the LoRA of {name} mixes queries, keys and values, so peft itself made it; load it with peft")
-    return own
 
 
 def _import_peft() -> Any:

@@ -195,6 +195,8 @@ class OriginalResNetAdapter(OriginalCLIPAdapter):
     """
 
     default_dense = "value_only"
+    # The original hands the weights of its attention pool to a function.
+    lora_needs_adapter = True
 
     def _embedding_widths(self) -> tuple[int, int]:
         projection: Any = base_layer(self._visual.attnpool.c_proj)

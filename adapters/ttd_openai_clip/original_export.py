@@ -59,7 +59,7 @@ def refusal_of_build_model(model: Any) -> str | None:
         return f"its input resolution is {resolution} where its position embeddings make {due}"
     for tower, layers, width in towers:
         for block in layers:
-            heads = max(1, width // HEAD_WIDTH)
+            heads = width // HEAD_WIDTH
             if block.attn.num_heads != heads:
                 return f"the {tower} tower has {block.attn.num_heads} heads of {width} channels where {heads} are due"
             if tuple(block.mlp.c_fc.weight.shape) != (4 * width, width):

@@ -94,8 +94,8 @@ def _finish(
     # open_clip's own byte-pair tokenizer is packaged with it, and is what a configuration without a name means.
     packaged = type(tokenizer).__module__.startswith("open_clip") and not hasattr(tokenizer, "tokenizer")
     own = text.get("hf_tokenizer_name")
-    if own or (tokenizer is not None and not packaged):
-        advice = f"open_clip.get_tokenizer({name!r}) gives it" if name and own else "pass your own to the model"
+    if own or (not packaged and (tokenizer is not None or name is None)):
+        advice = f"open_clip.get_tokenizer({name!r}) gives it" if name and own else "make the one that the model was trained with"
         missing = save_tokenizer(tokenizer, folder, advice)
         if missing is None and not own:
             # open_clip looks for it in the folder, whatever the name is.
@@ -104,7 +104,7 @@ def _finish(
         notes += [missing] if missing else []
     option = "" if precision == "fp32" else f', precision="{precision}"'
     whole = f'open_clip.create_model_and_transforms("local-dir:PATH"{option})'
-    more = [] if notes else ['open_clip.get_tokenizer("local-dir:PATH")']
+    more = [] if notes else ['tokenizer = open_clip.get_tokenizer("local-dir:PATH")']
     family = adapter.description.family
     back = f"{family}:local-dir:PATH"
     if name is None:
