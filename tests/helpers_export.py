@@ -83,7 +83,7 @@ print(json.dumps(answers))
 """
 
 
-def tuned(adapter: DenseAdapter, *, std: float = 0.1, seed: int = 0, **options: Any) -> DenseAdapter:
+def tuned(adapter: DenseAdapter, *, std: float = 0.05, seed: int = 0, **options: Any) -> DenseAdapter:
     """The adapter with LoRA of random values, as if it had been trained."""
     adapter.add_lora(4, **options)
     generator = torch.Generator().manual_seed(seed)

@@ -90,7 +90,9 @@ def test_every_family_loads_without_ttd_plugins_and_gives_the_tuned_embeddings(s
     assert found.keys() == {*NAMED, *TINY, *wrapped, *(f"{name} by peft" for name in LORA)}
     for name, answer in found.items():
         assert answer["image"] <= CLOSE and answer["text"] <= CLOSE, (name, answer)
-        assert answer.get("preprocessing", 0) <= CLOSE, (name, answer)
+        # Where the family resizes with PIL itself, transformers' resizing may round a pixel to the next of 256 levels.
+        allowed = 1.01 / 255 / 0.26130258 if name in ("openai_clip:tiny", "transformers_clip") else CLOSE
+        assert answer.get("preprocessing", 0) <= allowed, (name, answer)
         assert answer.get("tokens", 0) == 0, (name, answer)
     # Every name with a tokenizer of its own was asked for tokens.
     assert {name for name, answer in found.items() if "tokens" in answer} == {*NAMED, *TINY, *LORA}
@@ -312,8 +314,12 @@ def test_heads_of_another_width_are_refused_for_the_original_package(name: str, 
 # LoRA alone ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("towers", [("image", "text"), ("image",), ("text",)], ids="+".join)
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(
+    ("name", "towers"),
+    # The one that is left out has the largest vocabulary and the same layers as another.
+    [(name, ("image", "text")) for name in BACKBONES if name != "siglip2"]
+    + [("open_clip", ("image",)), ("open_clip", ("text",)), ("transformers_clip", ("text",))],
+)
 def test_lora_alone_comes_back_bitwise(name: str, towers: Any, tmp_path: Path) -> None:
     adapter = tuned(BACKBONES[name].adapter(full=False), alpha=6.5, towers=towers)
     done = export_backbone(adapter, tmp_path / "lora", form="lora")
@@ -417,7 +423,7 @@ def test_eva_clip_tiny_says_why_it_cannot_be_rebuilt(tmp_path: Path) -> None:
 
 
 def test_a_family_that_does_not_say_how_has_the_other_forms(tmp_path: Path) -> None:
-    adapter = ToyAdapter(ToyModel())
+    adapter = ToyAdapter(ToyModel(), logits="softmax")
     with pytest.raises(UnsupportedModelError, match="does not say how its models are exported"):
         export_backbone(adapter, tmp_path / "out")
     done = export_backbone(adapter, tmp_path / "out", form="weights")

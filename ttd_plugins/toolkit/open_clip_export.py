@@ -140,10 +140,9 @@ def _candidates(
             yield None, open_clip.get_model_config(own)
         except Exception:  # the folder may be gone by now, and then the others are tried
             own = ""
-    for name in known:
-        config = open_clip.get_model_config(name)
-        if name != own and _fits(adapter, config):
-            yield name, config
+    fitting = [(name, open_clip.get_model_config(name)) for name in known if name != own]
+    fitting = [(name, config) for name, config in fitting if _fits(adapter, config)]
+    yield from sorted(fitting, key=lambda pair: not _is_trunk_of(adapter, pair[1]))
     if inferred is not None:
         yield None, dict(inferred)
 
@@ -166,13 +165,17 @@ def _fits(adapter: DenseAdapter, config: Mapping[str, Any]) -> bool:
             (text.get("vocab_size", 49408), tower.token_embedding.num_embeddings),
             (text.get("width", 512), tower.token_embedding.embedding_dim),
         ]
-    if hasattr(visual, "trunk"):
-        trained = (getattr(visual.trunk, "pretrained_cfg", None) or {}).get("architecture")
-        due += [(vision.get("timm_model_name", "").partition(".")[0], trained)] if trained else []
-    else:
+    if not hasattr(visual, "trunk"):
         due += [
             (vision.get("layers", 12), len(visual.transformer.resblocks)),
             (vision.get("width", 768), visual.conv1.out_channels),
             (vision.get("patch_size", 16), visual.conv1.kernel_size[0]),
         ]
     return all(a == b for a, b in due)
+
+
+def _is_trunk_of(adapter: DenseAdapter, config: Mapping[str, Any]) -> bool:
+    """Whether timm says that the trunk was built by the name that a configuration has."""
+    model: Any = adapter.model
+    known = getattr(getattr(model.visual, "trunk", None), "pretrained_cfg", None) or {}
+    return known.get("architecture") == config["vision_cfg"].get("timm_model_name", "").partition(".")[0]
