@@ -87,6 +87,15 @@ def gather_rows(rows: Tensor) -> Tensor:
     return _OwnRows.apply(rows, everyone, sum(lengths[: dist.get_rank()])) if rows.requires_grad else everyone
 
 
+def gathered(value: Any) -> list[Any]:
+    """A small picklable value of every process, in the order of the processes."""
+    if process_count() == 1:
+        return [value]
+    values: list[Any] = [None] * process_count()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def group_numbers(groups: Sequence[str], device: torch.device) -> Tensor:
     """An int64 ``[b]`` for the names of groups, equal where names are, on every process (a hash of 64 bits)."""
     digests = [hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest() for name in groups]

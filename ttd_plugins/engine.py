@@ -307,6 +307,11 @@ class TTD(nn.Module):
         """The map from cosine to probability in force."""
         return self.options.calibration or self.backbone.description.calibration
 
+    @property
+    def teacher(self) -> DenseAdapter | None:
+        """The copy that gives the targets; ``None`` where the backbone is its own teacher."""
+        return self._teacher[0] if self._teacher else None
+
     def forward(
         self,
         images: Tensor,

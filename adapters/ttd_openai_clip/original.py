@@ -97,8 +97,8 @@ class OriginalCLIPAdapter(OpenAICLIPAdapter):
 
     def set_grad_checkpointing(self, enabled: bool = True) -> None:
         """Set the attribute that stands for the switch which the package lacks; see the contract."""
-        visual = self._visual
-        for part in (self.model.transformer, getattr(visual, "transformer", visual)):
+        model: Any = self.model
+        for part in (model.transformer, getattr(model.visual, "transformer", model.visual)):
             part.grad_checkpointing = enabled
 
     def lora_layers(self) -> Mapping[type[nn.Module], type[nn.Module]]:
