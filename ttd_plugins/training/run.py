@@ -774,6 +774,9 @@ def _accelerator(config: TrainConfig, out: Path) -> Any:
         )
     except (ValueError, ImportError) as error:
         raise InputError(f"accelerate cannot start: {one_sentence(error)}") from error
+    if config.run.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        _forget_accelerate()
+        raise InputError("run.mixed_precision fp16 scales its loss on a GPU only; take bf16 or no on the CPU")
     plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
     if accelerator.distributed_type not in plain:
         kind = str(accelerator.distributed_type).rpartition(".")[2]
