@@ -165,7 +165,12 @@ def load_elsewhere(folder: Path, cases: list[dict[str, Any]], *, architectures: 
     job.write_text(json.dumps(content))
     environment = {"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", LOADER, str(job)], capture_output=True, text=True, env=environment, cwd=folder, check=False
+        [sys.executable, "-c", LOADER, str(job)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=folder,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -278,7 +278,10 @@ def build_model(state: dict[str, torch.Tensor]) -> Any:
         side = round((state["visual.attnpool.positional_embedding"].shape[0] - 1) ** 0.5)
         visual = parts.ModifiedResNet(tuple(counts), embed, wide * 32 // 64, side * 32, wide)
     model = parts.CLIP(visual)
-    model.context_length, model.vocab_size = state["positional_embedding"].shape[0], state["token_embedding.weight"].shape[0]
+    model.context_length, model.vocab_size = (
+        state["positional_embedding"].shape[0],
+        state["token_embedding.weight"].shape[0],
+    )
     model.transformer = parts.Transformer(width, depth, width // 64, attn_mask=model.build_attention_mask())
     model.token_embedding = nn.Embedding(model.vocab_size, width)
     model.positional_embedding = nn.Parameter(torch.empty(model.context_length, width))
@@ -336,15 +339,14 @@ def test_lora_alone_comes_back_bitwise(name: str, towers: Any, tmp_path: Path) -
 @pytest.mark.parametrize("name", ["open_clip", "eva01", "siglip", "original_vit", "original_resnet"])
 def test_peft_refuses_what_its_own_layers_would_compute_otherwise(name: str, tmp_path: Path) -> None:
     towers = ("image",) if name == "original_resnet" else ("image", "text")
-    done = export_backbone(
-        tuned(BACKBONES[name].adapter(full=False), towers=towers), tmp_path / "lora", form="lora"
-    )
+    done = export_backbone(tuned(BACKBONES[name].adapter(full=False), towers=towers), tmp_path / "lora", form="lora")
     assert done.model.library == "ttd_plugins"
     with pytest.raises((KeyError, ValueError), match="TTD_LORA"):
         peft.PeftModel.from_pretrained(BACKBONES[name].build(False), done.folder)
-    assert peft.utils.save_and_load.load_peft_weights(str(done.folder), device="cpu").keys() == load_file(
-        done.folder / WEIGHTS_FILE
-    ).keys()
+    assert (
+        peft.utils.save_and_load.load_peft_weights(str(done.folder), device="cpu").keys()
+        == load_file(done.folder / WEIGHTS_FILE).keys()
+    )
 
 
 def tampered(folder: Path, **changes: Any) -> Path:
@@ -395,6 +397,17 @@ def test_lora_is_no_second_time_put_in(tmp_path: Path) -> None:
     with pytest.raises(TTDError, match="has LoRA"):
         load_lora(adapter, done.folder)
     assert adapter.has_lora and unchanged(adapter, before)
+
+
+def test_lora_alone_that_would_leave_out_trained_weights_is_refused(tmp_path: Path) -> None:
+    adapter = tuned(load("openai_clip:tiny"), towers=("image",))
+    adapter.model.logit_scale.requires_grad_(True)  # type: ignore[union-attr]
+    done = export_backbone(adapter, tmp_path / "scale", form="lora")
+    assert any("logit_scale" in note for note in done.model.notes)
+    for _, parameter in adapter.tower_parameters("text"):
+        parameter.requires_grad_(True)
+    with pytest.raises(TTDError, match="trained as well, such as text_model"):
+        export_backbone(adapter, tmp_path / "out", form="lora")
 
 
 # The weights alone, and what cannot be exported ----------------------------------------------------------------------
@@ -553,6 +566,49 @@ def test_the_card_says_what_is_known_and_nothing_else(tmp_path: Path) -> None:
     assert not any(heading in text for heading in ("## Data", "## Settings", "## Figures"))
     assert "import transformers\n" in text and "its licence holds" in text
     assert text.startswith("---\nlibrary_name: transformers\n")
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["lora", "full"])
+def test_a_run_is_exported_by_its_folder_and_step(text: str, tmp_path: Path) -> None:
+    from ttd_plugins.training.checkpoints import Checkpoint, restore_backbone, write_checkpoint
+    from ttd_plugins.training.config import TrainConfig
+    from ttd_plugins.training.towers import build_backbone
+
+    run = tmp_path / "run"
+    values = {
+        "backbone": {"name": "openai_clip:tiny"},
+        "towers": {"text": text, "rank": 3},
+        "data": {"source": "shoes"},
+    }
+    config = TrainConfig.from_dict(values)
+    adapter = build_backbone(config)
+    run.mkdir()
+    config.write(run / "config.yaml")
+    for step in (5, 9):
+        with torch.no_grad():
+            for parameter in adapter.model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape) * 0.02)
+        trained = {name: p.detach().clone() for name, p in adapter.model.named_parameters() if p.requires_grad}
+        write_checkpoint(run, Checkpoint({"step": step, "figures": {"loss": 1.5}}, trained), keep=3)
+    for step, arguments in ((9, []), (5, ["--step", "5"])):
+        out = tmp_path / f"out{step}"
+        answer = ttd(run, "--out", out, *arguments)
+        assert answer.exit_code == 0, answer.output
+        due, again = probe(restore_backbone(run, step)), probe(load(f"openai_clip:{out}"))
+        torch.testing.assert_close(again.image, due.image, atol=CLOSE, rtol=0)
+        torch.testing.assert_close(again.text, due.text, atol=CLOSE, rtol=0)
+        card = (out / "README.md").read_text()
+        for part in (f"| step | {step} |", "| towers.rank | 3 |", "| source | shoes |", "| loss | 1.5 |"):
+            assert part in card, part
+    answer = ttd(run, "--out", tmp_path / "lora", "--form", "lora")
+    assert answer.exit_code == (0 if text == "lora" else cli.USER_ERROR), answer.output
+    assert ttd(run, "--out", tmp_path / "none", "--step", "7").exit_code == cli.USER_ERROR
+    assert ttd(tmp_path, "--out", tmp_path / "none").exit_code == cli.USER_ERROR
+    assert not (tmp_path / "none").exists()
 
 
 # The command ---------------------------------------------------------------------------------------------------------

@@ -171,8 +171,9 @@ class DenseAdapter(nn.Module, ABC):
 
     The adapter holds the caller's model as :attr:`model` and never changes it: no hooks are left behind, no position
     embedding is overwritten, train/eval mode and ``requires_grad`` stay as found. The exceptions are the verbs that
-    say so: :meth:`add_lora`, :meth:`merge` and :meth:`unload`. Features are differentiable with respect to the model
-    and the pixels, and live on the device of their input and in the dtype of the model.
+    say so: :meth:`add_lora`, :meth:`merge`, :meth:`unload` and :meth:`set_grad_checkpointing`. Features are
+    differentiable with respect to the model and the pixels, and live on the device of their input and in the dtype of
+    the model.
 
     Attributes:
         model: the caller's model.
@@ -257,6 +258,33 @@ class DenseAdapter(nn.Module, ABC):
     def lora_layers(self) -> Mapping[type[nn.Module], type[nn.Module]]:
         """Module classes for which the family brings a LoRA layer of its own, mapped to that layer's class."""
         return {}
+
+    def set_grad_checkpointing(self, enabled: bool = True) -> None:
+        """Run the blocks of both towers again in the backward pass, in place of keeping what they computed.
+
+        It acts while the model is in training mode, and changes memory and time alone. By default the model's own
+        switch is used: ``set_grad_checkpointing``, or a ``gradient_checkpointing_enable`` with its opposite.
+
+        Raises:
+            UnsupportedModelError: the model has no such switch.
+        """
+        model: Any = self.model
+        if hasattr(model, "set_grad_checkpointing"):
+            model.set_grad_checkpointing(enabled)
+            return
+        # The newer name first: the older one warns that it will go.
+        for verb in ("activation_checkpointing", "gradient_checkpointing"):
+            if hasattr(model, f"{verb}_enable") and hasattr(model, f"{verb}_disable"):
+                if enabled:
+                    # A reentrant pass gives no gradient to LoRA behind an input that needs none.
+                    getattr(model, f"{verb}_enable")(**{f"{verb}_kwargs": {"use_reentrant": False}})
+                else:
+                    getattr(model, f"{verb}_disable")()
+                return
+        raise UnsupportedModelError(
+            f"{self.description.name} has no switch for gradient checkpointing; train without it, with smaller batches "
+            "and more accumulation"
+        )
 
     @abstractmethod
     def tower_parameters(self, tower: Tower) -> Iterable[tuple[str, nn.Parameter]]:

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -166,18 +166,29 @@ def _write_model(adapter: DenseAdapter, folder: Path, form: Form) -> ExportedMod
 def _write_lora(adapter: DenseAdapter, folder: Path) -> ExportedModel:
     from ttd_plugins.lora import save_lora
 
+    lora = {id(parameter) for parameter in adapter.lora_parameters()}
+    others = [name for name, p in adapter.model.named_parameters() if p.requires_grad and id(p) not in lora]
+    lost = [name for name in others if not name.startswith("logit_")]
+    if lost:
+        raise TTDError(
+            f"{adapter.description.name} has {len(lost)} tensors beside LoRA that were trained as well, such as "
+            f"{lost[0]}, which LoRA alone would leave out; export it with form='native'"
+        )
     alone = save_lora(adapter, folder)
     description = adapter.description
     ours = f'ttd_plugins.lora.load_lora(ttd_plugins.load("{description.name}"), "PATH")'
     dense = f"load_lora wants the backbone in the dense mode {description.dense_mode}, which decides what LoRA wraps."
+    left = tuple(f"{name}, which was trained as well, is not part of LoRA." for name in others)
     if alone:
         kind = f"`base` is the untuned model, a {_class_of(adapter)}."
-        return ExportedModel("peft", 'model = peft.PeftModel.from_pretrained(base, "PATH")', (ours,), None, (kind, dense))
+        return ExportedModel(
+            "peft", 'model = peft.PeftModel.from_pretrained(base, "PATH")', (ours,), None, (kind, dense, *left)
+        )
     why = (
         "peft alone refuses this folder, because it has no layer that computes the same for some of the modules; "
         "ttd_plugins.lora.load_lora reads it back exactly, and form='native' needs neither."
     )
-    return ExportedModel("ttd_plugins", ours, notes=(why, dense))
+    return ExportedModel("ttd_plugins", ours, notes=(why, dense, *left))
 
 
 def _class_of(adapter: DenseAdapter) -> str:
@@ -210,7 +221,9 @@ def _complete_or_absent(out: Path) -> Iterator[Path]:
         os.replace(inner, out)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or one_sentence(error)
-        raise InputError(f"{str(out)!r} cannot be written ({reason}); free some space or give another folder") from error
+        raise InputError(
+            f"{str(out)!r} cannot be written ({reason}); free some space or give another folder"
+        ) from error
     finally:
         if beside is not None:
             shutil.rmtree(beside, ignore_errors=True)
@@ -293,7 +306,9 @@ def _packages(model: ExportedModel) -> set[str]:
     text = " ".join(line.replace("open_clip.", "open_clip .") for line in (model.load, *model.more))
     words = text.replace("(", " ").replace("=", " ").split()
     named = {name for name in known if any(word == name or word.startswith(f"{name}.") for word in words)}
-    return {"safetensors.torch" if name == "safetensors" else "clip.model" if name == "clip" else name for name in named}
+    return {
+        "safetensors.torch" if name == "safetensors" else "clip.model" if name == "clip" else name for name in named
+    }
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> list[str]:
@@ -341,7 +356,26 @@ def read_run(run: Path, step: int | None = None) -> tuple[DenseAdapter, ModelCar
     Raises:
         TTDError: the run or the checkpoint cannot be read.
     """
-    from ttd_plugins.training.checkpoints import restore_backbone
+    from ttd_plugins.training.checkpoints import read_state, restore_backbone
+    from ttd_plugins.training.config import TrainConfig
 
     adapter = restore_backbone(run, step)
-    return adapter, ModelCard()
+    config, state = asdict(TrainConfig.read(run / "config.yaml")), read_state(run, step)
+    source = config["data"]["source"]
+    data = {
+        # A path says nothing to others, but the name of the folder or file does.
+        "source": Path(source).name if source and Path(source).is_absolute() else source,
+        "captions": config["data"]["captions"],
+        "image_size": config["data"]["image_size"],
+    }
+    how = {name: config["run"][name] for name in ("seed", "mixed_precision")}
+    settings = {
+        "step": state["step"],
+        "towers": config["towers"],
+        "optimizer": config["optimizer"],
+        "ttd": config["ttd"],
+    }
+    figures = {name: value for name, value in state.get("figures", {}).items() if isinstance(value, int | float)}
+    logged = {"last logged figures of the training": figures} if figures else {}
+    base = config["backbone"]["name"] or adapter.description.name
+    return adapter, ModelCard(base=base, data=data, settings=settings | how, figures=logged)

@@ -314,7 +314,9 @@ def load_lora(adapter: DenseAdapter, folder: str | Path) -> DenseAdapter:
     content, tensors = _read_lora(folder)
     unknown = _foreign_options(content)
     if unknown:
-        raise TTDError(f"{folder / CONFIG_FILE} describes more than plain LoRA ({', '.join(unknown)}); load it with peft")
+        raise TTDError(
+            f"{folder / CONFIG_FILE} describes more than plain LoRA ({', '.join(unknown)}); load it with peft"
+        )
     names = {name.removeprefix(PREFIX) for name in tensors}
     towers: list[Tower] = [
         tower

@@ -96,6 +96,12 @@ class OriginalCLIPAdapter(OpenAICLIPAdapter):
             for name in ("attn", "mlp.c_fc", "mlp.c_proj")
         ]
 
+    def set_grad_checkpointing(self, enabled: bool = True) -> None:
+        """Set the attribute that stands for the switch which the package lacks; see the contract."""
+        model: Any = self.model
+        for part in (model.transformer, getattr(model.visual, "transformer", model.visual)):
+            part.grad_checkpointing = enabled
+
     def lora_layers(self) -> Mapping[type[nn.Module], type[nn.Module]]:
         """Our own LoRA layer for ``nn.MultiheadAttention``, which leaves the base weights alone; needs peft."""
         from ttd_plugins.toolkit.attention_lora import LoRAMultiheadAttention

@@ -14,7 +14,18 @@ import typer
 from typer.core import TyperGroup
 
 from ttd_plugins import __version__
-from ttd_plugins.cli import backbones, calibrate, check_adapter, demo, export, heatmap, new_adapter, plugins, tags
+from ttd_plugins.cli import (
+    backbones,
+    calibrate,
+    check_adapter,
+    demo,
+    export,
+    heatmap,
+    new_adapter,
+    plugins,
+    tags,
+    train,
+)
 from ttd_plugins.errors import PluginWarning, TTDError
 
 USER_ERROR = 2
@@ -22,9 +33,10 @@ INTERRUPTED = 130
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo.command,
+    "train": train.command,
+    "export": export.command,
     "tags": tags.command,
     "heatmap": heatmap.command,
-    "export": export.command,
     "backbones": backbones.command,
     "plugins": plugins.command,
     "calibrate": calibrate.command,

@@ -1,1 +1,50 @@
-"""Pictures, and later image-text pairs, from whatever users have."""
+"""Pictures and image-text pairs from whatever users have: :func:`open_pairs` reads, :class:`PairLoader` batches."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ttd_plugins.data.images import read_image
+    from ttd_plugins.data.keeping import PairFilter
+    from ttd_plugins.data.loader import Batch, LoaderPosition, PairLoader
+    from ttd_plugins.data.opening import open_pairs
+    from ttd_plugins.data.pairs import PairSource
+    from ttd_plugins.data.pruning import score_pairs
+    from ttd_plugins.data.skipping import SkipLog
+
+# Resolved on first use, so that reading one picture does not import the loader.
+_WHERE = {
+    "Batch": "ttd_plugins.data.loader",
+    "LoaderPosition": "ttd_plugins.data.loader",
+    "PairFilter": "ttd_plugins.data.keeping",
+    "PairLoader": "ttd_plugins.data.loader",
+    "PairSource": "ttd_plugins.data.pairs",
+    "SkipLog": "ttd_plugins.data.skipping",
+    "open_pairs": "ttd_plugins.data.opening",
+    "read_image": "ttd_plugins.data.images",
+    "score_pairs": "ttd_plugins.data.pruning",
+}
+
+__all__ = [
+    "Batch",
+    "LoaderPosition",
+    "PairFilter",
+    "PairLoader",
+    "PairSource",
+    "SkipLog",
+    "open_pairs",
+    "read_image",
+    "score_pairs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'ttd_plugins.data' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

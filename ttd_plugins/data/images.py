@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +16,27 @@ from ttd_plugins.errors import InputError, one_sentence
 _16_BIT_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 
 
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
+def read_image(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:
     """Read a picture as an 8-bit RGB image, turned upright as its EXIF orientation says.
 
     Of an animation the first frame is taken, and transparent parts lie on white. 16-bit grey values are scaled to 8
     bits. Palettes and CMYK are converted.
 
+    Args:
+        source: a path, or the bytes of a picture file.
+        name: how messages call it; by default the path.
+
     Raises:
         InputError: the file is missing, empty, no image, cut short or otherwise broken, holds floating-point values,
             or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``; the message names the file.
     """
-    name = f"image {str(path)!r}"
-    file = Path(path)
-    if file.is_dir():
+    if name is None and not isinstance(source, bytes):
+        name = str(source)
+    name = "the image" if name is None else f"image {name!r}"
+    if not isinstance(source, bytes) and Path(source).is_dir():
         raise InputError(f"{name} is a folder; give the path of one picture")
     try:
-        with Image.open(file) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             _refuse_bomb(image, name)
             image.load()
             return to_rgb(image, name)
@@ -39,7 +47,8 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     except PermissionError as error:
         raise InputError(f"{name} may not be read: permission denied") from error
     except UnidentifiedImageError as error:
-        what = "is empty" if file.stat().st_size == 0 else "is not an image in a format that Pillow reads"
+        size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+        what = "is empty" if size == 0 else "is not an image in a format that Pillow reads"
         raise InputError(f"{name} {what}") from error
     except Image.DecompressionBombError as error:
         raise InputError(f"{name} is refused: {one_sentence(error)}") from error
@@ -51,12 +60,14 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
 def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
     """The first frame of a PIL image in any mode as an upright 8-bit RGB image; see :func:`read_image`.
 
-    ``name`` is how messages call it.
+    An orientation that cannot be read counts as upright. ``name`` is how messages call it.
 
     Raises:
         InputError: the image holds floating-point values, or integers beyond 16 bits.
     """
-    image = ImageOps.exif_transpose(image)
+    # Some cameras and editors write EXIF that cannot be parsed; the pixels beside it are sound.
+    with contextlib.suppress(SyntaxError, ValueError, KeyError, TypeError, struct.error, EOFError):
+        image = ImageOps.exif_transpose(image)
     if image.mode in _16_BIT_MODES or image.mode == "I":
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:

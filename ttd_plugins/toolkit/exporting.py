@@ -28,7 +28,9 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     taken: set[int] = set()
     for name, tensor in model.state_dict().items():
         if "lora_" in name:
-            raise TTDError(f"LoRA is still in the model ({name}); merge() it, or call ttd_plugins.export.export_backbone")
+            raise TTDError(
+                f"LoRA is still in the model ({name}); merge() it, or call ttd_plugins.export.export_backbone"
+            )
         plain = tensor.detach().cpu().contiguous()
         place = plain.untyped_storage().data_ptr()
         state[name] = plain.clone() if place in taken or plain.untyped_storage().nbytes() > plain.nbytes else plain

@@ -80,9 +80,7 @@ def export_open_clip(
                 return _finish(adapter, folder, name, content, tokenizer, precision)
             reasons.append(f"{name or 'a configuration read off it'}: embeddings differ by {apart:.1e}")
     tried = f" (tried {'; '.join(reasons[:2])})" if reasons else ""
-    raise UnsupportedModelError(
-        f"open_clip cannot rebuild {adapter.description.name}: {why}{tried}; {WAY_OUT}"
-    )
+    raise UnsupportedModelError(f"open_clip cannot rebuild {adapter.description.name}: {why}{tried}; {WAY_OUT}")
 
 
 def _finish(
@@ -95,7 +93,11 @@ def _finish(
     packaged = type(tokenizer).__module__.startswith("open_clip") and not hasattr(tokenizer, "tokenizer")
     own = text.get("hf_tokenizer_name")
     if own or (not packaged and (tokenizer is not None or name is None)):
-        advice = f"open_clip.get_tokenizer({name!r}) gives it" if name and own else "make the one that the model was trained with"
+        advice = (
+            f"open_clip.get_tokenizer({name!r}) gives it"
+            if name and own
+            else "make the one that the model was trained with"
+        )
         missing = save_tokenizer(tokenizer, folder, advice)
         if missing is None and not own:
             # open_clip looks for it in the folder, whatever the name is.
@@ -109,7 +111,10 @@ def _finish(
     back = f"{family}:local-dir:PATH"
     if name is None:
         return ExportedModel("open_clip", f"model, _, preprocess = {whole}", tuple(more), back, tuple(notes))
-    if tuple(content["preprocess_cfg"]["mean"]) != OPENAI_MEAN or content["preprocess_cfg"]["resize_mode"] != "shortest":
+    if (
+        tuple(content["preprocess_cfg"]["mean"]) != OPENAI_MEAN
+        or content["preprocess_cfg"]["resize_mode"] != "shortest"
+    ):
         notes.append(
             "Loaded by its architecture's name, open_clip prepares images as for OpenAI's models, whose mean, std or "
             "resizing are not this model's; local-dir:PATH brings the right ones."

@@ -13,7 +13,13 @@ from ttd_plugins.toolkit.exporting import WAY_OUT, require_same, save_tokenizer,
 
 
 def export_transformers(
-    adapter: DenseAdapter, folder: Path, *, transformers: Any, tokenizer: Any, processor: Any, notes: tuple[str, ...] = ()
+    adapter: DenseAdapter,
+    folder: Path,
+    *,
+    transformers: Any,
+    tokenizer: Any,
+    processor: Any,
+    notes: tuple[str, ...] = (),
 ) -> ExportedModel:
     """Write model, tokenizer and image processor, and load the model again to see that the embeddings are the same.
 

@@ -1,0 +1,169 @@
+"""Hugging Face ``datasets``, saved on disk or by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ttd_plugins.data.pairs import (
+    CAPTION_NAMES,
+    IMAGE_NAMES,
+    TAGS_NAMES,
+    BadPairError,
+    Fields,
+    MapSource,
+    RawPair,
+    escaped,
+    parse_captions,
+    parse_tags,
+    refuse_empty,
+)
+from ttd_plugins.data.tables import arrow_values
+from ttd_plugins.errors import InputError, MissingDependencyError, choices_sentence, listed, one_sentence
+
+
+def saved_dataset(folder: Path) -> bool:
+    """Whether a folder was written by ``save_to_disk``."""
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )
+
+
+class DatasetPairs(MapSource):
+    """Rows of a ``datasets.Dataset`` with a column of pictures (or of paths) and one of captions (or lists of them).
+
+    Args:
+        spec: a folder that ``save_to_disk`` wrote, or ``hf:NAME`` for ``datasets.load_dataset``.
+        split: which split, where there are several; by default ``"train"``.
+        config: the configuration of a dataset by name.
+        images: where relative paths start, for a column of paths.
+        fields: names of the columns.
+        **options: handed to ``load_dataset``, such as ``data_files`` or ``data_dir``.
+
+    Raises:
+        InputError: the dataset, the split or a column is not there.
+        MissingDependencyError: ``datasets`` is not installed.
+    """
+
+    kind = "datasets"
+
+    def __init__(
+        self,
+        spec: str,
+        *,
+        split: str | None = None,
+        config: str | None = None,
+        images: Path | None = None,
+        fields: Fields | None = None,
+        **options: Any,
+    ) -> None:
+        self.name = spec
+        self.images = images
+        self._data = _load(spec, split, config, options)
+        self._image, self._caption, self._tags = _columns(spec, self._data, fields or Fields())
+        refuse_empty(len(self._data), f"the dataset {spec!r}")
+
+    @property
+    def summary(self) -> str:
+        return f"dataset {self.name}: {len(self):,} rows"
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def key(self, index: int) -> str:
+        return f"row {index}"
+
+    def read(self, index: int) -> RawPair:
+        pair = RawPair(self.key(index))
+        try:
+            row = self._data[index]
+            pair.image = self._picture(arrow_values(row.column(self._image).combine_chunks())[0])
+            caption = arrow_values(row.column(self._caption).combine_chunks())[0]
+            pair.captions = [escaped(text) for text in parse_captions(caption)]
+            if self._tags is not None:
+                pair.tags = parse_tags(arrow_values(row.column(self._tags).combine_chunks())[0]) or []
+        except BadPairError as error:
+            pair.problem = str(error)
+        pair.problem = pair.problem or ("its picture is missing" if pair.image is None else None)
+        return pair
+
+    def caption_count(self, index: int) -> int:
+        value = arrow_values(self._data[index].column(self._caption).combine_chunks())[0]
+        return max(len(value), 1) if isinstance(value, list) else 1
+
+    def caption_counts(self) -> NDArray[np.int64]:
+        captions = self._data.select_columns([self._caption])
+        counts: list[int] = []
+        for start in range(0, len(captions), 10_000):
+            values = captions[start : start + 10_000].column(self._caption).combine_chunks()
+            counts += [max(len(v), 1) if isinstance(v, list) else 1 for v in arrow_values(values)]
+        return np.asarray(counts, np.int64)
+
+    def _picture(self, value: Any) -> Path | bytes | None:
+        if isinstance(value, dict):
+            if value.get("bytes") is not None:
+                return bytes(value["bytes"])
+            value = value.get("path")
+        if isinstance(value, bytes):
+            value = value.decode("utf-8", "surrogateescape")
+        return None if not value else (self.images or Path()) / value
+
+
+def _load(spec: str, split: str | None, config: str | None, options: dict[str, Any]) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{spec!r} needs Hugging Face datasets; pip install 'ttd-plugins[data]'"
+        ) from error
+    by_name = spec.startswith("hf:")
+    if not by_name and (config is not None or options):
+        given = "config" if config is not None else next(iter(options))
+        raise InputError(f"the option {given!r} is for datasets by name (hf:NAME), not for the folder {spec!r}")
+    try:
+        if by_name:
+            data: Any = datasets.load_dataset(spec.removeprefix("hf:"), config, **options)
+        else:
+            data = datasets.load_from_disk(spec)
+    # Loaders of datasets raise whatever their files and the network bring.
+    except Exception as error:
+        raise InputError(f"the dataset {spec!r} cannot be loaded: {one_sentence(error)}") from error
+    if hasattr(data, "keys"):
+        splits = list(data)
+        wanted = split or ("train" if "train" in splits or len(splits) != 1 else splits[0])
+        if wanted not in splits:
+            raise InputError(f"the dataset {spec!r}: {choices_sentence('split', wanted, splits)}")
+        data = data[wanted]
+    elif split is not None:
+        raise InputError(f"the dataset {spec!r} has no splits to choose {split!r} from")
+    for name, feature in data.features.items():
+        if isinstance(feature, datasets.Image):
+            data = data.cast_column(name, datasets.Image(decode=False))
+    return data.with_format("arrow")
+
+
+def _columns(spec: str, data: Any, fields: Fields) -> tuple[str, str, str | None]:
+    import datasets
+
+    names = list(data.features)
+    pictures = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
+
+    def choose(given: str | None, usual: tuple[str, ...], what: str) -> str | None:
+        if given is not None and given not in names:
+            raise InputError(f"the dataset {spec!r}: {choices_sentence(f'column for {what}', given, names)}")
+        return given or next((name for name in usual if name in names), None)
+
+    image = choose(fields.image, (*pictures, *IMAGE_NAMES), "pictures")
+    caption = choose(fields.caption, CAPTION_NAMES, "captions")
+    for found, what, option in ((image, "pictures", "image_column"), (caption, "captions", "caption_column")):
+        if found is None:
+            raise InputError(
+                f"no column of the dataset {spec!r} is known to hold {what} (columns: {listed(names)}); name it with "
+                f"{option}"
+            )
+    assert image is not None
+    assert caption is not None
+    return image, caption, choose(fields.tags, TAGS_NAMES, "tags")

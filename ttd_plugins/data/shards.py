@@ -1,0 +1,175 @@
+"""webdataset shards as img2dataset writes them: tar files that hold ``KEY.jpg``, ``KEY.txt`` and ``KEY.json``."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from ttd_plugins.data.pairs import (
+    IMAGE_SUFFIXES,
+    Fields,
+    RawPair,
+    ReadNow,
+    StreamSource,
+    TarSlice,
+    sidecar,
+)
+from ttd_plugins.errors import InputError, MissingDependencyError, one_sentence
+
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_IMAGES = frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES)
+
+
+def looks_like_shards(spec: str) -> bool:
+    """Whether a text names shards: a tar file, a brace or glob pattern of them, or an address."""
+    tail = spec.partition("::")[0].rstrip()
+    return bool(re.match(r"^[a-z][a-z0-9+]+:", spec) and not spec.startswith("hf:")) or tail.endswith(SHARD_SUFFIXES)
+
+
+class ShardPairs(StreamSource):
+    """Tar files in the order that they are named.
+
+    Args:
+        spec: a tar file, a folder of them, a pattern (``{00000..00331}.tar``, ``*.tar``), or addresses that
+            ``webdataset`` opens (``https:``, ``pipe:``).
+        fields: names of the JSON's fields.
+
+    Raises:
+        InputError: there is no such file.
+        MissingDependencyError: a brace pattern or an address without ``webdataset``.
+    """
+
+    kind = "shards"
+
+    def __init__(self, spec: str, fields: Fields | None = None) -> None:
+        self.name = spec
+        self.fields = fields or Fields()
+        self.shards = _expand(spec)
+
+    @property
+    def summary(self) -> str:
+        return f"shards {self.name}: {len(self.shards):,} tar files"
+
+    def read_shard(self, shard: str, eager: ReadNow) -> Iterator[RawPair]:
+        name = PurePosixPath(shard.replace("\\", "/")).name
+        group: dict[str, bytes | TarSlice] = {}
+        current = ""
+        count = 0
+        try:
+            for stem, suffix, content in self._members(shard, eager):
+                if stem != current and group:
+                    yield self._pair(name, current, group)
+                    count += 1
+                    group = {}
+                current = stem
+                group[suffix] = content
+        # From tarfile, gzip and zlib, and where the shard is streamed from; the rest of it is lost.
+        except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
+            reason = f"the shard cannot be read after {count} samples: {one_sentence(error)}"
+            yield RawPair(name, problem=reason)
+            # The sample before the break may have lost a part.
+            if not (set(group) & _IMAGES and set(group) & {"txt", "json"}):
+                return
+        if group:
+            yield self._pair(name, current, group)
+
+    def _members(self, shard: str, eager: ReadNow) -> Iterator[tuple[str, str, bytes | TarSlice]]:
+        with contextlib.ExitStack() as stack:
+            plain = _is_local(shard) and shard.endswith(".tar")
+            if _is_local(shard):
+                stream: IO[bytes] = stack.enter_context(open(shard, "rb"))
+            else:
+                stream = stack.enter_context(contextlib.closing(_gopen(shard)))
+            mode: Any = "r:" if plain else "r|*"
+            tar = stack.enter_context(tarfile.open(fileobj=stream, mode=mode))
+            for member in tar:
+                # tarfile remembers every member otherwise.
+                tar.members = []  # type: ignore[attr-defined]
+                if not member.isreg():
+                    continue
+                path = PurePosixPath(member.name)
+                stem, _, suffix = path.name.partition(".")
+                suffix = suffix.lower()
+                if not stem or (suffix not in _IMAGES and suffix not in ("txt", "json")):
+                    continue
+                stem = str(path.with_name(stem))
+                if plain and suffix in _IMAGES and not eager.on:
+                    yield stem, suffix, TarSlice(shard, member.offset_data, member.size)
+                    continue
+                content = tar.extractfile(member)
+                assert content is not None
+                yield stem, suffix, content.read()
+            if plain:
+                # tarfile takes a header that it cannot parse for the end.
+                stream.seek(tar.offset)  # type: ignore[attr-defined]
+                if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                    raise tarfile.ReadError("a header is broken or cut short")
+
+    def _pair(self, shard: str, key: str, group: dict[str, bytes | TarSlice]) -> RawPair:
+        pair = RawPair(f"{shard}/{key}")
+        suffix = next((suffix for suffix in group if suffix in _IMAGES), None)
+        if suffix is None:
+            held = ", ".join(f"{key}.{name}" for name in group)
+            pair.problem = f"it has no picture in its shard, only {held}"
+        else:
+            pair.image = group[suffix]
+            pair.where = f"{shard}/{key}.{suffix}"
+        text, record = group.get("txt"), group.get("json")
+        assert not isinstance(text, TarSlice)
+        assert not isinstance(record, TarSlice)
+        return sidecar(pair, text, record, self.fields, lines=False, missing="it has no caption in its shard")
+
+
+def _is_local(shard: str) -> bool:
+    return not re.match(r"^[a-z][a-z0-9+]+:", shard)
+
+
+def _webdataset(spec: str) -> Any:
+    try:
+        import webdataset
+    except ImportError as error:
+        raise MissingDependencyError(f"{spec!r} needs webdataset; pip install 'ttd-plugins[data]'") from error
+    return webdataset
+
+
+def _gopen(shard: str) -> Any:
+    return _webdataset(shard).gopen(shard)
+
+
+def _expand(spec: str) -> tuple[str, ...]:
+    folder = Path(spec)
+    if _is_local(spec) and folder.is_dir():
+        found = sorted(str(file) for file in folder.iterdir() if file.name.endswith(SHARD_SUFFIXES))
+        if not found:
+            raise InputError(f"the folder {spec!r} holds no tar files")
+        return tuple(found)
+    names: list[str] = [spec]
+    if not folder.exists() and ("{" in spec or "::" in spec):
+        try:
+            names = list(_webdataset(spec).shardlists.expand_urls(spec))
+        # braceexpand raises its own error, and an unset variable an AssertionError.
+        except (ValueError, AssertionError) as error:
+            raise InputError(f"the pattern {spec!r} cannot be expanded: {one_sentence(error)}") from error
+    shards: list[str] = []
+    for name in names:
+        if _is_local(name) and not Path(name).exists() and any(mark in name for mark in "*?["):
+            matching = sorted(glob.glob(name))
+            if not matching:
+                raise InputError(f"no file matches {name!r}")
+            shards += matching
+        else:
+            shards.append(name)
+    if not all(map(_is_local, shards)):
+        # Told now and not by a worker, later.
+        _webdataset(spec)
+    missing = [name for name in shards if _is_local(name) and not Path(name).is_file()]
+    if missing:
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"the shard {missing[0]!r} does not exist{more} (of {len(shards)} in {spec!r})")
+    return tuple(shards)
