@@ -20,7 +20,7 @@ import peft
 import torch
 import transformers
 from helpers_export import case, load_elsewhere, probe, snapshot, tuned, unchanged
-from helpers_full_size import BACKBONES, clip_tokenizer, open_clip_siglip_stand_in, siglip_stand_in
+from helpers_full_size import BACKBONES, open_clip_siglip_stand_in
 from helpers_hub import TOKENIZER_REPOSITORY, architectures
 from helpers_open_clip import tiny_clip
 from helpers_siglip import siglip_like_tokenizer
@@ -309,7 +309,7 @@ def test_the_original_package_builds_the_tuned_model_from_the_state_dict(kind: s
 
 @pytest.mark.parametrize("name", ["original_vit", "original_resnet"])
 def test_heads_of_another_width_are_refused_for_the_original_package(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="build_model.*heads"):
+    with pytest.raises(UnsupportedModelError, match=r"build_model.*heads"):
         export_backbone(BACKBONES[name].adapter(full=False), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -558,7 +558,8 @@ def test_the_card_says_what_is_known_and_nothing_else(tmp_path: Path) -> None:
     done = export_backbone(load("open_clip:tiny"), tmp_path / "out", card=card)
     text = (done.folder / "README.md").read_text()
     for part in ("| pairs | 591 |", "my \\| photographs &lt;b>of&lt;/b> shoes", "| lora.rank | 16 |", "Figures: after",
-                 "| tag AP | 0.971235 |", CITATION, "local-dir:PATH", "import open_clip", "arXiv 2404.00384"):  # fmt: skip
+                 "| tag AP | 0.971235 |", CITATION, "local-dir:PATH",
+                 "import open_clip", "arXiv 2404.00384"):  # fmt: skip
         assert part in text, part
     assert "None" not in text and "never set" not in text and str(tmp_path) not in text
     bare = export_backbone(load("openai_clip:tiny"), tmp_path / "bare")
@@ -586,7 +587,7 @@ def test_a_run_is_exported_by_its_folder_and_step(text: str, tmp_path: Path) -> 
     config = TrainConfig.from_dict(values)
     adapter = build_backbone(config)
     run.mkdir()
-    config.write(run / "config.yaml")
+    (run / "config.yaml").write_text(config.yaml())
     for step in (5, 9):
         with torch.no_grad():
             for parameter in adapter.model.parameters():

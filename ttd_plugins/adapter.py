@@ -293,8 +293,9 @@ class DenseAdapter(nn.Module, ABC):
     def export(self, folder: Path) -> ExportedModel:
         """Write the model as it is now into ``folder``, an empty one, in the format of the backbone's own library.
 
-        What is written loads without ttd_plugins and gives the same embeddings. :func:`ttd_plugins.export.export_backbone`
-        folds LoRA in before it calls this, takes it out again after, and renames the folder once it is complete.
+        What is written loads without ttd_plugins and gives the same embeddings.
+        :func:`ttd_plugins.export.export_backbone` folds LoRA in before it calls this, takes it out again after, and
+        renames the folder once it is complete.
 
         Raises:
             UnsupportedModelError: the family does not say how, or the library could not rebuild this model.

@@ -249,8 +249,8 @@ def render_card(adapter: DenseAdapter, model: ExportedModel, form: Form, card: M
         "",
         f"# {_text(base)}, {'LoRA of TTD' if form == 'lora' else 'tuned with TTD'}",
         "",
-        f"`{_code(base)}`, {what[form]} by ttd-plugins {__version__}. TTD teaches the similarity map of a whole caption to "
-        "match the union of its tags' maps, from image-text pairs alone ([arXiv 2404.00384](https://arxiv.org/abs/2404.00384)).",
+        f"`{_code(base)}`, {what[form]} by ttd-plugins {__version__}. TTD teaches the map of a whole caption "
+        "to match the union of its tags' maps, from image-text pairs alone ([arXiv 2404.00384](https://arxiv.org/abs/2404.00384)).",
         "",
         "## Loading",
         "",
@@ -268,15 +268,16 @@ def render_card(adapter: DenseAdapter, model: ExportedModel, form: Form, card: M
     ]
     if model.name is not None:
         lines += [f'In ttd-plugins again: `ttd_plugins.load("{model.name}")`.', ""]
-    height, width = description.image_size
+    (height, width), (rows, columns) = description.image_size, description.patch_size
     lines += _table(
         "Model",
         {
             "family": description.family,
             "architecture": description.model,
-            "image size": f"{height} x {width} pixels, patches of {description.patch_size[0]} x {description.patch_size[1]}",
+            "image size": f"{height} x {width} pixels, patches of {rows} x {columns}",
             "embedding": f"{description.embedding_width} numbers, not normalised",
-            "pixels": f"mean {_numbers(description.mean)}, std {_numbers(description.std)}, {description.interpolation}",
+            "mean, std": f"{_numbers(description.mean)}; {_numbers(description.std)}",
+            "interpolation": description.interpolation,
             "context": f"{description.context_length} tokens",
             "dense mode": description.dense_mode,
         },

@@ -95,7 +95,7 @@ class LoRAHandle:
         )
         if wrong:
             raise TTDError(
-                f"LoRA of other modules or of another rank was given ({len(wrong)} tensors differ, such as {wrong[0]}); "
+                f"this is LoRA of other modules or of another rank ({len(wrong)} tensors differ, such as {wrong[0]}); "
                 "load the backbone that it was made for, with the same dense mode"
             )
         with torch.no_grad():

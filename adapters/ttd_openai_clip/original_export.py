@@ -18,7 +18,7 @@ HALF = (
     "model.load_state_dict(safetensors.torch.load_file('PATH/model.safetensors')) after it give every digit back."
 )
 NOT_A_FILE = (
-    "clip.load takes files of torch.save alone: torch.save(safetensors.torch.load_file('PATH/model.safetensors'), FILE) "
+    "clip.load takes files of torch.save: torch.save(safetensors.torch.load_file('PATH/model.safetensors'), FILE) "
     "makes one, and brings clip's own preprocessing."
 )
 

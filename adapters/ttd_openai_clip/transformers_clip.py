@@ -145,7 +145,7 @@ class TransformersCLIPAdapter(OpenAICLIPAdapter):
         return out[1] if isinstance(out, tuple) else out.pooler_output
 
     def export(self, folder: Path) -> ExportedModel:
-        """Write the folder of transformers' ``save_pretrained``: model, image processor, and tokenizer where it is known.
+        """Write the folder of transformers' ``save_pretrained``: model, image processor, and the tokenizer if known.
 
         Raises:
             UnsupportedModelError: the model is of no class of transformers.

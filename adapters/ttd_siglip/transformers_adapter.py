@@ -142,7 +142,7 @@ class TransformersSiglipAdapter(SiglipAdapter):
         )
 
     def export(self, folder: Path) -> ExportedModel:
-        """Write the folder of transformers' ``save_pretrained``: model, image processor, and tokenizer where it is known.
+        """Write the folder of transformers' ``save_pretrained``: model, image processor, and the tokenizer if known.
 
         Raises:
             UnsupportedModelError: the model is of no class of transformers.

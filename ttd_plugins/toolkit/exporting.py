@@ -75,7 +75,8 @@ def difference(adapter: DenseAdapter, rebuilt: nn.Module) -> float:
             (adapter.encode_image(pixels).pooled, twin.encode_image(pixels).pooled),
             (adapter.encode_text(ids), twin.encode_text(ids)),
         ):
-            assert a is not None and b is not None
+            assert a is not None
+            assert b is not None
             if a.shape != b.shape:
                 return float("inf")
             apart = (a.float() - b.float()).norm(dim=-1) / a.float().norm(dim=-1).clamp_min(1e-12)

@@ -53,7 +53,7 @@ def export_transformers(
         if getattr(error, "errno", None) is not None or type(error).__name__ == "SafetensorError":
             raise
         raise UnsupportedModelError(
-            f"{name} cannot be exported: transformers does not save it or load it again ({one_sentence(error)}); {WAY_OUT}"
+            f"{name} cannot be exported: transformers does not save and load it ({one_sentence(error)}); {WAY_OUT}"
         ) from error
     absent = sorted(map(str, report["missing_keys"]))
     if absent:
