@@ -51,7 +51,7 @@ def run():
                 with torch.no_grad():
                     image, text = embeddings(space["model"], due["pixels"], due["ids"])
                 for name, found in (("image", image), ("text", text)):
-                    apart = float((found - due[name]).abs().max())
+                    apart = float(((found - due[name]).norm(dim=-1) / due[name].norm(dim=-1)).max())
                     answer[name] = max(answer.get(name, 0.0), apart)
             if "tokenizer" in space:
                 options = {"padding": "max_length", "truncation": True, "max_length": case["context"],
