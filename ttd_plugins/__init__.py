@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ttd_plugins.adapter import DenseAdapter
     from ttd_plugins.engine import TTD, TTDOptions
+    from ttd_plugins.fine_tuning import fine_tune
     from ttd_plugins.hookspecs import hookimpl
     from ttd_plugins.plugins import load, wrap
 
@@ -18,12 +19,13 @@ _WHERE = {
     "DenseAdapter": "ttd_plugins.adapter",
     "TTD": "ttd_plugins.engine",
     "TTDOptions": "ttd_plugins.engine",
+    "fine_tune": "ttd_plugins.fine_tuning",
     "hookimpl": "ttd_plugins.hookspecs",
     "load": "ttd_plugins.plugins",
     "wrap": "ttd_plugins.plugins",
 }
 
-__all__ = ["TTD", "DenseAdapter", "TTDOptions", "__version__", "hookimpl", "load", "wrap"]
+__all__ = ["TTD", "DenseAdapter", "TTDOptions", "__version__", "fine_tune", "hookimpl", "load", "wrap"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,12 +12,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from ttd_plugins.errors import ImageSizeError, PluginError
+from ttd_plugins.errors import ImageSizeError, PluginError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -136,6 +137,31 @@ class Tokens:
             )
 
 
+@dataclass(frozen=True)
+class ExportedModel:
+    """What :meth:`DenseAdapter.export` wrote, and how the backbone's own library loads it.
+
+    In every text ``PATH`` stands for the folder, which may be moved; :meth:`at` fills it in.
+
+    Attributes:
+        library: name of the package that loads it.
+        load: one line of code that gives the model.
+        more: further lines: another way to the model, its tokenizer, its preprocessing.
+        name: what :func:`ttd_plugins.load` takes for the same, or ``None`` where no name does.
+        notes: whole sentences on what was not saved or needs care.
+    """
+
+    library: str
+    load: str
+    more: tuple[str, ...] = ()
+    name: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def at(self, folder: str | Path) -> tuple[str, ...]:
+        """Every line of code with ``folder`` in the place of ``PATH``, :attr:`load` first."""
+        return tuple(line.replace("PATH", str(folder)) for line in (self.load, *self.more))
+
+
 ImageTransform = Callable[["Image"], Tensor]
 """A PIL image (any mode) to float32 pixels ``[3, height, width]``, normalised for the backbone."""
 
@@ -145,15 +171,19 @@ class DenseAdapter(nn.Module, ABC):
 
     The adapter holds the caller's model as :attr:`model` and never changes it: no hooks are left behind, no position
     embedding is overwritten, train/eval mode and ``requires_grad`` stay as found. The exceptions are the verbs that
-    say so: :meth:`add_lora`, :meth:`merge` and :meth:`unload`. Features are differentiable with respect to the model
-    and the pixels, and live on the device of their input and in the dtype of the model.
+    say so: :meth:`add_lora`, :meth:`merge`, :meth:`unload` and :meth:`set_grad_checkpointing`. Features are
+    differentiable with respect to the model and the pixels, and live on the device of their input and in the dtype of
+    the model.
 
     Attributes:
         model: the caller's model.
         owner: the plugin that made this adapter, for messages; ``None`` where it was made by hand.
+        lora_needs_adapter: whether the library's own forward passes some of the modules that LoRA wraps by (it reads
+            their weights and does not call them), so that unmerged LoRA counts in this adapter's features alone.
     """
 
     model: nn.Module
+    lora_needs_adapter: bool = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -229,9 +259,52 @@ class DenseAdapter(nn.Module, ABC):
         """Module classes for which the family brings a LoRA layer of its own, mapped to that layer's class."""
         return {}
 
+    def set_grad_checkpointing(self, enabled: bool = True) -> None:
+        """Run the blocks of both towers again in the backward pass, in place of keeping what they computed.
+
+        It acts while the model is in training mode, and changes memory and time alone. By default the model's own
+        switch is used: ``set_grad_checkpointing``, or a ``gradient_checkpointing_enable`` with its opposite.
+
+        Raises:
+            UnsupportedModelError: the model has no such switch.
+        """
+        model: Any = self.model
+        if hasattr(model, "set_grad_checkpointing"):
+            model.set_grad_checkpointing(enabled)
+            return
+        # The newer name first: the older one warns that it will go.
+        for verb in ("activation_checkpointing", "gradient_checkpointing"):
+            if hasattr(model, f"{verb}_enable") and hasattr(model, f"{verb}_disable"):
+                if enabled:
+                    # A reentrant pass gives no gradient to LoRA behind an input that needs none.
+                    getattr(model, f"{verb}_enable")(**{f"{verb}_kwargs": {"use_reentrant": False}})
+                else:
+                    getattr(model, f"{verb}_disable")()
+                return
+        raise UnsupportedModelError(
+            f"{self.description.name} has no switch for gradient checkpointing; train without it, with smaller batches "
+            "and more accumulation"
+        )
+
     @abstractmethod
     def tower_parameters(self, tower: Tower) -> Iterable[tuple[str, nn.Parameter]]:
         """Named parameters of one tower, as in ``self.model.named_parameters()``; the two towers share none."""
+
+    def export(self, folder: Path) -> ExportedModel:
+        """Write the model as it is now into ``folder``, an empty one, in the format of the backbone's own library.
+
+        What is written loads without ttd_plugins and gives the same embeddings.
+        :func:`ttd_plugins.export.export_backbone` folds LoRA in before it calls this, takes it out again after, and
+        renames the folder once it is complete.
+
+        Raises:
+            UnsupportedModelError: the family does not say how, or the library could not rebuild this model.
+            MissingDependencyError: the library is not installed.
+        """
+        raise UnsupportedModelError(
+            f"the family of {self.description.name} does not say how its models are exported; export the weights alone "
+            "with form='weights', or LoRA with form='lora'"
+        )
 
     # What every adapter has ----------------------------------------------------------------------------------------
 

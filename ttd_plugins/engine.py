@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ttd_plugins import losses, selection, similarity
+from ttd_plugins import distributed, losses, selection, similarity
 from ttd_plugins.adapter import (
     Calibration,
     DenseAdapter,
@@ -296,20 +296,38 @@ class TTD(nn.Module):
         """The map from cosine to probability in force."""
         return self.options.calibration or self.backbone.description.calibration
 
+    @property
+    def teacher(self) -> DenseAdapter | None:
+        """The copy that gives the targets; ``None`` where the backbone is its own teacher."""
+        return self._teacher[0] if self._teacher else None
+
     def forward(
-        self, images: Tensor, captions: Sequence[str], tags: Sequence[Sequence[str]] | None = None
+        self,
+        images: Tensor,
+        captions: Sequence[str],
+        tags: Sequence[Sequence[str]] | None = None,
+        groups: Sequence[str] | None = None,
     ) -> TTDOutput:
         """The loss of a batch of image-text pairs.
+
+        Where several processes train together (``torch.distributed`` is initialised) and gradients are enabled, the
+        batch is one with those of the other processes: the contrastive term has their pairs as negatives, and every
+        mean is over all of them, so that each process returns the loss of the joint batch, and the average of their
+        gradients is its gradient. Every process must then call it. Without gradients the batch stands alone.
 
         Args:
             images: ``[B, 3, height, width]``, normalised for the backbone; any size that it takes.
             captions: B strings; empty ones have no tags and join in the contrastive term only.
             tags: ready-made candidate tags of each caption; by default the extractor finds them.
+            groups: for each pair a name of its image; pairs of one image are no negatives in the contrastive term.
+                All processes give groups, or none.
 
         Raises:
-            InputError: there are not as many captions, or lists of tags, as images.
+            InputError: there are not as many captions, lists of tags or groups, as images.
         """
         options = self.options
+        if groups is not None and len(groups) != len(images):
+            raise InputError(f"{len(images)} images came with {len(groups)} groups; give one group an image")
         if torch.is_grad_enabled() and not self.backbone.has_lora:
             self.backbone.remember_weights()
         candidates = self.candidates(images, captions, tags)
@@ -324,23 +342,39 @@ class TTD(nn.Module):
                 distance = self._distance(alignment.tag_maps, targets.tag_maps)
                 weight = torch.where(targets.selected, torch.ones_like(distance), options.rejected_weight)
                 # Without tags, or with rejected ones of weight zero alone, both sums are zero and so is the loss.
-                parts["tag"] = (weight * distance).sum() / weight.sum().clamp_min(1e-6)
+                parts["tag"] = self._mean((weight * distance).sum(), weight.sum())
             if options.caption_weight > 0:
                 distance = self._distance(alignment.caption_maps, targets.union)
                 usable = targets.usable.float()
-                parts["distill"] = (usable * distance).sum() / usable.sum().clamp_min(1.0)
+                parts["distill"] = self._mean((usable * distance).sum(), usable.sum())
             if need_pooled:
                 assert alignment.pooled is not None
                 weights["contrastive"] = options.contrastive_weight
-                parts["contrastive"] = losses.contrastive_loss(
+                parts["contrastive"] = self._contrastive(
                     alignment.pooled,
                     alignment.captions,
-                    scale=similarity.promote(self.backbone.logit_scale()),
-                    bias=self.backbone.logit_bias(),
-                    form=self.backbone.description.logits,
+                    groups,
                 )
             loss = sum((weights[name] * part for name, part in parts.items()), alignment.caption_maps.sum() * 0)
         return TTDOutput(loss, {name: part.detach() for name, part in parts.items()}, alignment, targets)
+
+    def _mean(self, total: Tensor, count: Tensor) -> Tensor:
+        """``total / count`` over the joint batch of all processes while training, of this one otherwise."""
+        return distributed.joint_mean(total, count) if torch.is_grad_enabled() else total / count.clamp_min(1e-6)
+
+    def _contrastive(self, pooled: Tensor, captions: Tensor, groups: Sequence[str] | None) -> Tensor:
+        numbers = None if groups is None else distributed.group_numbers(groups, pooled.device)
+        if torch.is_grad_enabled():
+            pooled, captions = distributed.gather_rows(pooled), distributed.gather_rows(captions)
+            numbers = None if numbers is None else distributed.gather_rows(numbers)
+        return losses.contrastive_loss(
+            pooled,
+            captions,
+            scale=similarity.promote(self.backbone.logit_scale()),
+            bias=self.backbone.logit_bias(),
+            form=self.backbone.description.logits,
+            groups=numbers,
+        )
 
     def candidates(
         self, images: Tensor, captions: Sequence[str], tags: Sequence[Sequence[str]] | None = None

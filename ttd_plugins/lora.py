@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ttd_plugins.adapter import TOWERS, Tower
 from ttd_plugins.errors import InputError, MissingDependencyError, TTDError, UnsupportedModelError, one_sentence
@@ -19,11 +22,17 @@ if TYPE_CHECKING:
 ADAPTER_NAME = "default"
 """The name that peft knows our LoRA by; its state-dict helpers take it by default."""
 
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PEFT_TYPE, OWN_TYPE = "LORA", "TTD_LORA"
+PREFIX = "base_model.model."
+"""What peft puts before the names of a model's modules in its files."""
+
 
 @dataclass
 class _Place:
     """Where a LoRA layer is put, and the base module that it wraps."""
 
+    name: str
     parent: nn.Module
     child: str
     base: nn.Module
@@ -32,6 +41,12 @@ class _Place:
     def layer(self) -> Any:
         """What stands there now."""
         return getattr(self.parent, self.child)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """LoRA's own parameters by their names in the layer, without the adapter's name."""
+        base = {id(parameter) for parameter in self.base.parameters()}
+        named = self.layer.named_parameters()
+        return {name.replace(f".{ADAPTER_NAME}.", "."): p for name, p in named if id(p) not in base}
 
 
 @dataclass
@@ -51,11 +66,42 @@ class LoRAHandle:
 
     def parameters(self) -> list[nn.Parameter]:
         """The LoRA parameters, layer by layer in the model's order."""
-        parameters: list[nn.Parameter] = []
-        for place in self._places:
-            base = {id(parameter) for parameter in place.base.parameters()}
-            parameters.extend(p for p in place.layer.parameters() if id(p) not in base)
-        return parameters
+        return [parameter for place in self._places for parameter in place.parameters().values()]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """LoRA's tensors on the CPU, by the names that ``adapter_model.safetensors`` has for them."""
+        self._require_inside()
+        return {
+            f"{PREFIX}{place.name}.{name}": parameter.detach().cpu().contiguous()
+            for place in self._places
+            for name, parameter in place.parameters().items()
+        }
+
+    @property
+    def needs_own_layers(self) -> bool:
+        """Whether some layer is none of peft's, so that peft alone cannot serve what :func:`save_lora` writes."""
+        return not all(type(place.layer).__module__.startswith("peft.") for place in self._places)
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the tensors of a file into the layers, which must want exactly these.
+
+        Raises:
+            TTDError: one is absent, is one too many, or does not fit; nothing is changed then.
+        """
+        self._require_inside()
+        due = self.tensors()
+        wrong = sorted(due.keys() ^ tensors.keys()) or sorted(
+            name for name, tensor in due.items() if tensor.shape != tensors[name].shape
+        )
+        if wrong:
+            raise TTDError(
+                f"this is LoRA of other modules or of another rank ({len(wrong)} tensors differ, such as {wrong[0]}); "
+                "load the backbone that it was made for, with the same dense mode"
+            )
+        with torch.no_grad():
+            for place in self._places:
+                for name, parameter in place.parameters().items():
+                    parameter.copy_(tensors[f"{PREFIX}{place.name}.{name}"])
 
     def merge(self) -> None:
         """Add LoRA to the base weights, in place, and take the layers out.
@@ -64,14 +110,52 @@ class LoRAHandle:
             TTDError: LoRA holds values that are not finite (nothing is changed), or is no longer in the model.
         """
         self._require_inside()
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters()):
-            raise TTDError(
-                "LoRA holds values that are not finite, so it was not merged; unload() gives the model back as it was"
-            )
+        self._require_finite()
         for place in self._places:
             if not place.layer.merged:
                 place.layer.merge()
         self._take_out()
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """The model as :meth:`merge` would leave it, for as long as the context lasts; then bitwise as it was before.
+
+        The weights of the wrapped modules are kept twice meanwhile.
+
+        Raises:
+            TTDError: LoRA holds values that are not finite, or is no longer in the model.
+        """
+        self._require_inside()
+        self._require_finite()
+        layers = [place.layer for place in self._places]
+        ours = [layer for layer in layers if not layer.merged]
+        kept = [(p, p.detach().clone()) for place in self._places for p in place.base.parameters()]
+        known = getattr(self._model, "peft_config", None)
+        try:
+            for layer in ours:
+                layer.merge()
+            for place in self._places:
+                setattr(place.parent, place.child, place.base)
+            if known is not None:
+                del self._model.peft_config
+            yield
+        finally:
+            if known is not None:
+                self._model.peft_config = known
+            for place, layer in zip(self._places, layers, strict=True):
+                setattr(place.parent, place.child, layer)
+            for layer in ours:
+                if layer.merged:
+                    layer.unmerge()
+            with torch.no_grad():
+                for parameter, value in kept:
+                    parameter.copy_(value)
+
+    def _require_finite(self) -> None:
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters()):
+            raise TTDError(
+                "LoRA holds values that are not finite, so it was not merged; unload() gives the model back as it was"
+            )
 
     def remove(self) -> None:
         """Take LoRA out: the very modules and tensors from before are back, bitwise.
@@ -164,7 +248,8 @@ def attach_lora(
     if layers:
         config._register_custom_module(layers)
     places = [
-        _Place(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], b) for name, b in bases.items()
+        _Place(name, model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], base)
+        for name, base in bases.items()
     ]
     handle = LoRAHandle(config=config, towers=towers, _model=model, _places=places, _flags=flags)
     try:
@@ -177,6 +262,109 @@ def attach_lora(
     for place in places:
         _like_base(place)
     return handle
+
+
+def save_lora(adapter: DenseAdapter, folder: str | Path) -> bool:
+    """Write LoRA alone into an existing folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Where every layer is peft's own and the library's own forward calls it, this is peft's format and
+    ``peft.PeftModel.from_pretrained`` takes the folder. Elsewhere the two files are alike, but ``peft_type`` is
+    ``TTD_LORA``: peft then refuses the folder, where it would otherwise put layers of its own that compute something
+    else in the place of ours, and :func:`load_lora` takes it.
+
+    Returns:
+        Whether peft alone suffices.
+
+    Raises:
+        TTDError: the model has no LoRA.
+        OSError, safetensors.SafetensorError: the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    handle = adapter._lora
+    if handle is None:
+        raise TTDError(f"{adapter.description.name} has no LoRA that could be saved; add_lora() puts it in")
+    alone = not (handle.needs_own_layers or adapter.lora_needs_adapter)
+    settings = handle.config.to_dict() | {
+        "peft_type": PEFT_TYPE if alone else OWN_TYPE,
+        "base_model_name_or_path": adapter.description.model,
+        "inference_mode": True,
+    }
+    content = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+    save_file(handle.tensors(), str(Path(folder) / WEIGHTS_FILE), metadata={"format": "pt"})
+    (Path(folder) / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return alone
+
+
+def load_lora(adapter: DenseAdapter, folder: str | Path) -> DenseAdapter:
+    """Put the LoRA that :func:`save_lora` wrote back into the same backbone, bitwise and ready to be trained.
+
+    Args:
+        adapter: the backbone that it was made for, in the same dense mode, without LoRA.
+        folder: the folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns:
+        The adapter that was given.
+
+    Raises:
+        TTDError: a file cannot be read, or belongs to another backbone; the adapter is left without LoRA then.
+        MissingDependencyError: peft is not installed.
+    """
+    folder = Path(folder)
+    content, tensors = _read_lora(folder)
+    unknown = _foreign_options(content)
+    if unknown:
+        raise TTDError(
+            f"{folder / CONFIG_FILE} describes more than plain LoRA ({', '.join(unknown)}); load it with peft"
+        )
+    names = {name.removeprefix(PREFIX) for name in tensors}
+    towers: list[Tower] = [
+        tower
+        for tower in TOWERS
+        if any(name.startswith(f"{target}.") for target in adapter.lora_targets(tower) for name in names)
+    ]
+    if not towers:
+        raise TTDError(
+            f"{folder} holds LoRA for none of the modules of {adapter.description.name}; load the backbone that it was "
+            f"made for ({content.get('base_model_name_or_path') or 'its name was not saved'})"
+        )
+    adapter.add_lora(int(content["r"]), alpha=content["lora_alpha"], dropout=content["lora_dropout"], towers=towers)
+    handle = adapter._lora
+    assert handle is not None
+    try:
+        handle.fill(tensors)
+    except BaseException:
+        handle.remove()
+        adapter._lora = None
+        raise
+    return adapter
+
+
+def _read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        if content["peft_type"] not in (PEFT_TYPE, OWN_TYPE):
+            raise ValueError(f"its peft_type is {content['peft_type']}")
+        numbers = [content[name] for name in ("r", "lora_alpha", "lora_dropout")]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError("r, lora_alpha and lora_dropout must be numbers")
+        return content, load_file(str(folder / WEIGHTS_FILE))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise TTDError(
+            f"no LoRA can be read from {folder} ({type(error).__name__}: {one_sentence(error)}); give a folder with "
+            f"{CONFIG_FILE} and {WEIGHTS_FILE}, as save_lora writes them"
+        ) from error
+
+
+def _foreign_options(content: Mapping[str, Any]) -> list[str]:
+    """Names of the settings that change what LoRA computes and that ours never has."""
+    plain = {"bias": ("none", None), "init_lora_weights": (True, False, None)}
+    names = ("use_dora", "use_rslora", "lora_bias", "bias", "modules_to_save", "layer_replication", "target_parameters",
+             "trainable_token_indices", "fan_in_fan_out", "rank_pattern", "alpha_pattern")  # fmt: skip
+    return [name for name in names if content.get(name) and content[name] not in plain.get(name, ())]
 
 
 def _import_peft() -> Any:

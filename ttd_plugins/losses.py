@@ -76,6 +76,7 @@ def contrastive_loss(
     scale: Tensor | float,
     bias: Tensor | float | None = None,
     form: LogitForm = "softmax",
+    groups: Tensor | None = None,
 ) -> Tensor:
     """The backbone's own loss over a batch of pairs, in at least float32, under autocast too.
 
@@ -86,20 +87,29 @@ def contrastive_loss(
         bias: added to the logits.
         form: ``"softmax"``: the symmetric InfoNCE (arXiv 2103.00020); ``"sigmoid"``: the pairwise loss
             (arXiv 2303.15343), summed over a row and averaged over rows.
+        groups: int64 ``[B]``; pairs of one group show the same image, and are no negatives of each other.
 
     Returns:
         A scalar.
     """
+    siblings = None
+    if groups is not None:
+        siblings = (groups[:, None] == groups) & ~torch.eye(len(groups), dtype=torch.bool, device=groups.device)
     with torch.autocast(image.device.type, enabled=False):
         logits = scale * normalize(image) @ normalize(text).T
     if bias is not None:
         logits = logits + bias
     if form == "softmax":
+        if siblings is not None:
+            logits = logits.masked_fill(siblings, -torch.inf)
         labels = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
     if form == "sigmoid":
         signs = 2 * torch.eye(len(logits), device=logits.device) - 1
-        return -F.logsigmoid(signs * logits).sum(-1).mean()
+        terms = -F.logsigmoid(signs * logits)
+        if siblings is not None:
+            terms = terms.masked_fill(siblings, 0)
+        return terms.sum(-1).mean()
     raise InputError(f"unknown form of logits {form!r}; known: {', '.join(get_args(LogitForm))}")
 
 
@@ -131,6 +141,13 @@ class ContrastiveLoss(nn.Module):
         super().__init__()
         self.form: LogitForm = form
 
-    def forward(self, image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float | None = None) -> Tensor:
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        scale: Tensor | float,
+        bias: Tensor | float | None = None,
+        groups: Tensor | None = None,
+    ) -> Tensor:
         """``[B, D]`` and ``[B, D]`` to a scalar; see :func:`contrastive_loss`."""
-        return contrastive_loss(image, text, scale=scale, bias=bias, form=self.form)
+        return contrastive_loss(image, text, scale=scale, bias=bias, form=self.form, groups=groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ttd_plugins.adapter import (
     BackboneDescription,
     Calibration,
     DenseAdapter,
+    ExportedModel,
     ImageFeatures,
     ImageTransform,
     Size,
@@ -248,6 +250,30 @@ class OpenCLIPAdapter(DenseAdapter):
         """The logit bias of a model trained with a sigmoid loss, a scalar tensor, or ``None``."""
         bias = getattr(self.model, "logit_bias", None)
         return None if bias is None else bias.reshape(())
+
+    def export(self, folder: Path) -> ExportedModel:
+        """Write the model as open_clip's own folder, which ``local-dir:PATH`` loads, tokenizer included.
+
+        An architecture without a name is described by a configuration that is read off the model.
+
+        Raises:
+            UnsupportedModelError: open_clip builds no such model.
+            MissingDependencyError: open_clip is not installed.
+        """
+        from ttd_open_clip.configuration import read_config
+        from ttd_open_clip.library import import_open_clip
+        from ttd_plugins.toolkit.open_clip_export import export_open_clip
+
+        own = getattr(self._visual, "preprocess_cfg", None) or {}
+        return export_open_clip(
+            self,
+            folder,
+            open_clip=import_open_clip(),
+            tokenizer=self.tokenizer,
+            normalisation=self._normalisation,
+            resize_mode=own.get("resize_mode", "shortest"),
+            inferred=read_config(self.model),
+        )
 
     # Training ------------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttd_openai_clip.adapter import OpenAICLIPAdapter
-from ttd_plugins.adapter import ImageFeatures, Tower
+from ttd_plugins.adapter import ExportedModel, ImageFeatures, Tower
 from ttd_plugins.errors import UnsupportedModelError
 from ttd_plugins.toolkit.attention import (
     attention_dropout,
@@ -103,11 +104,30 @@ class OriginalCLIPAdapter(OpenAICLIPAdapter):
             for name in ("attn", "mlp.c_fc", "mlp.c_proj")
         ]
 
+    def set_grad_checkpointing(self, enabled: bool = True) -> None:
+        """Set the attribute that stands for the switch which the package lacks; see the contract."""
+        model: Any = self.model
+        for part in (model.transformer, getattr(model.visual, "transformer", model.visual)):
+            part.grad_checkpointing = enabled
+
     def lora_layers(self) -> Mapping[type[nn.Module], type[nn.Module]]:
         """Our own LoRA layer for ``nn.MultiheadAttention``, which leaves the base weights alone; needs peft."""
         from ttd_plugins.toolkit.attention_lora import LoRAMultiheadAttention
 
         return {nn.MultiheadAttention: LoRAMultiheadAttention}
+
+    def export(self, folder: Path) -> ExportedModel:
+        """Write a state dict that the original package's ``build_model`` takes, as safetensors.
+
+        ``build_model`` reads sizes off the tensors, takes heads of 64 channels for granted, and casts most weights to
+        float16; what it takes for granted is checked here.
+
+        Raises:
+            UnsupportedModelError: ``build_model`` would build another model.
+        """
+        from ttd_openai_clip.original_export import export_original
+
+        return export_original(self, folder)
 
 
 class OriginalViTAdapter(OriginalCLIPAdapter):
@@ -190,6 +210,8 @@ class OriginalResNetAdapter(OriginalCLIPAdapter):
     """
 
     default_dense = "value_only"
+    # The original hands the weights of its attention pool to a function.
+    lora_needs_adapter = True
 
     def _embedding_widths(self) -> tuple[int, int]:
         projection: Any = base_layer(self._visual.attnpool.c_proj)

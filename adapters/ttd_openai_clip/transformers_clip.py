@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ttd_openai_clip.adapter import OpenAICLIPAdapter
+from ttd_openai_clip.download import HubTokenizer
+from ttd_openai_clip.preprocessing import image_processor
 from ttd_openai_clip.structure import TRANSFORMERS_ATTENTION
-from ttd_plugins.adapter import ImageFeatures, Tower
-from ttd_plugins.errors import UnsupportedModelError
+from ttd_plugins.adapter import ExportedModel, ImageFeatures, Tower
+from ttd_plugins.errors import TTDError, UnsupportedModelError
 from ttd_plugins.toolkit.attention import split_heads
 from ttd_plugins.toolkit.dense import DenseMode
 from ttd_plugins.toolkit.last_block import BlockParts, last_block
@@ -140,6 +143,38 @@ class TransformersCLIPAdapter(OpenAICLIPAdapter):
             return out
         # Version 5 gives an output object, or a plain tuple if its configuration says so.
         return out[1] if isinstance(out, tuple) else out.pooler_output
+
+    def export(self, folder: Path) -> ExportedModel:
+        """Write the folder of transformers' ``save_pretrained``: model, image processor, and the tokenizer if known.
+
+        Raises:
+            UnsupportedModelError: the model is of no class of transformers.
+            MissingDependencyError: transformers is not installed.
+        """
+        from ttd_openai_clip.library import import_transformers
+        from ttd_plugins.toolkit.transformers_export import export_transformers
+
+        transformers = import_transformers()
+        own = image_processor(self._preprocess)
+        if not hasattr(own, "save_pretrained"):
+            height, width = self.description.image_size
+            own = transformers.CLIPImageProcessor(
+                size={"shortest_edge": max(height, width)},
+                crop_size={"height": height, "width": width},
+                image_mean=list(self._normalisation.mean),
+                image_std=list(self._normalisation.std),
+                resample=2 if self._normalisation.interpolation == "bilinear" else 3,
+            )
+        tokenizer, notes = self.tokenizer, []
+        if isinstance(tokenizer, HubTokenizer):
+            try:
+                tokenizer = tokenizer.load()
+            except TTDError as error:
+                tokenizer = None
+                notes.append(f"The tokenizer could not be fetched ({error}).")
+        return export_transformers(
+            self, folder, transformers=transformers, tokenizer=tokenizer, processor=own, notes=tuple(notes)
+        )
 
     # Training ------------------------------------------------------------------------------------------------------
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ttd_plugins.adapter import ImageTransform, Tower
+from ttd_plugins.adapter import ExportedModel, ImageTransform, Tower
 from ttd_plugins.toolkit import text_tower
 from ttd_plugins.toolkit.attention import has_hooks, is_plain_attention, run_blocks, split_heads
 from ttd_plugins.toolkit.last_block import BlockParts
@@ -202,6 +203,25 @@ class TimmSiglipAdapter(SiglipAdapter):
         }
         config = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), found))
         return NativeTransform(image_transform_v2(config, is_train=False))
+
+    def export(self, folder: Path) -> ExportedModel:
+        """Write the model as open_clip's own folder, which ``local-dir:PATH`` loads, if open_clip has its architecture.
+
+        Raises:
+            UnsupportedModelError: open_clip builds no such model.
+            MissingDependencyError: open_clip is not installed.
+        """
+        from ttd_plugins.toolkit.open_clip_export import export_open_clip
+        from ttd_siglip.library import import_open_clip
+
+        return export_open_clip(
+            self,
+            folder,
+            open_clip=import_open_clip(),
+            tokenizer=self.tokenizer,
+            normalisation=self._normalisation,
+            resize_mode=(self._own_preprocessing() or {}).get("resize_mode", "squash"),
+        )
 
     # Training ------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ttd_plugins.adapter import ImageTransform, Tower
+from ttd_plugins.adapter import ExportedModel, ImageTransform, Tower
 from ttd_plugins.toolkit.attention import attention_dropout, has_hooks, is_plain_attention, project_some, split_heads
 from ttd_plugins.toolkit.last_block import BlockParts
 from ttd_plugins.toolkit.lora_targets import base_layer
@@ -168,16 +169,43 @@ class TransformersSiglipAdapter(SiglipAdapter):
         if self._preprocess is not None:
             own = image_processor(self._preprocess)
             return NativeTransform(ProcessorTransform(own) if hasattr(own, "image_mean") else own)
+        return NativeTransform(ProcessorTransform(self._own_processor()))
+
+    def _own_processor(self) -> Any:
+        """transformers' image processor for SigLIP, with this model's size and normalisation."""
         from transformers import SiglipImageProcessor
 
         height, width = self._input_size()
-        processor = SiglipImageProcessor(
+        return SiglipImageProcessor(
             size={"height": height, "width": width},
             image_mean=list(self._normalisation.mean),
             image_std=list(self._normalisation.std),
             resample=2 if self._normalisation.interpolation == "bilinear" else 3,
         )
-        return NativeTransform(ProcessorTransform(processor))
+
+    def export(self, folder: Path) -> ExportedModel:
+        """Write the folder of transformers' ``save_pretrained``: model, image processor, and the tokenizer if known.
+
+        Raises:
+            UnsupportedModelError: the model is of no class of transformers.
+            MissingDependencyError: transformers is not installed.
+        """
+        from ttd_plugins.toolkit.transformers_export import export_transformers
+        from ttd_siglip.library import import_transformers
+
+        own = image_processor(self._preprocess)
+        note = (
+            f'Tokenise with padding="max_length", max_length={self._context_length()}, truncation=True and '
+            'padding_side="right": the text tower looks at every position and pools the last.'
+        )
+        return export_transformers(
+            self,
+            folder,
+            transformers=import_transformers(),
+            tokenizer=self.tokenizer,
+            processor=own if hasattr(own, "save_pretrained") else self._own_processor(),
+            notes=(note,),
+        )
 
     # Training ------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,20 @@ import typer
 from typer.core import TyperGroup
 
 from ttd_plugins import __version__
-from ttd_plugins.cli import backbones, bench, calibrate, check_adapter, demo, heatmap, new_adapter, plugins, prune, tags
+from ttd_plugins.cli import (
+    backbones,
+    bench,
+    calibrate,
+    check_adapter,
+    demo,
+    export,
+    heatmap,
+    new_adapter,
+    plugins,
+    prune,
+    tags,
+    train,
+)
 from ttd_plugins.errors import PluginWarning, TTDError
 
 USER_ERROR = 2
@@ -22,6 +35,8 @@ INTERRUPTED = 130
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo.command,
+    "train": train.command,
+    "export": export.command,
     "tags": tags.command,
     "heatmap": heatmap.command,
     "backbones": backbones.command,

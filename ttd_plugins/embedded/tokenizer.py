@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,31 @@ class TinyTokenizer:
         self.__dict__.update(state)
         # The library leaves this setting out of its pickles.
         self._tokenizer.encode_special_tokens = True
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``tokenizer.json`` and ``tokenizer_config.json``, from which transformers' ``AutoTokenizer`` loads the
+        same: start and end token around the text, padding at the right, special tokens spelled in a text left as text.
+        """
+        from tokenizers import Tokenizer, processors
+
+        whole = Tokenizer.from_str(self._tokenizer.to_str())
+        ends = [(START, self.sot_token_id), (END, self.eot_token_id)]
+        whole.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=ends)
+        whole.save(str(Path(folder) / "tokenizer.json"))
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": START,
+            "eos_token": END,
+            "pad_token": PAD,
+            "model_max_length": self.context_length,
+            "padding_side": "right",
+            "truncation_side": "right",
+            "split_special_tokens": True,
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+        }
+        text = json.dumps(settings, indent=2) + "\n"
+        (Path(folder) / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` without start and end token, of any length."""

@@ -1,0 +1,70 @@
+"""``ttd export``: a tuned backbone for the pipeline that it came from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ttd_plugins.cli import maps
+from ttd_plugins.errors import InputError
+
+if TYPE_CHECKING:
+    from ttd_plugins.export import Exported
+
+
+def command(
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; new, or empty.", show_default=False)],
+    run: Annotated[Path | None, typer.Argument(help="Folder of a run of `ttd train`.", show_default=False)] = None,
+    form: Annotated[
+        str,
+        typer.Option(
+            "--form",
+            help="native: what the backbone's own library loads; lora: the small LoRA alone, for peft; weights: the "
+            "state dict alone.",
+        ),
+    ] = "native",
+    step: Annotated[int | None, typer.Option("--step", help="Checkpoint to take.  [default: the last]")] = None,
+    backbone: Annotated[
+        str | None, typer.Option("--backbone", help="In place of a run: a backbone by name, as it is.")
+    ] = None,
+    backbone_option: maps.BackboneSettings = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
+) -> None:
+    """Write a tuned backbone for its own library.
+
+    An open_clip folder, a transformers folder, or LoRA in peft's format, with a model card. Loads without ttd-plugins.
+    """
+    if (run is None) == (backbone is None):
+        raise InputError("give either the folder of a run or --backbone NAME")
+    if backbone is not None and step is not None:
+        raise InputError("--step picks a checkpoint of a run, and --backbone has none; leave one of them out")
+    if backbone is None and backbone_option:
+        raise InputError("--backbone-option goes with --backbone; a run's own settings say how its backbone is built")
+    from ttd_plugins.export import FORMS, export_backbone, export_run
+    from ttd_plugins.plugins import load
+
+    if form not in FORMS:
+        raise InputError(f"--form must be one of {', '.join(FORMS)}, not {form!r}")
+    chosen: Any = form
+    if backbone is not None:
+        done = export_backbone(load(backbone, **maps.parse_settings(backbone_option)), out, form=chosen)
+    else:
+        assert run is not None
+        done = export_run(run, out, form=chosen, step=step)
+    if as_json:
+        typer.echo(json.dumps(done.as_dict(), indent=2))
+    else:
+        print_export(done)
+
+
+def print_export(done: Exported) -> None:
+    """Print where the files are, how they are loaded, and what needs care."""
+    typer.echo(f"wrote {done.folder}: {', '.join(done.files)}")
+    typer.echo(f"load it with {done.model.library}:")
+    for line in done.model.at(done.folder):
+        typer.echo(f"  {line}")
+    for note in done.model.notes:
+        typer.echo(f"note: {note.replace('PATH', str(done.folder))}")

@@ -1,0 +1,382 @@
+"""A tuned backbone back into the form in which it came: its own library's files, LoRA alone, or the weights alone.
+
+What is written holds safetensors and JSON, and a model card. A folder is complete or absent: everything goes into a
+hidden folder beside it, which gets its name at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from ttd_plugins import __version__
+from ttd_plugins.adapter import ExportedModel
+from ttd_plugins.errors import InputError, TTDError, choices_sentence, one_sentence
+
+if TYPE_CHECKING:
+    from ttd_plugins.adapter import DenseAdapter
+
+Form = Literal["native", "lora", "weights"]
+FORMS: tuple[Form, ...] = get_args(Form)
+CARD_FILE, WEIGHTS_FILE = "README.md", "model.safetensors"
+
+CITATION = """\
+@inproceedings{jo2024ttd,
+  title     = {{TTD}: Text-Tag Self-Distillation Enhancing Image-Text Alignment in {CLIP} to Alleviate Single Tag Bias},
+  author    = {Jo, Sanghyun and Ryu, Soohyun and Kim, Sungyub and Yang, Eunho and Kim, Kyungsu},
+  booktitle = {European Conference on Computer Vision (ECCV)},
+  year      = {2024}
+}"""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a model card may say beyond how to load the model; nothing that is left out is made up.
+
+    Attributes:
+        base: name of the backbone that was tuned; by default the adapter's own.
+        data: what it was tuned on, a text or named facts.
+        settings: named settings of the run; a nested mapping becomes ``outer.inner``.
+        figures: what was measured: a number by its name, or numbers by name under a heading each.
+        licence: a note on licences; by default that those of the base and of the data hold on.
+    """
+
+    base: str | None = None
+    data: str | Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    licence: str | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What :func:`export_backbone` wrote.
+
+    Attributes:
+        folder: where it is.
+        form: ``"native"``, ``"lora"`` or ``"weights"``.
+        files: every file, relative to the folder, in order.
+        model: how it is loaded.
+    """
+
+    folder: Path
+    form: Form
+    files: tuple[str, ...]
+    model: ExportedModel
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as a mapping that JSON can write."""
+        return {
+            "folder": str(self.folder),
+            "form": self.form,
+            "files": list(self.files),
+            "library": self.model.library,
+            "load": list(self.model.at(self.folder)),
+            "name": None if self.model.name is None else self.model.name.replace("PATH", str(self.folder)),
+            "notes": [note.replace("PATH", str(self.folder)) for note in self.model.notes],
+        }
+
+
+def export_backbone(
+    adapter: DenseAdapter, out: str | Path, *, form: Form = "native", card: ModelCard | None = None
+) -> Exported:
+    """Write a backbone as it is now, with a model card beside it, into the new folder ``out``.
+
+    The adapter is left bitwise as it was, LoRA in place, so that training can go on. Where LoRA is in it, ``"native"``
+    and ``"weights"`` fold it in for as long as they write. ``"native"`` also loads what it wrote with the backbone's
+    library, where that can be imported, and compares embeddings, which takes the memory of a second model.
+
+    Args:
+        adapter: the backbone, with or without LoRA.
+        out: the folder; it must not exist, or be empty.
+        form: ``"native"`` for what the backbone's own library loads, ``"lora"`` for the small LoRA alone in peft's
+            format, ``"weights"`` for the state dict alone, which ``load_state_dict`` of the same model takes.
+        card: what the model card says.
+
+    Raises:
+        InputError: the form is unknown, or the folder is not empty or cannot be written (a full disk included); nothing
+            is left there then.
+        UnsupportedModelError: the library could not rebuild this model, with the reason.
+        TTDError: there is no LoRA to save, or it holds values that are not finite.
+        MissingDependencyError: the backbone's library is not installed.
+    """
+    if form not in FORMS:
+        raise InputError(choices_sentence("form of export", str(form), FORMS))
+    if form == "lora" and not adapter.has_lora:
+        raise TTDError(
+            f"{adapter.description.name} has no LoRA that could be exported alone; export it with form='native', or "
+            "form='weights'"
+        )
+    card = card if card is not None else ModelCard()
+    out = Path(out)
+    # Before anything slow, so that a wrong path is told at once.
+    _require_free(out)
+    with _complete_or_absent(out) as folder:
+        if form == "lora":
+            model = _write_lora(adapter, folder)
+        elif adapter._lora is not None:
+            with adapter._lora.folded():
+                model = _write_model(adapter, folder, form)
+        else:
+            model = _write_model(adapter, folder, form)
+        (folder / CARD_FILE).write_text(render_card(adapter, model, form, card), encoding="utf-8")
+        files = tuple(sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()))
+    return Exported(out, form, files, model)
+
+
+def export_run(run: str | Path, out: str | Path, *, form: Form = "native", step: int | None = None) -> Exported:
+    """Write the backbone of a training run; see :func:`export_backbone`.
+
+    Args:
+        run: the run's folder.
+        out: the folder to write.
+        form: as in :func:`export_backbone`.
+        step: the checkpoint's step; the last one by default.
+
+    Raises:
+        TTDError: the run cannot be read, or as :func:`export_backbone` says.
+    """
+    _require_free(Path(out))
+    adapter, card = read_run(Path(run), step)
+    return export_backbone(adapter, out, form=form, card=card)
+
+
+# Writing -------------------------------------------------------------------------------------------------------------
+
+
+def _write_model(adapter: DenseAdapter, folder: Path, form: Form) -> ExportedModel:
+    if form == "native":
+        return adapter.export(folder)
+    from ttd_plugins.toolkit.exporting import write_weights
+
+    write_weights(adapter.model, folder / WEIGHTS_FILE)
+    return ExportedModel(
+        "safetensors",
+        f'model.load_state_dict(safetensors.torch.load_file("PATH/{WEIGHTS_FILE}"))',
+        notes=(f"The weights alone: `model` has to be built as it was before, a {_class_of(adapter)}.",),
+    )
+
+
+def _write_lora(adapter: DenseAdapter, folder: Path) -> ExportedModel:
+    from ttd_plugins.lora import save_lora
+
+    lora = {id(parameter) for parameter in adapter.lora_parameters()}
+    others = [name for name, p in adapter.model.named_parameters() if p.requires_grad and id(p) not in lora]
+    lost = [name for name in others if not name.startswith("logit_")]
+    if lost:
+        raise TTDError(
+            f"{adapter.description.name} has {len(lost)} tensors beside LoRA that were trained as well, such as "
+            f"{lost[0]}, which LoRA alone would leave out; export it with form='native'"
+        )
+    alone = save_lora(adapter, folder)
+    description = adapter.description
+    ours = f'ttd_plugins.lora.load_lora(ttd_plugins.load("{description.name}"), "PATH")'
+    dense = f"load_lora wants the backbone in the dense mode {description.dense_mode}, which decides what LoRA wraps."
+    left = tuple(f"{name}, which was trained as well, is not part of LoRA." for name in others)
+    if alone:
+        kind = f"`base` is the untuned model, a {_class_of(adapter)}."
+        return ExportedModel(
+            "peft", 'model = peft.PeftModel.from_pretrained(base, "PATH")', (ours,), None, (kind, dense, *left)
+        )
+    why = (
+        "peft alone refuses this folder, because it has no layer that computes the same for some of the modules; "
+        "ttd_plugins.lora.load_lora reads it back exactly, and form='native' needs neither."
+    )
+    return ExportedModel("ttd_plugins", ours, notes=(why, dense, *left))
+
+
+def _class_of(adapter: DenseAdapter) -> str:
+    return f"{type(adapter.model).__module__}.{type(adapter.model).__qualname__}"
+
+
+def _require_free(out: Path) -> None:
+    try:
+        if out.exists() and not out.is_dir():
+            raise InputError(f"{str(out)!r} is a file; give another folder to export to")
+        if out.is_dir() and any(out.iterdir()):
+            raise InputError(f"the folder {str(out)!r} is not empty; give another one to export to")
+    except OSError as error:
+        raise InputError(f"{str(out)!r} cannot be read ({error.strerror}); give another folder to export to") from error
+
+
+@contextmanager
+def _complete_or_absent(out: Path) -> Iterator[Path]:
+    """A hidden folder beside ``out``, which becomes ``out`` if all goes well and is removed otherwise."""
+    from safetensors import SafetensorError
+
+    beside: Path | None = None
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.part-", dir=out.absolute().parent))
+        inner = beside / "export"
+        inner.mkdir()
+        yield inner
+        # An empty folder of that name gives way.
+        os.replace(inner, out)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or one_sentence(error)
+        raise InputError(
+            f"{str(out)!r} cannot be written ({reason}); free some space or give another folder"
+        ) from error
+    finally:
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+# The card ------------------------------------------------------------------------------------------------------------
+
+
+def render_card(adapter: DenseAdapter, model: ExportedModel, form: Form, card: ModelCard) -> str:
+    """The model card as Markdown: what it is, how it is loaded, and what is known of data, settings and figures."""
+    description = adapter.description
+    base = card.base or description.name
+    what = {
+        "native": "tuned with Text-Tag Self-Distillation (TTD)",
+        "lora": "the LoRA that Text-Tag Self-Distillation (TTD) trained, without its backbone",
+        "weights": "the weights after Text-Tag Self-Distillation (TTD), without a configuration",
+    }
+    lines = [
+        "---",
+        f"library_name: {model.library}",
+        "tags: [clip, image-text, ttd, text-tag-self-distillation]",
+        "---",
+        "",
+        f"# {_text(base)}, {'LoRA of TTD' if form == 'lora' else 'tuned with TTD'}",
+        "",
+        f"`{_code(base)}`, {what[form]} by ttd-plugins {__version__}. TTD teaches the map of a whole caption "
+        "to match the union of its tags' maps, from image-text pairs alone ([arXiv 2404.00384](https://arxiv.org/abs/2404.00384)).",
+        "",
+        "## Loading",
+        "",
+        "`PATH` is this folder.",
+        "",
+        "```python",
+        f"import {', '.join(sorted(_packages(model)))}",
+        "",
+        model.load,
+        *model.more,
+        "```",
+        "",
+        *(f"- {_text(note)}" for note in model.notes),
+        *([""] if model.notes else []),
+    ]
+    if model.name is not None:
+        lines += [f'In ttd-plugins again: `ttd_plugins.load("{model.name}")`.', ""]
+    (height, width), (rows, columns) = description.image_size, description.patch_size
+    lines += _table(
+        "Model",
+        {
+            "family": description.family,
+            "architecture": description.model,
+            "image size": f"{height} x {width} pixels, patches of {rows} x {columns}",
+            "embedding": f"{description.embedding_width} numbers, not normalised",
+            "mean, std": f"{_numbers(description.mean)}; {_numbers(description.std)}",
+            "interpolation": description.interpolation,
+            "context": f"{description.context_length} tokens",
+            "dense mode": description.dense_mode,
+        },
+    )
+    if isinstance(card.data, str):
+        lines += ["## Data", "", _text(card.data), ""] if card.data else []
+    else:
+        lines += _table("Data", _flat(card.data))
+    lines += _table("Settings", _flat(card.settings))
+    plain = {name: value for name, value in card.figures.items() if not isinstance(value, Mapping)}
+    lines += _table("Figures", plain)
+    for heading, figures in card.figures.items():
+        if isinstance(figures, Mapping):
+            lines += _table(f"Figures: {_text(heading)}", _flat(figures))
+    licence = card.licence or (
+        f"The weights come from `{_code(base)}`: its licence holds for them, and so may that of the data. ttd-plugins "
+        "itself is under the MIT licence."
+    )
+    lines += ["## Licence", "", _text(licence) if card.licence else licence, ""]
+    lines += ["## Citation", "", "```bibtex", CITATION, "```", ""]
+    return "\n".join(lines)
+
+
+def _packages(model: ExportedModel) -> set[str]:
+    """Top-level packages that the lines of code name."""
+    known = ("open_clip", "transformers", "peft", "ttd_plugins", "clip", "safetensors")
+    text = " ".join(line.replace("open_clip.", "open_clip .") for line in (model.load, *model.more))
+    words = text.replace("(", " ").replace("=", " ").split()
+    named = {name for name in known if any(word == name or word.startswith(f"{name}.") for word in words)}
+    return {
+        "safetensors.torch" if name == "safetensors" else "clip.model" if name == "clip" else name for name in named
+    }
+
+
+def _table(title: str, rows: Mapping[str, Any]) -> list[str]:
+    if not rows:
+        return []
+    body = [f"| {_text(name)} | {_text(_value(value))} |" for name, value in rows.items()]
+    return [f"## {title}", "", "| | |", "|---|---|", *body, ""]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return ", ".join(map(_value, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
+
+
+def _text(value: Any) -> str:
+    """A text on one line, in which nothing is taken for Markdown's tables or HTML."""
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _code(value: str) -> str:
+    return " ".join(value.split()).replace("`", "'")
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+
+def read_run(run: Path, step: int | None = None) -> tuple[DenseAdapter, ModelCard]:
+    """The backbone of a run at a step, LoRA in place, and what its folder says for the model card.
+
+    Raises:
+        TTDError: the run or the checkpoint cannot be read.
+    """
+    from ttd_plugins.training.checkpoints import read_state, restore_backbone
+    from ttd_plugins.training.config import TrainConfig
+
+    adapter = restore_backbone(run, step)
+    config, state = asdict(TrainConfig.read(run / "config.yaml")), read_state(run, step)
+    source = config["data"]["source"]
+    data = {
+        # A path says nothing to others, but the name of the folder or file does.
+        "source": Path(source).name if source and Path(source).is_absolute() else source,
+        "captions": config["data"]["captions"],
+        "image_size": config["data"]["image_size"],
+    }
+    how = {name: config["run"][name] for name in ("seed", "mixed_precision")}
+    settings = {
+        "step": state["step"],
+        "towers": config["towers"],
+        "optimizer": config["optimizer"],
+        "ttd": config["ttd"],
+    }
+    figures = {name: value for name, value in state.get("figures", {}).items() if isinstance(value, int | float)}
+    logged = {"last logged figures of the training": figures} if figures else {}
+    base = config["backbone"]["name"] or adapter.description.name
+    return adapter, ModelCard(base=base, data=data, settings=settings | how, figures=logged)
