@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +120,9 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
     )
 )
 def test_whatever_yaml_holds_is_a_configuration_or_one_sentence(values: Any) -> None:
-    try:
+    with suppress(InputError):
         config = TrainConfig.from_dict(values)
-    except InputError as error:
-        assert "\n" not in str(error) or isinstance(values, dict)
-    else:
-        assert TrainConfig.from_dict(config.as_dict()).as_dict().keys() == config.as_dict().keys()
+        assert TrainConfig.from_dict(config.as_dict()) == config
 
 
 def test_the_first_difference_is_named_but_for_what_does_not_matter() -> None:

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 
 pytest.importorskip("accelerate", reason="needs the extra 'train'")
-pytest.importorskip("open_clip", reason="needs the extra 'open_clip'")
-pytest.importorskip("peft", reason="needs the extra 'lora'")
 
-from helpers_training import assert_same, caption_of, log_of
+from helpers_training import assert_same, caption_of, log_of, run_on_folder
 from PIL import Image
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
-from ttd_plugins.training.checkpoints import checkpoint_steps, read_checkpoint, restore_backbone
+from ttd_plugins import cli
+from ttd_plugins.training.checkpoints import checkpoint_steps, read_checkpoint
+from ttd_plugins.training.run import TrainingStoppedError
 
 PROGRAM = "from ttd_plugins.cli import main; main()"
 
@@ -49,7 +50,8 @@ def command(pairs: Path, out: Path, *, steps: int, resume: bool = False) -> list
 
 
 def started(arguments: list[str]) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -77,36 +79,52 @@ def assert_as_left_alone(out: Path, whole: Path) -> None:
     assert not list(out.rglob("*.part"))
 
 
+TOY = """
+import sys
+from pathlib import Path
+from helpers_training import run_on_folder
+from ttd_plugins.training.run import TrainingStoppedError
+try:
+    run_on_folder(Path(sys.argv[1]), Path(sys.argv[2]), slowly=0.1)
+except TrainingStoppedError as stopped:
+    sys.exit(stopped.status)
+"""
+
+
 def test_a_run_that_is_killed_once_and_stopped_once_ends_as_the_one_left_alone(tmp_path: Path) -> None:
-    pairs, steps = make_pairs(tmp_path / "pairs"), 7
-    said = finished(command(pairs, tmp_path / "whole", steps=steps))
-    assert "the tuned weights" in said and str(tmp_path / "whole" / "log.jsonl") in said
-    out = tmp_path / "out"
-    process = started(command(pairs, out, steps=steps))
-    while len(checkpoint_steps(out)) < 1 and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert_readable(out)
-    process = started(command(pairs, out, steps=steps, resume=True))
-    assert process.stderr is not None
-    # It says so when it takes the first step, which is after its handlers are there.
-    assert "going on after step" in process.stderr.readline()
-    time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate()
-    if process.returncode:  # it may have been at its end already
-        assert process.returncode == 143, errors
-        assert "stopped by SIGTERM after step" in errors and "--resume" in errors and "Traceback" not in errors
-    finished(command(pairs, out, steps=steps, resume=True))
-    assert_as_left_alone(out, tmp_path / "whole")
-    assert restore_backbone(out).has_lora
+    pairs, whole, out = make_pairs(tmp_path / "pairs"), tmp_path / "whole", tmp_path / "out"
+    run_on_folder(pairs, whole)
+    assert len((whole / "skipped.jsonl").read_text().splitlines()) == 2
+    for number, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)):
+        before = checkpoint_steps(out)
+        process = started([sys.executable, "-c", TOY, str(pairs), str(out)])
+        while checkpoint_steps(out)[-1:] == before[-1:] and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(number)
+        _, errors = process.communicate()
+        assert process.returncode == status, errors
+        assert_readable(out)
+        assert 0 < checkpoint_steps(out)[-1] < checkpoint_steps(whole)[-1]
+    run_on_folder(pairs, out)
+    assert_as_left_alone(out, whole)
+
+
+def test_the_command_ends_with_the_status_of_the_signal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        error = TrainingStoppedError("stopped by SIGTERM after step 3")
+        error.status = 143
+        raise error
+
+    monkeypatch.setattr("ttd_plugins.fine_tuning.fine_tune", stopped)
+    found = CliRunner().invoke(cli.app, ["train", "--backbone", "open_clip:tiny", "--out", str(tmp_path)])
+    assert found.exit_code == 143 and "stopped by SIGTERM after step 3" in found.output
 
 
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments_and_resumed_each_time(tmp_path: Path) -> None:
-    pairs, steps = make_pairs(tmp_path / "pairs"), 60
+    pytest.importorskip("open_clip", reason="needs the extra 'open_clip'")
+    pytest.importorskip("peft", reason="needs the extra 'lora'")
+    pairs, steps = make_pairs(tmp_path / "pairs"), 24
     begun = time.monotonic()
     finished(command(pairs, tmp_path / "whole", steps=steps))
     seconds = time.monotonic() - begun
@@ -115,8 +133,8 @@ def test_killed_at_twenty_random_moments_and_resumed_each_time(tmp_path: Path) -
     while kills < 20:
         process = started(command(pairs, out, steps=steps, resume=True))
         try:
-            # Somewhere between its first breath and the end of a whole run.
-            process.wait(moments.uniform(0.1, 1.0) * seconds)
+            # Somewhere between its start and the end of a whole run.
+            process.wait(moments.uniform(0.3, 1.0) * seconds)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             kills += 1
