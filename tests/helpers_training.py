@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from toy_backbone import ToyAdapter, toy, toy_images
 
 from ttd_plugins.training.config import TrainConfig
-from ttd_plugins.training.run import TrainResult, train_run
+from ttd_plugins.training.run import Reporter, TrainResult, train_run
 
 WORDS = "dog cat kite owl grass sky tree boat lamp red blue old small".split()
 
@@ -97,6 +98,19 @@ def run_toy(
 ) -> TrainResult:
     backbone = toy(dropout=0.3) if backbone is None else backbone
     return train_run(config or toy_config(), out, backbone=backbone, loader=pairs or MemoryPairs(), **more)
+
+
+def run_on_folder(pairs: Path, out: Path, *, slowly: float = 0.0) -> TrainResult:
+    """A toy tuned on a folder of pictures, on from where it stopped; ``slowly`` seconds go by after each step."""
+
+    class Slow(Reporter):
+        def stepped(self, step: int, loss: float) -> None:
+            time.sleep(slowly)
+
+    config = toy_config(
+        data={"source": str(pairs)}, optimizer={"steps": 12}, run={"log_every": 2, "checkpoint_every": 3, "keep": 2}
+    )
+    return train_run(config, out, backbone=toy(dropout=0.3), resume=True, reporter=Slow())
 
 
 TIMES = {"images_per_second", "seconds_per_step", "data_seconds_per_step"}

@@ -532,6 +532,16 @@ def test_wrong_input_is_told_before_any_work(count: int, captions: Any, tags: An
     assert (ttd.backbone.images, ttd.backbone.texts) == ([], [])
 
 
+def test_captions_of_one_image_are_no_negatives_of_each_other() -> None:
+    images, captions = toy_images(1).expand(3, -1, -1, -1), CAPTIONS[:3]
+    plain = engine()(images, captions).losses["contrastive"]
+    apart = engine()(images, captions, groups=["a", "b", "c"]).losses["contrastive"]
+    assert torch.equal(plain, apart)
+    assert engine()(images, captions, groups=["a", "a", "a"]).losses["contrastive"].item() == 0.0
+    with pytest.raises(InputError, match="3 images came with 2 groups"):
+        engine()(images, captions, groups=["a", "b"])
+
+
 def test_an_extractor_that_loses_captions_is_told() -> None:
     def careless(captions: Sequence[str]) -> list[list[str]]:
         return [["dog"]]

@@ -131,6 +131,56 @@ def test_a_broken_contrastive_term_is_noticed(form: str, old: str, new: str, mon
     assert_caught(check)
 
 
+def check_siblings(form: str) -> None:
+    """Pairs of one image are left out of each other's negatives, and stay in everybody else's."""
+    rng = np.random.default_rng(4)
+    image, text = torch.from_numpy(rng.standard_normal((2, 5, 3)))
+    groups = torch.tensor([7, 2, 7, 7, 5])
+    found = losses.contrastive_loss(image, text, scale=4.0, bias=-1.0, form=form, groups=groups)  # type: ignore[arg-type]
+    cosine = (F.normalize(image) @ F.normalize(text).T).tolist()
+    total = 0.0
+    for i in range(5):
+        others = [j for j in range(5) if j != i and groups[j] != groups[i]]
+        logits = [[4.0 * row[j] - 1.0 for j in range(5)] for row in cosine]
+        if form == "softmax":
+            rows = sum(np.exp(logits[i][j]) for j in [i, *others])
+            columns = sum(np.exp(logits[j][i]) for j in [i, *others])
+            total += (np.log(rows) + np.log(columns)) / 2 - logits[i][i]
+        else:
+            total += slow.softplus(-logits[i][i]) + sum(slow.softplus(logits[i][j]) for j in others)
+    np.testing.assert_allclose(found, total / 5, rtol=1e-9)
+    alone = losses.contrastive_loss(image, text, scale=4.0, bias=-1.0, form=form, groups=torch.arange(5))  # type: ignore[arg-type]
+    plain = losses.contrastive_loss(image, text, scale=4.0, bias=-1.0, form=form)  # type: ignore[arg-type]
+    assert alone == plain and plain != found
+
+
+@pytest.mark.parametrize("form", get_args(losses.LogitForm))
+def test_pairs_of_one_image_are_no_negatives_of_each_other(form: str) -> None:
+    check_siblings(form)
+
+
+@pytest.mark.parametrize(
+    ("form", "old", "new"),
+    [
+        ("softmax", "masked_fill(siblings, -torch.inf)", "masked_fill(siblings, 0)"),
+        ("sigmoid", "masked_fill(siblings, 0)", "masked_fill(siblings.T & False, 0)"),
+        ("softmax", "& ~torch.eye", "& torch.eye"),
+        ("sigmoid", "groups[:, None] == groups", "groups[:, None] != groups"),
+    ],
+)
+def test_broken_siblings_are_noticed(form: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "contrastive_loss", mutant(losses.contrastive_loss, old, new))
+    assert_caught(lambda: check_siblings(form))
+
+
+def test_a_batch_of_siblings_alone_is_finite_with_its_gradient() -> None:
+    for form in get_args(losses.LogitForm):
+        image, text = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
+        loss = losses.contrastive_loss(image, text, scale=10.0, form=form, groups=torch.zeros(3, dtype=torch.long))
+        loss.backward()
+        assert bool(torch.isfinite(loss)) and bool(torch.isfinite(image.grad).all())
+
+
 # Gradients -----------------------------------------------------------------------------------------------------------
 
 

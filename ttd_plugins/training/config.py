@@ -41,7 +41,7 @@ class DataConfig:
         workers: processes that decode, for each training process.
         max_skipped: how many unusable samples (a whole number) or which share of them (a fraction) stop the run;
             ``None`` means that none do.
-        loader: further options of :class:`ttd_plugins.data.PairLoader`.
+        loader: ``shuffle``, ``drop_last`` and ``buffer`` of :class:`ttd_plugins.data.PairLoader`.
     """
 
     source: str | None = None

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ttd_plugins import distributed
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.engine import TTD, TTDOutput, evaluation_mode
-from ttd_plugins.errors import InputError, MissingDependencyError, TTDError, one_sentence
+from ttd_plugins.errors import InputError, MissingDependencyError, TTDError, choices_sentence, one_sentence
 from ttd_plugins.training import checkpoints
 from ttd_plugins.training.config import TrainConfig, first_difference
 from ttd_plugins.training.loop import learning_rate_factor
@@ -264,6 +264,8 @@ class _Run:
         elif self.main:
             self.log.cut(-1)
             self.nonfinite.cut(-1)
+        # Not before all is known to be well, so that a mistake leaves no run behind.
+        self._agreed(lambda: write_whole(out / "config.yaml", self.config.yaml()))
         self.point = _Point(self.epoch, self.position, checkpoints.random_state())
         self.batch_in_epoch = self.position is not None
         self.saved = self.step if checkpoints.checkpoint_steps(out) else -1
@@ -289,11 +291,11 @@ class _Run:
     def _open(self, config: TrainConfig, resume: bool) -> TrainConfig:
         """Make the folder of the run, or take up the one that is there."""
         file = self.out / "config.yaml"
-        if file.exists():
+        log = self.out / "log.jsonl"
+        if file.exists() and (checkpoints.checkpoint_steps(self.out) or (log.exists() and log.stat().st_size)):
             if not resume:
                 raise InputError(f"{self.out} holds a run already; go on with --resume, or give another --out")
-            kept = TrainConfig.read(file)
-            different = first_difference(kept, config, ignore=HARMLESS)
+            different = first_difference(TrainConfig.read(file), config, ignore=HARMLESS)
             if different is not None:
                 raise InputError(
                     f"{different} is not what the run in {self.out} was started with; leave it as it was, or start "
@@ -301,7 +303,6 @@ class _Run:
                 )
         make_folder(self.out / checkpoints.FOLDER)
         checkpoints.sweep(self.out)
-        write_whole(file, config.yaml())
         return config
 
     def _loader(self, given: PairBatches | Callable[[DenseAdapter, int, int], PairBatches] | None) -> PairBatches:
@@ -734,9 +735,12 @@ def open_loader(config: TrainConfig, backbone: DenseAdapter, out: Path, rank: in
     data = config.data
     if data.source is None:
         raise InputError("no data is named; give data.source (--data), as in a folder of name.jpg and name.txt")
-    from ttd_plugins.data.loader import PairLoader
-    from ttd_plugins.data.pairs import open_pairs
+    from ttd_plugins.data import PairLoader, open_pairs
 
+    known = ("shuffle", "drop_last", "buffer")
+    for option in data.loader:
+        if option not in known:
+            raise InputError(choices_sentence("key", f"data.loader.{option}", [f"data.loader.{one}" for one in known]))
     return PairLoader(
         open_pairs(data.source, **data.options),
         backbone.dense_transform(data.image_size),
