@@ -119,9 +119,10 @@ def label_candidates(
 ) -> list[bool | None]:
     """Whether each candidate tag is a true tag.
 
-    A candidate names a mention where, somewhere in the caption, it lies inside it ("light" in "traffic light") or ends
-    with it ("baseball player" with "player"). It is true if any mention that it names is true, and unknown (``None``)
-    if none is true and one is unknown.
+    A candidate names a mention where, somewhere in the caption, it ends where that ends: "light" of "traffic light", and
+    "baseball player" of "player". It is true if any mention that it names is true, and unknown (``None``) if none is
+    true and one is unknown. A word inside a mention, short of its end, qualifies what is shown and names nothing by
+    itself ("stop" of "stop sign"); it is unknown where the picture may show the whole.
 
     Args:
         caption: the caption.
@@ -137,11 +138,10 @@ def label_candidates(
         for start in range(len(words) - len(own) + 1 if own else 0):
             end = start + len(own)
             if words[start:end] == own:
-                verdicts += [
-                    verdict
-                    for mention, verdict in zip(mentions, true, strict=True)
-                    if (mention.start <= start and end <= mention.end)
-                    or (start <= mention.start and end == mention.end)
-                ]
+                for mention, verdict in zip(mentions, true, strict=True):
+                    if end == mention.end and mention.end > mention.start:
+                        verdicts.append(verdict)
+                    elif mention.start <= start and end < mention.end:
+                        verdicts.append(None if verdict is not False else False)
         labels.append(True if True in verdicts else None if None in verdicts else False)
     return labels

@@ -60,7 +60,8 @@ class MaskFiles(SegmentationData):
             raise InputError(f"limit must be 1 or more, not {limit}")
         self.root, self.split, self.limit = existing_root(root, self.name), split, limit
         self.layout = ""
-        self._pairs = self._repackaged() or self.find()
+        repackaged = self._repackaged()
+        self._pairs = self.find() if repackaged is None else repackaged
         if not self._pairs:
             raise DatasetError(f"the split {split!r} of {self.name} in {str(self.root)!r} has no pictures")
         if limit is not None:

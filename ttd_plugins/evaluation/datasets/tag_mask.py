@@ -42,7 +42,7 @@ from ttd_plugins.evaluation.true_tags import Mention, mentions_of_tags
 class TagMask(CaptionData):
     """Reader of CC3M-TagMask under the assumptions above.
 
-    A word of the caption is a true tag where it lies inside a tag or ends with one. A tag whose words are not in the
+    A word of the caption is a true tag where it ends as a tag does. A tag whose words are not in the
     caption in that order cannot be a candidate, and its mask still belongs to the caption's region.
 
     Args:
