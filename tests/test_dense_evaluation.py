@@ -84,8 +84,8 @@ def test_pamr_agrees_with_loops(seed: int, height: int, width: int, dilations: t
 
 def test_pamr_leaves_constant_planes_alone_on_any_picture() -> None:
     rng = np.random.default_rng(0)
-    planes = torch.tensor([0.0, 0.4, 1.0])[:, None, None].expand(3, 30, 40)
-    for picture in (torch.from_numpy(rng.random((3, 30, 40))), torch.full((3, 30, 40), 0.3)):
+    planes = torch.tensor([0.0, 0.4, 1.0])[:, None, None].expand(3, 12, 14)
+    for picture in (torch.from_numpy(rng.random((3, 12, 14))), torch.full((3, 12, 14), 0.3)):
         torch.testing.assert_close(pamr(planes, picture), planes.contiguous(), atol=1e-5, rtol=0)
 
 

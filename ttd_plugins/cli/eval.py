@@ -224,9 +224,7 @@ def _dense(
         try:
             numbers = tuple(float(scale) for scale in scales.split(","))
         except ValueError:
-            raise InputError(
-                f"--scales takes numbers such as 1,0.5 with commas between, not {scales!r}"
-            ) from None
+            raise InputError(f"--scales takes numbers such as 1,0.5 with commas between, not {scales!r}") from None
     changes = _given(size=size, resize=resize, scales=numbers, flip=flip, window=window, stride=stride, refine=refine)
     return replace(dense, **changes)
 
@@ -295,9 +293,7 @@ def print_result(result: EvaluationResult, preset: str) -> None:
     cost = f"{seconds:.2f} s an image, " if seconds is not None else ""
     console.print(f"{content['done']} of {content['images']} images; {cost}peak memory {peak / 2**30:.2f} GiB")
     if content["figures"] is None:
-        console.print(
-            "other processes have images to do; the last one writes results.json, or run this again"
-        )
+        console.print("other processes have images to do; the last one writes results.json, or run this again")
     elif content["path"]:
         console.print(f"results: {content['path']}", markup=False)
 

@@ -119,9 +119,9 @@ def label_candidates(
 ) -> list[bool | None]:
     """Whether each candidate tag is a true tag.
 
-    A candidate names a mention where, somewhere in the caption, it ends where that ends: "light" of "traffic light", and
-    "baseball player" of "player". It is true if any mention that it names is true, and unknown (``None``) if none is
-    true and one is unknown. A word inside a mention, short of its end, qualifies what is shown and names nothing by
+    A candidate names a mention where, somewhere in the caption, it ends where that ends: "light" of "traffic light",
+    and "baseball player" of "player". It is true if any mention that it names is true, and unknown (``None``) if none
+    is true and one is unknown. A word inside a mention, short of its end, qualifies what is shown and names nothing by
     itself ("stop" of "stop sign"); it is unknown where the picture may show the whole.
 
     Args:

@@ -238,6 +238,7 @@ def run_protocol(
     settings: dict[str, Any],
     *,
     check: Callable[[Sequence[str], Callable[[int], None]], None],
+    prepare: Callable[[], object] | None = None,
     out: Path | str | None = None,
     rank: int = 0,
     world: int = 1,
@@ -253,6 +254,7 @@ def run_protocol(
         summarise: figures of an iterable of records; it may hold no more of them than it needs.
         settings: what makes two runs the same.
         check: looks at the files of the pictures that this process will do, before any is computed.
+        prepare: called once between the check and the first picture; its time is no picture's.
         out: folder of the records and ``results.json``; ``None`` keeps everything in memory.
         rank, world: this process does every ``world``-th picture, starting at ``rank``.
         stage: announces stages, for progress bars.
@@ -273,6 +275,8 @@ def run_protocol(
     pending = [key for key in keys[rank::world] if key not in done]
     if pending:
         check(pending, stage("check files", len(pending)))
+        if prepare is not None:
+            prepare()
         advance = stage(f"{protocol}: images", len(pending))
         for key in pending:
             start = time.perf_counter()

@@ -169,7 +169,7 @@ def evaluate_segment(
         return run_protocol(
             "segment", adapter, list(data.keys()), one,
             partial(segment_figures, classes=[names.name for names in data.classes]), settings,
-            check=data.check, out=out, rank=rank, world=world, stage=stage,
+            check=data.check, prepare=embeddings, out=out, rank=rank, world=world, stage=stage,
         )  # fmt: skip
 
 

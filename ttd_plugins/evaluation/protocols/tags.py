@@ -20,6 +20,7 @@ from ttd_plugins import selection
 from ttd_plugins.adapter import Calibration, DenseAdapter
 from ttd_plugins.data.images import read_image
 from ttd_plugins.engine import TTDOptions, evaluation_mode
+from ttd_plugins.errors import InputError
 from ttd_plugins.evaluation.datasets import CaptionData
 from ttd_plugins.evaluation.dense import DenseOptions, dense_features
 from ttd_plugins.evaluation.metrics import SelectionCounts, average_precision, retrieval_recalls, selection_counts
@@ -102,6 +103,8 @@ def evaluate_tags(
     from ttd_plugins.plugins import make_tag_extractor
 
     options = options or TagProtocol()
+    if options.dense.refine:
+        raise InputError("tags are scored by their nearest patch, before any refinement; leave PAMR out")
     # The engine's own check of the template, the rule and the score.
     TTDOptions(template=options.template, rule=options.rule, threshold=options.threshold)
     extractor = make_tag_extractor(options.extractor, **options.extractor_options)
@@ -115,17 +118,18 @@ def evaluate_tags(
         assert features.pooled is not None
         captions = [truth.caption for truth in item.captions]
         caption_embeddings = texts(captions)
+        candidates = extractor(captions)
+        # Each distinct tag once: equal scores of one picture are then equal to the last bit, whatever the batch.
+        distinct = list(dict.fromkeys(tag for tags in candidates for tag in tags))
+        embeddings = texts([options.template.replace("{}", tag) for tag in distinct])
+        place = {tag: number for number, tag in enumerate(distinct)}
+        pixel = features.maps(embeddings).flatten(1).amax(1) if distinct else embeddings.new_zeros(0)
+        image = embeddings @ features.pooled.to(embeddings)
         found = []
         all_nouns = nouns(captions) if nouns is not None else [[] for _ in captions]
-        for truth, tags, named, caption in zip(
-            item.captions, extractor(captions), all_nouns, caption_embeddings, strict=True
-        ):
-            embeddings = texts([options.template.replace("{}", tag) for tag in tags])
-            scores = {
-                "pixel": features.maps(embeddings).flatten(1).amax(1) if tags else embeddings.new_zeros(0),
-                "image": embeddings @ features.pooled.to(embeddings),
-                "text": embeddings @ caption,
-            }
+        for truth, tags, named, caption in zip(item.captions, candidates, all_nouns, caption_embeddings, strict=True):
+            rows = torch.tensor([place[tag] for tag in tags], dtype=torch.long, device=embeddings.device)
+            scores = {"pixel": pixel[rows], "image": image[rows], "text": (embeddings @ caption)[rows]}
             index = torch.zeros(len(tags), dtype=torch.long, device=embeddings.device)
             selected = {
                 name: selection.select_tags(
