@@ -241,8 +241,11 @@ def test_colours_of_the_voc_palette_are_taken_for_their_indices(tmp_path: Path) 
     Image.fromarray(voc_palette()[values]).save(mask)
     data = open_segmentation("voc", tmp_path)
     assert data.labels("2007_000033").ravel()[:5].tolist() == [0, 1, 15, 20, IGNORE]
+    # Without blue or green a colour's number is as small as an index.
+    Image.fromarray(voc_palette()[ids(0, 1)]).save(mask)
+    assert data.labels("2007_000033").ravel()[:2].tolist() == [0, 1]
     strange = voc_palette()[values]
-    strange[0, 0] = (1, 2, 3)
+    strange[0, 0] = (5, 0, 0)
     Image.fromarray(strange).save(mask)
     with pytest.raises(DatasetError, match="holds the id"):
         data.check()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ttd_plugins.errors import MissingDependencyError
 from ttd_plugins.evaluation import metrics
 from ttd_plugins.evaluation.metrics import (
     IGNORE,
@@ -351,6 +354,13 @@ def test_stateful_metrics_agree_over_two_processes(tmp_path: Path) -> None:
     for rank in range(2):
         for name, found in torch.load(tmp_path / f"answer-{rank}.pt").items():
             compare(found, expected[name], f"{name} on process {rank}")
+
+
+def test_the_absence_of_torchmetrics_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    monkeypatch.delitem(sys.modules, "ttd_plugins.evaluation.stateful", raising=False)
+    with pytest.raises(MissingDependencyError, match=r"stateful metrics need torchmetrics .*pip install torchmetrics"):
+        importlib.import_module("ttd_plugins.evaluation.stateful")
 
 
 def test_overlap_is_a_plain_value() -> None:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from ttd_plugins.errors import InputError
 from ttd_plugins.evaluation.datasets.base import (
@@ -157,6 +158,11 @@ class MaskFiles(SegmentationData):
         return self._need(first_folder(self.root, *tried), what, *tried)
 
 
+def _is_rgb(path: Path) -> bool:
+    with Image.open(path) as image:
+        return image.mode == "RGB"
+
+
 def voc_palette() -> NDArray[np.uint8]:
     """The colours ``[256, 3]`` of Pascal VOC's palette: the bits of an index, dealt to red, green and blue in turn."""
     palette = np.zeros((256, 3), np.uint8)
@@ -192,13 +198,14 @@ class PascalVOC(MaskFiles):
 
     def _values(self, path: Path) -> NDArray[np.int64]:
         values = read_indices(path)
-        if values.size and values.max() > 255:
+        if _is_rgb(path):
             colours = voc_palette().astype(np.int64)
             codes = colours[:, 0] + 256 * colours[:, 1] + 65536 * colours[:, 2]
             order = np.argsort(codes)
             place = np.clip(np.searchsorted(codes[order], values), 0, 255)
             index = order[place]
-            values = np.where(codes[index] == values, index, values)
+            # A colour that is not in the palette is no index, however small its number.
+            values = np.where(codes[index] == values, index, np.maximum(values, 256))
         return values
 
 
