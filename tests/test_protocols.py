@@ -485,3 +485,33 @@ def test_a_small_model_takes_the_three_protocols(folder: Path) -> None:
     assert tags is not None and text is not None and segment is not None
     assert 0 < tags["pixel"]["map"] <= 1 and 0 <= text["caption_iou"] <= 1
     assert segment["miou"] + segment["mfpr"] + segment["mfnr"] == pytest.approx(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["coco_dense_a", "coco_instances_train"])
+def test_all_photographs_by_a_small_and_a_full_size_model(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("open_clip", reason="open_clip is not installed")
+    root = Path(__file__).resolve().parents[2] / "shared" / "data" / name
+    if not root.is_dir():
+        pytest.skip(f"there are no photographs in {root}")
+    from ttd_plugins.plugins import load
+
+    captions = open_captions("coco_captions", root)
+    for backbone, side in (("open_clip:tiny", 128), ("open_clip:ViT-B-16@random", 224)):
+        adapter = load(backbone)
+        dense = DenseOptions(size=side, flip=True)
+        tags = evaluate_tags(adapter, captions, TagProtocol(dense=dense), out=tmp_path / f"tags-{side}")
+        text = evaluate_text(
+            adapter, captions, TextProtocol(dense=replace(dense, refine=True)), out=tmp_path / f"t-{side}"
+        )
+        assert tags.figures is not None and text.figures is not None
+        assert tags.done == len(captions) and 0.2 < tags.figures["positives"] / tags.figures["candidates"] < 0.5
+        assert text.figures["caption_iou"] + text.figures["mfpr"] + text.figures["mfnr"] == pytest.approx(1)
+        print(f"{backbone} on {name}: tags {tags.seconds_per_image:.2f} s an image, text {text.seconds_per_image:.2f}")
+        if name == "coco_dense_a":
+            data = open_segmentation("coco_panoptic", root)
+            options = SegmentProtocol(dense=dense, templates="photo", background="auto")
+            found = evaluate_segment(adapter, data, options, out=tmp_path / f"segment-{side}")
+            assert found.figures is not None and found.done == len(data)
+            assert found.figures["miou"] + found.figures["mfpr"] + found.figures["mfnr"] == pytest.approx(1)
+            print(f"  segment {found.seconds_per_image:.2f} s an image, {found.peak_memory_bytes / 2**30:.2f} GiB")
