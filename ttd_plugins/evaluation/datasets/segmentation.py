@@ -1,0 +1,555 @@
+"""Segmentation data sets: standard downloads, the layouts that mmsegmentation's converters write, and TTD's
+repackaging.
+
+The repackaging of the paper's authors is ``SPLIT/image``, ``SPLIT/mask`` and ``SPLIT/xml`` with files of one stem.
+Their README shows these folders and not what is in them. Assumed: masks hold what the standard download holds, or the
+indices of the classes (both where they cannot be confused); the image-level tags in ``xml`` are not needed, for
+every class is a candidate on every picture.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ttd_plugins.errors import InputError
+from ttd_plugins.evaluation.datasets.base import (
+    IGNORE,
+    PICTURES,
+    ClassNames,
+    DatasetError,
+    Progress,
+    SegmentationData,
+    apply_table,
+    class_names,
+    existing_root,
+    first_folder,
+    lookup_table,
+    picture_size,
+    read_indices,
+    read_json,
+)
+from ttd_plugins.evaluation.datasets.masks import annotation_mask
+
+Pairs = dict[str, tuple[Path, Path]]
+_SPLITS = {"val": ("val", "validation"), "train": ("train", "training"), "trainval": ("trainval",), "test": ("test",)}
+
+
+class MaskFiles(SegmentationData):
+    """A data set of one picture and one mask file for each key.
+
+    Args:
+        root: the folder of the download, or the one above or below it that is named after the data set.
+        split: ``"val"`` or ``"train"``.
+        limit: how many pictures are taken, from the start; all by default.
+
+    Raises:
+        DatasetError: the layout is not found, or the split is empty.
+    """
+
+    def __init__(self, root: Path | str, split: str = "val", limit: int | None = None) -> None:
+        if split not in _SPLITS:
+            raise InputError(f"unknown split {split!r}; known: {', '.join(_SPLITS)}")
+        if limit is not None and limit < 1:
+            raise InputError(f"limit must be 1 or more, not {limit}")
+        self.root, self.split, self.limit = existing_root(root, self.name), split, limit
+        self.layout = ""
+        repackaged = self._repackaged()
+        self._pairs = self.find() if repackaged is None else repackaged
+        if not self._pairs:
+            raise DatasetError(f"the split {split!r} of {self.name} in {str(self.root)!r} has no pictures")
+        if limit is not None:
+            self._pairs = dict(list(self._pairs.items())[:limit])
+
+    @abstractmethod
+    def find(self) -> Pairs:
+        """Picture and mask of each key in the standard layout; sets :attr:`layout`."""
+
+    @abstractmethod
+    def ids(self, mask: Path) -> Mapping[int, int]:
+        """Class index of each pixel value that this mask file may hold."""
+
+    def keys(self) -> Sequence[str]:
+        return list(self._pairs)
+
+    def image_path(self, key: str) -> Path:
+        return self._pairs[key][0]
+
+    def mask_path(self, key: str) -> Path:
+        """The file of a mask."""
+        return self._pairs[key][1]
+
+    def labels(self, key: str) -> NDArray[np.uint8]:
+        path = self.mask_path(key)
+        return apply_table(self._values(path), self._table(path), path, self.name)
+
+    def check(self, keys: Iterable[str] | None = None, progress: Progress | None = None) -> None:
+        # What costs nothing first, for all: whether the files are there.
+        for image, mask in self._pairs.values():
+            for kind, path in (("picture", image), ("mask", mask)):
+                if not path.is_file():
+                    raise DatasetError(f"the {kind} {str(path)!r} of {self.name} is missing")
+        for key in self._pairs if keys is None else keys:
+            image, mask = self._pairs[key]
+            size, labels = picture_size(image), self.labels(key)
+            if labels.shape != size:
+                raise DatasetError(
+                    f"the mask {str(mask)!r} is {labels.shape[1]} x {labels.shape[0]} pixels, and its picture "
+                    f"{str(image)!r} is {size[1]} x {size[0]}"
+                )
+            if progress is not None:
+                progress(1)
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"split": self.split, "layout": self.layout, "limit": self.limit}
+
+    # Help for the readers below ---------------------------------------------------------------------------------------
+
+    def _values(self, path: Path) -> NDArray[np.int64]:
+        return read_indices(path)
+
+    def _table(self, path: Path) -> NDArray[np.int16]:
+        ids = tuple(sorted(self.ids(path).items()))
+        if ids not in self._tables:
+            self._tables[ids] = lookup_table(dict(ids))
+        return self._tables[ids]
+
+    @cached_property
+    def _tables(self) -> dict[tuple[tuple[int, int], ...], NDArray[np.int16]]:
+        return {}
+
+    def _repackaged(self) -> Pairs | None:
+        for split in _SPLITS[self.split]:
+            folder = self.root / split
+            if (folder / "image").is_dir() and (folder / "mask").is_dir():
+                self.layout = "repackaged"
+                return self._by_stem(folder / "image", folder / "mask")
+        return None
+
+    def _by_stem(self, images: Path, masks: Path, suffix: str = ".png", image_suffix: str = "") -> Pairs:
+        """Every picture of a folder with the mask of its stem."""
+        files = sorted(p for p in images.iterdir() if p.suffix in PICTURES and p.stem.endswith(image_suffix))
+        stems = [(p, p.stem.removesuffix(image_suffix)) for p in files]
+        return {stem: (path, masks / f"{stem}{suffix}") for path, stem in stems}
+
+    def _listed(self, file: Path, images: Path, masks: Path) -> Pairs:
+        """The keys of a list of ``ImageSets``, one a line."""
+        try:
+            keys = [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except OSError:
+            raise DatasetError(
+                f"the list {str(file)!r} of the split {self.split!r} of {self.name} cannot be read"
+            ) from None
+        return {key: (images / f"{key}.jpg", masks / f"{key}.png") for key in keys}
+
+    def _need(self, folder: Path | None, what: str, *tried: str) -> Path:
+        if folder is None:
+            raise DatasetError(f"{self.name} in {str(self.root)!r} has no {what}; looked for {', '.join(tried)}")
+        return folder
+
+    def _folder(self, what: str, *tried: str) -> Path:
+        return self._need(first_folder(self.root, *tried), what, *tried)
+
+
+def _is_rgb(path: Path) -> bool:
+    with Image.open(path) as image:
+        return image.mode == "RGB"
+
+
+def voc_palette() -> NDArray[np.uint8]:
+    """The colours ``[256, 3]`` of Pascal VOC's palette: the bits of an index, dealt to red, green and blue in turn."""
+    palette = np.zeros((256, 3), np.uint8)
+    for index in range(256):
+        value = index
+        for bit in range(7, -1, -1):
+            for channel in range(3):
+                palette[index, channel] |= (value >> channel & 1) << bit
+            value >>= 3
+    return palette
+
+
+class PascalVOC(MaskFiles):
+    """PASCAL VOC 2012: ``JPEGImages``, ``SegmentationClass`` and ``ImageSets/Segmentation/SPLIT.txt``.
+
+    Masks are palette PNGs: 0 is background, 1 to 20 are the classes, 255 the void border. RGB masks in the colours of
+    the palette are taken too.
+    """
+
+    name = "voc"
+    classes = class_names("voc")
+    background = 0
+
+    def find(self) -> Pairs:
+        base = self._folder("VOC2012", "VOCdevkit/VOC2012", "VOC2012", ".")
+        self.layout = "VOC2012"
+        return self._listed(
+            base / "ImageSets" / "Segmentation" / f"{self.split}.txt", base / "JPEGImages", base / "SegmentationClass"
+        )
+
+    def ids(self, mask: Path) -> Mapping[int, int]:
+        return {**{index: index for index in range(21)}, 255: IGNORE}
+
+    def _values(self, path: Path) -> NDArray[np.int64]:
+        values = read_indices(path)
+        if _is_rgb(path):
+            colours = voc_palette().astype(np.int64)
+            codes = colours[:, 0] + 256 * colours[:, 1] + 65536 * colours[:, 2]
+            order = np.argsort(codes)
+            place = np.clip(np.searchsorted(codes[order], values), 0, 255)
+            index = order[place]
+            # A colour that is not in the palette is no index, however small its number.
+            values = np.where(codes[index] == values, index, np.maximum(values, 256))
+        return values
+
+
+class PascalContext60(MaskFiles):
+    """Pascal Context with background: 60 classes.
+
+    ``JPEGImages``, ``SegmentationClassContext`` and ``ImageSets/SegmentationContext/SPLIT.txt`` of VOC2010, as
+    mmsegmentation's converter writes them from the annotations: 0 is background, 1 to 59 are the classes in the order
+    of their ids among the 459 of the original, which is alphabetical.
+    """
+
+    name = "context60"
+    classes = class_names("context")
+    background: int | None = 0
+
+    def find(self) -> Pairs:
+        base = self._folder("VOC2010", "VOCdevkit/VOC2010", "VOC2010", ".")
+        self.layout = "VOC2010"
+        return self._listed(
+            base / "ImageSets" / "SegmentationContext" / f"{self.split}.txt",
+            base / "JPEGImages",
+            base / "SegmentationClassContext",
+        )
+
+    def ids(self, mask: Path) -> Mapping[int, int]:
+        return {**{index: index for index in range(60)}, 255: IGNORE}
+
+
+class PascalContext59(PascalContext60):
+    """Pascal Context without background: the files of :class:`PascalContext60` with labels reduced by one, 0 void."""
+
+    name = "context59"
+    classes = class_names("context")[1:]
+    background = None
+
+    def ids(self, mask: Path) -> Mapping[int, int]:
+        return {0: IGNORE, **{index: index - 1 for index in range(1, 60)}, 255: IGNORE}
+
+
+class ADE20K(MaskFiles):
+    """ADE20K scene parsing (``ADEChallengeData2016``): ``images/validation`` and ``annotations/validation``.
+
+    0 is anything else and void; 1 to 150 are the classes, reduced by one.
+    """
+
+    name = "ade20k"
+    classes = class_names("ade20k")
+
+    def find(self) -> Pairs:
+        split = {"val": "validation", "train": "training"}.get(self.split, self.split)
+        images = self._folder("pictures", f"ADEChallengeData2016/images/{split}", f"images/{split}")
+        base = images.parents[1]
+        self.layout = "ADEChallengeData2016"
+        masks = base / "annotations" / split
+        self._need(masks if masks.is_dir() else None, "masks", str(masks))
+        return self._by_stem(images, masks)
+
+    def ids(self, mask: Path) -> Mapping[int, int]:
+        return {0: IGNORE, **{index: index - 1 for index in range(1, 151)}, 255: IGNORE}
+
+
+_CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+
+
+class Cityscapes(MaskFiles):
+    """Cityscapes: ``leftImg8bit/SPLIT/CITY`` and ``gtFine/SPLIT/CITY``, in one folder or in the two of the download.
+
+    ``*_gtFine_labelTrainIds.png`` (0 to 18, 255 void) where cityscapesScripts has written them, and otherwise
+    ``*_gtFine_labelIds.png`` (0 to 33, of which 19 are evaluated).
+    """
+
+    name = "cityscapes"
+    classes = class_names("cityscapes")
+    _PICTURE, _TRAIN, _RAW = "_leftImg8bit", "_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"
+
+    def find(self) -> Pairs:
+        split = self.split
+        images = self._folder(
+            "pictures", f"leftImg8bit/{split}", f"leftImg8bit_trainvaltest/leftImg8bit/{split}",
+        )  # fmt: skip
+        masks = self._folder("masks", f"gtFine/{split}", f"gtFine_trainvaltest/gtFine/{split}")
+        self.layout = "Cityscapes"
+        pairs: Pairs = {}
+        for path in sorted(images.glob(f"*/*{self._PICTURE}.png")):
+            stem, city = path.stem.removesuffix(self._PICTURE), path.parent.name
+            converted = masks / city / f"{stem}{self._TRAIN}"
+            pairs[stem] = (path, converted if converted.is_file() else masks / city / f"{stem}{self._RAW}")
+        return pairs
+
+    def ids(self, mask: Path) -> Mapping[int, int]:
+        if mask.name.endswith("_labelIds.png"):
+            raw = dict.fromkeys(range(34), IGNORE) | {255: IGNORE}
+            return raw | {value: index for index, value in enumerate(_CITYSCAPES_IDS)}
+        return {**{index: index for index in range(19)}, 255: IGNORE}
+
+
+class _CocoPixelMaps(MaskFiles):
+    """What COCO-Stuff and COCO-Object share: their folders, and pixel maps of several origins."""
+
+    _CONVERTED: ClassVar[str]
+    _YEARS = ("2017", "2014")
+
+    def _images(self) -> tuple[Path, str]:
+        tried = [f"{place}{self.split}{year}" for year in self._YEARS for place in ("images/", "")]
+        folder = self._folder("pictures", *tried)
+        return folder, folder.name
+
+    def _pixel_maps(self) -> Pairs | None:
+        """Converted masks, or the pixel maps of the download."""
+        images, split = self._images()
+        for place in ("annotations", "stuffthingmaps", "stuffthingmaps_trainval2017", "."):
+            masks = self.root / place / split
+            if not masks.is_dir():
+                continue
+            for suffix, layout in ((self._CONVERTED, "converted"), (".png", "stuffthingmaps")):
+                if any(p.name.endswith(suffix) and ("TrainIds" in p.name) == ("TrainIds" in suffix)
+                       for p in masks.iterdir()):  # fmt: skip
+                    self.layout = layout
+                    return self._by_stem(images, masks, suffix)
+        return None
+
+
+class CocoStuff(_CocoPixelMaps):
+    """COCO-Stuff 164k: 171 classes.
+
+    ``annotations/val2017/*_labelTrainIds.png`` of mmsegmentation's converter (0 to 170), or the pixel maps of the
+    download, ``stuffthingmaps_trainval2017/val2017/*.png``, whose values are the category ids 1 to 182 less one; 255 is
+    void in both.
+    """
+
+    name = "coco_stuff"
+    classes = class_names("coco_stuff")
+    _CONVERTED = "_labelTrainIds.png"
+
+    def find(self) -> Pairs:
+        pairs = self._pixel_maps()
+        if pairs is None:
+            raise DatasetError(
+                f"coco_stuff in {str(self.root)!r} has no pixel maps; looked for annotations/{self.split}2017/*.png "
+                f"and stuffthingmaps_trainval2017/{self.split}2017/*.png"
+            )
+        return pairs
+
+    def ids(self, mask: Path) -> Mapping[int, int]:
+        if self.layout == "stuffthingmaps":
+            return {int(names.id or 0) - 1: index for index, names in enumerate(self.classes)} | {255: IGNORE}
+        return {**{index: index for index in range(171)}, 255: IGNORE}
+
+
+class CocoObject(_CocoPixelMaps):
+    """COCO-Object: the 80 things of COCO and everything else as background.
+
+    ``annotations/val2017/*_instanceTrainIds.png`` of GroupViT's converter (0 background, 1 to 80), the pixel maps of
+    COCO-Stuff (stuff and unlabelled pixels become background, as that converter has it), or
+    ``annotations/instances_val2017.json`` with polygons and RLE, smaller instances over larger ones and crowds below
+    all.
+    """
+
+    name = "coco_object"
+    classes = class_names("coco_object")
+    background = 0
+    _CONVERTED = "_instanceTrainIds.png"
+
+    def find(self) -> Pairs:
+        pairs = self._pixel_maps()
+        if pairs is not None:
+            return pairs
+        images, split = self._images()
+        file = self.root / "annotations" / f"instances_{split}.json"
+        if not file.is_file():
+            raise DatasetError(
+                f"coco_object in {str(self.root)!r} has neither pixel maps nor {str(file)!r}; looked for "
+                f"annotations/{split}/*{self._CONVERTED} and stuffthingmaps_trainval2017/{split}/*.png too"
+            )
+        self.layout = "instances"
+        self._instances = CocoInstances(file)
+        return {
+            Path(info["file_name"]).stem: (images / info["file_name"], file)
+            for info in sorted(self._instances.images.values(), key=lambda info: info["file_name"])
+        }
+
+    def ids(self, mask: Path) -> Mapping[int, int]:
+        if self.layout == "stuffthingmaps":
+            stuff = dict.fromkeys(range(91, 182), 0)
+            things = {int(names.id or 0) - 1: index for index, names in enumerate(self.classes) if index}
+            return {**stuff, **things, 255: 0}
+        return {**{index: index for index in range(81)}, 255: IGNORE}
+
+    def labels(self, key: str) -> NDArray[np.uint8]:
+        if self.layout != "instances":
+            return super().labels(key)
+        index = {int(names.id): i for i, names in enumerate(self.classes) if names.id is not None}
+        return self._instances.paint(self.image_path(key).name, index)
+
+
+class CocoInstances:
+    """Instances of COCO's JSON format by picture.
+
+    Args:
+        file: ``instances_SPLIT.json``.
+
+    Raises:
+        DatasetError: the file is missing or not of this format.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        content = read_json(file)
+        try:
+            self.images: dict[int, dict[str, Any]] = {int(info["id"]): info for info in content["images"]}
+            self.categories: dict[int, str] = {int(c["id"]): str(c["name"]) for c in content["categories"]}
+            annotations = content["annotations"]
+            self.of: dict[int, list[dict[str, Any]]] = {number: [] for number in self.images}
+            for annotation in annotations:
+                if annotation["image_id"] in self.of:
+                    self.of[annotation["image_id"]].append(annotation)
+            self.numbers = {str(info["file_name"]): number for number, info in self.images.items()}
+        except (KeyError, TypeError, ValueError) as error:
+            raise DatasetError(f"the file {str(file)!r} is no COCO instances file: {error!r} is amiss") from error
+
+    def masks(self, number: int) -> list[tuple[int, float, bool, NDArray[np.bool_]]]:
+        """Category id, area in pixels, whether a crowd, and mask of each instance of a picture.
+
+        Raises:
+            DatasetError: a segmentation cannot be decoded or a category is unknown.
+        """
+        info, found = self.images[number], []
+        for annotation in self.of[number]:
+            category = int(annotation["category_id"])
+            if category not in self.categories:
+                raise DatasetError(
+                    f"{str(self.file)!r} gives annotation {annotation.get('id')} the category id {category}, which it "
+                    "does not list"
+                )
+            try:
+                mask = annotation_mask(annotation["segmentation"], int(info["height"]), int(info["width"]))
+            except (KeyError, ValueError, TypeError, IndexError) as error:
+                raise DatasetError(
+                    f"{str(self.file)!r} holds a segmentation that cannot be decoded, of annotation "
+                    f"{annotation.get('id')}: {error}"
+                ) from error
+            found.append((category, float(mask.sum()), bool(annotation.get("iscrowd", 0)), mask))
+        return found
+
+    def paint(self, file_name: str, index: Mapping[int, int]) -> NDArray[np.uint8]:
+        """Class indices of a picture, 0 where there is no instance; crowds lowest, then the larger first."""
+        number = self.numbers[file_name]
+        info = self.images[number]
+        labels = np.zeros((int(info["height"]), int(info["width"])), np.uint8)
+        for category, _, _, mask in sorted(self.masks(number), key=lambda item: (not item[2], -item[1])):
+            if category not in index:
+                raise DatasetError(
+                    f"{str(self.file)!r} holds the category id {category}, which coco_object does not know"
+                )
+            labels[mask] = index[category]
+        return labels
+
+
+class CocoPanoptic(MaskFiles):
+    """COCO panoptic categories as one class a pixel: 133 classes.
+
+    Either ``images`` with ``semantic_masks/STEM.png``, whose values are category ids (0 unlabelled and void), and
+    ``categories.json`` beside them; or the download: ``SPLIT2017``, ``annotations/panoptic_SPLIT2017.json`` and the
+    segment-id PNGs in ``annotations/panoptic_SPLIT2017`` or ``panoptic_SPLIT2017``.
+    """
+
+    name = "coco_panoptic"
+    classes = class_names("coco_panoptic")
+
+    def find(self) -> Pairs:
+        self._segments: dict[str, dict[int, int]] = {}
+        self._known: frozenset[int] | None = None
+        if (self.root / "semantic_masks").is_dir():
+            self.layout = "semantic_masks"
+            images = self._folder("pictures", "images")
+            listed = self.root / "categories.json"
+            if listed.is_file():
+                self._check_categories(listed)
+            return self._by_stem(images, self.root / "semantic_masks")
+        for year in ("2017",):
+            split = f"{self.split}{year}"
+            file = self.root / "annotations" / f"panoptic_{split}.json"
+            if file.is_file():
+                self.layout = "panoptic"
+                images = self._folder("pictures", f"images/{split}", split)
+                masks = self._folder("masks", f"annotations/panoptic_{split}", f"panoptic_{split}")
+                return self._panoptic(file, images, masks)
+        raise DatasetError(
+            f"coco_panoptic in {str(self.root)!r} has neither semantic_masks nor "
+            f"annotations/panoptic_{self.split}2017.json"
+        )
+
+    def _check_categories(self, file: Path) -> None:
+        known = {names.id: names.name for names in self.classes}
+        content = read_json(file)
+        try:
+            wrong = [c for c in content if known.get(c["id"]) != c["name"]]
+        except (KeyError, TypeError) as error:
+            raise DatasetError(f"the file {str(file)!r} is no list of categories with id and name") from error
+        if wrong:
+            raise DatasetError(f"the file {str(file)!r} gives {wrong[0]}, which is no COCO panoptic category")
+
+    def _panoptic(self, file: Path, images: Path, masks: Path) -> Pairs:
+        content = read_json(file)
+        try:
+            names = {info["id"]: info["file_name"] for info in content["images"]}
+            pairs: Pairs = {}
+            for annotation in content["annotations"]:
+                mask = masks / annotation["file_name"]
+                pairs[mask.stem] = (images / names[annotation["image_id"]], mask)
+                self._segments[mask.stem] = {int(s["id"]): int(s["category_id"]) for s in annotation["segments_info"]}
+        except (KeyError, TypeError, ValueError) as error:
+            raise DatasetError(f"the file {str(file)!r} is no COCO panoptic file: {error!r} is amiss") from error
+        return dict(sorted(pairs.items()))
+
+    def ids(self, mask: Path) -> Mapping[int, int]:
+        known = {int(names.id or 0): index for index, names in enumerate(self.classes)}
+        return {0: IGNORE, **known, 255: IGNORE}
+
+    def _values(self, path: Path) -> NDArray[np.int64]:
+        values = read_indices(path)
+        if self.layout != "panoptic":
+            return values
+        segments = self._segments[path.stem] | {0: 0}
+        distinct, inverse = np.unique(values, return_inverse=True)
+        unknown = [int(value) for value in distinct if int(value) not in segments]
+        if unknown:
+            raise DatasetError(
+                f"the mask {str(path)!r} holds the segment id {unknown[0]}, which its JSON does not list"
+            )
+        return np.array([segments[int(value)] for value in distinct], np.int64)[inverse].reshape(values.shape)
+
+
+__all__ = [
+    "ADE20K",
+    "Cityscapes",
+    "ClassNames",
+    "CocoInstances",
+    "CocoObject",
+    "CocoPanoptic",
+    "CocoStuff",
+    "MaskFiles",
+    "PascalContext59",
+    "PascalContext60",
+    "PascalVOC",
+    "voc_palette",
+]

@@ -1,0 +1,149 @@
+"""CC3M-TagMask, the benchmark of the paper (arXiv 2404.00384): captions, their true tags, and a mask of each tag.
+
+Its folders are published, and what is inside its files is not. Assumed, until someone looks:
+
+- ``image/KEY.jpg`` (or another format) is the picture.
+- ``json_refined/KEY.json`` is an object with the caption under ``caption`` or ``text``, and the true tags under
+  ``tags``, ``true_tags`` or ``labels``: a list of strings, or an object whose keys are the tags (those with a false
+  value left out).
+- ``mask_using_HQ-SAM/KEY/TAG.png`` is the mask of one tag, nonzero where the tag is, spaces in TAG as spaces or
+  ``_``; or ``mask_using_HQ-SAM/KEY_TAG.png`` likewise; or ``mask_using_HQ-SAM/KEY.png`` holds for every pixel the
+  number of its tag in the list, from 1, and 0 or 255 elsewhere.
+
+A file that is otherwise is refused by one sentence. For another layout, override :meth:`TagMask.read_json` or
+:meth:`TagMask.read_masks` and hand the reader to the protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ttd_plugins.errors import InputError
+from ttd_plugins.evaluation.datasets.base import (
+    PICTURES,
+    CaptionData,
+    CaptionedImage,
+    CaptionTruth,
+    DatasetError,
+    Progress,
+    existing_root,
+    picture_size,
+    read_indices,
+    read_json,
+)
+from ttd_plugins.evaluation.true_tags import Mention, mentions_of_tags
+
+
+class TagMask(CaptionData):
+    """Reader of CC3M-TagMask under the assumptions above.
+
+    A word of the caption is a true tag where it ends as a tag does. A tag whose words are not in the
+    caption in that order cannot be a candidate, and its mask still belongs to the caption's region.
+
+    Args:
+        root: the folder with ``image``, ``json_refined`` and ``mask_using_HQ-SAM``.
+        limit: how many pictures are taken, from the start; all by default.
+
+    Raises:
+        DatasetError: a folder is missing, or there is no picture with an annotation.
+    """
+
+    name = "cc3m_tagmask"
+    IMAGES, JSON, MASKS = "image", "json_refined", "mask_using_HQ-SAM"
+
+    def __init__(self, root: Path | str, limit: int | None = None) -> None:
+        if limit is not None and limit < 1:
+            raise InputError(f"limit must be 1 or more, not {limit}")
+        self.root, self.limit = existing_root(root, self.name), limit
+        for folder in (self.IMAGES, self.JSON, self.MASKS):
+            if not (self.root / folder).is_dir():
+                raise DatasetError(f"cc3m_tagmask in {str(self.root)!r} has no folder {folder!r}")
+        annotations = sorted(path.stem for path in (self.root / self.JSON).glob("*.json"))
+        if not annotations:
+            raise DatasetError(f"the folder {str(self.root / self.JSON)!r} has no .json file")
+        pictures = {path.stem: path for path in (self.root / self.IMAGES).iterdir() if path.suffix in PICTURES}
+        missing = [stem for stem in annotations if stem not in pictures]
+        if missing:
+            raise DatasetError(
+                f"the picture of {str(self.root / self.JSON / (missing[0] + '.json'))!r} is missing from "
+                f"{str(self.root / self.IMAGES)!r}"
+            )
+        self._pictures = {stem: pictures[stem] for stem in annotations[:limit]}
+
+    def keys(self) -> Sequence[str]:
+        return list(self._pictures)
+
+    def image_path(self, key: str) -> Path:
+        return self._pictures[key]
+
+    def read_json(self, key: str) -> tuple[str, list[str]]:
+        """Caption and true tags of a picture.
+
+        Raises:
+            DatasetError: the file holds something else than is assumed.
+        """
+        file = self.root / self.JSON / f"{key}.json"
+        content = read_json(file)
+        if not isinstance(content, dict):
+            raise DatasetError(f"the file {str(file)!r} holds no object with a caption and tags")
+        caption = next((content[name] for name in ("caption", "text") if name in content), None)
+        tags = next((content[name] for name in ("tags", "true_tags", "labels") if name in content), None)
+        if not isinstance(caption, str):
+            raise DatasetError(f"the file {str(file)!r} has no text under 'caption' or 'text'")
+        if isinstance(tags, dict):
+            tags = [tag for tag, true in tags.items() if true]
+        if not isinstance(tags, list) or not all(isinstance(tag, str) and tag.strip() for tag in tags):
+            raise DatasetError(f"the file {str(file)!r} has no list of strings under 'tags', 'true_tags' or 'labels'")
+        return caption, list(dict.fromkeys(tags))
+
+    def read_masks(self, key: str, tags: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
+        """The mask of each true tag.
+
+        Raises:
+            DatasetError: a mask is missing, or a map of tags holds a number that is not a tag's.
+        """
+        folder = self.root / self.MASKS
+        together = folder / f"{key}.png"
+        if together.is_file():
+            values = read_indices(together)
+            unknown = np.setdiff1d(values, [0, 255, *range(1, len(tags) + 1)])
+            if unknown.size:
+                raise DatasetError(
+                    f"the mask {str(together)!r} holds {int(unknown[0])}, and there are {len(tags)} tags"
+                )
+            return {tag: values == number for number, tag in enumerate(tags, 1)}
+        masks = {}
+        for tag in tags:
+            names = dict.fromkeys([tag, tag.replace(" ", "_")])
+            tried = [path for name in names for path in (folder / key / f"{name}.png", folder / f"{key}_{name}.png")]
+            path = next((path for path in tried if path.is_file()), None)
+            if path is None:
+                raise DatasetError(
+                    f"the mask of the tag {tag!r} is missing; looked for {str(tried[0])!r} and {str(together)!r}"
+                )
+            masks[tag] = read_indices(path) > 0
+        return masks
+
+    def read(self, key: str) -> CaptionedImage:
+        caption, tags = self.read_json(key)
+        masks = self.read_masks(key, tags)
+        # By the words of the tag as they stand in the caption, which may be spelt otherwise.
+        mentions = mentions_of_tags(caption, tags)
+        placed = {mention.classes[0] for mention in mentions}
+        absent = [Mention(0, 0, tag, (tag,)) for tag in tags if tag not in placed]
+        found = [Mention(m.start, m.end, m.classes[0], m.classes) for m in mentions] + absent
+        truth = CaptionTruth(caption, tuple(found), tuple(True for _ in found))
+        return CaptionedImage(key, self.image_path(key), (truth,), masks)
+
+    def check(self, keys: Iterable[str] | None = None, progress: Progress | None = None) -> None:
+        for path in self._pictures.values():
+            picture_size(path)
+        super().check(keys, progress)
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"limit": self.limit}

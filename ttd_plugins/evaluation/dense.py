@@ -1,0 +1,314 @@
+"""Dense inference: cosine maps over scales, flips and windows; classes as embeddings; maps as labels.
+
+The protocols of the paper (arXiv 2404.00384) segment at 448 pixels with scales 1, 0.5, 1.5 and 2, horizontal flip,
+PAMR, OpenAI's prompt templates and a constant background plane; every one of these is a field here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ttd_plugins import similarity
+from ttd_plugins.adapter import Calibration, DenseAdapter, image_features, image_pixels
+from ttd_plugins.engine import encode_texts
+from ttd_plugins.errors import InputError, choices_sentence
+from ttd_plugins.evaluation.pamr import DILATIONS, ITERATIONS, pamr
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Resize = Literal["square", "short"]
+Activation = Literal["probability", "minmax", "cosine"]
+
+
+@cache
+def openai_templates() -> tuple[str, ...]:
+    """OpenAI's 80 templates for ImageNet (Radford et al., 2021, released with CLIP), ``{}`` standing for the class."""
+    text = resources.files("ttd_plugins.evaluation").joinpath("openai_templates.json").read_text("utf-8")
+    return tuple(json.loads(text))
+
+
+TEMPLATE_SETS = ("openai", "photo", "none")
+
+
+def templates_by_name(name: str) -> tuple[str, ...]:
+    """``"openai"`` for the 80, ``"photo"`` for "a photo of a {}.", ``"none"`` for the bare name.
+
+    Raises:
+        InputError: the name is none of these.
+    """
+    if name == "openai":
+        return openai_templates()
+    if name not in TEMPLATE_SETS:
+        raise InputError(choices_sentence("set of templates", name, TEMPLATE_SETS))
+    return ("a photo of a {}.",) if name == "photo" else ("{}",)
+
+
+@torch.no_grad()
+def class_embeddings(
+    adapter: DenseAdapter, names: Sequence[str], templates: Sequence[str] = ("{}",), batch_size: int = 512
+) -> Tensor:
+    """Template ensembles: for each name the mean of the normalised embeddings of its texts, normalised again.
+
+    Args:
+        adapter: the backbone.
+        names: C names.
+        templates: texts with ``{}`` for the name.
+        batch_size: texts that are encoded at once.
+
+    Returns:
+        ``[C, D]`` in at least float32.
+    """
+    texts = [template.replace("{}", name) for name in names for template in templates]
+    parts = [encode_texts(adapter, texts[start : start + batch_size])[0] for start in range(0, len(texts), batch_size)]
+    if not parts:
+        return encode_texts(adapter, [])[0]
+    return similarity.normalize(torch.cat(parts).reshape(len(names), len(templates), -1).mean(1))
+
+
+@dataclass(frozen=True)
+class DenseOptions:
+    """How a picture is looked at.
+
+    Attributes:
+        size: side in pixels at scale one, rounded to whole patches.
+        resize: ``"square"`` resizes the whole picture to a square of that side, ``"short"`` its short side.
+        scales: factors of the size; maps are averaged over them on the finest grid.
+        flip: whether the mirrored picture is looked at too.
+        window: side in pixels of sliding windows, rounded to whole patches, or ``None`` for the whole picture at once.
+        stride: step of the windows in pixels; ``None`` means half a window.
+        refine: whether maps are refined by PAMR at the size of scale one.
+        iterations, dilations: of PAMR.
+    """
+
+    size: int = 448
+    resize: Resize = "square"
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    window: int | None = None
+    stride: int | None = None
+    refine: bool = False
+    iterations: int = ITERATIONS
+    dilations: tuple[int, ...] = DILATIONS
+
+    def __post_init__(self) -> None:
+        if self.resize not in get_args(Resize):
+            raise InputError(choices_sentence("resize", self.resize, get_args(Resize)))
+        if self.size < 1 or not self.scales or not all(scale > 0 for scale in self.scales):
+            raise InputError(f"size and scales must be positive, not {self.size} and {list(self.scales)}")
+        if (self.window is not None and self.window < 1) or (self.stride is not None and self.stride < 1):
+            raise InputError(f"window and stride must be positive, not {self.window} and {self.stride}")
+        if self.iterations < 1 or not self.dilations or not all(step > 0 for step in self.dilations):
+            raise InputError(
+                f"PAMR needs iterations and dilations of 1 or more, not {self.iterations} and {self.dilations}"
+            )
+
+    def input_size(self, adapter: DenseAdapter, width: int, height: int, scale: float = 1.0) -> tuple[int, int]:
+        """Height and width in pixels at which a picture of ``width`` by ``height`` enters at a scale."""
+        rows, columns = adapter.description.patch_size
+        short = min(width, height) if self.resize == "short" else 0
+        factor = (height / short, width / short) if short else (1.0, 1.0)
+
+        def whole(pixels: float, patch: int) -> int:
+            return max(int(pixels / patch + 0.5), 1) * patch
+
+        return whole(self.size * scale * factor[0], rows), whole(self.size * scale * factor[1], columns)
+
+
+@dataclass
+class DenseFeatures:
+    """What a backbone sees in one picture, over scales and flips.
+
+    Attributes:
+        patches: for each view the normalised patch features ``[P, D]`` (in the picture's own orientation), and the
+            grid (rows, columns) that they lie on.
+        pooled: the normalised mean of the normalised pooled embeddings, ``[D]``, or ``None``.
+        grid: the finest grid.
+        picture: RGB in [0, 1] at the size of scale one, ``[3, h, w]``, where PAMR refines.
+    """
+
+    patches: list[tuple[Tensor, tuple[int, int]]]
+    pooled: Tensor | None
+    grid: tuple[int, int]
+    picture: Tensor
+
+    def maps(self, texts: Tensor) -> Tensor:
+        """Mean cosines ``[K, H, W]`` of K normalised embeddings ``[K, D]`` on the finest grid."""
+        total = torch.zeros(len(texts), *self.grid, device=texts.device)
+        for patches, grid in self.patches:
+            maps = (texts.to(patches) @ patches.T).reshape(1, len(texts), *grid)
+            total += resize_maps(maps[0], self.grid)
+        return total / len(self.patches)
+
+
+@torch.no_grad()
+def dense_features(
+    adapter: DenseAdapter, image: Image, options: DenseOptions | None = None, *, pooled: bool = False
+) -> DenseFeatures:
+    """Patch features of one picture at every scale, flip and window of ``options``.
+
+    Args:
+        adapter: the backbone, in evaluation mode.
+        image: an RGB picture.
+        options: how it is looked at.
+        pooled: whether the pooled embedding is wanted too; windows have no part in it.
+    """
+    options = options or DenseOptions()
+    seen: list[tuple[Tensor, tuple[int, int]]] = []
+    whole: list[Tensor] = []
+    for scale in options.scales:
+        size = options.input_size(adapter, image.width, image.height, scale)
+        pixels = image_pixels(adapter, image, size).to(adapter.device)
+        views = torch.stack([pixels, pixels.flip(-1)] if options.flip else [pixels])
+        patches, globally = _views(adapter, views, options, pooled)
+        whole += globally
+        for mirrored, view in enumerate(patches):
+            view = view.flip(1) if mirrored else view
+            seen.append((view.flatten(0, 1), (view.shape[0], view.shape[1])))
+    base = image_pixels(adapter, image, options.input_size(adapter, image.width, image.height))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (adapter.description.mean, adapter.description.std))
+    return DenseFeatures(
+        seen,
+        similarity.normalize(torch.stack(whole).mean(0)) if whole else None,
+        max((grid for _, grid in seen), key=lambda grid: grid[0] * grid[1]),
+        (base.float() * std + mean).clamp(0, 1).to(adapter.device),
+    )
+
+
+def _views(
+    adapter: DenseAdapter, views: Tensor, options: DenseOptions, pooled: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Normalised patch features ``[H, W, D]`` and pooled embeddings ``[D]`` of each view of one size."""
+    height, width = views.shape[-2:]
+    places = list(_windows(adapter, height, width, options))
+    if len(places) == 1:
+        features = image_features(adapter, views, pooled=pooled)
+        whole = [] if features.pooled is None else list(similarity.normalize(features.pooled))
+        return list(similarity.normalize(features.patches)), whole
+    whole = []
+    if pooled:
+        together = image_features(adapter, views, pooled=True).pooled
+        assert together is not None
+        whole = list(similarity.normalize(together))
+    rows, columns = adapter.description.patch_size
+    total: Tensor | None = None
+    times = torch.zeros(height // rows, width // columns, 1, device=views.device)
+    for top, left, side_y, side_x in places:
+        cut = views[..., top : top + side_y, left : left + side_x]
+        patches = similarity.normalize(image_features(adapter, cut, pooled=False).patches)
+        if total is None:
+            total = patches.new_zeros(len(views), *times.shape[:2], patches.shape[-1])
+        place = (slice(top // rows, (top + side_y) // rows), slice(left // columns, (left + side_x) // columns))
+        total[(slice(None), *place)] += patches
+        times[place] += 1
+    assert total is not None
+    # Where windows overlap the cosines are to be averaged, so the mean of the features is not normalised again.
+    return list(total / times), whole
+
+
+def _windows(
+    adapter: DenseAdapter, height: int, width: int, options: DenseOptions
+) -> Iterator[tuple[int, int, int, int]]:
+    """Top, left, height and width of the windows, on whole patches, the last ones flush with the border."""
+    sides: list[tuple[list[int], int]] = []
+    for length, patch in zip((height, width), adapter.description.patch_size, strict=True):
+        side = length if options.window is None else min(max(round(options.window / patch), 1) * patch, length)
+        step = max(round((options.stride or side // 2) / patch), 1) * patch
+        if step > side:
+            raise InputError(
+                f"a stride of {options.stride} pixels leaves gaps between windows of {options.window} pixels"
+            )
+        # From both ends to the middle, so that a picture and its mirror image are cut alike.
+        count = -(-(length - side) // step) + 1
+        starts = [round(i * (length - side) / max(count - 1, 1) / patch) * patch for i in range(count)]
+        mirrored = [length - side - start for start in starts]
+        sides.append((sorted({*starts, *mirrored}), side))
+    for top in sides[0][0]:
+        for left in sides[1][0]:
+            yield top, left, sides[0][1], sides[1][1]
+
+
+def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resize of maps ``[K, H, W]`` to ``[K, height, width]``, pixel centres aligned."""
+    if tuple(maps.shape[-2:]) == tuple(size) or not len(maps):
+        return maps if len(maps) else maps.new_zeros(0, *size)
+    return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
+def activate(cosines: Tensor, activation: Activation, calibration: Calibration) -> Tensor:
+    """Maps ``[K, H, W]`` in [0, 1]: calibrated probabilities, min-max over each map, or the cosines as they are.
+
+    Raises:
+        InputError: the activation is unknown.
+    """
+    if activation == "probability":
+        return calibration.probability(cosines)
+    if activation == "minmax":
+        return similarity.minmax_normalize(cosines.flatten(1)).reshape(cosines.shape)
+    if activation != "cosine":
+        raise InputError(choices_sentence("activation", activation, get_args(Activation)))
+    return cosines
+
+
+def refine_maps(maps: Tensor, features: DenseFeatures, options: DenseOptions, chunk: int = 32) -> Tensor:
+    """PAMR at the size of scale one where ``options.refine`` asks for it; otherwise the maps as they are."""
+    if not options.refine:
+        return maps
+    size = (int(features.picture.shape[-2]), int(features.picture.shape[-1]))
+    parts = [
+        pamr(
+            resize_maps(maps[start : start + chunk], size),
+            features.picture,
+            iterations=options.iterations,
+            dilations=options.dilations,
+        )
+        for start in range(0, len(maps), chunk)
+    ]
+    return torch.cat(parts) if parts else maps
+
+
+def label_map(
+    maps: Tensor,
+    classes: Tensor,
+    size: tuple[int, int],
+    *,
+    background: float | None = None,
+    background_class: int = 0,
+    chunk: int = 16,
+) -> NDArray[np.int64]:
+    """The class of every pixel at the size of the mask.
+
+    Maps are enlarged a few at a time, so that memory does not grow with the number of classes.
+
+    Args:
+        maps: ``[K, H, W]``, one for each name.
+        classes: int64 ``[K]``: the class index of each name; a class's score is the best of its names'.
+        size: (height, width) of the mask.
+        background: the constant plane of the background, or ``None`` where no such plane takes part.
+        background_class: what that plane stands for, and what every pixel is where there are no maps.
+        chunk: how many maps are enlarged at once.
+
+    Returns:
+        int64 ``[height, width]``.
+    """
+    best = torch.full(size, -torch.inf if background is None else background, device=maps.device)
+    label = torch.full(size, background_class, dtype=torch.int64, device=maps.device)
+    owners = classes.to(maps.device)
+    for start in range(0, len(maps), chunk):
+        enlarged = resize_maps(maps[start : start + chunk], size)
+        value, index = enlarged.max(0)
+        better = value > best
+        best = torch.where(better, value, best)
+        label = torch.where(better, owners[start : start + chunk][index], label)
+    return label.cpu().numpy()

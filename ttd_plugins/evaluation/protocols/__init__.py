@@ -1,0 +1,22 @@
+"""The paper's three protocols (arXiv 2404.00384), each a function that resumes and is shared among processes."""
+
+from __future__ import annotations
+
+from ttd_plugins.evaluation.protocols.running import EvaluationResult, process_place
+from ttd_plugins.evaluation.protocols.segment import SEGMENT_PRESETS, SegmentProtocol, evaluate_segment
+from ttd_plugins.evaluation.protocols.tags import TAG_PRESETS, TagProtocol, evaluate_tags
+from ttd_plugins.evaluation.protocols.text import TEXT_PRESETS, TextProtocol, evaluate_text
+
+__all__ = [
+    "SEGMENT_PRESETS",
+    "TAG_PRESETS",
+    "TEXT_PRESETS",
+    "EvaluationResult",
+    "SegmentProtocol",
+    "TagProtocol",
+    "TextProtocol",
+    "evaluate_segment",
+    "evaluate_tags",
+    "evaluate_text",
+    "process_place",
+]
