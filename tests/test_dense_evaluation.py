@@ -21,8 +21,8 @@ from ttd_plugins.evaluation.dense import (
     activate,
     class_embeddings,
     dense_features,
+    imagenet_templates,
     label_map,
-    openai_templates,
     refine_maps,
     resize_maps,
     templates_by_name,
@@ -115,13 +115,13 @@ def test_pamr_refuses_another_size() -> None:
 # Templates ------------------------------------------------------------------------------------------------------------
 
 
-def test_openai_has_eighty_templates_with_one_place() -> None:
-    templates = openai_templates()
+def test_imagenet_has_eighty_templates_with_one_place() -> None:
+    templates = imagenet_templates()
     assert len(templates) == len(set(templates)) == 80
     assert all(template.count("{}") == 1 for template in templates)
     assert {"a bad photo of a {}.", "itap of my {}.", "a tattoo of the {}."} <= set(templates)
-    with pytest.raises(InputError, match="unknown set of templates 'opnai'; did you mean 'openai'"):
-        templates_by_name("opnai")
+    with pytest.raises(InputError, match="unknown set of templates 'imagnet'; did you mean 'imagenet'"):
+        templates_by_name("imagnet")
 
 
 def test_class_embeddings_are_normalised_means_of_normalised_texts() -> None:

@@ -150,11 +150,11 @@ LYING = {
     ),
     "another width of texts": (
         patched("Adapter", "encode_text", "self, ids", "return torch.zeros(len(ids), 7)"),
-        "encode_text gives a tensor of shape (1, 7) where (1, 6) is due",
+        "encode_text gives a tensor of shape (2, 7) where (2, 6) is due",
     ),
     "one text too many": (
         patched("Adapter", "encode_text", "self, ids", "return torch.zeros(len(ids) + 1, 6)"),
-        "encode_text gives a tensor of shape (2, 6) where (1, 6) is due",
+        "encode_text gives a tensor of shape (3, 6) where (2, 6) is due",
     ),
     "ids for tokens": (
         patched("Adapter", "tokenize", "self, texts", "return torch.zeros(len(texts), 32)"),

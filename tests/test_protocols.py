@@ -264,7 +264,7 @@ def test_the_papers_settings() -> None:
     for dense in (text.dense, segment.dense):
         assert (dense.size, dense.scales, dense.flip, dense.refine) == (448, (1.0, 0.5, 1.5, 2.0), True, True)
         assert (dense.iterations, dense.dilations) == (10, (1, 2, 4, 8, 12, 24))
-    assert text.threshold == 0.40 and segment.templates == "openai" and segment.background == "constant"
+    assert text.threshold == 0.40 and segment.templates == "imagenet" and segment.background == "constant"
 
 
 # Running --------------------------------------------------------------------------------------------------------------

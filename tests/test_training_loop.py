@@ -187,7 +187,7 @@ def fake_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_batches_of_scenes_are_consecutive_and_a_short_rest_is_left_out() -> None:
     backbone = toy()
-    batches = list(scene_batches(FakeScenes("train", 8), 3, backbone))  # type: ignore[arg-type]
+    batches = list(scene_batches(FakeScenes("train", 8, seed=0, side=SIDE, bare_captions=0.0), 3, backbone))  # type: ignore[arg-type]
     assert [captions for _, captions in batches] == [
         [f"a dog {index} on grass" for index in part] for part in ((0, 1, 2), (3, 4, 5))
     ]

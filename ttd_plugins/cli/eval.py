@@ -37,7 +37,7 @@ RefineOption = Annotated[bool | None, typer.Option("--pamr/--no-pamr", help="Ref
 ActivationOption = Annotated[
     str | None, typer.Option("--activation", help="Maps before the threshold: probability, minmax or cosine.")
 ]
-TemplatesOption = Annotated[str | None, typer.Option("--templates", help="openai (80), photo or none.")]
+TemplatesOption = Annotated[str | None, typer.Option("--templates", help="imagenet (80), photo or none.")]
 RankOption = Annotated[int | None, typer.Option("--rank", help="This process among several.  [default: RANK or 0]")]
 WorldOption = Annotated[
     int | None, typer.Option("--world", help="How many processes share --out.  [default: WORLD_SIZE or 1]")

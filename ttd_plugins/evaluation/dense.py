@@ -1,7 +1,7 @@
 """Dense inference: cosine maps over scales, flips and windows; classes as embeddings; maps as labels.
 
 The protocols of the paper (arXiv 2404.00384) segment at 448 pixels with scales 1, 0.5, 1.5 and 2, horizontal flip,
-PAMR, OpenAI's prompt templates and a constant background plane; every one of these is a field here.
+PAMR, the 80 prompt templates for ImageNet and a constant background plane; every one of these is a field here.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ Activation = Literal["probability", "minmax", "cosine"]
 
 
 @cache
-def openai_templates() -> tuple[str, ...]:
-    """OpenAI's 80 templates for ImageNet (Radford et al., 2021, released with CLIP), ``{}`` standing for the class."""
-    text = resources.files("ttd_plugins.evaluation").joinpath("openai_templates.json").read_text("utf-8")
+def imagenet_templates() -> tuple[str, ...]:
+    """The 80 prompt templates for ImageNet (Radford et al., 2021), ``{}`` standing for the class."""
+    text = resources.files("ttd_plugins.evaluation").joinpath("imagenet_templates.json").read_text("utf-8")
     return tuple(json.loads(text))
 
 
-TEMPLATE_SETS = ("openai", "photo", "none")
+TEMPLATE_SETS = ("imagenet", "photo", "none")
 
 
 def templates_by_name(name: str) -> tuple[str, ...]:
-    """``"openai"`` for the 80, ``"photo"`` for "a photo of a {}.", ``"none"`` for the bare name.
+    """``"imagenet"`` for the 80, ``"photo"`` for "a photo of a {}.", ``"none"`` for the bare name.
 
     Raises:
         InputError: the name is none of these.
     """
-    if name == "openai":
-        return openai_templates()
+    if name == "imagenet":
+        return imagenet_templates()
     if name not in TEMPLATE_SETS:
         raise InputError(choices_sentence("set of templates", name, TEMPLATE_SETS))
     return ("a photo of a {}.",) if name == "photo" else ("{}",)

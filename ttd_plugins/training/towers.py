@@ -27,7 +27,7 @@ def build_backbone(config: TrainConfig, backbone: DenseAdapter | None = None) ->
         if backbone is None:
             if config.backbone.name is None:
                 raise InputError(
-                    "no backbone is named; give backbone.name (--backbone), as in open_clip:ViT-B-16@openai"
+                    "no backbone is named; give backbone.name (--backbone), one of those that `ttd backbones` lists"
                 )
             from ttd_plugins.plugins import load
 

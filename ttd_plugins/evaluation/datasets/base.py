@@ -241,7 +241,7 @@ def apply_table(values: NDArray[np.int64], table: NDArray[np.int16], path: Path,
     Raises:
         DatasetError: a value is not known.
     """
-    inside = np.clip(values, 0, len(table) - 1)
+    inside = np.minimum(np.maximum(values, 0), len(table) - 1)
     found = np.where(values == inside, table[inside], -1)
     if (found < 0).any():
         unknown = int(values[found < 0][0])

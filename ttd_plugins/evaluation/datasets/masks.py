@@ -83,7 +83,9 @@ def polygon_mask(polygon: Sequence[float], height: int, width: int) -> NDArray[n
     column = (np.where(u[crossing] < u[crossing - 1], u[crossing], u[crossing] - 1) + 0.5) / _FINER - 0.5
     row = (np.minimum(v[crossing], v[crossing - 1]) + 0.5) / _FINER - 0.5
     kept = (np.floor(column) == column) & (column >= 0) & (column <= width - 1)
-    starts = column[kept].astype(np.int64) * height + np.ceil(np.clip(row[kept], 0, height)).astype(np.int64)
+    starts = column[kept].astype(np.int64) * height + np.ceil(np.minimum(np.maximum(row[kept], 0), height)).astype(
+        np.int64
+    )
     flips = np.bincount(starts, minlength=height * width + 1)[: height * width]
     return (np.cumsum(flips) % 2 == 1).reshape(width, height).T.copy()
 

@@ -202,7 +202,7 @@ class PascalVOC(MaskFiles):
             colours = voc_palette().astype(np.int64)
             codes = colours[:, 0] + 256 * colours[:, 1] + 65536 * colours[:, 2]
             order = np.argsort(codes)
-            place = np.clip(np.searchsorted(codes[order], values), 0, 255)
+            place = np.minimum(np.searchsorted(codes[order], values), 255)
             index = order[place]
             # A colour that is not in the palette is no index, however small its number.
             values = np.where(codes[index] == values, index, np.maximum(values, 256))

@@ -38,7 +38,7 @@ BACKGROUND_WORDS = (
     "railroad", "keyboard", "helmet", "cloud", "house", "mountain", "ocean", "road", "rock", "street", "valley",
     "bridge", "sign",
 )  # fmt: skip
-"""Words for what VOC calls background, as CLIP-ES (CVPR 2023) lists them; those that name a class are left out."""
+"""Words for what VOC calls background, as Lin et al. (CVPR 2023) list them; those that name a class are left out."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class SegmentProtocol:
         dense: how a picture is looked at.
         activation: what is compared with the background plane: ``"probability"`` (calibrated, as in TCL),
             ``"minmax"`` or ``"cosine"``.
-        templates: ``"openai"`` (80), ``"photo"`` or ``"none"``.
+        templates: ``"imagenet"`` (80), ``"photo"`` or ``"none"``.
         aliases: whether a class has the usual aliases beside its name; its score is the best of them.
         background: ``"constant"``: a plane of ``threshold`` takes part, which is class background where the data set
             has one, and no class elsewhere; ``"auto"``: that plane where the data set has a background, and none
@@ -64,7 +64,7 @@ class SegmentProtocol:
         default_factory=lambda: DenseOptions(size=448, scales=PAPER_SCALES, flip=True, refine=True)
     )
     activation: Activation = "probability"
-    templates: str = "openai"
+    templates: str = "imagenet"
     aliases: bool = True
     background: Background = "constant"
     threshold: float | None = None

@@ -43,7 +43,7 @@ class TextProtocol:
         dense: how a picture is looked at.
         activation: how the map is brought into [0, 1]: ``"minmax"`` or ``"probability"``.
         threshold: the constant background plane; what is above it is the caption's region.
-        templates: texts around the caption, by name: ``"none"``, ``"photo"`` or ``"openai"``.
+        templates: texts around the caption, by name: ``"none"``, ``"photo"`` or ``"imagenet"``.
         calibration: for the activation ``"probability"``; ``None`` means the backbone's own.
     """
 
@@ -101,7 +101,7 @@ def evaluate_text(
                 heat = resize_maps(one_map[None], masks[0].shape)[0].cpu().numpy()
                 overlap = mask_overlap(heat > options.threshold, np.any(masks, axis=0), item.valid)
                 different = _distinct(masks)
-                balance = tag_balance(heat.clip(0, 1), different) if len(different) > 1 else None
+                balance = tag_balance(np.minimum(np.maximum(heat, 0), 1), different) if len(different) > 1 else None
                 found.append({**asdict(overlap), "balance": balance})
         return {"captions": found, "left_out": len(tagged) - len(used)}
 
