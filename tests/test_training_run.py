@@ -452,3 +452,51 @@ def test_batch_normalisation_with_frozen_weights_keeps_its_averages() -> None:
         False,
         True,
     )
+
+
+def test_a_file_that_the_system_refuses_to_grow_is_one_sentence_too(tmp_path: Path) -> None:
+    """A failure that is the operating system's own, as where a quota ends."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Limit(Reporter):
+        def stepped(self, step: int, loss: float) -> None:
+            if step == 2:  # lines of the log still fit, random states do not
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+
+    config = toy_config(optimizer={"steps": 3})
+    try:
+        with pytest.raises(
+            InputError, match=r"the checkpoint of step 2 cannot be written to .*File too large.*00000001"
+        ):
+            run_toy(tmp_path, config, reporter=Limit())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoint_steps(tmp_path) == [1] and not list(tmp_path.rglob("*.part"))
+    assert run_toy(tmp_path, config, resume=True).step == 3
+
+
+# The call that users make --------------------------------------------------------------------------------------------
+
+
+def test_fine_tune_shows_progress_draws_heat_maps_and_takes_what_users_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    from ttd_plugins import fine_tune
+
+    run = {"picture_every": 2, "pictures": 2, "log_every": 2}
+    config = toy_config(optimizer={"steps": 4}, run=run, ttd={"rule": "absolute", "threshold": 2.0}).as_dict()
+    result = fine_tune(config, tmp_path / "run", backbone=toy(), loader=lambda backbone, rank, count: MemoryPairs())
+    drawn = sorted(
+        str(path.relative_to(tmp_path / "run" / "pictures")) for path in tmp_path.rglob("step-*/sample-*.png")
+    )
+    assert drawn == [f"step-{step:08d}/sample-{number}.png" for step in (0, 2, 4) for number in (1, 2)]
+    said = capsys.readouterr().err
+    assert "step 4: loss" in said and "images/second" in said and "hardly any tag is selected" in said
+    assert result.step == 4
+    again = fine_tune(None, tmp_path / "run", backbone=toy(), loader=MemoryPairs(), resume=True, progress=False)
+    assert_same(weights_of(again), weights_of(result))
+    assert capsys.readouterr().err == ""
+    with pytest.raises(InputError, match="there is no configuration"):
+        fine_tune(None, tmp_path / "none", resume=True)
