@@ -142,6 +142,7 @@ def test_killed_at_twenty_random_moments_and_resumed_each_time(tmp_path: Path) -
         assert process.returncode in (0, -signal.SIGKILL)
         assert_readable(out)
         report.append(checkpoint_steps(out)[-1] if checkpoint_steps(out) else 0)
+        print(f"kill {kills} of 20, status {process.returncode}: newest checkpoint {report[-1]}", flush=True)
         if process.returncode == 0:
             # Done before all kills were: the rest of them go to another run.
             assert_as_left_alone(out, tmp_path / "whole")
