@@ -51,7 +51,7 @@ NAMES: dict[str, Served] = HUB_NAMES | {f"{family} by tag": served for family, s
 FAMILIES = ("open_clip", "eva_clip", "siglip", "openai_clip")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, dict[str, Tensor]]]]:
     """A folder for every repository, by its name, and its weights; timm and open_clip know the architectures."""
     root = tmp_path_factory.mktemp("hub")
