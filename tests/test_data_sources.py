@@ -248,6 +248,35 @@ def test_patterns_of_shards(tmp_path: Path) -> None:
         open_pairs(f"{tmp_path}/1*.tar")
 
 
+def test_several_sets_of_shards_are_one(tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    pairs = make_pairs(12)
+    for folder, part in (("a", pairs[:6]), ("b", pairs[6:])):
+        as_shards(tmp_path / folder, part)
+    a, b = tmp_path / "a", tmp_path / "b"
+    everything = captions_of(a) + captions_of(b)
+    assert len(set(everything)) == 12
+    for spec in (f"{a}::{b}", f"{a}/*.tar::{b}/{{00000..00002}}.tar", f"{a}/::pipe:cat {b}/00000.tar::{b}/00001.tar::{b}/*2.tar", f"{a} :: {b}/"):
+        assert captions_of(spec) == everything, spec
+    assert captions_of(f"{b}/00001.tar::{a}::{b}/00000.tar") == everything[8:10] + everything[:6] + everything[6:8]
+    # The order is shuffled over both, and each pair is somebody's.
+    shares = [
+        [caption for batch, _ in PairLoader(
+            open_pairs(f"{a}::{b}"), tiny, batch_size=1, seed=1, rank=rank, world_size=2, drop_last=False
+        ).epoch(0) for caption in batch.captions]
+        for rank in range(2)
+    ]  # fmt: skip
+    assert sorted(shares[0] + shares[1]) == sorted(everything)
+    assert any({caption in everything[:6] for caption in share} == {True, False} for share in shares)
+    for spec, said in (
+        (f"{a}::{tmp_path}/c", r"the shard '.*/c' does not exist \(of 4 in"),
+        (f"{a}::", "have an empty part beside '::'"),
+        (f"{tmp_path}::{a}", "holds no tar files"),
+    ):
+        with pytest.raises(InputError, match=said):
+            open_pairs(spec)
+
+
 @pytest.mark.parametrize(
     ("files", "spec", "options", "said"),
     [

@@ -36,7 +36,8 @@ def open_pairs(
     """Open image-text pairs, whatever they are kept in; nothing is decoded yet.
 
     Args:
-        spec: a path, a pattern of shards such as ``cc3m/{00000..00331}.tar``, or ``hf:NAME``.
+        spec: a path, a pattern of shards such as ``cc3m/{00000..00331}.tar``, several sets of shards with ``::``
+            between, as in ``cc3m::cc12m``, or ``hf:NAME``.
         images: folder that the paths of a table, COCO JSON or dataset start from.
         image_column: column of paths (tables) or of pictures (datasets).
         caption_column: column or JSON field of captions, which may be lists.

@@ -28,9 +28,9 @@ _IMAGES = frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES)
 
 
 def looks_like_shards(spec: str) -> bool:
-    """Whether a text names shards: a tar file, a brace or glob pattern of them, or an address."""
-    tail = spec.partition("::")[0].rstrip()
-    return bool(re.match(r"^[a-z][a-z0-9+]+:", spec) and not spec.startswith("hf:")) or tail.endswith(SHARD_SUFFIXES)
+    """Whether a text names shards: a tar file, a brace or glob pattern of them, an address, or several with ``::``."""
+    address = not _is_local(spec) and not spec.startswith("hf:")
+    return address or "::" in spec or spec.rstrip().endswith(SHARD_SUFFIXES)
 
 
 class ShardPairs(StreamSource):
@@ -38,11 +38,11 @@ class ShardPairs(StreamSource):
 
     Args:
         spec: a tar file, a folder of them, a pattern (``{00000..00331}.tar``, ``*.tar``), or addresses that
-            ``webdataset`` opens (``https:``, ``pipe:``).
+            ``webdataset`` opens (``https:``, ``pipe:``); several of these with ``::`` between are one set.
         fields: names of the JSON's fields.
 
     Raises:
-        InputError: there is no such file.
+        InputError: there is no such file, or a part of ``spec`` is empty.
         MissingDependencyError: a brace pattern or an address without ``webdataset``.
     """
 
@@ -151,19 +151,34 @@ def _gopen(shard: str) -> Any:
 
 
 def _expand(spec: str) -> tuple[str, ...]:
-    folder = Path(spec)
-    if _is_local(spec) and folder.is_dir():
-        found = sorted(str(file) for file in folder.iterdir() if file.name.endswith(SHARD_SUFFIXES))
+    parts = [spec] if Path(spec).exists() else spec.split("::")
+    if not all(map(str.strip, parts)):
+        raise InputError(f"the shards {spec!r} have an empty part beside '::'")
+    shards = [shard for part in parts for shard in _expand_part(part.strip())]
+    if not all(map(_is_local, shards)):
+        # Told now and not by a worker, later.
+        _webdataset(spec)
+    missing = [name for name in shards if _is_local(name) and not Path(name).is_file()]
+    if missing:
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"the shard {missing[0]!r} does not exist{more} (of {len(shards)} in {spec!r})")
+    return tuple(shards)
+
+
+def _expand_part(part: str) -> list[str]:
+    path = Path(part)
+    if _is_local(part) and path.is_dir():
+        found = sorted(str(file) for file in path.iterdir() if file.name.endswith(SHARD_SUFFIXES))
         if not found:
-            raise InputError(f"the folder {spec!r} holds no tar files")
-        return tuple(found)
-    names: list[str] = [spec]
-    if not folder.exists() and ("{" in spec or "::" in spec):
+            raise InputError(f"the folder {part!r} holds no tar files")
+        return found
+    names = [part]
+    if not path.exists() and "{" in part:
         try:
-            names = list(_webdataset(spec).shardlists.expand_urls(spec))
+            names = list(_webdataset(part).shardlists.expand_urls(part))
         # braceexpand raises its own error, and an unset variable an AssertionError.
         except (ValueError, AssertionError) as error:
-            raise InputError(f"the pattern {spec!r} cannot be expanded: {one_sentence(error)}") from error
+            raise InputError(f"the pattern {part!r} cannot be expanded: {one_sentence(error)}") from error
     shards: list[str] = []
     for name in names:
         if _is_local(name) and not Path(name).exists() and any(mark in name for mark in "*?["):
@@ -173,11 +188,4 @@ def _expand(spec: str) -> tuple[str, ...]:
             shards += matching
         else:
             shards.append(name)
-    if not all(map(_is_local, shards)):
-        # Told now and not by a worker, later.
-        _webdataset(spec)
-    missing = [name for name in shards if _is_local(name) and not Path(name).is_file()]
-    if missing:
-        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(f"the shard {missing[0]!r} does not exist{more} (of {len(shards)} in {spec!r})")
-    return tuple(shards)
+    return shards

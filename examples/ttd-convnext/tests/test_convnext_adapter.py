@@ -25,6 +25,7 @@ from ttd_convnext.structure import refusal_of_config
 from ttd_plugins import TTD, load, wrap
 from ttd_plugins.adapter import Calibration
 from ttd_plugins.errors import BackboneNameError, ImageSizeError, TTDError, UnsupportedModelError
+from ttd_plugins.export import export_backbone
 from ttd_plugins.plugins import families, family_for_model, list_backbones
 
 ARCHITECTURE = "convnext-of-the-tests"
@@ -266,3 +267,39 @@ def test_lora_reaches_both_layers_of_every_block() -> None:
         # Five blocks, two layers each, two matrices each.
         assert len(found) == 20
         assert all(bool(gradient.abs().max() > 0) for gradient in found)
+
+
+# Export --------------------------------------------------------------------------------------------------------------
+
+
+def test_open_clip_and_load_give_the_tuned_embeddings_of_the_exported_folder(architecture: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="LoRA needs peft")
+    adapter = load(f"convnext:{architecture}@random", lora={"rank": 2})
+    with torch.no_grad():
+        # timm begins with layer scales of 1e-6, under which LoRA in the blocks would not be seen.
+        for block in (block for stage in adapter.model.visual.trunk.stages for block in stage.blocks):
+            block.gamma.fill_(1.0)
+        for parameter in adapter.lora_parameters():
+            parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+    ids = adapter.tokenize(["a cat", "two red birds"]).ids
+    done = export_backbone(adapter, tmp_path / "out")
+    assert f'"{ARCHITECTURE}"' in done.model.load and done.model.name is not None
+    again = load(done.model.name.replace("PATH", str(done.folder)))
+    assert (again.description.weights, again.description.mean) == ("own", adapter.description.mean)
+    built = open_clip.create_model(f"local-dir:{done.folder}").eval()
+    plain = open_clip.create_model(ARCHITECTURE, pretrained=str(done.folder / "open_clip_model.safetensors")).eval()
+    with torch.no_grad():
+        image, text = adapter.encode_image(pixels()).pooled, adapter.encode_text(ids)
+        untuned = adapter.unload().encode_image(pixels())
+        torch.testing.assert_close(again.encode_image(pixels()).pooled, image, atol=1e-5, rtol=0)
+        torch.testing.assert_close(again.encode_text(ids), text, atol=1e-5, rtol=0)
+        for model in (built, plain):
+            torch.testing.assert_close(model.encode_image(pixels()), image, atol=1e-5, rtol=0)
+            torch.testing.assert_close(model.encode_text(ids), text, atol=1e-5, rtol=0)
+    assert (image - untuned).abs().max() > 1e-2
+
+
+def test_a_trunk_without_a_name_says_why_it_cannot_be_rebuilt(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"open_clip cannot rebuild convnext:tiny@random: it tells timm"):
+        export_backbone(load("convnext:tiny@random"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from ttd_plugins.adapter import (
     BackboneDescription,
     Calibration,
     DenseAdapter,
+    ExportedModel,
     ImageFeatures,
     ImageTransform,
     Size,
@@ -197,6 +199,30 @@ class ConvNeXtAdapter(DenseAdapter):
         }
         config = PreprocessCfg(**merge_preprocess_dict(merge_preprocess_dict(PreprocessCfg(), own), found))
         return NativeTransform(image_transform_v2(config, is_train=False))
+
+    def export(self, folder: Path) -> ExportedModel:
+        """Write the model as open_clip's own folder, which ``local-dir:PATH`` loads, if open_clip has its architecture.
+
+        open_clip passes nothing but a name on to timm, so a trunk of other sizes, such as that of ``convnext:tiny``,
+        cannot be rebuilt by it.
+
+        Raises:
+            UnsupportedModelError: open_clip builds no such model.
+            MissingDependencyError: open_clip is not installed.
+        """
+        from ttd_convnext.family import import_open_clip
+        from ttd_plugins.toolkit.open_clip_export import export_open_clip
+
+        own = getattr(self._visual, "preprocess_cfg", None) or {}
+        return export_open_clip(
+            self,
+            folder,
+            open_clip=import_open_clip(),
+            tokenizer=self.tokenizer,
+            normalisation=self._normalisation,
+            resize_mode=own.get("resize_mode", "shortest"),
+            why="it tells timm nothing but a trunk's name, and no architecture of its own has a trunk like this one",
+        )
 
     # Logits --------------------------------------------------------------------------------------------------------
 

@@ -9,20 +9,20 @@ from torch import nn
 from ttd_convnext.structure import is_convnext_clip, refusal_of_config
 from ttd_plugins.adapter import AdapterFamily, Calibration
 from ttd_plugins.errors import BackboneNameError, MissingDependencyError, choices_sentence, one_sentence
-from ttd_plugins.toolkit.open_clip_models import RANDOM, OpenCLIPModels
+from ttd_plugins.toolkit.open_clip_models import FOLDER, HUB, OWN_WEIGHTS, RANDOM, OpenCLIPModels, is_whole
 
 if TYPE_CHECKING:
     from ttd_convnext.adapter import ConvNeXtAdapter
 
 TINY = "tiny"
-HINT = "only architectures of open_clip are taken by name; wrap() takes any object"
+HINT = f"{HUB}ORG/NAME and {FOLDER}PATH are taken too, and wrap() takes any object"
 
 
 class ConvNeXtFamily(AdapterFamily):
     """ConvNeXt CLIP models of open_clip, by name or as objects.
 
-    Names: an architecture of open_clip with one of its pretrained tags, a path to a checkpoint, or ``random``; and
-    ``tiny@random``, which needs no network.
+    Names: an architecture of open_clip with one of its pretrained tags, a path to a checkpoint, or ``random``;
+    ``hf-hub:ORG/NAME`` and ``local-dir:PATH``, which bring their weights; and ``tiny@random``, which needs no network.
     """
 
     name = "convnext"
@@ -47,11 +47,17 @@ class ConvNeXtFamily(AdapterFamily):
         """
         if model == TINY:
             return []
+        if is_whole(model):
+            return [OWN_WEIGHTS]
         named = self._named()
         return named.tags(named.architecture(model, self.models(), HINT))
 
+    def default_weights(self, model: str) -> str | None:
+        """``own`` for a hub model or a folder; nothing else has a default."""
+        return OWN_WEIGHTS if is_whole(model) else None
+
     def _named(self) -> OpenCLIPModels:
-        return OpenCLIPModels(_import_open_clip(), self.name, refusal_of_config)
+        return OpenCLIPModels(import_open_clip(), self.name, refusal_of_config)
 
     def load(  # type: ignore[override]
         self,
@@ -66,8 +72,9 @@ class ConvNeXtFamily(AdapterFamily):
         """Build a model, load its weights, and wrap it, in evaluation mode and on the CPU.
 
         Args:
-            model: an architecture of open_clip, or ``tiny``.
-            weights: a pretrained tag, a path to a checkpoint, or ``random``.
+            model: an architecture of open_clip, ``hf-hub:ORG/NAME``, ``local-dir:PATH``, or ``tiny``.
+            weights: a pretrained tag, a path to a checkpoint, or ``random``; ``own`` or ``random`` for a hub model or
+                a folder.
             calibration: map from cosine to probability; the family's default where none is given.
             tokenizer: instead of the model's own.
             precision: open_clip's name of the number format (``fp32``, ``bf16``, ``pure_bf16``, ...).
@@ -82,14 +89,14 @@ class ConvNeXtFamily(AdapterFamily):
         if model == TINY:
             return self._load_tiny(weights, tokenizer, calibration)
         named = self._named()
-        name = named.architecture(model, self.models(), HINT)
+        name = model if is_whole(model) else named.architecture(model, self.models(), HINT)
         built, tokenizer = named.load(name, weights, tokenizer=tokenizer, precision=precision, cache_dir=cache_dir)
         return self._adapt(built, tokenizer=tokenizer, calibration=calibration, name=name, weights=weights)
 
     def _load_tiny(self, weights: str, tokenizer: Any, calibration: Calibration | None) -> ConvNeXtAdapter:
         if weights != RANDOM:
             raise BackboneNameError(choices_sentence("weights of convnext:tiny", weights, [RANDOM]))
-        open_clip = _import_open_clip()
+        open_clip = import_open_clip()
         from ttd_convnext.tiny import CONTEXT, build_tiny
 
         tokenizer = tokenizer if tokenizer is not None else open_clip.SimpleTokenizer(context_length=CONTEXT)
@@ -127,7 +134,12 @@ class ConvNeXtFamily(AdapterFamily):
         return ConvNeXtAdapter(model, **options)
 
 
-def _import_open_clip() -> Any:
+def import_open_clip() -> Any:
+    """open_clip, or one sentence.
+
+    Raises:
+        MissingDependencyError: it is not installed, or its torchvision is of another build.
+    """
     try:
         import open_clip
     except Exception as error:  # a torchvision of another build fails with RuntimeError or AttributeError
