@@ -256,7 +256,12 @@ def test_several_sets_of_shards_are_one(tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     everything = captions_of(a) + captions_of(b)
     assert len(set(everything)) == 12
-    for spec in (f"{a}::{b}", f"{a}/*.tar::{b}/{{00000..00002}}.tar", f"{a}/::pipe:cat {b}/00000.tar::{b}/00001.tar::{b}/*2.tar", f"{a} :: {b}/"):
+    for spec in (
+        f"{a}::{b}",
+        f"{a}/*.tar::{b}/{{00000..00002}}.tar",
+        f"{a}/::pipe:cat {b}/00000.tar::{b}/00001.tar::{b}/*2.tar",
+        f"{a} :: {b}/",
+    ):
         assert captions_of(spec) == everything, spec
     assert captions_of(f"{b}/00001.tar::{a}::{b}/00000.tar") == everything[8:10] + everything[:6] + everything[6:8]
     # The order is shuffled over both, and each pair is somebody's.
