@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import os
 import random
 import signal
 import threading
@@ -767,15 +768,20 @@ def _accelerator(config: TrainConfig, out: Path) -> Any:
     for tracker in config.run.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise MissingDependencyError(f"the tracker {tracker!r} is not installed; run: pip install {tracker}")
+    options: dict[str, Any] = {
+        "mixed_precision": config.run.mixed_precision,
+        "log_with": list(config.run.trackers) or None,
+        "project_dir": str(out),
+        # A batch without tags, or without a contrastive term, leaves some weights without gradient.
+        "kwargs_handlers": [DistributedDataParallelKwargs(find_unused_parameters=True)],
+    }
     try:
-        accelerator = Accelerator(
-            mixed_precision=config.run.mixed_precision,
-            cpu=config.run.cpu,
-            log_with=list(config.run.trackers) or None,
-            project_dir=str(out),
-            # A batch without tags, or without a contrastive term, leaves some weights without gradient.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        )
+        accelerator = Accelerator(cpu=config.run.cpu, **options)
+        if accelerator.num_processes == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # Without a GPU accelerate joins what a launcher started only where it is told to use the CPU; left apart,
+            # each process would train a model of its own into the one folder.
+            _forget_accelerate(processes=True)
+            accelerator = Accelerator(cpu=True, **options)
     except (ValueError, ImportError) as error:
         raise InputError(f"accelerate cannot start: {one_sentence(error)}") from error
     if config.run.mixed_precision == "fp16" and accelerator.device.type == "cpu":
@@ -792,10 +798,10 @@ def _accelerator(config: TrainConfig, out: Path) -> Any:
     return accelerator
 
 
-def _forget_accelerate() -> None:
+def _forget_accelerate(*, processes: bool = False) -> None:
     from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=processes)
     GradientState._reset_state()
 
 
