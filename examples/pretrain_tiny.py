@@ -207,6 +207,19 @@ def schedule(step: int, steps: int) -> float:
     return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
 
+def build_optimizers(
+    model: nn.Module, muon_learning_rate: float, learning_rate: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of both towers' blocks, AdamW for all else."""
+    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and HIDDEN_LAYER.search(name)]
+    rest = [p for name, p in model.named_parameters() if p.ndim != 2 or not HIDDEN_LAYER.search(name)]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [Muon(hidden, lr=muon_learning_rate), torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", default="open_clip:tiny")
@@ -238,19 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     adapter.train()
     model = adapter.model
     prepare_image_tower(model, args.patch_dropout)
-    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and HIDDEN_LAYER.search(name)]
-    rest = [p for name, p in model.named_parameters() if p.ndim != 2 or not HIDDEN_LAYER.search(name)]
-    optimizers = [
-        Muon(hidden, lr=args.muon_learning_rate),
-        torch.optim.AdamW(
-            [
-                {"params": [p for p in rest if p.ndim >= 2], "weight_decay": args.weight_decay},
-                {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-            ],
-            lr=args.learning_rate,
-            betas=(0.9, 0.98),
-        ),
-    ]
+    optimizers = build_optimizers(model, args.muon_learning_rate, args.learning_rate, args.weight_decay)
     rates = [args.muon_learning_rate, args.learning_rate]
     step, best, seconds, log = 0, {"step": 0, "retrieval_r1": 0.0}, 0.0, []
     checkpoint = args.work / "checkpoint.pt"

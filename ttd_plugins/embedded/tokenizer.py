@@ -120,6 +120,20 @@ def train_tokenizer(path: Path, *, vocabulary: int, captions: int = 8_000, seed:
         seed: seed of those scenes.
     """
     import emoji
+
+    scenes = Scenes("train", captions, seed=seed)
+    names = [data["en"].strip(":").replace("_", " ") for data in emoji.EMOJI_DATA.values()]
+    train_bpe(path, [scene.caption for scene in scenes] + sorted(names), vocabulary=vocabulary)
+
+
+def train_bpe(path: Path, texts: Sequence[str], *, vocabulary: int) -> None:
+    """Train byte-level BPE on texts, and save it as :class:`TinyTokenizer` reads it.
+
+    Args:
+        path: file to write, in the format of the ``tokenizers`` library.
+        texts: what to learn from; letter case is ignored.
+        vocabulary: size with the special tokens.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -133,8 +147,6 @@ def train_tokenizer(path: Path, *, vocabulary: int, captions: int = 8_000, seed:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    scenes = Scenes("train", captions, seed=seed)
-    names = [data["en"].strip(":").replace("_", " ") for data in emoji.EMOJI_DATA.values()]
-    tokenizer.train_from_iterator([scene.caption for scene in scenes] + sorted(names), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([START, END])
     tokenizer.save(str(path))
