@@ -71,7 +71,7 @@ def test_spread_and_gain_are_those_of_an_independent_computation(finished: tuple
             gains = [a - c for a, c in zip(after, control, strict=True)]
             assert part["gains"][key]["mean"] == pytest.approx(statistics.mean(gains))
             assert part["gains"][key]["spread"] == pytest.approx(statistics.stdev(gains))
-            assert f"{statistics.mean(gains):+.3f} ± {statistics.stdev(gains):.3f}" in table
+            assert f"{statistics.mean(gains):+z.3f} ± {statistics.stdev(gains):.3f}" in table
         assert len({row["caption_iou"] for row in part["figures"]["after"]}) == 2
 
 

@@ -51,8 +51,10 @@ class ComparisonData(Protocol):
         attribution: who made the pictures.
     """
 
-    figures: tuple[Figure, ...]
-    attribution: str
+    @property
+    def figures(self) -> tuple[Figure, ...]: ...
+    @property
+    def attribution(self) -> str: ...
 
     def describe(self) -> dict[str, Any]:
         """What repeats it."""
@@ -73,15 +75,40 @@ class ComparisonData(Protocol):
 
 
 SCENE_FIGURES = (
-    Figure("caption_iou", "Caption IoU", "higher", "Overlap of the caption's map, above 0.40, with what the caption truly names."),
+    Figure(
+        "caption_iou",
+        "Caption IoU",
+        "higher",
+        "Overlap of the caption's map, above 0.40, with what it truly names.",
+    ),
     Figure("tag_iou", "tag IoU", "higher", "Overlap of a true tag's map, above 0.50, with that tag's region."),
-    Figure("tag_balance", "tag balance", "higher", "How evenly the caption's map is lit over its true tags; 1 is even."),
+    Figure(
+        "tag_balance",
+        "tag balance",
+        "higher",
+        "How evenly the caption's map is lit over its true tags; 1 is even.",
+    ),
     Figure("tag_f1", "tag F1", "higher", "F1 of the tags that are selected, over all candidate words."),
     Figure("tag_ap", "tag AP", "higher", "Average precision of the nearest-patch score, over all candidate words."),
-    Figure("tag_ap_blind", "tag AP, blind", None, "The same by a scorer that knows each word's mean and never looks at the picture."),
-    Figure("retrieval_r1", "retrieval R@1", "higher", "Image-text retrieval at 1, mean of both directions: what fine-tuning may cost."),
-    Figure("caption_map_spread", "map spread", None, "Largest less smallest cosine of the caption's map; near zero means collapse."),
-)  # fmt: skip
+    Figure(
+        "tag_ap_blind",
+        "tag AP, blind",
+        None,
+        "The same by a scorer that knows each word's mean and never looks at the picture.",
+    ),
+    Figure(
+        "retrieval_r1",
+        "retrieval R@1",
+        "higher",
+        "Image-text retrieval at 1, mean of both directions: what fine-tuning may cost.",
+    ),
+    Figure(
+        "caption_map_spread",
+        "map spread",
+        None,
+        "Largest less smallest cosine of the caption's map; near zero means collapse.",
+    ),
+)
 
 
 class SceneData:
@@ -152,16 +179,41 @@ class SceneData:
 
 
 CAPTION_FIGURES = (
-    Figure("caption_iou", "Caption IoU", "higher", "Overlap of the caption's map, above 0.40, with what the caption truly names."),
-    Figure("caption_fpr", "Caption FPR", "lower", "Share of the overlap's union that the caption's map lights falsely."),
+    Figure(
+        "caption_iou",
+        "Caption IoU",
+        "higher",
+        "Overlap of the caption's map, above 0.40, with what it truly names.",
+    ),
+    Figure(
+        "caption_fpr",
+        "Caption FPR",
+        "lower",
+        "Share of the overlap's union that the caption's map lights falsely.",
+    ),
     Figure("caption_fnr", "Caption FNR", "lower", "Share of the overlap's union that the caption's map misses."),
-    Figure("tag_balance", "tag balance", "higher", "How evenly the caption's map is lit over its true tags; 1 is even."),
+    Figure(
+        "tag_balance",
+        "tag balance",
+        "higher",
+        "How evenly the caption's map is lit over its true tags; 1 is even.",
+    ),
     Figure("tag_f1", "tag F1", "higher", "F1 of the tags that are selected, over all candidate words."),
     Figure("tag_map", "tag mAP", "higher", "Average precision of the nearest-patch score, over all candidate words."),
-    Figure("tag_map_image", "tag mAP, image score", None, "The same by the pooled image embedding, the usual baseline."),
-    Figure("retrieval_r1", "retrieval R@1", "higher", "Image-text retrieval at 1, mean of both directions: what fine-tuning may cost."),
+    Figure(
+        "tag_map_image",
+        "tag mAP, image score",
+        None,
+        "The same by the pooled image embedding, the usual baseline.",
+    ),
+    Figure(
+        "retrieval_r1",
+        "retrieval R@1",
+        "higher",
+        "Image-text retrieval at 1, mean of both directions: what fine-tuning may cost.",
+    ),
     Figure("retrieval_r5", "retrieval R@5", "higher", "Image-text retrieval at 5, mean of both directions."),
-)  # fmt: skip
+)
 
 
 class CaptionedData:
@@ -183,7 +235,7 @@ class CaptionedData:
             raise InputError(choices_sentence("preset", options.preset, TAG_PRESETS))
         if options.tune and options.pairs is None:
             raise InputError("say which pairs to fine-tune on (--pairs), or leave fine-tuning out (--no-tune)")
-        more = {} if options.limit is None else {"limit": options.limit}
+        more: dict[str, Any] = {} if options.limit is None else {"limit": options.limit}
         more |= {} if options.split is None else {"split": options.split}
         self.reader = open_captions(options.data, options.root, **more)
         if not len(self.reader):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 import shutil
@@ -172,8 +173,8 @@ class _Run:
             except TrainingStoppedError:
                 raise
             except InputError as error:
-                if isinstance(error.__cause__, OSError):
-                    # A full disk is nobody's fault here, and the others would fail as well.
+                # A full disk is no backbone's fault, and the others would fail as well.
+                if getattr(error.__cause__, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
                     raise
                 self._fail(name, error)
             # A backbone is foreign code; whatever it raises, the others are compared.
@@ -352,8 +353,8 @@ def _gallery(samples: Sequence[Sample], views: dict[str, list[dict[Arm, View]]],
         rank = "largest" if place == 0 else "smallest" if place == len(ranked) - 1 else f"rank {place + 1} by"
         sample = samples[number]
         why = f"{rank} {what} of {len(ranked)} pictures: {value:+.3f}, mean over backbones"
-        seen = {name: of_backbone[number] for name, of_backbone in views.items()}
-        pictures.append(Picture(sample.key, _small(sample.image), sample.caption, _small_masks(sample), seen, why))
+        by_name = {name: of_backbone[number] for name, of_backbone in views.items()}
+        pictures.append(Picture(sample.key, _small(sample.image), sample.caption, _small_masks(sample), by_name, why))
     return pictures
 
 

@@ -43,7 +43,7 @@ def number(mean: float | None, spread: float | None, *, sign: bool = False) -> s
     """``0.512 ± 0.004``, or ``-`` where there is none."""
     if mean is None:
         return "-"
-    return f"{mean:{'+' if sign else ''}.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+    return f"{mean:{'+' if sign else ''}z.3f}" + ("" if spread is None else f" ± {spread:.3f}")
 
 
 def table_rows(comparison: Comparison) -> list[tuple[str, str, list[str]]]:
