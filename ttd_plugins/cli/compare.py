@@ -56,6 +56,10 @@ def command(
         typer.Option("--ttd", metavar="KEY=VALUE", help="Any other option of TTD, as caption_weight=5; repeatable."),
     ] = None,
     workers: Annotated[int, typer.Option("--workers", help="Processes that decode pairs.")] = 0,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", help="Arms tuned side by side on scenes.  [default: one a core, at most 4, on the CPU]"),
+    ] = None,
     device: maps.DeviceOption = None,
 ) -> None:
     """Compare backbones before and after TTD, with a control.
@@ -63,6 +67,9 @@ def command(
     Each is measured, tuned by TTD and by the contrastive term alone, and measured again. Ends in a table and a report
     with pictures. Stopped and started again, it goes on.
     """
+    import os
+
+    import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ttd_plugins.comparison.running import CompareOptions, run_comparison
@@ -82,11 +89,14 @@ def command(
         ttd = TTDOptions(**changes)
     except TypeError as error:
         raise InputError(f"an option of TTD is of the wrong type: {error}") from error
+    if jobs is None:
+        on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
+        jobs = min(4, os.cpu_count() or 1) if data == "scenes" and on_cpu else 1
     options = CompareOptions(
         backbones=tuple(name.strip() for name in backbones.split(",") if name.strip()),
         data=data, root=root, split=split, pairs=pairs, tune=tune, seeds=seeds, steps=steps, batch_size=batch_size,
         rank=0 if full else rank, learning_rate=learning_rate, limit=limit, gallery=gallery, preset=preset,
-        workers=workers, device=device, ttd=ttd,
+        workers=workers, jobs=jobs, device=device, ttd=ttd,
     )  # fmt: skip
     columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:

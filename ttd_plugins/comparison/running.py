@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import multiprocessing
+import os
 import re
 import shutil
+import signal
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ttd_plugins.adapter import DenseAdapter
@@ -23,7 +28,7 @@ from ttd_plugins.engine import TTD, TTDOptions
 from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.evaluation.metrics import upsample_map
 from ttd_plugins.evaluation.protocols.running import weights_hash
-from ttd_plugins.training.stages import Stage, StageRecord, silent, timed, versions
+from ttd_plugins.training.stages import Stage, StageRecord, keep_weights, silent, timed, versions
 
 CAPTION_MAP_THRESHOLD = 0.40
 CANDIDATES = 96
@@ -51,6 +56,8 @@ class CompareOptions:
         gallery: pictures that are shown.
         preset: settings of the protocols, ``"fast"`` or ``"paper"``; scenes have one way only.
         workers: processes that decode pairs.
+        jobs: arms that are tuned at the same time on scenes, each by a process with its share of the cores; two
+            processes of one core do more than one process of two. It changes no more than threads do.
         device: where to compute.
         ttd: the options of the engine, the same for every backbone; without a calibration each has its own.
     """
@@ -70,6 +77,7 @@ class CompareOptions:
     gallery: int = 12
     preset: str = "fast"
     workers: int = 0
+    jobs: int = 1
     device: str | None = None
     ttd: TTDOptions = field(default_factory=TTDOptions)
 
@@ -83,6 +91,10 @@ class CompareOptions:
             )
         if (self.limit is not None and self.limit < 2) or self.gallery < 0:
             raise InputError(f"limit must be 2 or more and gallery 0 or more, not {self.limit} and {self.gallery}")
+        if self.jobs < 1 or (self.jobs > 1 and (self.data != SCENES or self.device not in (None, "cpu"))):
+            raise InputError(
+                f"jobs must be 1, or more for scenes on the CPU, not {self.jobs}; pairs are tuned on by one run at a time"
+            )
         if self.ttd.contrastive_weight <= 0 and self.tune:
             raise InputError("contrastive_weight must be above 0, since the control trains by that term alone")
 
@@ -118,6 +130,9 @@ def run_comparison(out: Path, options: CompareOptions, *, stage: Stage | None = 
     run = _Run(out, options, data, stage or silent)
     run.attempt(run.about)
     run.attempt(run.before)
+    if options.jobs > 1 and options.tune:
+        run.tune_side_by_side()
+    # One at a time, or what another process could not do.
     for seed in range(options.seeds if options.tune else 0):
         for arm in TUNED:
             run.attempt(lambda name, seed=seed, arm=arm: run.tuned(name, seed, arm))  # type: ignore[misc]
@@ -149,7 +164,8 @@ def write_outputs(out: Path, comparison: Comparison) -> None:
 class _Run:
     def __init__(self, out: Path, options: CompareOptions, data: ComparisonData, stage: Stage) -> None:
         self.out, self.options, self.data, self.stage = out, options, data, stage
-        settings = asdict(options) | {
+        # How many work side by side may differ when a run goes on.
+        settings = {key: value for key, value in asdict(options).items() if key != "jobs"} | {
             "root": None if options.root is None else str(options.root),
             "data": data.describe(),
             "versions": versions(),
@@ -222,9 +238,65 @@ class _Run:
         if len(content["figures"].get(arm, [])) <= seed:
             self._measure(name, arm, seed, self._tuned(name, seed, arm))
 
+    def tune_side_by_side(self) -> None:
+        """Tune and measure every arm that is left, several at a time, each in a process of its own."""
+        left = [
+            (name, seed, arm)
+            for seed in range(self.options.seeds)
+            for name in self.options.backbones
+            for arm in TUNED
+            if name not in self.failures and len(self._content(name)["figures"].get(arm, [])) <= seed
+        ]
+        if not left:
+            return
+        advance = self.stage(f"tune and measure, {self.options.jobs} side by side", len(left))
+        context = multiprocessing.get_context("spawn")
+        threads = max(1, (os.cpu_count() or 1) // self.options.jobs)
+        done: dict[tuple[str, int, Arm], _Arm] = {}
+        with ProcessPoolExecutor(self.options.jobs, context, _start_worker, (self.options, threads)) as pool:
+            weights = [self.record.weights_file(self._key(*one)) for one in left]
+            folders = [self._work(name, arm, seed) for name, seed, arm in left]
+            futures = {
+                pool.submit(_work_arm, *one, folder, file): one
+                for one, folder, file in zip(left, folders, weights, strict=True)
+            }
+            try:
+                for future in as_completed(futures):
+                    one = futures[future]
+                    try:
+                        done[one] = future.result()
+                    # The same arm is tried again by this process, which tells what is wrong with it.
+                    except Exception:
+                        continue
+                    finally:
+                        advance(1)
+                    self._keep_arms(done)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _keep_arms(self, done: dict[tuple[str, int, Arm], _Arm]) -> None:
+        """Record what is finished, the seeds of an arm in order."""
+        for name, seed, arm in sorted(done, key=lambda one: one[1]):
+            content = self._content(name)
+            figures = content["figures"].setdefault(arm, [])
+            if len(figures) != seed:
+                continue
+            found = done.pop((name, seed, arm))
+            figures.append(found.figures)
+            content["curves"].setdefault(arm, [])[seed:] = [found.curve]
+            content["warnings"] += [f"{arm}, seed {seed}, {warning}" for warning in found.warnings]
+            content["seconds"] |= {f"tune {arm} {seed}": found.seconds[0], f"measure {arm} {seed}": found.seconds[1]}
+            content.update(summary(self._result(name), self.data.figures))
+            self.record.save()
+
+    @staticmethod
+    def _key(name: str, seed: int, arm: Arm) -> str:
+        return f"{_slug(name)}-{arm}-seed{seed}"
+
     def _tuned(self, name: str, seed: int, arm: Arm) -> DenseAdapter:
         """The backbone fine-tuned, now or by an earlier run whose weights were kept."""
-        content, key = self._content(name), f"{_slug(name)}-{arm}-seed{seed}"
+        content, key = self._content(name), self._key(name, seed, arm)
         backbone = self._open(name)
         curves = content["curves"].setdefault(arm, [])
         if len(curves) > seed and self.record.weights_file(key).exists():
@@ -233,7 +305,7 @@ class _Run:
         (curve, warnings), seconds = timed(
             lambda: self.data.tune(backbone, seed, self.options.of_arm(arm), folder, title, self.stage)
         )
-        self.record.keep_weights(key, backbone)
+        keep_weights(self.record.weights_file(key), backbone)
         curves[seed:] = [curve]
         content["seconds"][f"tune {arm} {seed}"] = seconds
         content["warnings"] += [f"{arm}, seed {seed}, {warning}" for warning in warnings]
@@ -300,6 +372,39 @@ class _Run:
                 views[arm] = see(ttd, sample)
                 advance(1)
         return found
+
+
+# Arms side by side ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Arm:
+    """What a process found of one arm; its weights are in their file."""
+
+    figures: dict[str, float | None]
+    curve: list[dict[str, float]]
+    warnings: list[str]
+    seconds: tuple[float, float]
+
+
+_shared: dict[str, Any] = {}
+"""The options and the data of a worker process, which keeps the scenes that it drew for its next arm."""
+
+
+def _start_worker(options: CompareOptions, threads: int) -> None:
+    # Ctrl-C is the main process' to answer, which then ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    _shared.update(options=options, data=open_data(options))
+
+
+def _work_arm(name: str, seed: int, arm: Arm, folder: Path, weights: Path) -> _Arm:
+    options, data = _shared["options"], _shared["data"]
+    backbone = open_backbone(name, device=options.device)
+    (curve, warnings), tuning = timed(lambda: data.tune(backbone, seed, options.of_arm(arm), folder, "", silent))
+    keep_weights(weights, backbone)
+    values, measuring = timed(lambda: data.measure(backbone, folder / "measure", "", silent))
+    return _Arm(values, curve, warnings, (tuning, measuring))
 
 
 def see(ttd: TTD, sample: Sample) -> View:

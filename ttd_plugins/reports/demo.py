@@ -26,7 +26,7 @@ from ttd_plugins.reports.demo_html import DemoResult, GalleryItem, write_demo_re
 from ttd_plugins.reports.heatmaps import draw_maps
 from ttd_plugins.training.loop import StepReport
 from ttd_plugins.training.scenes import SceneTuning, tune_on_scenes
-from ttd_plugins.training.stages import Stage, StageRecord, silent, timed, versions
+from ttd_plugins.training.stages import Stage, StageRecord, keep_weights, silent, timed, versions
 
 Arm = Literal["control", "after"]
 
@@ -128,7 +128,7 @@ class _Record(StageRecord):
             lambda: tune_on_scenes(backbone, tuning, on_step=lambda report: advance(1))
         )
         self.content["curves"][arm] = [asdict(report) for report in reports]
-        self.keep_weights(arm, backbone)
+        keep_weights(self.weights_file(arm), backbone)
         self.save()
         return backbone
 

@@ -94,27 +94,6 @@ class StageRecord:
         """Where the weights of an arm are kept."""
         return self.file.parent / "weights" / f"{name}.safetensors"
 
-    def keep_weights(self, name: str, backbone: DenseAdapter) -> None:
-        """Write every tensor of a backbone that was trained.
-
-        Raises:
-            InputError: it cannot be written.
-        """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        file = self.weights_file(name)
-        named = backbone.model.named_parameters()
-        trained = {name: p.detach().cpu().contiguous() for name, p in named if p.requires_grad}
-        part = file.with_suffix(".part")
-        try:
-            save_file(trained, part)
-            part.replace(file)
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"the weights cannot be written to {file} ({one_sentence(error)}); free some room"
-            ) from error
-
     def take_weights(self, name: str, backbone: DenseAdapter, rank: int) -> DenseAdapter:
         """Put kept weights into a fresh backbone, LoRA of ``rank`` first unless it is 0; in evaluation mode.
 
@@ -135,6 +114,25 @@ class StageRecord:
             backbone.add_lora(rank)
         load_tensors(backbone.model, kept, str(file))
         return backbone.eval()
+
+
+def keep_weights(file: Path, backbone: DenseAdapter) -> None:
+    """Write every tensor of a backbone that was trained, whole or not at all.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    named = backbone.model.named_parameters()
+    trained = {name: p.detach().cpu().contiguous() for name, p in named if p.requires_grad}
+    part = file.with_suffix(".part")
+    try:
+        save_file(trained, part)
+        part.replace(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"the weights cannot be written to {file} ({one_sentence(error)}); free some room") from error
 
 
 def timed(action: Callable[[], _T]) -> tuple[_T, float]:
