@@ -23,7 +23,7 @@ from ttd_plugins.toolkit.attention import (
     run_blocks,
 )
 from ttd_plugins.toolkit.dense import PRESETS, DenseMode, diagonal_mask
-from ttd_plugins.toolkit.last_block import BlockParts, last_block
+from ttd_plugins.toolkit.last_block import BlockParts, last_block, last_block_at
 from ttd_plugins.toolkit.lora_targets import base_layer
 
 RESNET_STRIDE = 32
@@ -90,12 +90,13 @@ class OriginalCLIPAdapter(OpenAICLIPAdapter):
         length = ids.shape[1]
         x = model.token_embedding(ids).to(self._dtype) + model.positional_embedding[:length].to(self._dtype)
         x = x.transpose(0, 1)
-        for block in self._text_blocks:
-            mask = block.attn_mask
-            mask = None if mask is None else mask[:length, :length].to(dtype=x.dtype, device=x.device)
-            x = run_blocks(model.transformer, _run_block, block, x, mask)
-        x = model.ln_final(x.transpose(0, 1)).to(self._dtype)
-        return x[torch.arange(len(ids), device=x.device), ids.argmax(dim=-1)] @ model.text_projection
+        *blocks, last = self._text_blocks
+        for block in blocks:
+            x = run_blocks(model.transformer, _run_block, block, x, _text_mask(block, x))
+        mask = _text_mask(last, x)
+        run: Any = _run_last_block if _in_parts(last) and (mask is None or mask.ndim == 2) else _run_whole_block
+        pooled = run_blocks(model.transformer, run, last, x, mask, ids.argmax(dim=-1))
+        return model.ln_final(pooled).to(self._dtype) @ model.text_projection
 
     def _text_targets(self) -> list[str]:
         return [
@@ -281,6 +282,22 @@ def _run_block(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
     normed = block.ln_1(x)
     x = x + block.attn(normed, normed, normed, need_weights=False, attn_mask=mask)[0]
     return x + block.mlp(block.ln_2(x))
+
+
+def _text_mask(block: Any, x: Tensor) -> Tensor | None:
+    """A block's mask, cut to the length of ``x`` ``[L, N, W]``."""
+    mask = block.attn_mask
+    return None if mask is None else mask[: len(x), : len(x)].to(dtype=x.dtype, device=x.device)
+
+
+def _run_last_block(block: Any, x: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
+    """Tokens ``[N, W]`` of a block at one position each."""
+    return last_block_at(_parts(block), x.transpose(0, 1), positions, mask)
+
+
+def _run_whole_block(block: Any, x: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
+    """The same by a call of the block's own attention."""
+    return _run_block(block, x, mask).transpose(0, 1)[torch.arange(x.shape[1], device=x.device), positions]
 
 
 def _in_parts(block: Any) -> bool:

@@ -16,14 +16,17 @@ from ttd_openai_clip.preprocessing import image_processor
 from ttd_openai_clip.structure import TRANSFORMERS_ATTENTION
 from ttd_plugins.adapter import ExportedModel, ImageFeatures, Tower
 from ttd_plugins.errors import TTDError, UnsupportedModelError
-from ttd_plugins.toolkit.attention import split_heads
+from ttd_plugins.toolkit.attention import has_hooks, split_heads
 from ttd_plugins.toolkit.dense import DenseMode
-from ttd_plugins.toolkit.last_block import BlockParts, last_block
+from ttd_plugins.toolkit.last_block import BlockParts, last_block, last_block_at
 from ttd_plugins.toolkit.lora_targets import base_layer
 from ttd_plugins.toolkit.text import takes_parameter
 
 LEGACY_END = 2
 """Configurations from before transformers 4.31 name this id as the end token, and pool at the largest id instead."""
+
+MASKABLE = (None, "eager", "sdpa")
+"""Implementations of attention that take an additive mask."""
 
 USED_BY_PATCHES: dict[str, tuple[str, ...]] = {
     "value": (),
@@ -39,7 +42,8 @@ USED_BY_PATCHES: dict[str, tuple[str, ...]] = {
 class TransformersCLIPAdapter(OpenAICLIPAdapter):
     """transformers' ``CLIPModel``, seen through the contract.
 
-    All layers but the last run as the library runs them; the last one runs here, through its own modules.
+    All layers but the last run as the library runs them; the last one runs here, through its own modules, and for texts
+    at the end token alone. A text tower that somebody watches, or whose attention takes no mask, is the library's.
     """
 
     _tower_prefixes = {  # noqa: RUF012
@@ -137,6 +141,24 @@ class TransformersCLIPAdapter(OpenAICLIPAdapter):
         return x + positions.to(x.dtype)
 
     def _encode_text(self, ids: Tensor) -> Tensor:
+        text = self._text
+        *layers, last = text.encoder.layers
+        if not _in_parts(last) or has_hooks(text, text.encoder) or _attention_kind(text) not in MASKABLE:
+            return self._library_text(ids)
+        x = text.embeddings(input_ids=ids)
+        length = ids.shape[1]
+        mask = torch.full((length, length), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
+        for layer in layers:
+            own = hasattr(layer, "gradient_checkpointing")
+            x = _run(_call_layer, layer, x, mask[None, None], checkpointed=not own and _checkpoints(text.encoder))
+        # Where there is no end token the library pools the first.
+        positions = self._end_positions(ids).clamp_min(0)
+        checkpointed = _checkpoints(last) or _checkpoints(text.encoder)
+        pooled = _run(last_block_at, _parts(last), x, positions, mask, checkpointed=checkpointed)
+        project: Any = self.model.text_projection
+        return project(text.final_layer_norm(pooled))
+
+    def _library_text(self, ids: Tensor) -> Tensor:
         model: Any = self.model
         out = model.get_text_features(input_ids=ids)
         if isinstance(out, Tensor):
@@ -217,9 +239,20 @@ def _parts(layer: Any) -> BlockParts:
     )
 
 
-def _call_layer(layer: Any, x: Tensor) -> Tensor:
+def _in_parts(layer: Any) -> bool:
+    """Whether a layer may be run part by part: its projections have names, and nobody watches its calls."""
+    attention = layer.self_attn
+    known = all(hasattr(attention, name) for name in (*TRANSFORMERS_ATTENTION, "num_heads"))
+    return known and not has_hooks(layer, attention)
+
+
+def _attention_kind(tower: Any) -> str | None:
+    return getattr(getattr(tower, "config", None), "_attn_implementation", None)
+
+
+def _call_layer(layer: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
     # Version 4 wants a causal mask by position and gives a tuple.
-    masks = (None, None) if takes_parameter(layer.forward, "causal_attention_mask") else (None,)
+    masks = (None, mask) if takes_parameter(layer.forward, "causal_attention_mask") else (mask,)
     out = layer(x, *masks)
     return out[0] if isinstance(out, tuple) else out
 

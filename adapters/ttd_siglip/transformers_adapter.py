@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ttd_plugins.adapter import ExportedModel, ImageTransform, Tower
 from ttd_plugins.toolkit.attention import attention_dropout, has_hooks, is_plain_attention, project_some, split_heads
-from ttd_plugins.toolkit.last_block import BlockParts
+from ttd_plugins.toolkit.last_block import BlockParts, last_block_at
 from ttd_plugins.toolkit.lora_targets import base_layer
 from ttd_plugins.toolkit.transforms import NativeTransform
 from ttd_siglip.adapter import SiglipAdapter
@@ -162,7 +162,17 @@ class TransformersSiglipAdapter(SiglipAdapter):
             InputError: L is another length.
         """
         self._require_ids(ids)
-        return self._text(input_ids=ids).pooler_output
+        text = self._text
+        *layers, last = text.encoder.layers
+        parts = self._parts(last)
+        if parts is None or has_hooks(text, text.encoder):
+            return text(input_ids=ids).pooler_output
+        x = text.embeddings(input_ids=ids)
+        for layer in layers:
+            x = self._run_block(layer, x, None)
+        # The last position is pooled, padding or not, so the last layer asks for it alone.
+        positions = torch.full_like(ids[:, 0], ids.shape[1] - 1)
+        return text.head(text.final_layer_norm(self._checkpointed(last, last_block_at, parts, x, positions)))
 
     def native_transform(self) -> ImageTransform:
         """The caller's ``preprocess``, or transformers' own for SigLIP: squashed to a square, nothing cropped."""

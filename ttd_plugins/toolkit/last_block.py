@@ -1,8 +1,11 @@
-"""The last block of a vision transformer, run once for what is pooled, as trained, and for the patches of a dense mode.
+"""The last block of a transformer, run for no more tokens than are used.
+
+Of a vision transformer: once for what is pooled, as trained, and for the patches of a dense mode.
 
 Under the mask of the value modes a patch attends to itself alone, so that its attention is its own value: it needs
 neither a query nor a row of attention, and a class token needs one query. Where the pooled embedding averages the
 patches, both kinds of patches share the norm, the projections and the calls of the output projection and of the MLP.
+Of a text tower: for the one token that is pooled.
 """
 
 from __future__ import annotations
@@ -76,6 +79,25 @@ def last_block(
     if mode.ffn:
         patches = patches + parts.feed_forward(patches)
     return trained, patches
+
+
+def last_block_at(parts: BlockParts, x: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Tokens ``[N, W]`` at one position each: keys and values of all tokens, one query, one token in the MLP.
+
+    Args:
+        parts: the block.
+        x: ``[N, L, W]``.
+        positions: int64 ``[N]``.
+        mask: additive ``[L, L]``, or ``None`` where each token sees all.
+    """
+    rows = torch.arange(len(x), device=x.device)
+    normed = parts.norm(x)
+    asking = normed[rows, positions][:, None]
+    q, k, v = parts.project(asking, normed)
+    seen = None if mask is None else mask[positions][:, None, None].to(q.dtype)
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=parts.dropout)
+    out = x[rows, positions] + parts.finish(mixed.transpose(1, 2).flatten(2), asking)[:, 0]
+    return out + parts.feed_forward(out)
 
 
 def _mixed_values(

@@ -11,10 +11,10 @@ gets the library's own ``encode_text``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttd_plugins.errors import InputError
@@ -26,6 +26,7 @@ from ttd_plugins.toolkit.attention import (
     project_some,
     run_blocks,
 )
+from ttd_plugins.toolkit.last_block import BlockParts, last_block_at
 from ttd_plugins.toolkit.lora_targets import base_layer, linear_layers_of_blocks
 
 DEFAULT_CONTEXT_LENGTH = 77
@@ -172,18 +173,22 @@ def _run_block(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
 def _run_last_block(block: Any, x: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
     """The last block's tokens ``[N, W]`` at one position each: one query, and one token in the MLP."""
     attention = block.attn
-    rows = torch.arange(len(x), device=x.device)
     known = is_plain_attention(attention) or hasattr(attention, "project_qkv")
     if not known or has_hooks(block, attention) or not all(hasattr(block, name) for name in BLOCK_PARTS):
-        return _run_block(block, x, mask)[rows, positions]
-    normed = block.ln_1(x)
-    q, k, v = project_some(attention, normed[rows, positions][:, None], normed)
-    seen = None if mask is None else mask[positions][:, None, None].to(q.dtype)
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=attention_dropout(attention))
-    branch = project_out(attention, mixed.transpose(1, 2).flatten(2))[:, 0]
-    branch = block.ln_attn(branch) if hasattr(block, "ln_attn") else branch
-    out = x[rows, positions] + block.ls_1(branch)
-    return out + block.ls_2(block.mlp(block.ln_2(out)))
+        return _run_block(block, x, mask)[torch.arange(len(x), device=x.device), positions]
+
+    def finish(mixed: Tensor, _: Tensor) -> Tensor:
+        branch = project_out(attention, mixed)
+        return block.ls_1(block.ln_attn(branch) if hasattr(block, "ln_attn") else branch)
+
+    parts = BlockParts(
+        norm=block.ln_1,
+        project=partial(project_some, attention),
+        finish=finish,
+        feed_forward=lambda token: block.ls_2(block.mlp(block.ln_2(token))),
+        dropout=attention_dropout(attention),
+    )
+    return last_block_at(parts, x, positions, mask)
 
 
 def lora_targets(model: Any, is_whole: Callable[[nn.Module], bool] = is_plain_attention) -> list[str]:
