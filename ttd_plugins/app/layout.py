@@ -143,8 +143,8 @@ def build_page(studio: Studio) -> Any:
                 run = gr.Button("Show maps", variant="primary", elem_id="ttd-run")
                 with gr.Accordion("Fine-tune here", open=False, visible=bool(studio.tunable), elem_id="ttd-tuning"):
                     gr.HTML(
-                        '<p class="ttd-note">TTD on generated scenes, on this machine, for you alone. A step takes about '
-                        "half a second on two cores.</p>"
+                        '<p class="ttd-note">TTD on generated scenes, on this machine, for you alone. A step takes '
+                        "about half a second on two cores.</p>"
                     )
                     target = gr.Dropdown(
                         studio.tunable, value=next(iter(studio.tunable), None), label="Backbone", filterable=False

@@ -72,8 +72,8 @@ def _view(view: BackboneView, result: AppResult) -> str:
     if view.after is not None:
         arms.append(("after", _capitalised(view.after_title or "after"), view.after))
     figures = "".join(
-        f'<figure class="ttd-{arm}"><div class="ttd-frame" role="img" aria-label="{_text(view.name)}, {arm}: the chosen '
-        f'map over the picture">{"".join(_layers(maps))}</div><figcaption>{_text(title)}</figcaption></figure>'
+        f'<figure class="ttd-{arm}"><div class="ttd-frame" role="img" aria-label="{_text(view.name)}, {arm}: the '
+        f'chosen map over the picture">{"".join(_layers(maps))}</div><figcaption>{_text(title)}</figcaption></figure>'
         for arm, title, maps in arms
     )
     return f'{head}<div class="ttd-pair">{figures}</div>{_table(arms, result.tags)}</section>'

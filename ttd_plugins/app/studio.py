@@ -22,7 +22,7 @@ from ttd_plugins.adapter import Calibration, DenseAdapter
 from ttd_plugins.data.images import read_image
 from ttd_plugins.engine import TTD, CaptionMaps, TTDOptions
 from ttd_plugins.errors import InputError, TTDError, one_sentence
-from ttd_plugins.plugins import explain, list_backbones, load, make_tag_extractor, parse_name
+from ttd_plugins.plugins import explain, families, load, make_tag_extractor, parse_name
 
 if TYPE_CHECKING:
     from ttd_plugins.training.loop import StepReport
@@ -89,14 +89,16 @@ class _Kept:
 
 
 def embedded_backbones() -> list[str]:
-    """Names of the backbones that come with their packages and need no download, those of this package first."""
-    names = [f"{info.family}:tiny" for info in list_backbones(pattern="*:tiny") if info.backbones]
-    return sorted(names, key=lambda name: (name != "open_clip:tiny", name))
+    """Names of the backbones that come with their packages and need no download, in alphabetical order."""
+    return [name for name in (f"{family}:tiny" for family in sorted(families())) if is_embedded(name)]
 
 
 def is_embedded(name: str) -> bool:
     """Whether ``name`` is an embedded backbone with its own weights."""
-    parsed = parse_name(name)
+    try:
+        parsed = parse_name(name)
+    except TTDError:
+        return False
     return parsed.model == "tiny" and parsed.weights != "random"
 
 
@@ -183,8 +185,8 @@ class Studio:
             tags = self._extractor([caption])[0]
         if not tags:
             raise InputError(
-                f"the caption “{one_sentence(ValueError(caption), 60)}” has no word that could be a tag; name something "
-                "that can be seen, such as “a dog on the grass”"
+                f"the caption “{one_sentence(ValueError(caption), 60)}” has no word that could be a tag; name "
+                "something that can be seen, such as “a dog on the grass”"
             )
         if len(tags) > MOST_TAGS:
             raise InputError(f"the caption has {len(tags)} candidate tags; write one with at most {MOST_TAGS}")

@@ -20,7 +20,7 @@ def command(
         typer.Option(
             "--tuned",
             metavar="NAME=PATH",
-            help="What a backbone became: a run of `ttd train`, exported LoRA, a demo or a file of weights; repeatable.",
+            help="What a backbone became: a run of `ttd train`, exported LoRA, a demo, or weights; repeatable.",
         ),
     ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen at; 0.0.0.0 for the network.")] = "127.0.0.1",
@@ -56,7 +56,8 @@ def command(
         extractor_options=maps.parse_settings(tags_option),
         **{name: value for name, value in changes.items() if value is not None},  # type: ignore[arg-type]
     )
-    names = names if names is not None else list(twins) or embedded_backbones()
+    if names is None:
+        names = list(twins) or sorted(embedded_backbones(), key=lambda name: name != maps.DEFAULT_BACKBONE)
     studio = Studio(list(dict.fromkeys([*names, *twins])), twins, options=options, device=device)
     serve(studio, host=host, port=port, browser=not no_browser, said=typer.echo)
 
