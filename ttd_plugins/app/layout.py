@@ -13,7 +13,7 @@ from importlib import resources
 from typing import Any
 
 from ttd_plugins.app.page import render_error, render_note, render_progress, render_result
-from ttd_plugins.app.studio import MOST_STEPS, Studio, TuningStoppedError, _sentence
+from ttd_plugins.app.studio import MOST_STEPS, Studio, TuningStoppedError, told
 from ttd_plugins.errors import InputError, MissingDependencyError, one_sentence
 
 EXAMPLES = 4
@@ -23,6 +23,9 @@ EMPTY = '<div class="ttd-empty">Drop a picture, say what it shows, and press <b>
 TITLE = """<div class="ttd-title"><h1>TTD: what a caption’s words light up</h1>
 <p>The map of a whole caption leans on one of its words. See it, and what Text-Tag Self-Distillation does to it, on a
 picture of yours.</p></div>"""
+SCROLL_ON_A_PHONE = """() => {
+  if (window.innerWidth < 700) document.querySelector("#ttd-opacity").scrollIntoView({ behavior: "smooth" });
+}"""
 SET_OPACITY = "(value) => document.documentElement.style.setProperty('--ttd-heat', value / 100)"
 
 
@@ -59,7 +62,7 @@ def build_page(studio: Studio) -> Any:
         try:
             return render_result(studio.view(picture, caption, names, who))
         except Exception as error:
-            return render_error(_sentence(error, "this picture"))
+            return render_error(told(error, "this picture"))
 
     # Annotations of a request are read when a listener is made, and are strings under deferred evaluation.
     def show(picture: str | None, caption: str, names: list[str], request) -> str:  # type: ignore[no-untyped-def]
@@ -95,7 +98,7 @@ def build_page(studio: Studio) -> Any:
         if isinstance(report, TuningStoppedError):
             yield render_note(str(report)), gr.skip(), *done
         elif report is not None:
-            yield render_error(_sentence(report, f"fine-tuning {name}")), gr.skip(), *done
+            yield render_error(told(report, f"fine-tuning {name}")), gr.skip(), *done
         else:
             note = f"{name} is fine-tuned; the maps show it as “after”"
             if picture is None or not caption.strip():
@@ -108,14 +111,14 @@ def build_page(studio: Studio) -> Any:
         try:
             picture, caption = studio.example(number)
         except Exception as error:
-            return gr.skip(), gr.skip(), render_error(_sentence(error, "drawing a scene"))
+            return gr.skip(), gr.skip(), render_error(told(error, "drawing a scene"))
         return picture, caption, gr.skip()
 
     for listener in (show, tune):
         listener.__annotations__ = {"request": gr.Request}
 
     with gr.Blocks(title="ttd app", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gr.HTML(TITLE)
+        gr.HTML(TITLE, apply_default_css=False)
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
                 picture = gr.Image(
@@ -144,7 +147,8 @@ def build_page(studio: Studio) -> Any:
                 with gr.Accordion("Fine-tune here", open=False, visible=bool(studio.tunable), elem_id="ttd-tuning"):
                     gr.HTML(
                         '<p class="ttd-note">TTD on generated scenes, on this machine, for you alone. A step takes '
-                        "about half a second on two cores.</p>"
+                        "about half a second on two cores.</p>",
+                        apply_default_css=False,
                     )
                     target = gr.Dropdown(
                         studio.tunable, value=next(iter(studio.tunable), None), label="Backbone", filterable=False
@@ -155,16 +159,17 @@ def build_page(studio: Studio) -> Any:
                     with gr.Row():
                         begin = gr.Button("Fine-tune", elem_id="ttd-tune", min_width=100)
                         end = gr.Button("Stop", interactive=False, elem_id="ttd-stop", min_width=100)
-                    progress = gr.HTML(elem_id="ttd-progress")
+                    progress = gr.HTML(elem_id="ttd-progress", apply_default_css=False)
             with gr.Column(scale=7, min_width=300):
                 opacity = gr.Slider(
                     0, 100, value=65, step=1, label="Opacity of the maps (%)", buttons=[], elem_id="ttd-opacity"
                 )
-                result = gr.HTML(EMPTY, elem_id="ttd-output")
+                result = gr.HTML(EMPTY, elem_id="ttd-output", apply_default_css=False)
         hidden = {"api_visibility": "private"}
         given = [picture, caption, names]
         for trigger in (run.click, caption.submit):
-            trigger(show, given, result, concurrency_limit=4, **hidden)
+            shown_now = trigger(show, given, result, concurrency_limit=4, **hidden)
+            shown_now.then(None, None, None, js=SCROLL_ON_A_PHONE, **hidden)
         begin.click(
             tune,
             [target, steps, *given],
@@ -180,8 +185,8 @@ def build_page(studio: Studio) -> Any:
         def forget(request) -> None:  # type: ignore[no-untyped-def]
             studio.forget(visitor(request))
 
-        for listener in (halt, forget):
-            listener.__annotations__ = {"request": gr.Request}
+        for ending in (halt, forget):
+            ending.__annotations__ = {"request": gr.Request}
         end.click(halt, None, None, queue=False, **hidden)
         for number, button in enumerate(examples):
             button.click(lambda number=number: example(number), None, [picture, caption, result], **hidden)

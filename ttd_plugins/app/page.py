@@ -21,7 +21,7 @@ _PNG_UP_TO = 256
 
 def render_error(sentence: str) -> str:
     """One sentence on what is wrong."""
-    return f'<p class="ttd-error" role="alert">{_text(_capitalised(sentence))}</p>'
+    return f'<p class="ttd-error" role="alert">{_text(sentence)}</p>'
 
 
 def render_progress(text: str, done: int, total: int) -> str:
@@ -31,7 +31,7 @@ def render_progress(text: str, done: int, total: int) -> str:
 
 def render_note(sentence: str) -> str:
     """One sentence that is no error."""
-    return f'<p class="ttd-note" role="status">{_text(_capitalised(sentence))}</p>'
+    return f'<p class="ttd-note" role="status">{_text(sentence)}</p>'
 
 
 def render_result(result: AppResult) -> str:
@@ -41,7 +41,6 @@ def render_result(result: AppResult) -> str:
         MissingDependencyError: matplotlib, whose colour map is used, is not installed.
     """
     height, width = result.picture.shape[:2]
-    # A panorama is no stripe of one pixel.
     ratio = f"{width} / {height}"
     choices = [("caption", "Caption"), *((f"tag-{i}", tag) for i, tag in enumerate(result.tags)), ("union", "Union")]
     chips = "".join(
@@ -63,7 +62,7 @@ def render_result(result: AppResult) -> str:
 
 
 def _view(view: BackboneView, result: AppResult) -> str:
-    error = f'<p class="ttd-error" role="alert">{_text(_capitalised(view.error))}</p>' if view.error else ""
+    error = f'<p class="ttd-error" role="alert">{_text(view.error)}</p>' if view.error else ""
     notes = "".join(f'<p class="ttd-note">{_text(note)}</p>' for note in view.notes)
     head = f'<section class="ttd-backbone"><h3>{_text(view.name)}</h3>{error}{notes}'
     if view.before is None:
@@ -76,7 +75,10 @@ def _view(view: BackboneView, result: AppResult) -> str:
         f'chosen map over the picture">{"".join(_layers(maps))}</div><figcaption>{_text(title)}</figcaption></figure>'
         for arm, title, maps in arms
     )
-    return f'{head}<div class="ttd-pair">{figures}</div>{_table(arms, result.tags)}</section>'
+    layout = "ttd-body" if len(arms) > 1 else "ttd-body ttd-single"
+    return (
+        f'{head}<div class="{layout}"><div class="ttd-pair">{figures}</div>{_table(arms, result.tags)}</div></section>'
+    )
 
 
 def _layers(maps: CaptionMaps) -> Iterator[str]:

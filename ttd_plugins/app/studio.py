@@ -211,7 +211,7 @@ class Studio:
                 before = TTD(adapter, self.options).maps(picture, caption, tags=tags)
                 notes += _notes(adapter, before, self.options)
         except Exception as error:
-            return BackboneView(name, error=_sentence(error, name))
+            return BackboneView(name, error=told(error, name))
         with self._guard:
             kept = self._own.get((visitor, name)) or self._after.get(name)
         if kept is None:
@@ -220,7 +220,7 @@ class Studio:
             with self._using(kept, lambda: self._load_tuned(name)) as adapter:
                 after = TTD(adapter, self.options).maps(picture, caption, tags=tags)
         except Exception as error:
-            return BackboneView(name, before, notes=tuple(notes), error=_sentence(error, f"the tuned {name}"))
+            return BackboneView(name, before, notes=tuple(notes), error=told(error, f"the tuned {name}"))
         return BackboneView(name, before, after, kept.title, tuple(notes))
 
     def _load_tuned(self, name: str) -> DenseAdapter:
@@ -298,7 +298,7 @@ class Studio:
         except TTDError:
             raise
         except Exception as error:
-            raise TTDError(_sentence(error, f"fine-tuning {name}")) from error
+            raise TTDError(told(error, f"fine-tuning {name}")) from error
         finally:
             with self._guard:
                 self._stops.pop(visitor, None)
@@ -339,18 +339,16 @@ def _notes(adapter: DenseAdapter, maps: CaptionMaps, options: TTDOptions) -> lis
     if description.weights == "random":
         notes.append("Its weights are random, so its maps mean nothing.")
     if (options.calibration or description.calibration) == Calibration():
-        notes.append(
-            "It is not calibrated: its probabilities come from the default map; `ttd calibrate` fits one from pairs."
-        )
+        notes.append("Not calibrated: its percentages come from the default map; “ttd calibrate” fits one from pairs.")
     if maps.truncated:
         notes.append(f"The caption is longer than {description.context_length} tokens; its end was not read.")
     return notes
 
 
-def _sentence(error: Exception, what: str) -> str:
+def told(error: BaseException, what: str) -> str:
     """One sentence for the page; what is neither the user's nor a plugin's fault goes to the log with its traceback."""
-    told = error if isinstance(error, TTDError) else explain(error)
-    if told is not None:
-        return one_sentence(told)
+    known = error if isinstance(error, TTDError) else explain(error)
+    if known is not None:
+        return one_sentence(known)
     log.error("%s failed", what, exc_info=error)
     return f"{what} failed ({type(error).__name__}: {one_sentence(error, 120)}); the terminal says more"

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 Kind = Literal["run", "lora", "demo", "weights", "name"]
 DEMO_WEIGHTS = Path("weights/after.safetensors")
+EXPORTED = ("model.safetensors", "open_clip_model.safetensors")
+"""State dicts that an export in the form of the library, or of weights alone, consists of."""
 FORMS = (
-    "the folder of a run of `ttd train`, of LoRA that `ttd export --form lora` wrote, or of `ttd demo`; a file of "
+    "the folder of a run of `ttd train`, of `ttd export` in any form, or of `ttd demo`; a file of "
     "weights such as DEMO/weights/after.safetensors; or a backbone name"
 )
 
@@ -40,7 +42,7 @@ def tuned_kind(source: str) -> Kind:
             return "run"
         if (path / DEMO_WEIGHTS).is_file():
             return "demo"
-        if (path / "model.safetensors").is_file():
+        if any((path / file).is_file() for file in EXPORTED):
             return "weights"
         raise InputError(f"the folder {source!r} holds no tuned backbone that is understood; give {FORMS}")
     if ":" in source and not source.startswith((".", "/")):
@@ -76,7 +78,7 @@ def load_tuned(name: str, source: str, *, device: str | None = None) -> DenseAda
             _require_demo_of(name, path)
             path /= DEMO_WEIGHTS
         elif path.is_dir():
-            path /= "model.safetensors"
+            path = next(path / file for file in EXPORTED if (path / file).is_file())
         adapter = _of_weights(name, path)
     return (adapter if device is None else adapter.to(device)).eval()
 
