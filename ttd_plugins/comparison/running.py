@@ -93,7 +93,7 @@ class CompareOptions:
             raise InputError(f"limit must be 2 or more and gallery 0 or more, not {self.limit} and {self.gallery}")
         if self.jobs < 1 or (self.jobs > 1 and (self.data != SCENES or self.device not in (None, "cpu"))):
             raise InputError(
-                f"jobs must be 1, or more for scenes on the CPU, not {self.jobs}; pairs are tuned on by one run at a time"
+                f"jobs must be 1, or more on scenes and the CPU, not {self.jobs}; on pairs one run at a time is tuned"
             )
         if self.ttd.contrastive_weight <= 0 and self.tune:
             raise InputError("contrastive_weight must be above 0, since the control trains by that term alone")
