@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -90,23 +91,30 @@ def train_cases(out: Path, rank: int, processes: int) -> dict[str, Any]:
     return results
 
 
-def process(rank: int, port: int, out: str) -> None:
+def join(rank: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def process(rank: int, port: int, out: str) -> None:
+    join(rank, port)
     torch.save(engine_cases(rank, alone=False), f"{out}/engine-{rank}.pt")
     torch.save(train_cases(Path(out), rank, 2), f"{out}/train-{rank}.pt")
-    torch.distributed.destroy_process_group()
+    distributed.end_process(0)
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(process, args=(port, str(folder)), nprocs=2)
+    torch.multiprocessing.spawn(process, args=(free_port(), str(folder)), nprocs=2)
     return folder
 
 
@@ -154,6 +162,27 @@ def test_without_gradient_a_batch_stands_alone_and_one_process_needs_no_group() 
     assert distributed.process_count() == 1 and distributed.gathered("a") == ["a"]
     assert distributed.joint_mean(torch.tensor(6.0), torch.tensor(4.0)).item() == 1.5
     assert distributed.joint_mean(torch.tensor(0.0), torch.tensor(0.0)).item() == 0.0
+
+
+def end_with(rank: int, port: int, status: int) -> None:
+    join(rank, port)
+    torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    atexit.register(os._exit, 77)  # the interpreter is not taken down while gloo's threads run
+    print("said before the end")
+    distributed.end_process(status if rank else 0)
+
+
+@pytest.mark.parametrize("status", [0, 5])
+def test_a_process_of_several_ends_with_its_status_and_one_alone_goes_on(
+    status: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    distributed.end_process(3)
+    context = torch.multiprocessing.spawn(end_with, args=(free_port(), status), nprocs=2, join=False)
+    for process in context.processes:
+        process.join(300)
+    # The first is not kept waiting by one that failed.
+    assert [process.exitcode for process in context.processes] == [0, status]
+    assert capfd.readouterr().out.count("said before the end") == 2
 
 
 def test_groups_are_told_apart_by_their_names() -> None:

@@ -9,7 +9,10 @@ every function gives its argument back.
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -101,3 +104,27 @@ def group_numbers(groups: Sequence[str], device: torch.device) -> Tensor:
     digests = [hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest() for name in groups]
     numbers = [int.from_bytes(digest, "big", signed=True) for digest in digests]
     return torch.tensor(numbers, dtype=torch.long, device=device)
+
+
+def end_process(status: int) -> None:
+    """End this process where it is one of several that train together; alone, do nothing.
+
+    ``DistributedDataParallel`` (torch 2.14) keeps the group of processes alive past ``destroy_process_group()`` and its
+    own end, so that gloo's threads would still run while the interpreter is taken down: the likely cause of an abort
+    seen once ("terminate called without an active exception"). The process ends without that, its output flushed.
+
+    Args:
+        status: the exit status. With 0 no process ends before all others have come so far.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    # Nothing here may hide the status: another process may be gone already.
+    with suppress(Exception):
+        if status == 0:
+            dist.barrier()
+    with suppress(Exception):
+        dist.destroy_process_group()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(status)

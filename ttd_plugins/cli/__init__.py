@@ -136,4 +136,11 @@ def _ttd(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``ttd`` and end the process: status 0, 2 for what the user can mend, 130 after Ctrl-C."""
-    app(args=arguments, prog_name="ttd")
+    try:
+        app(args=arguments, prog_name="ttd")
+    except SystemExit as ended:
+        if "ttd_plugins.distributed" in sys.modules and isinstance(ended.code, int | None):
+            from ttd_plugins.distributed import end_process
+
+            end_process(ended.code or 0)
+        raise
