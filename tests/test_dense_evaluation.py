@@ -222,9 +222,23 @@ def test_windows_cover_everything_and_overlaps_are_averaged() -> None:
     cut = dense_features(backbone, picture, DenseOptions(size=40, window=16, stride=8), pooled=True)
     torch.testing.assert_close(cut.maps(texts), whole, atol=1e-5, rtol=0)
     assert cut.pooled is not None
-    assert {shape for shape, _ in backbone.images} == {(1, 3, 40, 40), (1, 3, 16, 16)}
+    # Sixteen windows, as one batch beside the whole picture.
+    assert [shape for shape, _ in backbone.images] == [(1, 3, 40, 40), (16, 3, 16, 16)]
     with pytest.raises(InputError, match="leaves gaps"):
         dense_features(backbone, picture, DenseOptions(size=40, window=8, stride=16))
+
+
+@pytest.mark.parametrize("batch", [1, 5, 16])
+def test_windows_are_batched_without_a_change(batch: int) -> None:
+    backbone, picture, texts = toy(), photograph(), texts_of(toy())
+    options = {"size": 40, "scales": (1.0, 0.5), "flip": True, "window": 16, "stride": 8}
+    one_by_one = dense_features(backbone, picture, DenseOptions(**options, batch=2)).maps(texts)
+    calls = len(backbone.images)
+    backbone.forget()
+    found = dense_features(backbone, picture, DenseOptions(**options, batch=batch)).maps(texts)
+    torch.testing.assert_close(found, one_by_one, atol=1e-6, rtol=0)
+    assert max(shape[0] for shape, _ in backbone.images) <= max(batch, 2)
+    assert (len(backbone.images) < calls) == (batch > 3)
 
 
 def test_activations() -> None:
@@ -261,6 +275,7 @@ def test_wrong_options_are_refused() -> None:
         {"scales": ()},
         {"scales": (0.0,)},
         {"window": 0},
+        {"batch": 0},
         {"iterations": 0},
         {"resize": "long"},
     ):

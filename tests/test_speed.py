@@ -25,7 +25,7 @@ from toy_backbone import toy
 from ttd_plugins import TTD, wrap
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.benchmark.unshared import unshared_losses
-from ttd_plugins.texts import encode_texts, plan_chunks
+from ttd_plugins.texts import TextMemory, encode_texts, plan_chunks
 
 CAPTIONS = [
     "a brown dog and a black cat on the wet grass",
@@ -174,6 +174,89 @@ def test_texts_are_encoded_in_chunks_and_come_back_in_their_order(monkeypatch: p
     assert truncated == [False] * len(texts)
     for embedding, text in zip(embeddings, texts, strict=True):
         torch.testing.assert_close(embedding, encode_texts(backbone, [text])[0][0])
+
+
+def freeze_text(adapter: DenseAdapter) -> DenseAdapter:
+    for _, parameter in adapter.tower_parameters("text"):
+        parameter.requires_grad_(False)
+    return adapter
+
+
+def encoded(adapter: DenseAdapter, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each call of the text tower from now on."""
+    rows: list[int] = []
+    own = type(adapter).encode_text
+    monkeypatch.setattr(
+        type(adapter), "encode_text", lambda self, ids, *more: (rows.append(len(ids)), own(self, ids, *more))[1]
+    )
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "siglip", "transformers_clip"])
+def test_a_frozen_text_tower_is_asked_once_for_each_text(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = freeze_text(small(kind))
+    images = torch.randn(len(CAPTIONS), 3, *adapter.description.image_size, generator=torch.Generator().manual_seed(0))
+    results = []
+    for remembered in (0, 1000):
+        ttd = TTD(adapter, remembered_texts=remembered)
+        rows = encoded(adapter, monkeypatch)
+        for order in (range(6), range(5, -1, -1)):
+            adapter.zero_grad()
+            output = ttd(images[list(order)], [CAPTIONS[number] for number in order])
+            output.loss.backward()
+        gradients = [p.grad.flatten() for _, p in adapter.tower_parameters("image") if p.grad is not None]
+        results.append((output.loss.detach(), torch.cat(gradients), sum(rows)))
+        monkeypatch.undo()
+    (loss, gradient, asked), (kept_loss, kept_gradient, kept_asked) = results
+    torch.testing.assert_close(kept_loss, loss, atol=1e-5, rtol=1e-5)
+    assert (kept_gradient - gradient).norm() <= 1e-4 * gradient.norm()
+    assert kept_asked * 2 == asked
+
+
+def test_the_frozen_teacher_is_asked_once_for_each_text_and_a_moving_one_every_time() -> None:
+    images = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for teacher, times in (("frozen", 1), ("ema", 2)):
+        backbone = toy(3)
+        ttd = TTD(backbone, teacher=teacher, remembered_texts=1000)
+        assert ttd.teacher is not None
+        ttd.train()
+        ttd.teacher.forget()
+        outputs = []
+        for _ in range(2):
+            outputs.append(ttd(images, CAPTIONS).loss)
+            with torch.no_grad():
+                for parameter in backbone.parameters():
+                    parameter.add_(0.01)
+        asked = [text for call in ttd.teacher.tokenized for text in call]
+        assert len(asked) == times * len(set(asked))
+        plain = TTD(toy(3), teacher=teacher)
+        torch.testing.assert_close(outputs[0], plain.train()(images, CAPTIONS).loss, atol=1e-6, rtol=1e-6)
+
+
+def test_what_a_tower_said_is_forgotten_when_it_changes_and_when_there_is_no_room() -> None:
+    adapter = freeze_text(small("open_clip"))
+    memory = TextMemory(4)
+
+    def agrees() -> None:
+        found, truncated = memory.encode(adapter, CAPTIONS)
+        expected, expected_truncated = encode_texts(adapter, CAPTIONS)
+        assert not found.requires_grad
+        assert truncated == expected_truncated
+        torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=0)
+
+    agrees()
+    assert len(memory) == 4
+    with torch.no_grad():
+        next(p for _, p in adapter.tower_parameters("text") if p.ndim > 1).mul_(1.5)
+    agrees()
+    adapter.double()
+    agrees()
+    with torch.inference_mode():
+        memory.encode(adapter, CAPTIONS)
+    assert len(memory) == 0
+    next(p for _, p in adapter.tower_parameters("text")).requires_grad_(True)
+    assert memory.encode(adapter, CAPTIONS)[0].requires_grad
+    assert len(memory) == 0
 
 
 def test_a_batch_of_many_tags_is_encoded_in_two_calls() -> None:

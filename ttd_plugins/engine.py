@@ -28,7 +28,7 @@ from ttd_plugins.adapter import (
     image_pixels,
 )
 from ttd_plugins.errors import InputError, TagExtractionError, TTDError
-from ttd_plugins.texts import encode_texts, on_device
+from ttd_plugins.texts import TextMemory, encode_texts, on_device
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,6 +58,9 @@ class TTDOptions:
             ``"ema"`` (a moving average of it from then on, which moves while the model is in training mode).
         ema_decay: share of the average that survives a training step.
         calibration: the map from cosine to probability; ``None`` means the backbone's own.
+        remembered_texts: how many embeddings of texts are kept from batch to batch where no step moves the tower that
+            made them (a frozen text tower, the teacher ``"frozen"``); results are the same to rounding, so that a
+            resumed run is no longer bitwise that of one that was not stopped.
     """
 
     extractor: str = "words"
@@ -75,6 +78,7 @@ class TTDOptions:
     teacher: Teacher = "self"
     ema_decay: float = 0.99
     calibration: Calibration | None = None
+    remembered_texts: int = 0
 
     def __post_init__(self) -> None:
         before, _, after = self.template.partition("{}")
@@ -88,6 +92,8 @@ class TTDOptions:
         for name in ("tag_weight", "caption_weight", "contrastive_weight", "rejected_weight"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if self.remembered_texts < 0:
+            raise InputError(f"remembered_texts must be 0 or more, not {self.remembered_texts}")
         if not 0 <= self.ema_decay <= 1:
             raise InputError(f"ema_decay must be from 0 to 1, not {self.ema_decay}")
         # Fails now rather than in the first step of a long training.
@@ -290,6 +296,7 @@ class TTD(nn.Module):
         self.extractor = extractor
         # In a tuple, so that the copy is no submodule: its weights are neither trained nor saved nor moved by accident.
         self._teacher = () if self.options.teacher == "self" else (self._copy_backbone(),)
+        self._memory, self._memory_of_teacher = (TextMemory(self.options.remembered_texts) for _ in range(2))
 
     @property
     def calibration(self) -> Calibration:
@@ -419,14 +426,15 @@ class TTD(nn.Module):
         tag_gradient: bool = True,
     ) -> Alignment:
         pooled = pooled or self.options.score == "image"
+        memory = self._memory if adapter is self.backbone else self._memory_of_teacher
         features = image_features(adapter, images, pooled=pooled)
         # Captions and tags together, so that texts of one length share a call of the text tower.
         tags = [self.options.template.format(tag) for tag in candidates.distinct]
         if tag_gradient or not torch.is_grad_enabled():
-            embeddings, truncated = encode_texts(adapter, [*captions, *tags])
+            embeddings, truncated = memory.encode(adapter, [*captions, *tags])
             caption_embeddings, tag_embeddings = embeddings[: len(captions)], embeddings[len(captions) :]
         else:
-            caption_embeddings, truncated = encode_texts(adapter, captions)
+            caption_embeddings, truncated = memory.encode(adapter, captions)
             with torch.no_grad():
                 tag_embeddings, _ = encode_texts(adapter, tags)
         with torch.autocast(images.device.type, enabled=False):

@@ -7,11 +7,11 @@ after the end token cannot matter. How many chunks pay is decided by what one mo
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ttd_plugins.adapter import DenseAdapter, text_embeddings, text_tokens
 from ttd_plugins.similarity import normalize
@@ -89,3 +89,65 @@ def encode_texts(adapter: DenseAdapter, texts: Sequence[str]) -> tuple[Tensor, l
         embeddings = embeddings.index_select(0, on_device(torch.tensor(rows), device))
     truncated = dict(zip(distinct, tokens.truncated, strict=True))
     return embeddings, [truncated[text] for text in texts]
+
+
+class TextMemory:
+    """Embeddings of texts by a tower that no training step moves, kept from one batch to the next.
+
+    A frozen text tower, and the teacher ``"frozen"``, give the same embedding of a word whenever it comes again. What
+    is kept is forgotten once a weight of the tower changes or moves, or the precision does, and a tower that is
+    trained, or that draws dropout, is asked every time.
+
+    Attributes:
+        limit: how many texts are kept; the one that was not used for longest gives way. 0 keeps none.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._rows: OrderedDict[str, tuple[Tensor, bool]] = OrderedDict()
+        self._valid_for: Hashable = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def encode(self, adapter: DenseAdapter, texts: Sequence[str]) -> tuple[Tensor, list[bool]]:
+        """What :func:`encode_texts` gives, to rounding: texts that are new share chunks of another length."""
+        state = _state_of_text_tower(adapter) if self.limit and texts else None
+        if state is None:
+            self._rows.clear()
+            return encode_texts(adapter, texts)
+        if state != self._valid_for:
+            self._rows.clear()
+            self._valid_for = state
+        distinct = list(dict.fromkeys(texts))
+        found = {text: self._rows[text] for text in distinct if text in self._rows}
+        new = [text for text in distinct if text not in found]
+        if new:
+            with torch.no_grad():
+                embeddings, truncated = encode_texts(adapter, new)
+            # A row of its own each, or one that is kept would keep its whole batch.
+            found |= {text: (row.clone(), cut) for text, row, cut in zip(new, embeddings, truncated, strict=True)}
+        for text in distinct:
+            self._rows[text] = found[text]
+            self._rows.move_to_end(text)
+        while len(self._rows) > self.limit:
+            self._rows.popitem(last=False)
+        return torch.stack([found[text][0] for text in texts]), [found[text][1] for text in texts]
+
+
+def _state_of_text_tower(adapter: DenseAdapter) -> Hashable:
+    """What an embedding is a function of beside the text; ``None`` where it is not one, or is wanted with gradient."""
+    parameters = [parameter for _, parameter in adapter.tower_parameters("text")]
+    if torch.is_inference_mode_enabled() or any(parameter.requires_grad for parameter in parameters):
+        return None
+    if any(module.training and _drops(module) for module in adapter.model.modules()):
+        return None
+    device = adapter.device.type
+    precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    # Loading and averaging change a tensor's version, and moving or casting its address.
+    return (precision, *((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters))
+
+
+def _drops(module: nn.Module) -> bool:
+    share = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0.0)
+    return isinstance(share, int | float) and share > 0

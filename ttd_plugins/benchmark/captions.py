@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import cycle, islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ttd_plugins.errors import InputError, one_sentence
+from ttd_plugins.errors import InputError
 
 BUILT_IN = (
     "a small brown dog carries a wooden stick along the wet beach near two children",
@@ -45,29 +45,37 @@ NOUNS = (
 ).split()
 
 
-def open_captions(spec: str) -> list[str]:
-    """One caption of each picture, of a file in COCO's captions format, or of a folder with a ``captions.json``.
+def open_captions(spec: str, most: int = 4096) -> list[str]:
+    """One usable caption of each picture, of whatever ``ttd train --data`` takes; no picture is decoded.
+
+    Args:
+        spec: see :func:`ttd_plugins.data.open_pairs`; a folder that holds ``captions.json`` in COCO's format means it.
+        most: pictures that are looked at.
 
     Raises:
-        InputError: there is no such file, or it holds no captions.
+        InputError: there is no such data, or it holds no captions.
+        MissingDependencyError: its layout needs a package that is not installed.
     """
-    path = Path(spec)
-    path = path / "captions.json" if path.is_dir() else path
-    try:
-        annotations = json.loads(path.read_text(encoding="utf-8"))["annotations"]
-        first: dict[object, str] = {}
-        for annotation in annotations:
-            first.setdefault(annotation["image_id"], str(annotation["caption"]))
-    except OSError as error:
-        raise InputError(f"the captions {path} cannot be read: {one_sentence(error)}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path} is no file of captions in COCO's format, with annotations that have image_id and caption "
-            f"({type(error).__name__}: {one_sentence(error)})"
-        ) from error
-    if not first:
-        raise InputError(f"{path} holds no captions; give a file whose annotations are not empty")
-    return list(first.values())
+    from ttd_plugins.data.opening import open_pairs
+    from ttd_plugins.data.pairs import BadPairError, MapSource, RawPair, ReadNow, StreamSource, usable_caption
+
+    own = Path(spec) / "captions.json"
+    source = open_pairs(own if own.is_file() else spec)
+
+    def pairs() -> Iterator[RawPair]:
+        if isinstance(source, MapSource):
+            yield from map(source.read, range(len(source)))
+        elif isinstance(source, StreamSource):
+            for shard in source.shards:
+                yield from source.read_shard(shard, ReadNow(False))
+
+    captions = []
+    for pair in islice(pairs(), most):
+        with suppress(BadPairError, IndexError):
+            captions.append(usable_caption(pair.captions[0]))
+    if not captions:
+        raise InputError(f"{spec} holds no caption that can be used; give other pairs with --data")
+    return captions
 
 
 def batch_of_captions(captions: Sequence[str], batch: int) -> list[str]:

@@ -90,6 +90,7 @@ class DenseOptions:
         stride: step of the windows in pixels; ``None`` means half a window.
         refine: whether maps are refined by PAMR at the size of scale one.
         iterations, dilations: of PAMR.
+        batch: windows that go through the backbone at once, those of both orientations counted.
     """
 
     size: int = 448
@@ -101,12 +102,15 @@ class DenseOptions:
     refine: bool = False
     iterations: int = ITERATIONS
     dilations: tuple[int, ...] = DILATIONS
+    batch: int = 16
 
     def __post_init__(self) -> None:
         if self.resize not in get_args(Resize):
             raise InputError(choices_sentence("resize", self.resize, get_args(Resize)))
         if self.size < 1 or not self.scales or not all(scale > 0 for scale in self.scales):
             raise InputError(f"size and scales must be positive, not {self.size} and {list(self.scales)}")
+        if self.batch < 1:
+            raise InputError(f"batch must be 1 or more, not {self.batch}")
         if (self.window is not None and self.window < 1) or (self.stride is not None and self.stride < 1):
             raise InputError(f"window and stride must be positive, not {self.window} and {self.stride}")
         if self.iterations < 1 or not self.dilations or not all(step > 0 for step in self.dilations):
@@ -198,20 +202,24 @@ def _views(
         return list(similarity.normalize(features.patches)), whole
     whole = []
     if pooled:
-        together = image_features(adapter, views, pooled=True).pooled
-        assert together is not None
-        whole = list(similarity.normalize(together))
+        embeddings = image_features(adapter, views, pooled=True).pooled
+        assert embeddings is not None
+        whole = list(similarity.normalize(embeddings))
     rows, columns = adapter.description.patch_size
     total: Tensor | None = None
     times = torch.zeros(height // rows, width // columns, 1, device=views.device)
-    for top, left, side_y, side_x in places:
-        cut = views[..., top : top + side_y, left : left + side_x]
-        patches = similarity.normalize(image_features(adapter, cut, pooled=False).patches)
+    # All windows have one size, so several of them, of both orientations, are one batch.
+    together = max(options.batch // len(views), 1)
+    for start in range(0, len(places), together):
+        some = places[start : start + together]
+        cuts = torch.cat([views[..., top : top + side, left : left + across] for top, left, side, across in some])
+        patches = similarity.normalize(image_features(adapter, cuts, pooled=False).patches)
         if total is None:
             total = patches.new_zeros(len(views), *times.shape[:2], patches.shape[-1])
-        place = (slice(top // rows, (top + side_y) // rows), slice(left // columns, (left + side_x) // columns))
-        total[(slice(None), *place)] += patches
-        times[place] += 1
+        for (top, left, side, across), seen in zip(some, patches.split(len(views)), strict=True):
+            place = (slice(top // rows, (top + side) // rows), slice(left // columns, (left + across) // columns))
+            total[(slice(None), *place)] += seen
+            times[place] += 1
     assert total is not None
     # Where windows overlap the cosines are to be averaged, so the mean of the features is not normalised again.
     return list(total / times), whole
