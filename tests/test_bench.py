@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_the_same_as_tables(report: dict[str, Any], capsys: pytest.CaptureFixtur
         (["--batch-size", "1"], "batch_size must be 2 or more"),
         (["--repeats", "0"], "repeats must be 1 or more"),
         (["--precision", "bfloat"], "did you mean 'bfloat16'"),
-        (["--data", "nowhere.json"], "cannot be read"),
+        (["--data", "nowhere.json"], "nowhere.json"),
         (["--image-size", "65"], "multiple of"),
     ],
 )
@@ -102,19 +103,32 @@ def test_what_a_user_can_mend_is_one_sentence(arguments: list[str], said: str) -
     assert said in answer.output and len(answer.output.strip().splitlines()) == 1
 
 
-def test_files_of_captions(tmp_path: Path) -> None:
+def test_captions_come_from_whatever_training_takes(tmp_path: Path) -> None:
     path = tmp_path / "captions.json"
-    path.write_text(json.dumps({"annotations": [{"image_id": i // 2, "caption": f"c{i}"} for i in range(6)]}))
+    images = [{"id": i, "file_name": f"{i}.jpg"} for i in range(3)]
+    annotations = [{"image_id": i // 2, "caption": f"c{i}"} for i in range(6)]
+    (tmp_path / "0.jpg").touch()
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
     assert open_captions(str(path)) == open_captions(str(tmp_path)) == ["c0", "c2", "c4"]
     assert batch_of_captions(["a", "b"], 5) == ["a", "b", "a", "b", "a"]
-    for content, said in (
-        ("[]", "no file of captions"),
-        ("{", "no file of captions"),
-        ('{"annotations": []}', "holds"),
-    ):
-        path.write_text(content)
-        with pytest.raises(InputError, match=said):
-            open_captions(str(path))
+    table = tmp_path / "pairs.tsv"
+    table.write_text("image\tcaption\n0.jpg\ta dog\n1.jpg\t\n2.jpg\ta cat\n")
+    assert open_captions(str(table)) == ["a dog", "a cat"]
+    assert open_captions(str(table), most=1) == ["a dog"]
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / f"{name}.jpg").write_bytes(b"not looked at")
+        (folder / f"{name}.txt").write_text(f"caption {name}")
+    assert open_captions(str(folder)) == ["caption a", "caption b"]
+    with tarfile.open(tmp_path / "00000.tar", "w") as shard:
+        for file in sorted(folder.iterdir()):
+            shard.add(file, file.name)
+    assert open_captions(str(tmp_path / "00000.tar")) == ["caption a", "caption b"]
+    table.write_text("image\tcaption\n0.jpg\t\n")
+    for wrong in (tmp_path / "nowhere", table):
+        with pytest.raises(InputError, match=wrong.name):
+            open_captions(str(wrong))
 
 
 @pytest.mark.skipif(not COCO.is_dir(), reason=f"needs {COCO}")
