@@ -31,7 +31,7 @@ from ttd_plugins.benchmark.growth import axis_result, fit_exponent, run_growth
 from ttd_plugins.benchmark.measure import run_benchmark, summary
 from ttd_plugins.benchmark.unshared import unshared_losses
 from ttd_plugins.benchmark.variants import RATIOS, VARIANTS, Bench, BenchOptions
-from ttd_plugins.errors import InputError
+from ttd_plugins.errors import InputError, TTDError
 from ttd_plugins.plugins import make_tag_extractor
 
 TINY = "open_clip:tiny@random"
@@ -258,3 +258,13 @@ def test_the_whole_command_with_memory_in_fresh_processes() -> None:
     found = json.loads(answer.stdout)
     assert all(isinstance(found["ratios"][name], float) for name in DUE)
     assert found["memory"]["unshared"]["peak"] > found["memory"]["ttd"]["peak"]
+
+
+def test_times_are_kept_where_memory_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(options: BenchOptions, variant: str) -> None:
+        raise TTDError(f"the process that measures {variant} ended with -9")
+
+    monkeypatch.setattr("ttd_plugins.benchmark.measure.peak_memory", fails)
+    answer = run("--backbone", TINY, "--batch-size", "2", "--repeats", "1")
+    assert answer.exit_code == 0
+    assert "measures ttd ended with -9" in answer.output and "images/s" in answer.output

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
 
-from ttd_plugins.benchmark.memory import peak_memory
+from ttd_plugins.benchmark.memory import give_back, peak_memory
 from ttd_plugins.benchmark.variants import RATIOS, VARIANTS, Bench, BenchOptions
+from ttd_plugins.errors import TTDError, one_sentence
 
 MEMORY_VARIANTS = ("contrastive", "contrastive_trimmed", "ttd", "unshared")
 
@@ -32,7 +34,7 @@ def run_benchmark(
         A JSON object: what was measured; ``seconds`` of each variant (median, low and high); ``ratios``, medians of the
         rounds' own ratios, and ``spread``, their lowest and highest; ``operations`` of each variant, ``limits``, the
         same ratios of these, and ``over_limit``, how far each measured ratio is from it; ``parts`` of a TTD step in
-        seconds and ``share`` of each; ``memory`` in bytes.
+        seconds and ``share`` of each; ``memory`` in bytes, and in ``memory_errors`` why that of a variant is not known.
 
     Raises:
         InputError: the data cannot be read.
@@ -66,10 +68,17 @@ def run_benchmark(
     if memory:
         # Its own weights and gradients would be there beside those of the processes that measure.
         del bench
+        gc.collect()
+        give_back()
         used: dict[str, dict[str, int] | None] = {}
         for variant in MEMORY_VARIANTS:
             tell(f"memory: {variant}")
-            used[variant] = peak_memory(options, variant)
+            try:
+                used[variant] = peak_memory(options, variant)
+            # A machine that has too little for it has measured the times all the same.
+            except TTDError as error:
+                used[variant] = None
+                found.setdefault("memory_errors", {})[variant] = one_sentence(error)
         found["memory"] = used
         ours, theirs = used["ttd"], used["contrastive"]
         if ours and theirs and theirs["peak"] > 0:

@@ -54,7 +54,7 @@ def measure(options: BenchOptions, variant: str) -> dict[str, int] | None:
         return {"resident": resident, "peak": torch.cuda.max_memory_allocated() - resident}
     if bench.device.type != "cpu" or not CLEAR_REFS.exists():
         return None
-    _give_back()
+    give_back()
     try:
         # Sets the largest resident size so far to the present one.
         CLEAR_REFS.write_text("5")
@@ -65,7 +65,7 @@ def measure(options: BenchOptions, variant: str) -> dict[str, int] | None:
     return {"resident": resident * 1024, "peak": (_kibibytes("VmHWM") - resident) * 1024}
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Give freed memory back to the system, where the C library can, so that it is not taken for used."""
     try:
         ctypes.CDLL(None).malloc_trim(0)

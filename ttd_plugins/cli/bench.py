@@ -130,6 +130,8 @@ def print_report(found: dict[str, Any]) -> None:
                 exponent = grown["exponents"][kind][step]
                 rows.add_row(label, *(f"{value / unit:.3g}" for value in values), f"{exponent:.2f}")
         console.print(rows)
+    for sentence in found.get("memory_errors", {}).values():
+        console.print(sentence, highlight=False, soft_wrap=True)
     console.print(
         f"{found['images_per_second']:.3g} images/s in the TTD step, {found['repeats']} rounds", soft_wrap=True
     )
