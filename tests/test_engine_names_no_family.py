@@ -16,7 +16,11 @@ FILES = [
             "plugins", "selection", "similarity", "stanza_tags", "tags", "texts",
         )
     ),
-    *(file for folder in ("training", "evaluation", "data") for file in sorted((CORE / folder).rglob("*.py"))),
+    *(
+        file
+        for folder in ("training", "evaluation", "data", "comparison")
+        for file in sorted((CORE / folder).rglob("*.py"))
+    ),
 ]  # fmt: skip
 FAMILIES = r"open_?clip\w*|openai\w*|sig_?lip\w*|eva(?:0[12]|clip|_\w+)?|meta_?clip\w*|mobile_?clip\w*|clip"
 LIBRARIES = r"timm|transformers|torchvision|hugging_?face\w*|convnext\w*|vit|resnet\w*"

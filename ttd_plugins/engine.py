@@ -332,7 +332,11 @@ class TTD(nn.Module):
             self.backbone.remember_weights()
         candidates = self.candidates(images, captions, tags)
         need_pooled = options.contrastive_weight > 0
-        alignment = self.align(images, captions, candidates, pooled=need_pooled)
+        # Without L_tag no loss reads a tag's embedding but as a target, and its backward pass would be for nothing.
+        tag_gradient = options.tag_weight > 0
+        alignment = self._align(
+            self.backbone, images, captions, candidates, pooled=need_pooled, tag_gradient=tag_gradient
+        )
         targets = self.targets(self._teach(images, captions, candidates) or alignment)
 
         parts: dict[str, Tensor] = {}
@@ -405,14 +409,26 @@ class TTD(nn.Module):
         return self._align(self.backbone, images, captions, candidates, pooled=pooled)
 
     def _align(
-        self, adapter: DenseAdapter, images: Tensor, captions: Sequence[str], candidates: Candidates, *, pooled: bool
+        self,
+        adapter: DenseAdapter,
+        images: Tensor,
+        captions: Sequence[str],
+        candidates: Candidates,
+        *,
+        pooled: bool,
+        tag_gradient: bool = True,
     ) -> Alignment:
         pooled = pooled or self.options.score == "image"
         features = image_features(adapter, images, pooled=pooled)
         # Captions and tags together, so that texts of one length share a call of the text tower.
         tags = [self.options.template.format(tag) for tag in candidates.distinct]
-        embeddings, truncated = encode_texts(adapter, [*captions, *tags])
-        caption_embeddings, tag_embeddings = embeddings[: len(captions)], embeddings[len(captions) :]
+        if tag_gradient or not torch.is_grad_enabled():
+            embeddings, truncated = encode_texts(adapter, [*captions, *tags])
+            caption_embeddings, tag_embeddings = embeddings[: len(captions)], embeddings[len(captions) :]
+        else:
+            caption_embeddings, truncated = encode_texts(adapter, captions)
+            with torch.no_grad():
+                tag_embeddings, _ = encode_texts(adapter, tags)
         with torch.autocast(images.device.type, enabled=False):
             rows, columns = features.patches.shape[1:3]
             patches = similarity.normalize(features.patches.flatten(1, 2))

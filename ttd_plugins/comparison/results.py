@@ -131,8 +131,9 @@ class Comparison:
         figures: the columns, in the table's order.
         backbones: the rows, in the order asked for.
         gallery: pictures, failures included.
-        trade_off: keys of the figures on the two axes of the trade-off plot, what TTD should raise and what it may cost.
+        trade_off: keys of the two figures of the trade-off plot: what TTD should raise, and what it may cost.
         attribution: who made the pictures, or "".
+        failures: name of a backbone that failed -> why, in one sentence; it is no row.
     """
 
     settings: dict[str, Any]
@@ -141,3 +142,4 @@ class Comparison:
     gallery: Sequence[Picture] = ()
     trade_off: tuple[str, str] = ("caption_iou", "retrieval_r1")
     attribution: str = ""
+    failures: Mapping[str, str] = field(default_factory=dict)

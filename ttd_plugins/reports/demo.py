@@ -6,24 +6,19 @@ that further training is not mistaken for TTD.
 
 from __future__ import annotations
 
-import json
-import platform
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
-import ttd_plugins
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.embedded.scenes import ATTRIBUTION, Scene, Scenes
 from ttd_plugins.engine import TTD, CaptionMaps
-from ttd_plugins.errors import InputError, one_sentence
 from ttd_plugins.evaluation.metrics import intersection_over_union, upsample_map
 from ttd_plugins.evaluation.scenes import CAPTION_MAP_THRESHOLD, SceneMetrics, measure_on_scenes
 from ttd_plugins.plugins import load
@@ -31,10 +26,9 @@ from ttd_plugins.reports.demo_html import DemoResult, GalleryItem, write_demo_re
 from ttd_plugins.reports.heatmaps import draw_maps
 from ttd_plugins.training.loop import StepReport
 from ttd_plugins.training.scenes import SceneTuning, tune_on_scenes
+from ttd_plugins.training.stages import Stage, StageRecord, silent, timed, versions
 
 Arm = Literal["control", "after"]
-Stage = Callable[[str, int], Callable[[int], None]]
-"""Called with a stage's name and its number of steps; gives the function to call with each number of steps done."""
 
 GALLERY_CANDIDATES = 96
 GALLERY_LENGTH = 12
@@ -71,7 +65,7 @@ def run_demo(out: Path, options: DemoOptions | None = None, *, stage: Stage | No
         TTDError: the backbone cannot be loaded, or the packages that draw scenes are not installed.
     """
     options = options or DemoOptions()
-    stage = stage or _silent
+    stage = stage or silent
     backbones: dict[str, DenseAdapter] = {"before": _load(options)}
     record = _Record.open(out, options)
     scenes = _render(options.scenes, backbones["before"].description.image_size[0], stage)
@@ -105,17 +99,8 @@ def _load(options: DemoOptions) -> DenseAdapter:
     return load(options.backbone)
 
 
-def _silent(name: str, steps: int) -> Callable[[int], None]:
-    """A stage that announces nothing."""
-    return lambda done: None
-
-
-class _Record:
-    """``metrics.json`` and the weights of the arms: what is finished, and so need not be done again."""
-
-    def __init__(self, out: Path, content: dict[str, Any]) -> None:
-        self.out = out
-        self.content = content
+class _Record(StageRecord):
+    """``metrics.json`` and the weights of the arms."""
 
     @classmethod
     def open(cls, out: Path, options: DemoOptions) -> _Record:
@@ -123,72 +108,27 @@ class _Record:
             "backbone": options.backbone,
             "scenes": options.scenes,
             **options.tuning.as_dict(),
-            "versions": {
-                "ttd-plugins": ttd_plugins.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
         }
-        content: dict[str, Any] = {"settings": settings, "seconds": {}, "curves": {}}
-        path = out / "metrics.json"
-        try:
-            (out / "weights").mkdir(parents=True, exist_ok=True)
-            earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"the results cannot be kept in {out} ({one_sentence(error)}); give another --out"
-            ) from error
-        if earlier is not None:
-            if earlier.get("settings") != json.loads(json.dumps(settings)):
-                raise InputError(f"{path} holds the results of a run with other settings; give another --out")
-            content = earlier
-        record = cls(out, content)
-        record.save()
-        return record
-
-    def save(self) -> None:
-        """Write ``metrics.json`` whole or not at all."""
-        part = self.out / "metrics.json.part"
-        try:
-            part.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-            part.replace(self.out / "metrics.json")
-        except OSError as error:
-            raise InputError(
-                f"the results cannot be written to {self.out} ({one_sentence(error)}); "
-                "free some room or give another --out"
-            ) from error
+        return cls(out / "metrics.json", settings, seconds={}, curves={})
 
     def measure(self, arm: str, measure: Callable[[], SceneMetrics]) -> None:
         if arm in self.content:
             return
-        started = time.perf_counter()
-        self.content[arm] = measure().as_dict()
-        self.content["seconds"][f"measure {arm}"] = round(time.perf_counter() - started, 1)
+        metrics, self.content["seconds"][f"measure {arm}"] = timed(measure)
+        self.content[arm] = metrics.as_dict()
         self.save()
 
     def tune(self, arm: Arm, backbone: DenseAdapter, tuning: SceneTuning, stage: Stage) -> DenseAdapter:
         """The backbone fine-tuned, now or by an earlier run whose weights were kept."""
-        from safetensors.torch import load_file, save_file
-
-        path = self.out / "weights" / f"{arm}.safetensors"
-        if arm in self.content["curves"] and path.exists():
-            if tuning.rank:
-                backbone.add_lora(tuning.rank)
-            kept = load_file(path)
-            with torch.no_grad():
-                for name, parameter in backbone.model.named_parameters():
-                    if name in kept:
-                        parameter.copy_(kept[name])
-            return backbone.eval()
+        if arm in self.content["curves"] and self.weights_file(arm).exists():
+            return self.take_weights(arm, backbone, tuning.rank)
         advance = stage("fine-tuning with TTD" if arm == "after" else "control: contrastive only", tuning.steps)
-        started = time.perf_counter()
-        reports = tune_on_scenes(backbone, tuning, on_step=lambda report: advance(1))
-        self.content["seconds"][f"tune {arm}"] = round(time.perf_counter() - started, 1)
+        reports, self.content["seconds"][f"tune {arm}"] = timed(
+            lambda: tune_on_scenes(backbone, tuning, on_step=lambda report: advance(1))
+        )
         self.content["curves"][arm] = [asdict(report) for report in reports]
-        trained = {n: p.detach().contiguous() for n, p in backbone.model.named_parameters() if p.requires_grad}
-        part = path.with_suffix(".part")
-        save_file(trained, part)
-        part.replace(path)
+        self.keep_weights(arm, backbone)
         self.save()
         return backbone
 

