@@ -93,6 +93,12 @@ def number(value: float) -> str:
     return f"{value:.3f}".replace("-", "−") if math.isfinite(value) else "n/a"
 
 
+def signed(value: float) -> str:
+    """A difference with its sign, which a zero has not."""
+    shown = f"{value:+z.3f}".replace("-", "−") if math.isfinite(value) else "n/a"
+    return "0.000" if shown == "+0.000" else shown
+
+
 def scale_gradient() -> str:
     stops = ", ".join("#" + bytes(colour).hex() for colour in colour_table()[::17])
     return f"linear-gradient(90deg, {stops})"
@@ -107,9 +113,9 @@ def ticks(low: float, high: float) -> list[float]:
     return [n * step for n in range(start, max(math.ceil(high / step), start + 1) + 1)]
 
 
-def thinned(line: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
-    """At most :data:`CURVE_POINTS` points, each the mean of neighbours."""
-    pieces = np.array_split(np.array(line, dtype=float), min(len(line), CURVE_POINTS))
+def thinned(line: Sequence[tuple[float, float]], most: int = CURVE_POINTS) -> list[tuple[float, float]]:
+    """At most ``most`` points, each the mean of neighbours."""
+    pieces = np.array_split(np.array(line, dtype=float), min(len(line), most))
     return [(float(piece[:, 0].mean()), float(piece[:, 1].mean())) for piece in pieces]
 
 
