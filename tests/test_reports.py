@@ -21,7 +21,7 @@ from ttd_plugins.embedded.scenes import Scene
 from ttd_plugins.engine import CaptionMaps
 from ttd_plugins.errors import InputError, MissingDependencyError
 from ttd_plugins.evaluation.metrics import upsample_map
-from ttd_plugins.reports import demo_html, heatmaps
+from ttd_plugins.reports import demo_html, heatmaps, page
 from ttd_plugins.reports.demo_html import DemoResult, GalleryItem, describe, write_demo_report
 from ttd_plugins.reports.heatmaps import colour_table, draw_maps, overlay, png_data_uri
 from ttd_plugins.training.loop import StepReport
@@ -581,11 +581,11 @@ def test_layers_hold_the_maps(tmp_path: Path) -> None:
 def test_outline_runs_along_the_region_and_not_along_the_edge_of_the_picture() -> None:
     region = np.zeros((6, 8), bool)
     region[2:] = True
-    drawn = demo_html._outline(region)
+    drawn = page.outline(region)
     assert drawn.shape == (12, 16, 4)
     white = (drawn == 255).all(-1)
     assert np.flatnonzero(white.any(1)).tolist() == [4]
-    assert not demo_html._outline(np.ones((6, 8), bool)).any()
+    assert not page.outline(np.ones((6, 8), bool)).any()
 
 
 def test_hostile_strings_are_escaped(tmp_path: Path) -> None:
@@ -633,7 +633,7 @@ def test_a_full_gallery_stays_small(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.3, 0.31), (-2, 5), (7, 7), (0, 0), (1e-8, 3e-8), (0.2, 4321)])
 def test_ticks_are_few_round_and_enclose(low: float, high: float) -> None:
-    ticks = demo_html._ticks(low, high)
+    ticks = page.ticks(low, high)
     assert 2 <= len(ticks) <= 8
     assert ticks[0] <= low + 1e-12
     assert ticks[-1] >= high - 1e-12
@@ -641,7 +641,7 @@ def test_ticks_are_few_round_and_enclose(low: float, high: float) -> None:
 
 
 def test_colours_have_contrast_in_light_and_dark() -> None:
-    css = resources.files("ttd_plugins.reports").joinpath("demo.css").read_text(encoding="utf-8")
+    css = resources.files("ttd_plugins.reports").joinpath("base.css").read_text(encoding="utf-8")
     light, dark = (
         dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block)) for block in re.findall(r":root \{(.*?)\}", css, re.S)
     )

@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,14 +19,13 @@ from numpy.typing import NDArray
 from ttd_plugins.embedded.scenes import Scene
 from ttd_plugins.engine import CaptionMaps
 from ttd_plugins.errors import InputError
+from ttd_plugins.reports import page
 from ttd_plugins.reports.heatmaps import HEAT_ALPHA, colour_table, heat_levels, png_data_uri, printable, save_bytes
 from ttd_plugins.training.loop import StepReport
 
 Arm = Literal["before", "control", "after"]
 ARMS: dict[Arm, str] = {"before": "Before", "control": "Control", "after": "After TTD"}
 
-# Differences smaller than half a point are called none.
-TIE = 0.005
 # A loss in selection or retrieval up to here is called small.
 SMALL_COST = 0.02
 # Below this IoU a map is more wrong than right.
@@ -35,14 +33,6 @@ POOR_IOU = 0.5
 # A map whose spread fell to this share of what it was is told as a collapse.
 COLLAPSE = 0.5
 HEAT_SIDE = 80
-OUTLINE_SCALE = 2
-CURVE_POINTS = 200
-
-PAPER = (
-    "Jo, Ryu, Kim, Yang, Kim: TTD: Text-Tag Self-Distillation Enhancing Image-Text Alignment in CLIP to Alleviate "
-    "Single Tag Bias. ECCV 2024."
-)
-PAPER_URL = "https://arxiv.org/abs/2404.00384"
 
 
 @dataclass(frozen=True)
@@ -86,14 +76,6 @@ class DemoResult:
     def arms(self) -> dict[Arm, dict[str, Any]]:
         """The metrics of the three arms by name."""
         return {"before": self.before, "control": self.control, "after": self.after}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What the figures say: a headline, and sentences that bear it out."""
-
-    headline: str
-    sentences: list[str]
 
 
 @dataclass(frozen=True)
@@ -171,17 +153,17 @@ def difference(metrics: Mapping[Arm, Mapping[str, Any]], key: str) -> float | No
     return values[2] - max(values[:2]) if all(map(math.isfinite, values)) else None
 
 
-def describe(metrics: Mapping[Arm, Mapping[str, Any]]) -> Finding:
+def describe(metrics: Mapping[Arm, Mapping[str, Any]]) -> page.Finding:
     """Put the figures of the three arms into words.
 
     The headline goes by Caption IoU and tag balance against the better of before and control, and names what it cost
-    in tag F1 and retrieval. Differences below :data:`TIE` are called none.
+    in tag F1 and retrieval. Differences below :data:`~ttd_plugins.reports.page.TIE` are called none.
     """
     gains = {key: d for key in ("caption_iou", "tag_balance") if (d := difference(metrics, key)) is not None}
     costs = {key: d for key in ("tag_f1", "retrieval_r1") if (d := difference(metrics, key)) is not None}
-    up = [key for key, d in gains.items() if d >= TIE]
-    down = [key for key, d in gains.items() if d <= -TIE]
-    lost = [key for key, d in costs.items() if d <= -TIE]
+    up = [key for key, d in gains.items() if d >= page.TIE]
+    down = [key for key, d in gains.items() if d <= -page.TIE]
+    lost = [key for key, d in costs.items() if d <= -page.TIE]
     if not gains:
         headline = "These scenes do not let single tag bias be measured"
     elif up and down:
@@ -200,7 +182,7 @@ def describe(metrics: Mapping[Arm, Mapping[str, Any]]) -> Finding:
     elif up and not down and len(costs) == 2:
         headline += f", at no cost in {_names(list(costs))}"
     sentences = [_compare(metrics, key) for key in (*gains, *costs)]
-    return Finding(headline, sentences + _bias_words(metrics) + _collapse_words(metrics))
+    return page.Finding(headline, sentences + _bias_words(metrics) + _collapse_words(metrics))
 
 
 def _names(keys: Sequence[str]) -> str:
@@ -211,15 +193,15 @@ def _compare(metrics: Mapping[Arm, Mapping[str, Any]], key: str) -> str:
     """One sentence on one figure; it tells a gain that is TTD's from one that any further training brings."""
     before, control, after = (float(metrics[arm][key]) for arm in ARMS)
     change = after - max(before, control)
-    if change >= TIE:
+    if change >= page.TIE:
         what = f"rises by {change:.3f}"
-    elif change <= -TIE and before >= control:
+    elif change <= -page.TIE and before >= control:
         what = f"falls by {-change:.3f}"
-    elif change <= -TIE and before - after >= TIE:
+    elif change <= -page.TIE and before - after >= page.TIE:
         what = f"falls by {before - after:.3f}, and lies {-change:.3f} below the control"
-    elif change <= -TIE:
+    elif change <= -page.TIE:
         what = f"falls {-change:.3f} short of what contrastive training alone reaches"
-    elif after - before >= TIE:
+    elif after - before >= page.TIE:
         what = "gains no more than contrastive training alone brings"
     else:
         what = "does not change"
@@ -235,7 +217,7 @@ def _bias_words(metrics: Mapping[Arm, Mapping[str, Any]]) -> list[str]:
         low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
         gaps[arm] = (low, high, means[high] - means[low])
     (low, high, gap), (_, _, left) = gaps["before"], gaps["after"]
-    change = "shrinks to" if gap - left >= TIE else "grows to" if left - gap >= TIE else "stays at"
+    change = "shrinks to" if gap - left >= page.TIE else "grows to" if left - gap >= page.TIE else "stays at"
     return [
         f"Before, the caption’s map favours {_kind(high)} words over {_kind(low)} words by {gap:.3f}; after TTD the "
         f"gap between the most and the least favoured kind {change} {left:.3f}."
@@ -270,37 +252,22 @@ def write_demo_report(path: Path, result: DemoResult) -> None:
         InputError: the path cannot be written, or the maps of a scene are not all of its caption and the same tags.
         MissingDependencyError: matplotlib, whose colour map is used, is not installed.
     """
-    files = resources.files("ttd_plugins.reports")
     finding = describe(result.arms())
     gallery = [_gallery_item(number, len(result.gallery), item) for number, item in enumerate(result.gallery, start=1)]
     about = " · ".join(
-        f"{_text(key)} {_text(result.settings[key])}" for key in ("backbone", "seed", "steps") if key in result.settings
+        f"{page.text(key)} {page.text(result.settings[key])}"
+        for key in ("backbone", "seed", "steps")
+        if key in result.settings
     )
-    page = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>{_text(finding.headline)} – ttd demo</title>
-<style>
-{files.joinpath("demo.css").read_text(encoding="utf-8")}
-:root {{ --heat: {HEAT_ALPHA}; --scale: {_scale_gradient()}; }}
-{"".join(_gallery_style(number, item) for number, item in enumerate(result.gallery, start=1))}</style>
-</head>
-<body>
-<main>
-<header>
+    body = f"""<header>
 <p class="about">ttd demo{" · " + about if about else ""}</p>
-<h1>{_text(finding.headline)}</h1>
+<h1>{page.text(finding.headline)}</h1>
 <p class="lead"><dfn>Single tag bias</dfn>: the map of a whole caption lights up one of the things that it names and
 misses the others. TTD teaches the caption’s map to cover what the maps of its single words cover. It is compared with
 the model before, and with a <dfn>control</dfn>: the same steps, data, parameters and seed by the contrastive term
 alone, or any further training would be mistaken for TTD.</p>
 {_tiles(result.arms())}
-<ul class="finding">{"".join(f"<li>{_text(sentence)}</li>" for sentence in finding.sentences)}</ul>
+<ul class="finding">{"".join(f"<li>{page.text(sentence)}</li>" for sentence in finding.sentences)}</ul>
 <nav aria-label="Sections"><a href="#figures">Figures</a> <a href="#bias">Bias</a> <a href="#training">Training</a>
 <a href="#gallery">Gallery</a> <a href="#settings">Settings</a></nav>
 </header>
@@ -310,37 +277,24 @@ alone, or any further training would be mistaken for TTD.</p>
 {_gallery_section(gallery)}
 {_settings_section(result.settings)}
 <footer>
-<p>{_text(result.attribution)}</p>
-<p>Method: {_text(PAPER)} <a href="{PAPER_URL}">arXiv 2404.00384</a>. This is an independent implementation.</p>
+<p>{page.text(result.attribution)}</p>
+{page.method_note()}
 </footer>
-</main>
-<script>
-{files.joinpath("demo.js").read_text(encoding="utf-8")}</script>
-</body>
-</html>
 """
-    save_bytes(path, page.encode("utf-8"))
-
-
-def _text(value: object) -> str:
-    """Any value as escaped text, fit for an attribute in double quotes too."""
-    return html.escape(printable(str(value)))
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}".replace("-", "−") if math.isfinite(value) else "n/a"
-
-
-def _scale_gradient() -> str:
-    stops = ", ".join("#" + bytes(colour).hex() for colour in colour_table()[::17])
-    return f"linear-gradient(90deg, {stops})"
+    style = page.heat_style() + "".join(
+        _gallery_style(number, item) for number, item in enumerate(result.gallery, start=1)
+    )
+    whole = page.document(
+        f"{finding.headline} – ttd demo", body, sheets=("base.css", "demo.css"), style=style, scripts=("demo.js",)
+    )
+    save_bytes(path, whole.encode("utf-8"))
 
 
 def _change(change: float | None, than: str = "") -> str:
     """A difference as a badge whose sign, arrow and colour say the same."""
     if change is None:
         return '<span class="change">n/a</span>'
-    if abs(change) < TIE:
+    if abs(change) < page.TIE:
         sign, kind = "=", "same"
     else:
         sign, kind = ("▲", "better") if change > 0 else ("▼", "worse")
@@ -350,10 +304,10 @@ def _change(change: float | None, than: str = "") -> str:
 
 def _tiles(metrics: Mapping[Arm, Mapping[str, Any]]) -> str:
     tiles = [
-        f'<li><span class="name">{_text(_NAMES[key])}</span> <strong>{_number(metrics["after"][key])}</strong> '
+        f'<li><span class="name">{page.text(_NAMES[key])}</span> <strong>{page.number(metrics["after"][key])}</strong> '
         f"{_change(difference(metrics, key))} "
-        f'<span class="from"><span>before {_number(metrics["before"][key])},</span> '
-        f"<span>control {_number(metrics['control'][key])}</span></span></li>"
+        f'<span class="from"><span>before {page.number(metrics["before"][key])},</span> '
+        f"<span>control {page.number(metrics['control'][key])}</span></span></li>"
         for key in _TILES
     ]
     return f'<ul class="tiles">{"".join(tiles)}</ul>'
@@ -362,18 +316,20 @@ def _tiles(metrics: Mapping[Arm, Mapping[str, Any]]) -> str:
 def _figures_section(metrics: Mapping[Arm, Mapping[str, Any]]) -> str:
     rows = []
     for figure in _FIGURES:
-        values = "".join(f"<td>{_number(metrics[arm][figure.key])}</td>" for arm in ARMS)
+        values = "".join(f"<td>{page.number(metrics[arm][figure.key])}</td>" for arm in ARMS)
         last = _change(difference(metrics, figure.key)) if figure.judged else '<span class="change">–</span>'
         rows.append(
             f'<tbody class="{"judged" if figure.judged else "context"}"><tr>'
-            f'<th scope="rowgroup" id="f-{figure.key}">{_text(figure.name)}</th>{values}<td>{last}</td></tr>'
-            f'<tr class="meaning"><td colspan="5" headers="f-{figure.key}">{_text(figure.meaning)}</td></tr></tbody>'
+            f'<th scope="rowgroup" id="f-{figure.key}">{page.text(figure.name)}</th>{values}<td>{last}</td></tr>'
+            f'<tr class="meaning"><td colspan="5" headers="f-{figure.key}">{page.text(figure.meaning)}</td></tr>'
+            "</tbody>"
         )
     heads = "".join(f'<th scope="col">{name}</th>' for name in ARMS.values())
     return f"""<section id="figures" aria-labelledby="figures-title">
 <h2 id="figures-title">Figures</h2>
-<p>Over {int(metrics["after"]["scenes"])} held-out scenes, from 0 to 1 but for the counts and the spread. The difference
-is to the better of before and control; less than {TIE} counts as none. One run: other seeds give other figures.</p>
+<p>Over {int(metrics["after"]["scenes"])} held-out scenes, from 0 to 1 but for the counts and the spread. The
+difference is to the better of before and control; less than {page.TIE} counts as none. One run: other seeds give other
+figures.</p>
 <table class="figures">
 <thead><tr><th scope="col">Figure</th>{heads}<th scope="col">Difference</th></tr></thead>
 {"".join(rows)}
@@ -392,9 +348,9 @@ def _bias_section(metrics: Mapping[Arm, Mapping[str, Any]]) -> str:
             bars.append(
                 f'<span class="arm">{name}</span><span class="track" aria-hidden="true">'
                 f'<span class="bar {arm}" style="width:{width:.1f}%"></span></span>'
-                f'<span class="value">{_number(value)}</span>'
+                f'<span class="value">{page.number(value)}</span>'
             )
-        groups.append(f'<div class="bars"><h3>{_text(_KINDS.get(kind, kind))}</h3>{"".join(bars)}</div>')
+        groups.append(f'<div class="bars"><h3>{page.text(_KINDS.get(kind, kind))}</h3>{"".join(bars)}</div>')
     return f"""<section id="bias" aria-labelledby="bias-title">
 <h2 id="bias-title">Bias by kind of word</h2>
 <p>How bright the caption’s map is, from 0 to 1, inside the things that the caption names, by how often a word occurs
@@ -423,7 +379,7 @@ def _training_section(curves: Mapping[str, Sequence[StepReport]]) -> str:
                 lines[run] = finite
         if lines:
             panels.append(
-                f"<figure><figcaption><b>{_text(title)}</b> {_text(meaning)}</figcaption>"
+                f"<figure><figcaption><b>{page.text(title)}</b> {page.text(meaning)}</figcaption>"
                 f"{_chart(title, lines)}</figure>"
             )
     body = f'<div class="curves">{"".join(panels)}</div>' if panels else "<p>No steps were taken.</p>"
@@ -444,7 +400,7 @@ def _chart(title: str, lines: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     width, height = _CHART
     steps = [step for line in lines.values() for step, _ in line]
     values = [value for line in lines.values() for _, value in line]
-    ticks = _ticks(min(values), max(values))
+    ticks = page.ticks(min(values), max(values))
     first, last = min(steps), max(steps)
 
     def x(step: float) -> float:
@@ -463,38 +419,16 @@ def _chart(title: str, lines: Mapping[str, Sequence[tuple[int, float]]]) -> str:
         f'<text class="tick" x="{width - _RIGHT}" y="{height - 6}" text-anchor="end">{last}</text>'
     )
     for run, line in lines.items():
-        raw = _thinned(line)
-        smooth = _running_mean(raw)
+        raw = page.thinned(line)
+        smooth = page.running_mean(raw)
         for style, points in (("raw", raw), ("mean", smooth)):
             path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
-            drawn.append(f'<polyline class="{style} {_text(run)}" points="{path}"/>')
+            drawn.append(f'<polyline class="{style} {page.text(run)}" points="{path}"/>')
     label = "; ".join(f"{run} from {line[0][1]:.4g} to {line[-1][1]:.4g}" for run, line in lines.items())
     return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_text(f"{title} over steps: {label}")}">'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{page.text(f"{title} over steps: {label}")}">'
         f"{''.join(drawn)}</svg>"
     )
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to seven round numbers from at or below ``low`` to at or above ``high``."""
-    span = max(high - low, abs(high) * 1e-3, 1e-9)
-    power = 10.0 ** math.floor(math.log10(span / 3))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= span / 4)
-    start = math.floor(low / step)
-    return [n * step for n in range(start, max(math.ceil(high / step), start + 1) + 1)]
-
-
-def _thinned(line: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
-    """At most :data:`CURVE_POINTS` points, each the mean of neighbours."""
-    pieces = np.array_split(np.array(line, dtype=float), min(len(line), CURVE_POINTS))
-    return [(float(piece[:, 0].mean()), float(piece[:, 1].mean())) for piece in pieces]
-
-
-def _running_mean(line: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Mean over a window of about a twelfth of the line, cut at its ends."""
-    reach = len(line) // 24
-    values = [value for _, value in line]
-    return [(step, float(np.mean(values[max(n - reach, 0) : n + reach + 1]))) for n, (step, _) in enumerate(line)]
 
 
 def _gallery_section(articles: Sequence[str]) -> str:
@@ -525,25 +459,8 @@ def _gallery_style(number: int, item: GalleryItem) -> str:
     height, width = item.scene.image.shape[:2]
     return (
         f"#scene-{number} {{ --ratio: {width} / {height}; --picture: url({png_data_uri(item.scene.image)}); "
-        f"--outline: url({png_data_uri(_outline(item.scene.named_region))}); }}\n"
+        f"--outline: url({png_data_uri(page.outline(item.scene.named_region))}); }}\n"
     )
-
-
-def _outline(region: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """White line with a dark rim along a region's border, as RGBA ``[2 height, 2 width, 4]``; clear elsewhere."""
-    large = region.repeat(OUTLINE_SCALE, 0).repeat(OUTLINE_SCALE, 1)
-    inner = _shrunk(large)
-    line, rim = large & ~inner, ~large & ~_shrunk(~large)
-    drawn = np.zeros((*large.shape, 4), np.uint8)
-    drawn[rim] = (0, 0, 0, 150)
-    drawn[line] = (255, 255, 255, 255)
-    return drawn
-
-
-def _shrunk(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The region without its border pixels; the edge of the picture is no border."""
-    padded = np.pad(region, 1, mode="edge")
-    return region & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
 
 
 def _gallery_item(number: int, total: int, item: GalleryItem) -> str:
@@ -558,7 +475,8 @@ def _gallery_item(number: int, total: int, item: GalleryItem) -> str:
         "<figcaption>Picture</figcaption></figure>",
         '<figure><div class="frame map truth"><img src="'
         + png_data_uri(_shade(scene.named_region))
-        + f'" alt="True region of {_text(", ".join(scene.true_tags))}"></div><figcaption>Truth</figcaption></figure>',
+        + f'" alt="True region of {page.text(", ".join(scene.true_tags))}"></div>'
+        "<figcaption>Truth</figcaption></figure>",
         _map_figure(item, item.before.union, "Union of the selected tags’ maps before TTD", "Tags’ union, before"),
     ]
     alternatives = {"before": "before", "control": "under the control", "after": "after TTD"}
@@ -567,9 +485,9 @@ def _gallery_item(number: int, total: int, item: GalleryItem) -> str:
             _map_figure(
                 item,
                 stages[arm].caption_map_normalized,
-                f"Map of the caption, {alternatives[arm]}, IoU {_number(ious[arm])}",
+                f"Map of the caption, {alternatives[arm]}, IoU {page.number(ious[arm])}",
                 name,
-                f"<b>IoU {_number(ious[arm])}</b>",
+                f"<b>IoU {page.number(ious[arm])}</b>",
             )
         )
     cut = '<p class="note">The caption is longer than the context: its end was not read.</p>'
@@ -578,19 +496,15 @@ def _gallery_item(number: int, total: int, item: GalleryItem) -> str:
 <h3 id="scene-{number}-title"><span class="count">Scene {number} of {total}</span> {_verdict(ious, change)}</h3>
 <p class="caption">“{_marked_caption(scene, item.before.tags)}”</p>
 {cut if item.before.truncated else ""}<div class="row">{"".join(pictures)}</div>
-<details><summary>{_plural(len(item.before.tags), "tag")}: maps and scores before and after</summary>
+<details><summary>{page.plural(len(item.before.tags), "tag")}: maps and scores before and after</summary>
 <div class="tags">{tags}</div></details>
 </article>
 """
 
 
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
 def _verdict(ious: Mapping[Arm, float], change: float) -> str:
     """Badges of a scene: against the better of before and control, and whether its map is still poor."""
-    if abs(change) < TIE:
+    if abs(change) < page.TIE:
         kind, words = "same", "No change"
     elif change > 0:
         kind, words = "better", "Improved"
@@ -607,7 +521,7 @@ def _marked_caption(scene: Scene, tags: Sequence[str]) -> str:
     caption = printable(scene.caption)
     names = sorted({printable(tag) for tag in tags} - {""}, key=len, reverse=True)
     if not names:
-        return _text(caption)
+        return page.text(caption)
     pattern = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, names))})(?!\w)", re.IGNORECASE)
     parts = []
     for position, piece in enumerate(pattern.split(caption)):
@@ -638,7 +552,7 @@ def _heat(item: GalleryItem, heat: NDArray[np.floating]) -> str:
 def _map_figure(item: GalleryItem, heat: NDArray[np.floating], alternative: str, title: str, note: str = "") -> str:
     return (
         f'<figure><div class="frame map"><img class="heat" src="{_heat(item, heat)}" '
-        f'alt="{_text(alternative)}"></div><figcaption>{_text(title)} {note}</figcaption></figure>'
+        f'alt="{page.text(alternative)}"></div><figcaption>{page.text(title)} {note}</figcaption></figure>'
     )
 
 
@@ -652,7 +566,7 @@ def _tag_cards(item: GalleryItem) -> str:
             kept = bool(found.selected[tag])
             right = kept == (truth == "true")
             verdict = ("kept" if kept else "dropped") + ("" if right else ", wrongly")
-            score = _number(float(found.scores[tag]))
+            score = page.number(float(found.scores[tag]))
             maps.append(
                 _map_figure(
                     item,
@@ -662,10 +576,10 @@ def _tag_cards(item: GalleryItem) -> str:
                     f'<b>{score}</b> <span class="{"right" if right else "wrong"}">{verdict}</span>',
                 )
             )
-        outline = f"url({png_data_uri(_outline(item.scene.masks[name.lower()]))})" if truth == "true" else "none"
+        outline = f"url({png_data_uri(page.outline(item.scene.masks[name.lower()]))})" if truth == "true" else "none"
         cards.append(
             f'<div class="tag" style="--outline:{outline}">'
-            f'<h4><mark class="{truth}">{_text(name)}</mark> <span>{words[truth]}</span></h4>'
+            f'<h4><mark class="{truth}">{page.text(name)}</mark> <span>{words[truth]}</span></h4>'
             f'<div class="pair">{"".join(maps)}</div></div>'
         )
     union = [
@@ -682,18 +596,5 @@ def _tag_cards(item: GalleryItem) -> str:
 def _settings_section(settings: Mapping[str, Any]) -> str:
     return f"""<section id="settings" aria-labelledby="settings-title">
 <h2 id="settings-title">Settings</h2>
-{_definitions(settings)}
+{page.definitions(settings)}
 </section>"""
-
-
-def _definitions(settings: Mapping[Any, Any]) -> str:
-    rows = []
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            shown = _definitions(value) if value else "none"
-        elif isinstance(value, float):
-            shown = f"{value:.6g}"
-        else:
-            shown = _text(value)
-        rows.append(f"<div><dt>{_text(key)}</dt><dd>{shown}</dd></div>")
-    return f"<dl>{''.join(rows)}</dl>"
