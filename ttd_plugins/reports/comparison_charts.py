@@ -121,14 +121,9 @@ def trade_off_chart(comparison: Comparison, width: int, height: int, *, names: b
         return ""
     everything += [point for found in seeds for dots in found.values() for point in dots]
     left, right, top, bottom = 50, 16, 34, 46
-    x_ticks, y_ticks = (page.ticks(*_padded(values)) for values in zip(*everything, strict=True))
-    if not names:
-        x_ticks = x_ticks[:: max(1, math.ceil(len(x_ticks) / 5))]
-
     low_x, high_x = _padded([x for x, _ in everything])
     low_y, high_y = _padded([y for _, y in everything])
-    x_ticks = [tick for tick in x_ticks if low_x <= tick <= high_x]
-    y_ticks = [tick for tick in y_ticks if low_y <= tick <= high_y]
+    x_ticks, y_ticks = _inner_ticks(low_x, high_x, 6 if names else 4), _inner_ticks(low_y, high_y, 6)
 
     def place(point: Point) -> Point:
         return (
@@ -192,6 +187,17 @@ def _padded(values: Iterable[float]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
+def _inner_ticks(low: float, high: float, most: int) -> list[float]:
+    """At most ``most`` round numbers between ``low`` and ``high``, as many as there may be."""
+    power = 10.0 ** math.floor(math.log10(high - low) - 1)
+    for factor in (1, 2, 5, 10, 20, 50, 100):
+        step = factor * power
+        first, last = math.ceil(low / step), math.floor(high / step)
+        if last - first < most:
+            return [round(n * step, 12) for n in range(first, last + 1)]
+    raise AssertionError("a step of ten times the range has at most one tick")
+
+
 def _axis(figure: Figure, more: str, less: str) -> str:
     arrow = {"higher": f"{more} better", "lower": f"{less} better", None: more}[figure.better]
     return f"{figure.label[:1].upper()}{figure.label[1:]}, {arrow}"
@@ -207,6 +213,7 @@ def _backbone_marks(
         # A lone seed is the mean itself.
         for x, y in map(place, values if len(values) > 1 else []):
             parts.append(f'<circle class="dot {arm}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>')
+            boxes.append(Box(x - 3, y - 3, 6, 6))
     for arm in ARMS[:2]:
         if arm in at and "after" in at:
             parts.append(_arrow(at[arm], at["after"], arm))

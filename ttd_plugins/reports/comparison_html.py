@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -121,7 +122,9 @@ def _section(key: str, title: str, body: str) -> str:
 
 def _name(number: int, backbone: str) -> str:
     """A backbone's number in its colour, and its name, whole."""
-    return f'<span class="chip {series(number)}" aria-hidden="true">{number + 1}</span> {page.text(backbone)}'
+    # Long names break where their parts meet.
+    name = re.sub(r"(?<=[:/@+])", "<wbr>", page.text(backbone))
+    return f'<span class="chip {series(number)}" aria-hidden="true">{number + 1}</span> {name}'
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
@@ -234,7 +237,7 @@ def _trade_off_section(comparison: Comparison) -> str:
     for arm, label in (("before", "from before"), ("control", "from the control")):
         if {"after", arm} <= arms:
             way = f'<line class="way {arm}" x1="1" x2="27" y1="8" y2="8"/>'
-            legend += f'<li><svg class="icon line" viewBox="0 0 28 16" aria-hidden="true">{way}</svg> {label}</li>'
+            legend += f'<li><svg class="icon long" viewBox="0 0 28 16" aria-hidden="true">{way}</svg> {label}</li>'
     names = "".join(f"<li>{_name(n, backbone.name)}</li>" for n, backbone in enumerate(comparison.backbones))
     return _section(
         "trade-off",
@@ -354,7 +357,7 @@ def _article(number: int, total: int, picture: Picture, names: Sequence[str], ar
 <h3 id="{ident}-title"><span class="count">Picture {number} of {total}</span> {_counts(picture)}</h3>
 {f'<p class="why">{page.text(picture.why[:1].upper() + picture.why[1:])}</p>' if picture.why else ""}
 <div class="intro">
-<figure><div class="frame truth"><div class="line" role="img" aria-label="{page.text(drawn)}"></div></div>
+<figure><div class="frame truth"><div class="edge" role="img" aria-label="{page.text(drawn)}"></div></div>
 <figcaption>{page.text(picture.key)}</figcaption></figure>
 <div><p class="caption">“{_marked(picture.caption, tags, truths)}”</p>
 <p class="true-tags">{true_tags}</p>

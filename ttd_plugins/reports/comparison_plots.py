@@ -130,6 +130,9 @@ def _trade_off(drawing: Drawing, comparison: Comparison) -> bool:
             handles.append(
                 Line2D([], [], marker="o", markerfacecolor=face, markeredgecolor=_MUTED, linestyle="", label=label)
             )
+    for arm, label, style in ((ARMS[0], "from before", "-"), (ARMS[1], "from the control", (0, (3, 2)))):
+        if any(arm in points and "after" in points for points in found):
+            handles.append(Line2D([], [], color=_MUTED, linestyle=style, label=label))
     axes.margins(0.1)
     axes.set_xlabel(printable(cost.label), color=_INK, parse_math=False)
     axes.set_ylabel(printable(up.label), color=_INK, parse_math=False)
@@ -175,7 +178,7 @@ def _gains(drawing: Drawing, comparison: Comparison) -> bool:
         "the control" if baselines == {"control"} else "before" if baselines == {"before"} else "control or before"
     )
     drawing.suptitle(
-        f"After TTD minus {against}: mean and spread over seeds; open bars are no more than the spread or {page.TIE}",
+        f"After TTD minus {against}: mean and spread over seeds; open bars: within the spread, or below {page.TIE}",
         fontsize=9,
         color=_MUTED,
     )

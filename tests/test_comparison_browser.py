@@ -1,0 +1,301 @@
+"""The page of a comparison in a real browser: sorting, selecting, keyboard, phone, dark, and no network."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers_comparison import NAMES, make_backbone, make_comparison, make_picture
+
+from ttd_plugins.reports.comparison_html import write_comparison_report
+
+pytest.importorskip("matplotlib")
+playwright = pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium to drive: apt-get install chromium")
+
+SWITCHES = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+LONG = "open_clip:ViT-B-16-SigLIP2-512@webli_with_a_name_that_goes_on_and_on_and_on"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The page, loaded once; what it asks of the network and says on the console is kept in ``page.told``."""
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    names = (*NAMES[:3], LONG)
+    hole = make_backbone(LONG)
+    hole.figures["before"][0]["caption_iou"] = None
+    hole.warnings.append("x" * 300)
+    comparison = make_comparison(names)
+    comparison.backbones = [*comparison.backbones[:3], hole]
+    comparison.gallery = [make_picture(n, names) for n in range(2)]
+    comparison.settings["note"] = "y" * 300
+    write_comparison_report(path, comparison)
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=BROWSER, args=list(SWITCHES))
+        opened = browser.new_page(viewport={"width": 1280, "height": 900})
+        opened.told = []
+        opened.on("console", lambda message: opened.told.append(message.text))
+        opened.on("pageerror", lambda error: opened.told.append(str(error)))
+        opened.on(
+            "request",
+            lambda request: None if request.url.startswith(("data:", "file:")) else opened.told.append(request.url),
+        )
+        opened.goto(path.as_uri())
+        yield opened
+        browser.close()
+
+
+@pytest.fixture(autouse=True)
+def _as_loaded(page: Any) -> Iterator[None]:
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.emulate_media(color_scheme="light", media="screen")
+    yield
+    assert page.told == []
+
+
+def column(page: Any, number: int) -> list[str]:
+    return page.eval_on_selector_all(
+        "table.sortable tbody tr", f"rows => rows.map((row) => row.cells[{number}].dataset.sort)"
+    )
+
+
+def test_headings_sort_best_first_then_worst_then_as_it_was(page: Any) -> None:
+    original = column(page, 0)
+    for heading, number, better in (("Caption IoU", 2, True), ("Caption FPR", 3, False)):
+        button = page.locator("table.sortable thead button", has_text=heading)
+        state = page.locator("table.sortable thead th", has_text=heading)
+        for click, descending in enumerate((better, not better)):
+            button.click()
+            assert state.get_attribute("aria-sort") == ("descending" if descending else "ascending"), click
+            values = column(page, number)
+            known = [float(value) for value in values if value]
+            assert known == sorted(known, reverse=descending)
+            # What is not known is last in both directions.
+            assert values[len(known) :] == [""] * (len(values) - len(known))
+        assert page.locator("#sorted").inner_text() == f"Sorted by {heading}, {'ascending' if better else 'descending'}"
+        button.click()
+        assert state.get_attribute("aria-sort") == "none"
+        assert column(page, 0) == original
+
+
+def test_headings_sort_by_the_keyboard(page: Any) -> None:
+    page.locator("table.sortable thead button").first.focus()
+    page.keyboard.press("Enter")
+    assert column(page, 0) == sorted(column(page, 0), key=str.lower)
+    page.keyboard.press("Tab")
+    page.keyboard.press("Space")
+    assert column(page, 1) == sorted(column(page, 1))
+    assert page.locator('table.sortable th[aria-sort="none"]').count() == 6
+    page.keyboard.press("Space")
+    page.keyboard.press("Space")
+
+
+def test_the_slider_sets_the_opacity_of_the_maps(page: Any) -> None:
+    slider, heat = page.locator("#opacity"), page.locator("img.heat").first
+    assert heat.evaluate("e => getComputedStyle(e).opacity") == "0.65"
+    slider.focus()
+    page.keyboard.press("Home")
+    assert heat.evaluate("e => getComputedStyle(e).opacity") == "0"
+    page.keyboard.press("ArrowRight")
+    assert heat.evaluate("e => getComputedStyle(e).opacity") == "0.01"
+    assert page.locator("#opacity-value").inner_text() == "1 %"
+    slider.fill("65")
+
+
+def shown(page: Any, selector: str) -> list[int]:
+    """Positions of the elements that are visible."""
+    return page.eval_on_selector_all(
+        selector, "all => all.flatMap((e, n) => e.checkVisibility() ? [n] : [])"
+    )
+
+
+def test_backbones_are_chosen(page: Any) -> None:
+    page.locator(".chooser summary").click()
+    assert shown(page, "#picture-1 .card") == [0, 1, 2, 3]
+    page.locator("input.backbone").nth(1).uncheck()
+    assert shown(page, "#picture-1 .card") == shown(page, "#picture-2 .card") == [0, 2, 3]
+    assert page.locator("#shown").inner_text() == "3 of 4"
+    page.locator("input.backbone").nth(1).focus()
+    page.keyboard.press("Space")
+    assert shown(page, "#picture-1 .card") == [0, 1, 2, 3]
+    page.locator(".chooser summary").click()
+
+
+def test_maps_are_chosen_by_the_keyboard_with_their_truth(page: Any) -> None:
+    frame = page.locator("#picture-1 .frame.map").first
+
+    def outline() -> str:
+        return frame.evaluate("e => getComputedStyle(e, '::after').backgroundImage")
+
+    whole = outline()
+    assert whole.startswith('url("data:image/png')
+    page.locator("#picture-1 .maps input:checked").focus()
+    page.keyboard.press("ArrowRight")
+    visible = page.locator("#picture-1 img.heat:visible")
+    assert set(visible.evaluate_all("all => all.map((e) => e.dataset.map)")) == {"0"}
+    # Before and after of four backbones.
+    assert visible.count() == 8
+    assert outline() not in (whole, "none")
+    assert page.locator("#picture-1 tr[aria-current] th").first.inner_text() == "dog"
+    page.keyboard.press("ArrowRight")
+    # There is no lion.
+    assert outline() == "none"
+    # The other picture is left as it was.
+    assert page.locator('#picture-2 img.heat[data-map="caption"]:visible').count() == 8
+    page.locator("#picture-1 .maps input").first.check(force=True)
+    assert outline() == whole
+
+
+def test_the_control_and_the_true_region_can_be_switched(page: Any) -> None:
+    assert page.locator("#picture-1 figure.control:visible").count() == 0
+    page.locator("#control").check()
+    assert page.locator("#picture-1 figure.control:visible").count() == 4
+    assert page.locator("#picture-1 .scores td.control:visible").count() == 16
+    page.locator("#control").uncheck()
+    frame = page.locator("#picture-1 .frame.map").first
+    page.locator("#outline").uncheck()
+    assert frame.evaluate("e => getComputedStyle(e, '::after').backgroundImage") == "none"
+    page.locator("#outline").check()
+
+
+def test_one_curve_is_shown_at_a_time(page: Any) -> None:
+    assert shown(page, ".part") == [0]
+    page.locator("#curve").select_option(label="Tag loss")
+    assert shown(page, ".part") == [2]
+    # The control has no tag loss.
+    assert page.locator(".part:visible polyline.control").count() == 0
+    page.locator("#curve").select_option(index=0)
+
+
+WIDE = """() => {
+  const width = document.documentElement.clientWidth;
+  // What scrolls inside a box of its own may be wider.
+  return [...document.querySelectorAll("body *")]
+    .filter((e) => !e.closest(".scroll table") && !e.closest(".sr") && e.checkVisibility())
+    .filter((e) => e.getBoundingClientRect().right > width + 1)
+    .map((e) => e.outerHTML.slice(0, 90));
+}"""
+
+
+@pytest.mark.parametrize("width", [375, 768, 1280])
+def test_nothing_is_wider_than_the_window(page: Any, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 812})
+    page.locator("#control").check()
+    page.locator(".chooser").evaluate("e => { e.open = true; }")
+    assert page.evaluate(WIDE) == []
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert page.locator("svg.trade:visible").count() == 1
+    # Letters of the plot stay of a size that can be read.
+    scale = page.locator("svg.trade:visible").evaluate("e => e.getBoundingClientRect().width / e.viewBox.baseVal.width")
+    assert scale > 0.85
+    if width == 375:
+        assert page.locator(".scroll").first.evaluate("e => e.scrollWidth > e.clientWidth")
+    page.locator(".chooser").evaluate("e => { e.open = false; }")
+    page.locator("#control").uncheck()
+
+
+# Of every visible text: its colour against the nearest ground that is painted. Maps and plots are looked at elsewhere.
+CONTRAST = """() => {
+  const channels = (colour) => (colour.match(/[\\d.]+/g) || []).map(Number);
+  const luminance = (colour) => channels(colour).slice(0, 3)
+    .map((c) => c / 255).map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, n) => sum + c * [0.2126, 0.7152, 0.0722][n], 0);
+  const ground = (element) => {
+    for (let e = element; e; e = e.parentElement) {
+      // A radio button's pill is the sibling of the input that lies over it, so its own ground counts.
+      const colour = getComputedStyle(e).backgroundColor;
+      const alpha = channels(colour)[3];
+      if (alpha === undefined || alpha > 0.99) return colour;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  const found = [];
+  let looked = 0;
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const element = walker.currentNode.parentElement;
+    if (!walker.currentNode.textContent.trim() || !element.checkVisibility()) continue;
+    if (element.closest("script, style, .sr, title") || getComputedStyle(element).fontSize === "0px") continue;
+    const style = getComputedStyle(element);
+    const colour = element.closest("svg") ? style.fill : style.color;
+    const [high, low] = [luminance(colour), luminance(ground(element))].sort((a, b) => b - a);
+    const ratio = (high + 0.05) / (low + 0.05);
+    looked += 1;
+    if (ratio < 4.5) found.push([ratio.toFixed(2), colour, element.outerHTML.slice(0, 90)]);
+  }
+  return { found, looked };
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_the_contrast_of_wcag_aa(page: Any, scheme: str) -> None:
+    page.emulate_media(color_scheme=scheme)
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", ground))) < 200) == (scheme == "dark")
+    result = page.evaluate(CONTRAST)
+    assert result["looked"] > 300
+    assert result["found"] == []
+
+
+def test_labels_of_the_plot_do_not_overlap(page: Any) -> None:
+    for width in (375, 1280):
+        page.set_viewport_size({"width": width, "height": 812})
+        boxes = page.eval_on_selector_all(
+            "svg.trade text.label",
+            "all => all.filter((e) => e.checkVisibility()).map((e) => e.getBoundingClientRect().toJSON())",
+        )
+        assert len(boxes) == 4
+        for n, one in enumerate(boxes):
+            for two in boxes[:n]:
+                across = min(one["right"], two["right"]) - max(one["left"], two["left"])
+                down = min(one["bottom"], two["bottom"]) - max(one["top"], two["top"])
+                assert across < 1 or down < 1
+
+
+def test_every_control_is_reached_by_tab_in_the_order_of_the_page(page: Any) -> None:
+    page.evaluate("() => { document.activeElement.blur(); window.scrollTo(0, 0); }")
+    met = []
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        met.append(page.evaluate("document.activeElement.id || document.activeElement.className || document.activeElement.tagName"))
+        if len(met) > 1 and met[-1] == "BODY":
+            break
+    order = [met.index(name) for name in ("scroll", "curve", "opacity", "outline", "control")]
+    assert order == sorted(order)
+    # Each picture is one stop for its maps.
+    assert page.evaluate("document.querySelectorAll('.maps').length") == 2
+
+
+def test_printing_drops_the_controls_and_keeps_the_table(page: Any) -> None:
+    page.emulate_media(media="print", color_scheme="light")
+    assert not page.locator(".controls").is_visible()
+    assert not page.locator("nav").is_visible()
+    assert page.locator(".scroll").first.evaluate("e => getComputedStyle(e).overflowX") == "visible"
+    assert page.locator("#picture-1 img.heat:visible").count() == 8
+
+
+def test_all_pictures_are_drawn(page: Any) -> None:
+    broken = page.evaluate("[...document.images].filter((e) => e.complete && !e.naturalWidth).length")
+    assert page.evaluate("document.images.length") == 2 * 4 * 3 * 5
+    assert broken == 0
+
+
+def test_without_its_script_the_page_still_reads(page: Any, tmp_path: Path) -> None:
+    write_comparison_report(tmp_path / "report.html", make_comparison(NAMES[:2], 1))
+    context = page.context.browser.new_context(java_script_enabled=False)
+    bare = context.new_page()
+    bare.goto((tmp_path / "report.html").as_uri())
+    assert bare.locator(".part").count() == 4
+    assert bare.locator(".part").last.is_visible()
+    assert not bare.locator("#opacity").is_visible()
+    assert bare.locator("figure.control").first.is_visible()
+    assert bare.locator("img.heat:visible").count() == 2 * 3
+    context.close()
