@@ -112,9 +112,7 @@ def test_the_slider_sets_the_opacity_of_the_maps(page: Any) -> None:
 
 def shown(page: Any, selector: str) -> list[int]:
     """Positions of the elements that are visible."""
-    return page.eval_on_selector_all(
-        selector, "all => all.flatMap((e, n) => e.checkVisibility() ? [n] : [])"
-    )
+    return page.eval_on_selector_all(selector, "all => all.flatMap((e, n) => e.checkVisibility() ? [n] : [])")
 
 
 def test_backbones_are_chosen(page: Any) -> None:
@@ -265,7 +263,11 @@ def test_every_control_is_reached_by_tab_in_the_order_of_the_page(page: Any) -> 
     met = []
     for _ in range(60):
         page.keyboard.press("Tab")
-        met.append(page.evaluate("document.activeElement.id || document.activeElement.className || document.activeElement.tagName"))
+        met.append(
+            page.evaluate(
+                "document.activeElement.id || document.activeElement.className || document.activeElement.tagName"
+            )
+        )  # noqa: E501
         if len(met) > 1 and met[-1] == "BODY":
             break
     order = [met.index(name) for name in ("scroll", "curve", "opacity", "outline", "control")]

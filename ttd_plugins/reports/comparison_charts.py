@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -204,7 +205,7 @@ def _axis(figure: Figure, more: str, less: str) -> str:
 
 
 def _backbone_marks(
-    found: Mapping[Arm, Point], dots: Mapping[Arm, Sequence[Point]], place: Callable[[Point], Point], name: str
+    found: Mapping[Arm, Point], dots: Mapping[Any, Sequence[Point]], place: Callable[[Point], Point], name: str
 ) -> tuple[str, list[Box]]:
     """Seeds, arrows and the marks of the arms of one backbone, and the boxes that labels should leave free."""
     parts, boxes = [], []

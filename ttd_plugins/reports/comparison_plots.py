@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ttd_plugins.comparison.results import ARMS, Comparison
+from ttd_plugins.comparison.results import ARMS, Arm, Comparison
 from ttd_plugins.errors import MissingDependencyError, one_sentence
 from ttd_plugins.reports import page
 from ttd_plugins.reports.comparison_charts import (
@@ -104,7 +104,8 @@ def _trade_off(drawing: Drawing, comparison: Comparison) -> bool:
         for arm in ARMS[1:]:
             dots = seed_points(backbone, arm, up, cost)
             if len(dots) > 1:
-                axes.scatter(*zip(*dots, strict=True), s=9, color=colour, alpha=0.45, linewidths=0)
+                xs, ys = zip(*dots, strict=True)
+                axes.scatter(xs, ys, s=9, color=colour, alpha=0.45, linewidths=0)
         for arm in ARMS[:2]:
             if arm in points and "after" in points:
                 axes.annotate(
@@ -130,7 +131,11 @@ def _trade_off(drawing: Drawing, comparison: Comparison) -> bool:
             handles.append(
                 Line2D([], [], marker="o", markerfacecolor=face, markeredgecolor=_MUTED, linestyle="", label=label)
             )
-    for arm, label, style in ((ARMS[0], "from before", "-"), (ARMS[1], "from the control", (0, (3, 2)))):
+    styles: tuple[tuple[Arm, str, Any], ...] = (
+        (ARMS[0], "from before", "-"),
+        (ARMS[1], "from the control", (0, (3, 2))),
+    )
+    for arm, label, style in styles:
         if any(arm in points and "after" in points for points in found):
             handles.append(Line2D([], [], color=_MUTED, linestyle=style, label=label))
     axes.margins(0.1)
@@ -204,13 +209,13 @@ def _curves(drawing: Drawing, comparison: Comparison) -> bool:
     for row, number in enumerate(shown):
         for column, key in enumerate(wanted):
             axes = grid[row][column]
-            found = lines.get((number, key))
-            if found is None:
+            curve = lines.get((number, key))
+            if curve is None:
                 axes.set_visible(False)
                 continue
             _bare(axes)
             for arm in ARMS:
-                runs = found.get(arm, [])
+                runs = curve.get(arm, [])
                 style: Any = (0, (4, 2)) if arm == "control" else "-"
                 for run in runs:
                     axes.plot(*zip(*run, strict=True), color=_ARM_COLOURS[arm], alpha=0.25, linewidth=0.7)
