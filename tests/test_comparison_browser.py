@@ -267,7 +267,7 @@ def test_every_control_is_reached_by_tab_in_the_order_of_the_page(page: Any) -> 
             page.evaluate(
                 "document.activeElement.id || document.activeElement.className || document.activeElement.tagName"
             )
-        )  # noqa: E501
+        )
         if len(met) > 1 and met[-1] == "BODY":
             break
     order = [met.index(name) for name in ("scroll", "curve", "opacity", "outline", "control")]

@@ -149,7 +149,7 @@ def test_what_lies_below_before_is_told_although_it_beats_the_control() -> None:
     told = sentences(make_comparison(("b",), 0, backbones=[one]))
     assert (
         "b beats its control, but its Caption IoU is still worse than before any training, 0.500 against 0.600" in told
-    )  # noqa: E501
+    )
 
 
 def test_what_is_not_known_is_told() -> None:
@@ -203,7 +203,7 @@ def test_the_page_is_well_formed_accessible_and_self_contained(tmp_path: Path) -
     assert all(img.get("alt") for img in page.all("img"))
     assert all(
         (svg.get("role") == "img" and svg.get("aria-label")) or svg.get("aria-hidden") for svg in page.all("svg")
-    )  # noqa: E501
+    )
     assert all(th.get("scope") for th in page.all("th"))
     assert len(page.all("h1")) == len(page.all("main")) == 1
 
@@ -354,7 +354,7 @@ def test_four_backbones_and_twelve_photographs_stay_small(tmp_path: Path) -> Non
     for number in range(12):
         picture = make_picture(
             number, size=(288, 384), grid=(14, 14), tags=("dog", "lion", "photo", "grass", "a", "of")
-        )  # noqa: E501
+        )
         # Noise at the grain of a photograph; white noise is like no photograph, and does not compress.
         coarse = Image.fromarray(rng.integers(0, 256, (72, 96, 3), dtype=np.uint8)).resize((384, 288))
         pictures.append(replace(picture, image=np.asarray(coarse)))
