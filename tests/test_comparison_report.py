@@ -39,6 +39,7 @@ pytest.importorskip("matplotlib")
 
 IOU = FIGURES[0]
 FPR = FIGURES[1]
+RAISES, FREE = "TTD raises Caption IoU on", "at no sure cost in retrieval R@1"
 
 
 def write(tmp_path: Path, comparison: Comparison) -> str:
@@ -111,9 +112,9 @@ def headline(*gains: float, retrieval: float = -0.012) -> str:
 @pytest.mark.parametrize(
     ("gains", "retrieval", "words"),
     [
-        ((0.05, 0.09, 0.0), -0.012, "TTD raises Caption IoU on 2 of 3 backbones, most on siglip:tiny, at a cost in retrieval R@1"),
-        ((0.05, 0.02), 0.0, "TTD raises Caption IoU on both backbones, most on open_clip:tiny, at no sure cost in retrieval R@1"),
-        ((0.05, 0.02, 0.03), 0.03, "TTD raises Caption IoU on all 3 backbones, most on open_clip:tiny, at no sure cost in retrieval R@1"),
+        ((0.05, 0.09, 0.0), -0.012, f"{RAISES} 2 of 3 backbones, most on siglip:tiny, at a cost in retrieval R@1"),
+        ((0.05, 0.02), 0.0, f"{RAISES} both backbones, most on open_clip:tiny, at no sure cost in retrieval R@1"),
+        ((0.05, 0.02, 0.03), 0.03, f"{RAISES} all 3 backbones, most on open_clip:tiny, {FREE}"),
         ((0.05,), -0.1, "TTD raises Caption IoU of open_clip:tiny by 0.050, at a cost in retrieval R@1"),
         ((0.001, -0.09), -0.012, "TTD does not help here: Caption IoU worsens on 1 of 2 backbones"),
         ((-0.08, -0.09), -0.012, "TTD does not help here: Caption IoU worsens on both backbones"),
@@ -147,7 +148,9 @@ def test_a_gain_smaller_than_the_spread_is_called_so() -> None:
 def test_what_lies_below_before_is_told_although_it_beats_the_control() -> None:
     one = backbone(0.6, [0.4, 0.4], [0.5, 0.5])
     told = sentences(make_comparison(("b",), 0, backbones=[one]))
-    assert "b beats its control, but its Caption IoU is still worse than before any training, 0.500 against 0.600" in told
+    assert (
+        "b beats its control, but its Caption IoU is still worse than before any training, 0.500 against 0.600" in told
+    )
 
 
 def test_what_is_not_known_is_told() -> None:
@@ -199,7 +202,9 @@ def test_the_page_is_well_formed_accessible_and_self_contained(tmp_path: Path) -
     referenced |= {(a["href"] or "")[1:] for a in page.all("a") if (a["href"] or "").startswith("#")}
     assert referenced <= set(ids)
     assert all(img.get("alt") for img in page.all("img"))
-    assert all((svg.get("role") == "img" and svg.get("aria-label")) or svg.get("aria-hidden") for svg in page.all("svg"))
+    assert all(
+        (svg.get("role") == "img" and svg.get("aria-label")) or svg.get("aria-hidden") for svg in page.all("svg")
+    )
     assert all(th.get("scope") for th in page.all("th"))
     assert len(page.all("h1")) == len(page.all("main")) == 1
 
@@ -261,9 +266,7 @@ def test_tags_are_marked_where_they_start_and_selections_judged(tmp_path: Path) 
     text = write(tmp_path, make_comparison(("b",), 0, backbones=[make_backbone("b")], gallery=[picture]))
     caption = re.search(r'<p class="caption">(.*?)</p>', text)
     assert caption is not None
-    assert caption[1] == (
-        '“A &lt;<mark class="true">dog</mark>&gt; &amp; <mark class="filler">a dog</mark>”'
-    )
+    assert caption[1] == ('“A &lt;<mark class="true">dog</mark>&gt; &amp; <mark class="filler">a dog</mark>”')
     for tag in picture.views["b"]["after"].tags:
         verdict = ("kept" if tag.selected else "dropped") + ("" if tag.selected == (tag.text == "dog") else ", wrongly")
         assert f"<b>{tag.score:.2f}</b>" in text
@@ -329,7 +332,12 @@ def test_missing_arms_are_no_error(tmp_path: Path, arms: tuple[Any, ...]) -> Non
 def test_parts_that_are_missing_are_said_to_be_so(tmp_path: Path, changes: dict[str, Any]) -> None:
     page = Page(write(tmp_path, make_comparison(**changes)))
     assert len(page.all("h1")) == 1
-    draw_comparison_plots(tmp_path, make_comparison(**changes))
+
+
+@pytest.mark.parametrize("changes", [{"backbones": []}, {"figures": []}])
+def test_plots_without_data_are_left_out(tmp_path: Path, changes: dict[str, Any]) -> None:
+    one = make_backbone("one", arms=("before",))
+    assert draw_comparison_plots(tmp_path, make_comparison(**({"backbones": [one], "gallery": []} | changes))) == []
 
 
 def test_figures_that_are_none_are_said_to_be_so(tmp_path: Path) -> None:
@@ -350,7 +358,9 @@ def test_four_backbones_and_twelve_photographs_stay_small(tmp_path: Path) -> Non
     rng = np.random.default_rng(0)
     pictures = []
     for number in range(12):
-        picture = make_picture(number, size=(288, 384), grid=(14, 14), tags=("dog", "lion", "photo", "grass", "a", "of"))
+        picture = make_picture(
+            number, size=(288, 384), grid=(14, 14), tags=("dog", "lion", "photo", "grass", "a", "of")
+        )
         # Noise at the grain of a photograph; white noise is like no photograph, and does not compress.
         coarse = Image.fromarray(rng.integers(0, 256, (72, 96, 3), dtype=np.uint8)).resize((384, 288))
         pictures.append(replace(picture, image=np.asarray(coarse)))

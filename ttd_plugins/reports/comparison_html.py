@@ -498,7 +498,7 @@ def _iou_change(arm: Arm, views: Mapping[Arm, View]) -> str:
     against = "control" if "control" in views else "before"
     kind, sign = ("same", "=") if abs(value) < page.TIE else ("better", "▲") if value > 0 else ("worse", "▼")
     return (
-        f' <span class="change {kind}"><span aria-hidden="true">{sign}</span> {page.signed(value)} to {against}</span>'
+        f' <span class="change {kind}"><span aria-hidden="true">{sign}</span> {page.signed(value)} vs {against}</span>'
     )
 
 
@@ -553,8 +553,8 @@ def _gallery_style(gallery: Sequence[Picture]) -> str:
             lines["caption"] = f"url({_outline_uri(np.logical_or.reduce(list(picture.truth.values())))})"
         regions = {_folded(tag): region for tag, region in picture.truth.items()}
         for n, (text, _) in enumerate(_tags_of(picture)):
-            region = regions.get(_folded(text))
-            lines[str(n)] = "none" if region is None else f"url({_outline_uri(region)})"
+            own = regions.get(_folded(text))
+            lines[str(n)] = "none" if own is None else f"url({_outline_uri(own)})"
         held = "".join(f"--outline-{key}: {value}; " for key, value in lines.items())
         rules.append(
             f"#picture-{number} {{ --ratio: {width} / {height}; --picture: url({_picture_uri(picture.image)}); "
