@@ -39,6 +39,7 @@ pytest.importorskip("matplotlib")
 
 IOU = FIGURES[0]
 FPR = FIGURES[1]
+RAISES, FREE = "TTD raises Caption IoU on", "at no sure cost in retrieval R@1"
 
 
 def write(tmp_path: Path, comparison: Comparison) -> str:
@@ -111,9 +112,9 @@ def headline(*gains: float, retrieval: float = -0.012) -> str:
 @pytest.mark.parametrize(
     ("gains", "retrieval", "words"),
     [
-        ((0.05, 0.09, 0.0), -0.012, "TTD raises Caption IoU on 2 of 3 backbones, most on siglip:tiny, at a cost in retrieval R@1"),  # noqa: E501
-        ((0.05, 0.02), 0.0, "TTD raises Caption IoU on both backbones, most on open_clip:tiny, at no sure cost in retrieval R@1"),  # noqa: E501
-        ((0.05, 0.02, 0.03), 0.03, "TTD raises Caption IoU on all 3 backbones, most on open_clip:tiny, at no sure cost in retrieval R@1"),  # noqa: E501
+        ((0.05, 0.09, 0.0), -0.012, f"{RAISES} 2 of 3 backbones, most on siglip:tiny, at a cost in retrieval R@1"),
+        ((0.05, 0.02), 0.0, f"{RAISES} both backbones, most on open_clip:tiny, at no sure cost in retrieval R@1"),
+        ((0.05, 0.02, 0.03), 0.03, f"{RAISES} all 3 backbones, most on open_clip:tiny, {FREE}"),
         ((0.05,), -0.1, "TTD raises Caption IoU of open_clip:tiny by 0.050, at a cost in retrieval R@1"),
         ((0.001, -0.09), -0.012, "TTD does not help here: Caption IoU worsens on 1 of 2 backbones"),
         ((-0.08, -0.09), -0.012, "TTD does not help here: Caption IoU worsens on both backbones"),
@@ -331,7 +332,12 @@ def test_missing_arms_are_no_error(tmp_path: Path, arms: tuple[Any, ...]) -> Non
 def test_parts_that_are_missing_are_said_to_be_so(tmp_path: Path, changes: dict[str, Any]) -> None:
     page = Page(write(tmp_path, make_comparison(**changes)))
     assert len(page.all("h1")) == 1
-    draw_comparison_plots(tmp_path, make_comparison(**changes))
+
+
+@pytest.mark.parametrize("changes", [{"backbones": []}, {"figures": []}])
+def test_plots_without_data_are_left_out(tmp_path: Path, changes: dict[str, Any]) -> None:
+    one = make_backbone("one", arms=("before",))
+    assert draw_comparison_plots(tmp_path, make_comparison(**({"backbones": [one], "gallery": []} | changes))) == []
 
 
 def test_figures_that_are_none_are_said_to_be_so(tmp_path: Path) -> None:

@@ -443,7 +443,7 @@ def test_the_finding_tells_bias_and_collapse() -> None:
 class Page(HTMLParser):
     """Checks nesting while reading, and collects what a page is made of."""
 
-    VOID = frozenset("meta img br input link hr".split())
+    VOID = frozenset("meta img br input link hr wbr".split())
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)

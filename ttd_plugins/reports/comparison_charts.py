@@ -113,7 +113,7 @@ def trade_off_chart(comparison: Comparison, width: int, height: int, *, names: b
         return ""
     up, cost = axes
     points = [trade_off_points(backbone, up, cost) for backbone in comparison.backbones]
-    seeds = [
+    seeds: list[dict[Arm, list[Point]]] = [
         {arm: seed_points(backbone, arm, up, cost) for arm in ARMS if arm != "before"}
         for backbone in comparison.backbones
     ]

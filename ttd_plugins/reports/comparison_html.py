@@ -498,7 +498,7 @@ def _iou_change(arm: Arm, views: Mapping[Arm, View]) -> str:
     against = "control" if "control" in views else "before"
     kind, sign = ("same", "=") if abs(value) < page.TIE else ("better", "▲") if value > 0 else ("worse", "▼")
     return (
-        f' <span class="change {kind}"><span aria-hidden="true">{sign}</span> {page.signed(value)} to {against}</span>'
+        f' <span class="change {kind}"><span aria-hidden="true">{sign}</span> {page.signed(value)} vs {against}</span>'
     )
 
 

@@ -104,8 +104,7 @@ def _trade_off(drawing: Drawing, comparison: Comparison) -> bool:
         for arm in ARMS[1:]:
             dots = seed_points(backbone, arm, up, cost)
             if len(dots) > 1:
-                xs, ys = zip(*dots, strict=True)
-                axes.scatter(xs, ys, s=9, color=colour, alpha=0.45, linewidths=0)
+                axes.scatter([x for x, _ in dots], [y for _, y in dots], s=9, color=colour, alpha=0.45, linewidths=0)
         for arm in ARMS[:2]:
             if arm in points and "after" in points:
                 axes.annotate(
@@ -123,7 +122,9 @@ def _trade_off(drawing: Drawing, comparison: Comparison) -> bool:
                 )
         for arm, point in points.items():
             face = {"before": "white", "control": _LINE, "after": colour}[arm]
-            axes.scatter(*point, s=60, marker=marker, facecolor=face, edgecolor=colour, linewidths=1.7, zorder=3)
+            axes.scatter(
+                point[0], point[1], s=60, marker=marker, facecolor=face, edgecolor=colour, linewidths=1.7, zorder=3
+            )
         name = f"{number + 1} {shortened(printable(backbone.name), 36)}".replace("$", r"\$")
         handles.append(Line2D([], [], marker=marker, color=colour, linestyle="", label=name))
     for label, face in (("before", "white"), ("control", _LINE), ("after TTD", _MUTED)):
@@ -131,11 +132,8 @@ def _trade_off(drawing: Drawing, comparison: Comparison) -> bool:
             handles.append(
                 Line2D([], [], marker="o", markerfacecolor=face, markeredgecolor=_MUTED, linestyle="", label=label)
             )
-    styles: tuple[tuple[Arm, str, Any], ...] = (
-        (ARMS[0], "from before", "-"),
-        (ARMS[1], "from the control", (0, (3, 2))),
-    )
-    for arm, label, style in styles:
+    ways: tuple[tuple[Arm, str, Any], ...] = ((ARMS[0], "from before", "-"), (ARMS[1], "from the control", (0, (3, 2))))
+    for arm, label, style in ways:
         if any(arm in points and "after" in points for points in found):
             handles.append(Line2D([], [], color=_MUTED, linestyle=style, label=label))
     axes.margins(0.1)
@@ -209,13 +207,13 @@ def _curves(drawing: Drawing, comparison: Comparison) -> bool:
     for row, number in enumerate(shown):
         for column, key in enumerate(wanted):
             axes = grid[row][column]
-            curve = lines.get((number, key))
-            if curve is None:
+            runs_by_arm = lines.get((number, key))
+            if runs_by_arm is None:
                 axes.set_visible(False)
                 continue
             _bare(axes)
             for arm in ARMS:
-                runs = curve.get(arm, [])
+                runs = runs_by_arm.get(arm, [])
                 style: Any = (0, (4, 2)) if arm == "control" else "-"
                 for run in runs:
                     axes.plot(*zip(*run, strict=True), color=_ARM_COLOURS[arm], alpha=0.25, linewidth=0.7)
