@@ -28,7 +28,7 @@ SWITCHES = (
     "--disable-component-update --disable-sync"
 ).split()
 FIRST, SECOND = "open_clip:tiny", "eva_clip:tiny"
-WAIT = 20_000
+WAIT = 60_000
 
 
 class QuickStudio(Studio):
