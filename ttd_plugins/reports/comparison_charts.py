@@ -16,6 +16,8 @@ from ttd_plugins.reports.comparison_findings import mean
 SERIES = 8
 """Colours that the sheet knows; more backbones start again, and their numbers tell them apart."""
 ARM_LABELS: dict[Arm, str] = {"before": "Before", "control": "Control", "after": "After TTD"}
+DRAWN: tuple[Arm, ...] = ("before", "after", "control")
+"""The dashes of the control go over the line of TTD, so that both are seen where they agree."""
 LABEL_CHARACTERS = 26
 SEED_POINTS = 80
 
@@ -124,7 +126,7 @@ def trade_off_chart(comparison: Comparison, width: int, height: int, *, names: b
     left, right, top, bottom = 50, 16, 34, 46
     low_x, high_x = _padded([x for x, _ in everything])
     low_y, high_y = _padded([y for _, y in everything])
-    x_ticks, y_ticks = _inner_ticks(low_x, high_x, 6 if names else 4), _inner_ticks(low_y, high_y, 6)
+    x_ticks, y_ticks = _inner_ticks(low_x, high_x, 8 if names else 5), _inner_ticks(low_y, high_y, 8)
 
     def place(point: Point) -> Point:
         return (
@@ -317,7 +319,7 @@ def curve_chart(title: str, lines: Mapping[Arm, Sequence[Sequence[Point]]], limi
         f'<text class="tick" x="{width - right}" y="{height - 6}" text-anchor="end">{last:g}</text>'
     )
     told = []
-    for arm in ARMS:
+    for arm in DRAWN:
         runs = lines.get(arm, [])
         drawn += [f'<polyline class="raw {arm}" points="{points(page.thinned(run, SEED_POINTS))}"/>' for run in runs]
         if runs:

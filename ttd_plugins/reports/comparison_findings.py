@@ -75,7 +75,8 @@ def change(backbone: BackboneResult, figure: Figure) -> Change | None:
 def _verdict(value: float, spread: float | None, figure: Figure) -> Verdict:
     if figure.better is None:
         return "none"
-    if abs(value) < page.TIE:
+    # As it is shown, or a reader would see 0.005 called none.
+    if abs(round(value, 3)) < page.TIE:
         return "same"
     if spread is not None and abs(value) <= spread:
         return "spread"
@@ -94,10 +95,14 @@ def describe_comparison(comparison: Comparison) -> page.Finding:
     if not tuned:
         return page.Finding(_best_headline(comparison, lead), [*_best_words(comparison), *_trouble(comparison)])
     changes = {backbone.name: change(backbone, lead) for backbone in tuned}
-    sentences = [words for f in _judged(comparison, lead) if (words := _most_words(tuned, f))]
+    helped = any(found is not None and found.verdict == "better" for found in changes.values())
+    # Where it helps nobody, the list of those that it does not help says all.
+    judged = [figure for figure in _judged(comparison, lead) if helped or figure is not lead]
+    sentences = [] if helped else _no_help_words(tuned, lead)
+    sentences += [words for figure in judged if (words := _most_words(tuned, figure))]
     cost = figures.get(comparison.trade_off[1])
     sentences += _cost_words(tuned, cost) if cost is not None and cost is not lead else []
-    sentences += _no_help_words(tuned, lead)
+    sentences += _no_help_words(tuned, lead) if helped else []
     sentences += _below_before_words(tuned, lead)
     sentences += _unsure_words(tuned, lead, changes)
     return page.Finding(_headline(tuned, lead, cost), sentences + _trouble(comparison))
@@ -156,8 +161,8 @@ def _most_words(tuned: Sequence[BackboneResult], figure: Figure) -> str:
     first, last = mean(backbone, found.baseline, figure.key), mean(backbone, "after", figure.key)
     if found.verdict != "better":
         return (
-            f"{_capital(figure.label)}: no backbone gains more over {BASELINES[found.baseline]} than the spread, "
-            + (f"or than {page.TIE}; the best is {backbone.name} with {found.signed}.")
+            f"{_capital(figure.label)}: no backbone gains {page.TIE} over {BASELINES[found.baseline]} and more than "
+            f"its spread; the best is {backbone.name} with {found.signed}."
         )
     who = f"{backbone.name} gains most" if len(changes) > 1 else f"{backbone.name} gains"
     return (

@@ -123,7 +123,7 @@ def _section(key: str, title: str, body: str) -> str:
 def _name(number: int, backbone: str) -> str:
     """A backbone's number in its colour, and its name, whole."""
     # Long names break where their parts meet.
-    name = re.sub(r"(?<=[:/@+])", "<wbr>", page.text(backbone))
+    name = re.sub(r"(?<=[:/@+_-])(?=.)", "<wbr>", page.text(backbone))
     return f'<span class="chip {series(number)}" aria-hidden="true">{number + 1}</span> {name}'
 
 
@@ -172,13 +172,12 @@ is called <em>within the spread</em>, and one below {page.TIE} <em>no change</em
 
 def _head(label: str, kind: str, first: str, arrow: str = "") -> str:
     """A heading that sorts; ``first`` is the direction of the first click, with the best on top."""
-    better = (
-        f' <span class="way">{arrow}<span class="sr"> {"higher" if arrow == "↑" else "lower"} is better</span></span>'
-    )
+    direction = "higher" if arrow == "↑" else "lower"
+    better = f'&nbsp;<span class="way">{arrow}<span class="sr"> {direction} is better</span></span>'
     return (
         f'<th scope="col" data-kind="{kind}" data-first="{first}" data-label="{page.text(label)}" aria-sort="none">'
         f'<button type="button">{page.text(label)}{better if arrow else ""}'
-        '<span class="arrow" aria-hidden="true"></span></button></th>'
+        '&nbsp;<span class="arrow" aria-hidden="true"></span></button></th>'
     )
 
 

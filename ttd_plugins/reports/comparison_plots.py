@@ -14,6 +14,7 @@ from ttd_plugins.errors import MissingDependencyError, one_sentence
 from ttd_plugins.reports import page
 from ttd_plugins.reports.comparison_charts import (
     ARM_LABELS,
+    DRAWN,
     curve_keys,
     curve_lines,
     mean_line,
@@ -212,7 +213,7 @@ def _curves(drawing: Drawing, comparison: Comparison) -> bool:
                 axes.set_visible(False)
                 continue
             _bare(axes)
-            for arm in ARMS:
+            for arm in DRAWN:
                 runs = runs_by_arm.get(arm, [])
                 style: Any = (0, (4, 2)) if arm == "control" else "-"
                 for run in runs:

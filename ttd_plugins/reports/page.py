@@ -154,6 +154,10 @@ def definitions(settings: Mapping[Any, Any]) -> str:
             shown = definitions(value) if value else "none"
         elif isinstance(value, float):
             shown = f"{value:.6g}"
+        elif isinstance(value, list | tuple):
+            shown = text(", ".join(map(str, value))) or "none"
+        elif value is None:
+            shown = "–"
         else:
             shown = text(value)
         rows.append(f"<div><dt>{text(key)}</dt><dd>{shown}</dd></div>")
