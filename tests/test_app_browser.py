@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,8 @@ def test_a_visitor_sees_tags_and_maps_before_and_after(browser: Any, address: st
     picture.resize((256, 256)).save(tmp_path / "photo.png")
     visitor = Watched(browser, address, viewport={"width": 1280, "height": 900})
     tab = visitor.tab
-    assert "There is no picture" in visitor.error() or "no picture yet" in visitor.error()
+    assert tab.title() == "ttd app"
+    assert "no picture yet" in visitor.error()
     visitor.upload(tmp_path / "photo.png")
     tab.wait_for_timeout(300)
     tab.locator("#ttd-run").click()
@@ -186,12 +186,4 @@ def test_on_a_phone_and_in_the_dark(browser: Any, address: str, scheme: str) -> 
         paper = luminance(tab.locator(".ttd-backbone").first.evaluate("e => getComputedStyle(e).backgroundColor"))
         assert (paper < 0.1) == (scheme == "dark")
         assert (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) > 4.5, selector
-    visitor.close(address)
-
-
-def test_the_page_is_there_at_once(browser: Any, address: str) -> None:
-    started = time.monotonic()
-    visitor = Watched(browser, address)
-    assert time.monotonic() - started < 20
-    assert visitor.tab.title() == "ttd app"
     visitor.close(address)
