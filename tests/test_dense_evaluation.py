@@ -14,7 +14,6 @@ from PIL import Image
 from toy_backbone import PATCH, ToyAdapter, toy
 
 from ttd_plugins.adapter import Calibration, ImageFeatures
-from ttd_plugins.engine import encode_texts
 from ttd_plugins.errors import InputError
 from ttd_plugins.evaluation.dense import (
     DenseOptions,
@@ -28,6 +27,7 @@ from ttd_plugins.evaluation.dense import (
     templates_by_name,
 )
 from ttd_plugins.evaluation.pamr import affinity, pamr
+from ttd_plugins.texts import encode_texts
 
 few = settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 

@@ -21,8 +21,9 @@ from toy_backbone import CONTEXT, END, SIDE, AutocastProof, ToyAdapter, token_of
 
 from ttd_plugins import losses, selection, similarity
 from ttd_plugins.adapter import Calibration
-from ttd_plugins.engine import TTD, Candidates, TTDOptions, TTDOutput, encode_texts
+from ttd_plugins.engine import TTD, Candidates, TTDOptions, TTDOutput
 from ttd_plugins.errors import ImageSizeError, InputError, TagExtractionError, TTDError
+from ttd_plugins.texts import encode_texts
 
 modest = settings(deadline=None, max_examples=30)
 THRESHOLDS = {"minmax": 0.4137, "absolute": 0.1137, "probability": 0.5137}

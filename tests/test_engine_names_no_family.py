@@ -13,7 +13,7 @@ FILES = [
         CORE / f"{name}.py"
         for name in (
             "adapter", "calibration", "distributed", "engine", "errors", "fine_tuning", "hookspecs", "lora", "losses",
-            "plugins", "selection", "similarity", "stanza_tags", "tags", "texts",
+            "plugins", "progress", "selection", "similarity", "stanza_tags", "tags", "texts",
         )
     ),
     *(

@@ -21,6 +21,7 @@ ADAPTERS = ROOT / "adapters"
 # From the bottom up: a module imports its own layer and those before it. A longer name is more exact.
 LAYERS = (
     "ttd_plugins.errors",
+    "ttd_plugins.progress",
     "ttd_plugins.hookspecs",
     "ttd_plugins.tags",
     "ttd_plugins.stanza_tags",

@@ -28,7 +28,7 @@ from ttd_plugins.adapter import (
     image_pixels,
 )
 from ttd_plugins.errors import InputError, TagExtractionError, TTDError
-from ttd_plugins.texts import TextMemory, encode_texts, on_device
+from ttd_plugins.texts import TextMemory, on_device
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -436,7 +436,7 @@ class TTD(nn.Module):
         else:
             caption_embeddings, truncated = memory.encode(adapter, captions)
             with torch.no_grad():
-                tag_embeddings, _ = encode_texts(adapter, tags)
+                tag_embeddings, _ = memory.encode(adapter, tags)
         with torch.autocast(images.device.type, enabled=False):
             rows, columns = features.patches.shape[1:3]
             patches = similarity.normalize(features.patches.flatten(1, 2))

@@ -92,11 +92,11 @@ def encode_texts(adapter: DenseAdapter, texts: Sequence[str]) -> tuple[Tensor, l
 
 
 class TextMemory:
-    """Embeddings of texts by a tower that no training step moves, kept from one batch to the next.
+    """Embeddings of texts by a tower whose gradient nobody wants, kept from one batch to the next.
 
     A frozen text tower, and the teacher ``"frozen"``, give the same embedding of a word whenever it comes again. What
-    is kept is forgotten once a weight of the tower changes or moves, or the precision does, and a tower that is
-    trained, or that draws dropout, is asked every time.
+    is kept is forgotten once a weight of the tower changes or moves, or the precision does, and a tower whose gradient
+    is wanted, or that draws dropout, is asked every time.
 
     Attributes:
         limit: how many texts are kept; the one that was not used for longest gives way. 0 keeps none.
@@ -138,7 +138,9 @@ class TextMemory:
 def _state_of_text_tower(adapter: DenseAdapter) -> Hashable:
     """What an embedding is a function of beside the text; ``None`` where it is not one, or is wanted with gradient."""
     parameters = [parameter for _, parameter in adapter.tower_parameters("text")]
-    if torch.is_inference_mode_enabled() or any(parameter.requires_grad for parameter in parameters):
+    if torch.is_inference_mode_enabled():
+        return None
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
         return None
     if any(module.training and _drops(module) for module in adapter.model.modules()):
         return None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ttd_plugins.adapter import DenseAdapter
     from ttd_plugins.evaluation.dense import DenseOptions
     from ttd_plugins.evaluation.protocols import EvaluationResult
-    from ttd_plugins.evaluation.protocols.running import Stage
+    from ttd_plugins.progress import Stage
 
 RootArgument = Annotated[Path, typer.Argument(help="The data set's folder.", show_default=False)]
 PresetOption = Annotated[str, typer.Option("--preset", help="Named settings; the options below change single ones.")]

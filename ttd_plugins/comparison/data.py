@@ -17,9 +17,9 @@ from ttd_plugins.embedded.scenes import ATTRIBUTION, Scene, Scenes
 from ttd_plugins.engine import TTD, TTDOptions
 from ttd_plugins.errors import InputError, choices_sentence
 from ttd_plugins.evaluation.scenes import measure_on_scenes
+from ttd_plugins.progress import Stage, counted, silent
 from ttd_plugins.training.loop import OptimizerOptions
 from ttd_plugins.training.scenes import KeptScenes, SceneTuning, training_scenes, tune_on_scenes
-from ttd_plugins.training.stages import Stage
 from ttd_plugins.training.watch import CollapseWatch, Window
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class SceneData:
 
     def samples(self, count: int) -> Iterator[Sample]:
         side = min(self._test, default=64)
-        for index, scene in enumerate(self._scenes(side, lambda name, steps: lambda done: None)[:count]):
+        for index, scene in enumerate(self._scenes(side, silent)[:count]):
             # One with a single true tag shows no bias.
             if len(scene.true_tags) > 1:
                 truth = {tag: scene.masks[tag] for tag in scene.true_tags}
@@ -171,10 +171,7 @@ class SceneData:
     def _scenes(self, side: int, stage: Stage) -> list[Scene]:
         if side not in self._test:
             advance = stage(f"draw test scenes of {side} pixels", self.count)
-            self._test[side] = []
-            for scene in Scenes("test", self.count, side=side):
-                self._test[side].append(scene)
-                advance(1)
+            self._test[side] = counted(Scenes("test", self.count, side=side), advance)
         return self._test[side]
 
 

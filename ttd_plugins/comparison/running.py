@@ -28,7 +28,8 @@ from ttd_plugins.engine import TTD, TTDOptions
 from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.evaluation.metrics import upsample_map
 from ttd_plugins.evaluation.protocols.running import weights_hash
-from ttd_plugins.training.stages import Stage, StageRecord, keep_weights, silent, timed, versions
+from ttd_plugins.progress import Stage, silent
+from ttd_plugins.training.stages import StageRecord, keep_weights, timed, versions
 
 CAPTION_MAP_THRESHOLD = 0.40
 CANDIDATES = 96

@@ -22,8 +22,9 @@ from ttd_plugins.data.keeping import PairScores, read_scores
 from ttd_plugins.data.loader import LoaderPosition, PairLoader
 from ttd_plugins.data.pairs import MapSource, PairSource
 from ttd_plugins.data.skipping import SkipLog
-from ttd_plugins.engine import encode_texts, evaluation_mode
+from ttd_plugins.engine import evaluation_mode
 from ttd_plugins.errors import InputError, MissingDependencyError, TTDError
+from ttd_plugins.texts import encode_texts
 
 
 @dataclass(frozen=True)

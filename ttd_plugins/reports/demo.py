@@ -22,11 +22,12 @@ from ttd_plugins.engine import TTD, CaptionMaps
 from ttd_plugins.evaluation.metrics import intersection_over_union, upsample_map
 from ttd_plugins.evaluation.scenes import CAPTION_MAP_THRESHOLD, SceneMetrics, measure_on_scenes
 from ttd_plugins.plugins import load
+from ttd_plugins.progress import Stage, counted, silent
 from ttd_plugins.reports.demo_html import DemoResult, GalleryItem, write_demo_report
 from ttd_plugins.reports.heatmaps import draw_maps
 from ttd_plugins.training.loop import StepReport
 from ttd_plugins.training.scenes import SceneTuning, tune_on_scenes
-from ttd_plugins.training.stages import Stage, StageRecord, keep_weights, silent, timed, versions
+from ttd_plugins.training.stages import StageRecord, keep_weights, timed, versions
 
 Arm = Literal["control", "after"]
 
@@ -138,11 +139,7 @@ class _Record(StageRecord):
 
 def _render(count: int, side: int, stage: Stage) -> list[Scene]:
     advance = stage("drawing test scenes", count)
-    scenes = []
-    for scene in Scenes("test", count, side=side):
-        scenes.append(scene)
-        advance(1)
-    return scenes
+    return counted(Scenes("test", count, side=side), advance)
 
 
 def _measure(backbone: DenseAdapter, tuning: SceneTuning, scenes: list[Scene], arm: str, stage: Stage) -> SceneMetrics:

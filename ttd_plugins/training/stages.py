@@ -16,14 +16,7 @@ from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.errors import InputError, one_sentence
 from ttd_plugins.training.checkpoints import load_tensors
 
-Stage = Callable[[str, int], Callable[[int], None]]
-"""Called with a stage's name and its number of steps; gives the function to call with each number of steps done."""
 _T = TypeVar("_T")
-
-
-def silent(name: str, steps: int) -> Callable[[int], None]:
-    """A stage that announces nothing."""
-    return lambda done: None
 
 
 def versions() -> dict[str, str]:

@@ -27,17 +27,10 @@ from torch import Tensor
 
 import ttd_plugins
 from ttd_plugins.adapter import DenseAdapter
-from ttd_plugins.engine import encode_texts
 from ttd_plugins.errors import InputError, one_sentence
+from ttd_plugins.progress import Stage, silent
 
-Stage = Callable[[str, int], Callable[[int], None]]
-"""Called with a stage's name and its number of steps; gives the function to call with each number of steps done."""
 Record = dict[str, Any]
-
-
-def silent(name: str, steps: int) -> Callable[[int], None]:
-    """A stage that announces nothing."""
-    return lambda done: None
 
 
 @dataclass(frozen=True)
@@ -123,29 +116,6 @@ def pack(vector: Tensor) -> str:
 def unpack(texts: Sequence[str]) -> Tensor:
     """Vectors ``[N, D]`` of texts that :func:`pack` made."""
     return torch.from_numpy(np.stack([np.frombuffer(base64.b64decode(text), "<f4") for text in texts]))
-
-
-class TextCache:
-    """Normalised text embeddings, each text encoded once while it is remembered.
-
-    Args:
-        adapter: the backbone.
-        limit: how many texts are remembered; the oldest are forgotten first.
-    """
-
-    def __init__(self, adapter: DenseAdapter, limit: int = 20_000) -> None:
-        self.adapter, self.limit = adapter, limit
-        self._known: dict[str, Tensor] = {}
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """``[N, D]``."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        embeddings, _ = encode_texts(self.adapter, new)
-        self._known |= dict(zip(new, embeddings, strict=True))
-        result = torch.stack([self._known[text] for text in texts]) if texts else embeddings
-        while len(self._known) > self.limit:
-            del self._known[next(iter(self._known))]
-        return result
 
 
 class _Records:

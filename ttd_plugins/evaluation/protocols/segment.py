@@ -28,8 +28,9 @@ from ttd_plugins.evaluation.dense import (
     templates_by_name,
 )
 from ttd_plugins.evaluation.metrics import IGNORE, class_counts, class_figures, zero_shot_hits
-from ttd_plugins.evaluation.protocols.running import EvaluationResult, Record, Stage, describe_backbone, run_protocol
+from ttd_plugins.evaluation.protocols.running import EvaluationResult, Record, describe_backbone, run_protocol
 from ttd_plugins.evaluation.protocols.text import PAPER_SCALES
+from ttd_plugins.progress import Stage, silent
 
 Background = Literal["constant", "auto", "words", "none"]
 
@@ -125,7 +126,7 @@ def evaluate_segment(
     def embeddings() -> torch.Tensor:
         # Thousands of texts: only once the files were found to be right.
         if "names" not in lazily:
-            advance = (stage or _silent)("class names", len(names))
+            advance = (stage or silent)("class names", len(names))
             parts = []
             for name in names:
                 parts.append(class_embeddings(adapter, [name], templates))
@@ -171,10 +172,6 @@ def evaluate_segment(
             partial(segment_figures, classes=[names.name for names in data.classes]), settings,
             check=data.check, prepare=embeddings, out=out, rank=rank, world=world, stage=stage,
         )  # fmt: skip
-
-
-def _silent(name: str, steps: int) -> Any:
-    return lambda done: None
 
 
 def _labels(data: SegmentationData, nothing: int) -> list[tuple[int, str]]:

@@ -8,7 +8,7 @@ take all nouns. Beside them stands retrieval, which fine-tuning may cost.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,18 @@ from ttd_plugins.evaluation.metrics import SelectionCounts, average_precision, r
 from ttd_plugins.evaluation.protocols.running import (
     EvaluationResult,
     Record,
-    Stage,
-    TextCache,
     describe_backbone,
     pack,
     run_protocol,
     unpack,
 )
 from ttd_plugins.evaluation.true_tags import label_candidates
+from ttd_plugins.progress import Stage
 from ttd_plugins.tags import fold, split_words
+from ttd_plugins.texts import TextMemory
 
+REMEMBERED_TEXTS = 20_000
+"""Words come again and again over a data set, and so are not encoded anew for each picture."""
 SCORES: tuple[selection.Score, ...] = ("pixel", "image", "text")
 
 
@@ -110,7 +112,10 @@ def evaluate_tags(
     extractor = make_tag_extractor(options.extractor, **options.extractor_options)
     nouns = make_tag_extractor("stanza", **options.nouns_options) if options.nouns else None
     calibration = options.calibration or adapter.description.calibration
-    texts = TextCache(adapter)
+    memory = TextMemory(REMEMBERED_TEXTS)
+
+    def texts(names: Sequence[str]) -> torch.Tensor:
+        return memory.encode(adapter, names)[0]
 
     def one(key: str) -> Record:
         item = data.read(key)

@@ -30,7 +30,8 @@ from ttd_plugins.evaluation.dense import (
     templates_by_name,
 )
 from ttd_plugins.evaluation.metrics import Overlap, mask_overlap, mean_overlap, tag_balance
-from ttd_plugins.evaluation.protocols.running import EvaluationResult, Record, Stage, describe_backbone, run_protocol
+from ttd_plugins.evaluation.protocols.running import EvaluationResult, Record, describe_backbone, run_protocol
+from ttd_plugins.progress import Stage
 
 PAPER_SCALES = (1.0, 0.5, 1.5, 2.0)
 
