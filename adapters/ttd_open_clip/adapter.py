@@ -264,14 +264,12 @@ class OpenCLIPAdapter(DenseAdapter):
         from ttd_open_clip.library import import_open_clip
         from ttd_plugins.toolkit.open_clip_export import export_open_clip
 
-        own = getattr(self._visual, "preprocess_cfg", None) or {}
         return export_open_clip(
             self,
             folder,
             open_clip=import_open_clip(),
             tokenizer=self.tokenizer,
             normalisation=self._normalisation,
-            resize_mode=own.get("resize_mode", "shortest"),
             inferred=read_config(self.model),
         )
 

@@ -220,7 +220,7 @@ class TimmSiglipAdapter(SiglipAdapter):
             open_clip=import_open_clip(),
             tokenizer=self.tokenizer,
             normalisation=self._normalisation,
-            resize_mode=(self._own_preprocessing() or {}).get("resize_mode", "squash"),
+            default_resize_mode="squash",
         )
 
     # Training ------------------------------------------------------------------------------------------------------

@@ -31,8 +31,8 @@ def export_open_clip(
     open_clip: Any,
     tokenizer: Any,
     normalisation: Normalisation,
-    resize_mode: str,
     inferred: Mapping[str, Any] | None = None,
+    default_resize_mode: str = "shortest",
     why: str = "none of its architectures is this model",
 ) -> ExportedModel:
     """Write an adapter's model as open_clip's folder, and load it again to see that the embeddings are the same.
@@ -47,8 +47,8 @@ def export_open_clip(
         open_clip: the module.
         tokenizer: the adapter's tokenizer.
         normalisation: of the pixels.
-        resize_mode: open_clip's name of how images of other shapes are fitted in.
         inferred: a ``model_cfg`` read off the model, for architectures without a name.
+        default_resize_mode: open_clip's name of how images of other shapes are fitted in, where the model does not say.
         why: the reason that is told where nothing fits.
 
     Raises:
@@ -56,12 +56,13 @@ def export_open_clip(
         OSError, safetensors.SafetensorError: the folder cannot be written.
     """
     model: Any = adapter.model
+    own = getattr(model.visual, "preprocess_cfg", None) or {}
     write_weights(model, folder / WEIGHTS)
     preprocessing = {
         "mean": list(normalisation.mean),
         "std": list(normalisation.std),
         "interpolation": normalisation.interpolation,
-        "resize_mode": resize_mode,
+        "resize_mode": own.get("resize_mode", default_resize_mode),
     }
     precision = _precision(model)
     allowed = max(TOLERANCE.get(kind, 1e-5) for kind in number_formats(model))

@@ -213,14 +213,12 @@ class ConvNeXtAdapter(DenseAdapter):
         from ttd_convnext.family import import_open_clip
         from ttd_plugins.toolkit.open_clip_export import export_open_clip
 
-        own = getattr(self._visual, "preprocess_cfg", None) or {}
         return export_open_clip(
             self,
             folder,
             open_clip=import_open_clip(),
             tokenizer=self.tokenizer,
             normalisation=self._normalisation,
-            resize_mode=own.get("resize_mode", "shortest"),
             why="it tells timm nothing but a trunk's name, and no architecture of its own has a trunk like this one",
         )
 
