@@ -74,6 +74,20 @@ class ComparisonData(Protocol):
         """Pictures that may be shown, always the same."""
 
 
+# Figures that scenes and photographs share.
+TAG_BALANCE = Figure(
+    "tag_balance",
+    "tag balance",
+    "higher",
+    "How evenly the caption's map is lit over its true tags; 1 is even.",
+)
+TAG_F1 = Figure("tag_f1", "tag F1", "higher", "F1 of the tags that are selected, over all candidate words.")
+RETRIEVAL_R1 = Figure(
+    "retrieval_r1",
+    "retrieval R@1",
+    "higher",
+    "Image-text retrieval at 1, mean of both directions: what fine-tuning may cost.",
+)
 SCENE_FIGURES = (
     Figure(
         "caption_iou",
@@ -82,13 +96,8 @@ SCENE_FIGURES = (
         "Overlap of the caption's map, above 0.40, with what it truly names.",
     ),
     Figure("tag_iou", "tag IoU", "higher", "Overlap of a true tag's map, above 0.50, with that tag's region."),
-    Figure(
-        "tag_balance",
-        "tag balance",
-        "higher",
-        "How evenly the caption's map is lit over its true tags; 1 is even.",
-    ),
-    Figure("tag_f1", "tag F1", "higher", "F1 of the tags that are selected, over all candidate words."),
+    TAG_BALANCE,
+    TAG_F1,
     Figure("tag_ap", "tag AP", "higher", "Average precision of the nearest-patch score, over all candidate words."),
     Figure(
         "tag_ap_blind",
@@ -96,12 +105,7 @@ SCENE_FIGURES = (
         None,
         "The same by a scorer that knows each word's mean and never looks at the picture.",
     ),
-    Figure(
-        "retrieval_r1",
-        "retrieval R@1",
-        "higher",
-        "Image-text retrieval at 1, mean of both directions: what fine-tuning may cost.",
-    ),
+    RETRIEVAL_R1,
     Figure(
         "caption_map_spread",
         "map spread",
@@ -189,13 +193,8 @@ CAPTION_FIGURES = (
         "Share of the overlap's union that the caption's map lights falsely.",
     ),
     Figure("caption_fnr", "Caption FNR", "lower", "Share of the overlap's union that the caption's map misses."),
-    Figure(
-        "tag_balance",
-        "tag balance",
-        "higher",
-        "How evenly the caption's map is lit over its true tags; 1 is even.",
-    ),
-    Figure("tag_f1", "tag F1", "higher", "F1 of the tags that are selected, over all candidate words."),
+    TAG_BALANCE,
+    TAG_F1,
     Figure("tag_map", "tag mAP", "higher", "Average precision of the nearest-patch score, over all candidate words."),
     Figure(
         "tag_map_image",
@@ -203,12 +202,7 @@ CAPTION_FIGURES = (
         None,
         "The same by the pooled image embedding, the usual baseline.",
     ),
-    Figure(
-        "retrieval_r1",
-        "retrieval R@1",
-        "higher",
-        "Image-text retrieval at 1, mean of both directions: what fine-tuning may cost.",
-    ),
+    RETRIEVAL_R1,
     Figure("retrieval_r5", "retrieval R@5", "higher", "Image-text retrieval at 5, mean of both directions."),
 )
 

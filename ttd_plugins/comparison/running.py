@@ -26,12 +26,12 @@ from ttd_plugins.comparison.results import ARMS, Arm, BackboneResult, Comparison
 from ttd_plugins.comparison.tables import summary, write_csv, write_markdown
 from ttd_plugins.engine import TTD, TTDOptions
 from ttd_plugins.errors import InputError, TTDError, one_sentence
-from ttd_plugins.evaluation.metrics import upsample_map
+from ttd_plugins.evaluation.metrics import mask_overlap, upsample_map
 from ttd_plugins.evaluation.protocols.running import weights_hash
+from ttd_plugins.evaluation.scenes import CAPTION_MAP_THRESHOLD
 from ttd_plugins.progress import Stage, silent
 from ttd_plugins.training.stages import StageRecord, keep_weights, timed, versions
 
-CAPTION_MAP_THRESHOLD = 0.40
 CANDIDATES = 96
 RESULTS, TABLE, SHEET, REPORT, PLOTS, WORK = (
     "results.json", "results.md", "results.csv", "report.html", "plots", "work",
@@ -423,8 +423,8 @@ def see(ttd: TTD, sample: Sample) -> View:
         union = np.logical_or.reduce(list(sample.truth.values()))
         lit = upsample_map(maps.caption_map_normalized, *union.shape) > CAPTION_MAP_THRESHOLD
         valid = np.ones_like(union) if sample.valid is None else sample.valid
-        either = ((lit | union) & valid).sum()
-        iou = float((lit & union & valid).sum() / either) if either else None
+        if ((lit | union) & valid).any():
+            iou = mask_overlap(lit, union, valid).iou
     return View(maps.caption_map_normalized.astype(np.float32), tags, iou)
 
 
