@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,7 +10,8 @@ from PIL import Image
 
 from ttd_plugins.app.studio import AppResult, BackboneView
 from ttd_plugins.engine import CaptionMaps
-from ttd_plugins.reports.heatmaps import colour_table, heat_levels, png_data_uri, printable
+from ttd_plugins.reports import page
+from ttd_plugins.reports.heatmaps import colour_table, heat_levels, jpeg_data_uri, png_data_uri
 
 HEAT_SIDE = 160
 _PNG_UP_TO = 256
@@ -21,17 +19,19 @@ _PNG_UP_TO = 256
 
 def render_error(sentence: str) -> str:
     """One sentence on what is wrong."""
-    return f'<p class="ttd-error" role="alert">{_text(sentence)}</p>'
+    return f'<p class="ttd-error" role="alert">{page.text(sentence)}</p>'
 
 
 def render_progress(text: str, done: int, total: int) -> str:
     """A progress bar and what is being done."""
-    return f'<p class="ttd-progress"><progress value="{done}" max="{total}"></progress> <span>{_text(text)}</span></p>'
+    return (
+        f'<p class="ttd-progress"><progress value="{done}" max="{total}"></progress> <span>{page.text(text)}</span></p>'
+    )
 
 
 def render_note(sentence: str) -> str:
     """One sentence that is no error."""
-    return f'<p class="ttd-note" role="status">{_text(sentence)}</p>'
+    return f'<p class="ttd-note" role="status">{page.text(sentence)}</p>'
 
 
 def render_result(result: AppResult) -> str:
@@ -45,34 +45,35 @@ def render_result(result: AppResult) -> str:
     choices = [("caption", "Caption"), *((f"tag-{i}", tag) for i, tag in enumerate(result.tags)), ("union", "Union")]
     chips = "".join(
         f'<button type="button" class="ttd-chip{" ttd-whole" * (key in ("caption", "union"))}" data-map="{key}" '
-        f'aria-pressed="{"true" if key == "caption" else "false"}">{_text(label)}</button>'
+        f'aria-pressed="{"true" if key == "caption" else "false"}">{page.text(label)}</button>'
         for key, label in choices
     )
     views = "".join(_view(view, result) for view in result.views)
     return (
         f'<div class="ttd-result" style="--picture:url({_picture(result.picture)});--ratio:{ratio};'
         f'--narrow:{min(1.0, width / height):.4f}">'
-        f'<p class="ttd-caption">“{_text(result.caption)}”</p>'
+        f'<p class="ttd-caption">“{page.text(result.caption)}”</p>'
         f'<div class="ttd-chips" role="group" aria-label="Map to see">{chips}</div>{views}'
         '<p class="ttd-legend">Cosines are min-max-normalised within each map: <span class="ttd-scale" '
-        f'style="background:linear-gradient(90deg,{_gradient()})"></span> lowest to highest patch. Union: the maps of '
+        f'style="background:{page.scale_gradient()}"></span> lowest to highest patch. Union: the maps of '
         "the kept tags together, which TTD teaches the caption’s map to match. A tag’s score is the cosine of its "
         "nearest patch.</p></div>"
     )
 
 
 def _view(view: BackboneView, result: AppResult) -> str:
-    error = f'<p class="ttd-error" role="alert">{_text(view.error)}</p>' if view.error else ""
-    notes = "".join(f'<p class="ttd-note">{_text(note)}</p>' for note in view.notes)
-    head = f'<section class="ttd-backbone"><h3>{_text(view.name)}</h3>{error}{notes}'
+    error = f'<p class="ttd-error" role="alert">{page.text(view.error)}</p>' if view.error else ""
+    notes = "".join(f'<p class="ttd-note">{page.text(note)}</p>' for note in view.notes)
+    head = f'<section class="ttd-backbone"><h3>{page.text(view.name)}</h3>{error}{notes}'
     if view.before is None:
         return head + "</section>"
     arms = [("before", "Before", view.before)]
     if view.after is not None:
         arms.append(("after", _capitalised(view.after_title or "after"), view.after))
     figures = "".join(
-        f'<figure class="ttd-{arm}"><div class="ttd-frame" role="img" aria-label="{_text(view.name)}, {arm}: the '
-        f'chosen map over the picture">{"".join(_layers(maps))}</div><figcaption>{_text(title)}</figcaption></figure>'
+        f'<figure class="ttd-{arm}"><div class="ttd-frame" role="img" aria-label="{page.text(view.name)}, {arm}: the '
+        f'chosen map over the picture">{"".join(_layers(maps))}</div>'
+        f"<figcaption>{page.text(title)}</figcaption></figure>"
         for arm, title, maps in arms
     )
     layout = "ttd-body" if len(arms) > 1 else "ttd-body ttd-single"
@@ -102,7 +103,7 @@ def _table(arms: list[tuple[str, str, CaptionMaps]], tags: list[str]) -> str:
         cells = "".join(_cell(maps, number) for _, _, maps in arms)
         rows.append(
             f'<tr><th scope="row"><button type="button" class="ttd-tag" data-map="tag-{number}" aria-pressed="false">'
-            f"{_text(tag)}</button></th>{cells}</tr>"
+            f"{page.text(tag)}</button></th>{cells}</tr>"
         )
     return (
         f'<table class="ttd-tags"><thead><tr><th scope="col">Tag</th>{heads}</tr></thead>'
@@ -123,18 +124,8 @@ def _cell(maps: CaptionMaps, number: int) -> str:
 def _picture(picture: NDArray[np.uint8]) -> str:
     if max(picture.shape[:2]) <= _PNG_UP_TO:
         return png_data_uri(picture)
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _gradient() -> str:
-    return ",".join(f"rgb({r},{g},{b})" for r, g, b in colour_table()[::51])
+    return jpeg_data_uri(Image.fromarray(picture), quality=88)
 
 
 def _capitalised(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
-
-
-def _text(value: object) -> str:
-    return html.escape(printable(str(value)))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -29,7 +27,7 @@ from ttd_plugins.reports.comparison_charts import (
     trade_off_figures,
 )
 from ttd_plugins.reports.comparison_findings import VERDICT_WORDS, Change, change, describe_comparison, mean
-from ttd_plugins.reports.heatmaps import HEAT_ALPHA, colour_table, png_data_uri, printable, save_bytes
+from ttd_plugins.reports.heatmaps import HEAT_ALPHA, colour_table, jpeg_data_uri, png_data_uri, printable, save_bytes
 
 # A picture is shown at about 220 CSS pixels; more would only make the file large.
 PICTURE_SIDE = 480
@@ -522,9 +520,7 @@ def _picture_uri(image: NDArray[np.uint8]) -> str:
         return png_data_uri(image)
     picture = Image.fromarray(image)
     picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=82, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return jpeg_data_uri(picture, quality=82, optimize=True)
 
 
 def _outline_uri(region: NDArray[np.bool_]) -> str:

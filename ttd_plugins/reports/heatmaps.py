@@ -139,6 +139,13 @@ def png_data_uri(array: NDArray[np.uint8], palette: NDArray[np.uint8] | None = N
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
+def jpeg_data_uri(picture: Image.Image, **options: Any) -> str:
+    """A photograph as a ``data:image/jpeg;base64,`` address; ``options`` are Pillow's for JPEG."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", **options)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
 def printable(text: str) -> str:
     """``text`` on one line, without control characters and with lone surrogates replaced, fit for any output."""
     encodable = " ".join(text.split()).encode("utf-8", "replace").decode("utf-8")
