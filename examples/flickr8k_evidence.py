@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from pretrain_tiny import MAX_LOGIT_SCALE, build_optimizers, pooled_embedding, prepare_image_tower, schedule
+from pretrain_tiny import pretrain, retrieval
 from rich.progress import track
-from safetensors.torch import load_file, save_file
-from torch.nn.functional import normalize
+from safetensors.torch import load_file
+from torch import Tensor
 from ttd_open_clip.tiny import build_tiny
 
 from ttd_plugins import fine_tune, wrap
@@ -41,11 +40,8 @@ from ttd_plugins.data.pairs import ReadNow, StreamSource
 from ttd_plugins.embedded.tokenizer import TinyTokenizer, train_bpe
 from ttd_plugins.evaluation.datasets import open_captions
 from ttd_plugins.evaluation.dense import DenseOptions
-from ttd_plugins.evaluation.metrics import retrieval_recall
 from ttd_plugins.evaluation.protocols import TagProtocol, TextProtocol, evaluate_tags, evaluate_text
 from ttd_plugins.evaluation.scenes import picture_pixels
-from ttd_plugins.losses import contrastive_loss
-from ttd_plugins.texts import encode_texts
 
 SIDE, VOCABULARY, CONTEXT = 128, 4096, 32
 MODEL = {
@@ -85,55 +81,30 @@ def read_pairs(source: StreamSource, shards: Sequence[str], cache: Path) -> Pair
     return np.load(pictures), json.loads(texts.read_text())
 
 
-def build(work: Path) -> DenseAdapter:
+def build(work: Path, calibration: Calibration | None = None) -> DenseAdapter:
     """The model, with fresh weights, and the tokenizer of the working folder."""
     config = {"model_cfg": MODEL, "preprocess_cfg": {"resize_mode": "squash", "interpolation": "bicubic"}}
     tokenizer = TinyTokenizer(work / "tokenizer.json", CONTEXT)
-    adapter = wrap(build_tiny(config), tokenizer=tokenizer, dense="value_only")
-    return adapter
+    return wrap(build_tiny(config), tokenizer=tokenizer, dense="value_only", calibration=calibration)
 
 
-@torch.no_grad()
-def retrieval(adapter: DenseAdapter, pairs: Pairs) -> float:
+def held_out_recall(adapter: DenseAdapter, pairs: Pairs) -> float:
     """R@1 of pictures by their first captions."""
-    adapter.eval()
     pictures, captions = pairs
-    pooled = [
-        adapter.encode_image(picture_pixels(pictures[start : start + 64], adapter)).pooled
-        for start in range(0, len(pictures), 64)
-    ]
-    texts = [own[0] for own in captions]
-    return retrieval_recall(normalize(torch.cat(pooled), dim=-1), encode_texts(adapter, texts)[0], texts)
+    batches = (picture_pixels(pictures[start : start + 64], adapter) for start in range(0, len(pictures), 64))
+    return retrieval(adapter, batches, [own[0] for own in captions])
 
 
-def pretrain(work: Path, train: Pairs, held_out: Pairs, options: argparse.Namespace) -> dict[str, Any]:
-    """Pre-train contrastively; the best weights are left in ``pretrained.safetensors``."""
+def pretrained(work: Path, train: Pairs, held_out: Pairs, options: argparse.Namespace) -> dict[str, Any]:
+    """Pre-train, unless that was done, and report on it; the best weights are left in ``best.safetensors``."""
     finished = work / "pretrained.json"
     if finished.exists():
         return json.loads(finished.read_text())
     torch.manual_seed(options.seed)
     adapter = build(work)
-    model = adapter.model
-    prepare_image_tower(model, options.patch_dropout)
-    optimizers = build_optimizers(model, options.muon_learning_rate, options.learning_rate, options.weight_decay)
-    rates = [options.muon_learning_rate, options.learning_rate]
     pictures, captions = train
-    step, best, log, seconds = 0, {"step": 0, "retrieval_r1": -1.0}, [], 0.0
-    checkpoint = work / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, own in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(own)
-        step, best, log, seconds = state["step"], state["best"], state["log"], state["seconds"]
-    started = time.perf_counter() - seconds
-    losses: list[float] = []
-    while step < options.steps:
-        adapter.train()
-        for optimizer, rate in zip(optimizers, rates, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * schedule(step, options.steps)
-        # All draws are functions of the step, so that a resumed run makes the same ones.
+
+    def draw(step: int) -> tuple[Tensor, list[list[str]]]:
         epoch, place = divmod(step * options.batch_size, len(pictures) - options.batch_size)
         order = np.random.default_rng([options.seed, epoch]).permutation(len(pictures))
         rows = order[place : place + options.batch_size]
@@ -143,53 +114,22 @@ def pretrain(work: Path, train: Pairs, held_out: Pairs, options: argparse.Namesp
         batch[mirrored] = batch[mirrored, :, ::-1]
         # Two captions of each: a picture costs several times what a caption does.
         chosen = [[captions[row][number] for number in rng.permutation(len(captions[row]))[:2]] for row in rows]
-        torch.manual_seed(options.seed * options.steps + step)
-        pooled = pooled_embedding(model, picture_pixels(batch, adapter))
-        loss = torch.stack(
-            [
-                contrastive_loss(
-                    pooled,
-                    encode_texts(adapter, [own[turn % len(own)] for own in chosen])[0],
-                    scale=adapter.logit_scale().clamp(max=MAX_LOGIT_SCALE),
-                    bias=adapter.logit_bias(),
-                    form=adapter.description.logits,
-                )
-                for turn in range(2)
-            ]
-        ).mean()
-        model.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        step += 1
-        losses.append(loss.item())
-        if step % options.every == 0 or step == options.steps:
-            recall = retrieval(adapter, held_out)
-            seconds = time.perf_counter() - started
-            log.append({"step": step, "loss": round(float(np.mean(losses)), 4), "retrieval_r1": round(recall, 4)})
-            log[-1]["seconds"] = round(seconds)
-            losses.clear()
-            print(json.dumps(log[-1]), flush=True)
-            if recall >= best["retrieval_r1"]:
-                best = {"step": step, "retrieval_r1": recall}
-                save_file({n: value.contiguous() for n, value in model.state_dict().items()}, work / "best.safetensors")
-            state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-            torch.save(state | {"step": step, "best": best, "log": log, "seconds": seconds}, work / "checkpoint.part")
-            (work / "checkpoint.part").replace(checkpoint)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    report = {"parameters": count, "pairs": len(pictures), "kept": best, "seconds": round(seconds), "log": log}
+        return picture_pixels(batch, adapter), [[own[turn % len(own)] for own in chosen] for turn in range(2)]
+
+    found = pretrain(
+        adapter, work, options, draw=draw, recall=lambda: held_out_recall(adapter, held_out), precision=torch.float32
+    )
+    count = sum(parameter.numel() for parameter in adapter.model.parameters())
+    report = {"parameters": count, "pairs": len(pictures), **found}
     finished.write_text(json.dumps(report, indent=1) + "\n")
     return report
 
 
 def load_pretrained(work: Path) -> DenseAdapter:
-    """The pre-trained model with its calibration, in evaluation mode."""
-    adapter = build(work)
-    adapter.model.load_state_dict(load_file(work / "best.safetensors"))
+    """The pre-trained model with its calibration, where that was fitted, in evaluation mode."""
     kept = work / "calibration.json"
-    if kept.exists():
-        adapter.calibration = Calibration(**json.loads(kept.read_text()))
+    adapter = build(work, Calibration(**json.loads(kept.read_text())) if kept.exists() else None)
+    adapter.model.load_state_dict(load_file(work / "best.safetensors"))
     return adapter.eval()
 
 
@@ -200,7 +140,7 @@ def measure(adapter: DenseAdapter, masks: Path, held_out: Pairs, out: Path) -> d
     results = {
         "tags": evaluate_tags(adapter, data, TagProtocol(dense=dense), out=out / "tags").figures,
         "text": evaluate_text(adapter, data, TextProtocol(dense=dense), out=out / "text").figures,
-        "retrieval_r1": retrieval(adapter, held_out),
+        "retrieval_r1": held_out_recall(adapter, held_out),
     }
     figures = {}
     for path in FIGURES.values():
@@ -244,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     held_out = read_pairs(source, source.shards[:1], work / "held_out")
     if not (work / "tokenizer.json").exists():
         train_bpe(work / "tokenizer.json", [text for own in train[1] for text in own], vocabulary=VOCABULARY)
-    pretrained = pretrain(work, train, held_out, options)
+    report = pretrained(work, train, held_out, options)
 
     if not (work / "calibration.json").exists():
         pairs = [(Image.fromarray(image), texts[0]) for image, texts in zip(*held_out, strict=True)]
@@ -268,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             adapter = fine_tune(config, work / arm, backbone=adapter, resume=True).backbone
         found[arm] = measure(adapter, options.masks, held_out, work / "measured" / arm)
         settings = {name: str(value) for name, value in vars(options).items()}
-        content = {"figures": found, "pretraining": pretrained, "model": MODEL, "settings": settings}
+        content = {"figures": found, "pretraining": report, "model": MODEL, "settings": settings}
         file.write_text(json.dumps(content, indent=1) + "\n")
     (work / "evidence.md").write_text(markdown(found) + "\n")
     print(markdown(found))

@@ -14,10 +14,11 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from torch.nn.functional import normalize
 from ttd_plugins import load
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.embedded import model_folder
-from ttd_plugins.embedded.scenes import Scene, Scenes
+from ttd_plugins.embedded.scenes import Scenes
 from ttd_plugins.embedded.tokenizer import train_tokenizer
 from ttd_plugins.evaluation.metrics import retrieval_recall
 from ttd_plugins.evaluation.scenes import picture_pixels, scene_pixels
@@ -190,14 +191,11 @@ def pooled_embedding(model: nn.Module, pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def validation_retrieval(adapter: DenseAdapter, scenes: list[Scene]) -> float:
-    """Retrieval R@1 on validation scenes."""
+def retrieval(adapter: DenseAdapter, batches: Iterable[Tensor], captions: Sequence[str]) -> float:
+    """R@1 of pictures, in batches of normalised pixels, by their captions; leaves the backbone in evaluation mode."""
     adapter.eval()
-    batches = [scenes[start : start + 64] for start in range(0, len(scenes), 64)]
-    images = [adapter.encode_image(scene_pixels(batch, adapter)).pooled for batch in batches]
-    captions = [scene.caption for scene in scenes]
+    images = [adapter.encode_image(pixels).pooled for pixels in batches]
     texts, _ = encode_texts(adapter, captions)
-    adapter.train()
     return retrieval_recall(normalize(torch.cat(images), dim=-1), texts, captions)
 
 
@@ -218,6 +216,91 @@ def build_optimizers(
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
     return [Muon(hidden, lr=muon_learning_rate), torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))]
+
+
+def pretrain(
+    adapter: DenseAdapter,
+    work: Path,
+    options: argparse.Namespace,
+    *,
+    draw: Callable[[int], tuple[Tensor, list[list[str]]]],
+    recall: Callable[[], float],
+    precision: torch.dtype = torch.float16,
+) -> dict[str, Any]:
+    """Pre-train a backbone contrastively; the weights with the best recall are left in ``best.safetensors``.
+
+    Args:
+        adapter: with fresh weights.
+        work: folder of the checkpoint that a stopped run goes on from.
+        options: ``steps``, ``every``, ``seed``, ``patch_dropout``, ``weight_decay`` and the two learning rates.
+        draw: normalised pixels and sets of captions of a step, a function of its number alone.
+        recall: retrieval R@1 of pairs that are not trained on.
+        precision: of the weights that are kept.
+
+    Returns:
+        The step that was ``kept`` and its recall, the ``log``, and ``seconds``.
+    """
+    adapter.train()
+    model = adapter.model
+    prepare_image_tower(model, options.patch_dropout)
+    optimizers = build_optimizers(model, options.muon_learning_rate, options.learning_rate, options.weight_decay)
+    rates = [options.muon_learning_rate, options.learning_rate]
+    step, best, seconds, log = 0, {"step": 0, "retrieval_r1": 0.0}, 0.0, []
+    checkpoint = work / "checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimizer, own in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(own)
+        step, best, seconds, log = state["step"], state["best"], state["seconds"], state["log"]
+        print(f"resumed at step {step}", flush=True)
+
+    started = time.perf_counter() - seconds
+    losses: list[float] = []
+    while step < options.steps:
+        for optimizer, rate in zip(optimizers, rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * schedule(step, options.steps)
+        pixels, caption_sets = draw(step)
+        # Which patches are dropped is a function of the step, so that a resumed run drops the same.
+        torch.manual_seed(options.seed * options.steps + step)
+        pooled = pooled_embedding(model, pixels)
+        loss = torch.stack(
+            [
+                contrastive_loss(
+                    pooled,
+                    encode_texts(adapter, captions)[0],
+                    scale=adapter.logit_scale().clamp(max=MAX_LOGIT_SCALE),
+                    bias=adapter.logit_bias(),
+                    form=adapter.description.logits,
+                )
+                for captions in caption_sets
+            ]
+        ).mean()
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        step += 1
+        losses.append(loss.item())
+        if step % options.every == 0 or step == options.steps:
+            found = recall()
+            adapter.train()
+            seconds = time.perf_counter() - started
+            log.append({"step": step, "loss": round(sum(losses) / len(losses), 4)})
+            log[-1] |= {"retrieval_r1": round(found, 4), "seconds": round(seconds)}
+            losses.clear()
+            print(json.dumps(log[-1]), flush=True)
+            if found >= best["retrieval_r1"]:
+                best = {"step": step, "retrieval_r1": found}
+                kept = {name: value.to(precision).contiguous() for name, value in model.state_dict().items()}
+                save_file(kept, work / "best.safetensors")
+            state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+            state |= {"step": step, "best": best, "seconds": seconds, "log": log}
+            torch.save(state, checkpoint.with_suffix(".part"))
+            checkpoint.with_suffix(".part").replace(checkpoint)
+    return {"kept": best, "log": log, "seconds": seconds}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -248,72 +331,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     validation = list(Scenes("validation", VALIDATION_SCENES, seed=args.seed))
 
     adapter = load(f"{args.backbone}@random")
-    adapter.train()
-    model = adapter.model
-    prepare_image_tower(model, args.patch_dropout)
-    optimizers = build_optimizers(model, args.muon_learning_rate, args.learning_rate, args.weight_decay)
-    rates = [args.muon_learning_rate, args.learning_rate]
-    step, best, seconds, log = 0, {"step": 0, "retrieval_r1": 0.0}, 0.0, []
-    checkpoint = args.work / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, own in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(own)
-        step, best, seconds, log = state["step"], state["best"], state["seconds"], state["log"]
-        print(f"resumed at step {step}", flush=True)
 
-    started = time.perf_counter() - seconds
-    losses: list[float] = []
-    while step < args.steps:
-        for optimizer, rate in zip(optimizers, rates, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * schedule(step, args.steps)
+    def draw(step: int) -> tuple[Tensor, list[list[str]]]:
         pictures, caption_sets = draw_batch(pool, step, args.batch_size, args.seed)
-        # Which patches are dropped is a function of the step, so that a resumed run drops the same.
-        torch.manual_seed(args.seed * args.steps + step)
-        pooled = pooled_embedding(model, picture_pixels(pictures, adapter))
-        loss = torch.stack(
-            [
-                contrastive_loss(
-                    pooled,
-                    encode_texts(adapter, captions)[0],
-                    scale=adapter.logit_scale().clamp(max=MAX_LOGIT_SCALE),
-                    bias=adapter.logit_bias(),
-                    form=adapter.description.logits,
-                )
-                for captions in caption_sets
-            ]
-        ).mean()
-        model.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        step += 1
-        losses.append(loss.item())
-        if step % args.every == 0 or step == args.steps:
-            recall = validation_retrieval(adapter, validation)
-            seconds = time.perf_counter() - started
-            log.append({"step": step, "loss": round(sum(losses) / len(losses), 4)})
-            log[-1] |= {"retrieval_r1": round(recall, 4), "seconds": round(seconds)}
-            losses.clear()
-            print(json.dumps(log[-1]), flush=True)
-            if recall >= best["retrieval_r1"]:
-                best = {"step": step, "retrieval_r1": recall}
-                halves = {name: value.half().contiguous() for name, value in model.state_dict().items()}
-                save_file(halves, args.work / "best.safetensors")
-            state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-            state |= {"step": step, "best": best, "seconds": seconds, "log": log}
-            torch.save(state, checkpoint.with_suffix(".part"))
-            checkpoint.with_suffix(".part").replace(checkpoint)
+        return picture_pixels(pictures, adapter), caption_sets
+
+    def recall() -> float:
+        batches = (scene_pixels(validation[start : start + 64], adapter) for start in range(0, len(validation), 64))
+        return retrieval(adapter, batches, [scene.caption for scene in validation])
+
+    found = pretrain(adapter, args.work, args, draw=draw, recall=recall)
+    best = found["kept"]
 
     out = args.out or folder
     out.mkdir(parents=True, exist_ok=True)
     save_file(load_file(args.work / "best.safetensors"), out / "model.safetensors")
     settings = {name: value for name, value in vars(args).items() if name not in ("work", "out")}
-    parameters = sum(p.numel() for p in model.parameters())
-    recipe = {"settings": settings, "parameters": parameters, "kept": best, "log": log}
+    parameters = sum(p.numel() for p in adapter.model.parameters())
+    recipe = {"settings": settings, "parameters": parameters, "kept": best, "log": found["log"]}
     (out / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
     print(f"kept step {best['step']} with validation retrieval R@1 {best['retrieval_r1']:.3f}; written to {out}")
 
