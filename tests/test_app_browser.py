@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from helpers_browser import BROWSER, NEEDS_BROWSER, SWITCHES
 from PIL import Image
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
@@ -19,13 +19,8 @@ for _name in ("gradio", "matplotlib", "open_clip", "peft", "resvg_py", "emoji", 
 from ttd_plugins.app.layout import build_page, launch_page
 from ttd_plugins.app.studio import Studio
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium to drive: apt-get install chromium")
+pytestmark = NEEDS_BROWSER
 
-SWITCHES = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
 FIRST, SECOND = "open_clip:tiny", "eva_clip:tiny"
 WAIT = 60_000
 
@@ -47,7 +42,7 @@ def address() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=BROWSER, args=SWITCHES)
+        chromium = playwright.chromium.launch(executable_path=BROWSER, args=list(SWITCHES))
         yield chromium
         chromium.close()
 

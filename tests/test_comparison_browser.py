@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers_browser import BROWSER, NEEDS_BROWSER, SWITCHES
 from helpers_comparison import NAMES, make_backbone, make_comparison, make_picture
 
 from ttd_plugins.reports.comparison_html import write_comparison_report
 
 pytest.importorskip("matplotlib")
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium to drive: apt-get install chromium")
+pytestmark = NEEDS_BROWSER
 
-SWITCHES = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
 LONG = "open_clip:ViT-B-16-SigLIP2-512@webli_with_a_name_that_goes_on_and_on_and_on"
 
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers_browser import BROWSER, NEEDS_BROWSER, SWITCHES
 from test_reports import make_result
 
 from ttd_plugins.reports.demo_html import write_demo_report
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium to drive: apt-get install chromium")
+pytestmark = NEEDS_BROWSER
 
 WATCH = """<script>window.errors = [];
 addEventListener("error", (event) => errors.push(event.message));
@@ -74,12 +73,7 @@ def look(tmp_path: Path, width: int, *, dark: bool = False) -> dict[str, Any]:
     assert BROWSER is not None
     switches = [
         "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
+        *SWITCHES,
         "--hide-scrollbars",
         f"--user-data-dir={tmp_path / 'profile'}",
         "--virtual-time-budget=10000",

@@ -1,0 +1,15 @@
+"""The browser that tests of pages drive."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+NEEDS_BROWSER = pytest.mark.skipif(BROWSER is None, reason="no chromium to drive: apt-get install chromium")
+SWITCHES = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+"""Nothing but the page asks the network for anything."""
