@@ -14,6 +14,11 @@ ARMS: tuple[Arm, ...] = ("before", "control", "after")
 """As it was loaded; the same steps with the contrastive term alone; with TTD."""
 
 
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation of one value or more; no deviation of a single one."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
 @dataclass(frozen=True)
 class Figure:
     """One column of the table.
@@ -55,12 +60,12 @@ class BackboneResult:
     def mean(self, arm: Arm, key: str) -> float | None:
         """Mean over the seeds; ``None`` where the arm was not run or the figure is not defined for a seed."""
         values = self._values(arm, key)
-        return float(np.mean(values)) if values else None
+        return mean_and_spread(values)[0] if values else None
 
     def spread(self, arm: Arm, key: str) -> float | None:
         """Sample standard deviation over the seeds; ``None`` with fewer than two."""
         values = self._values(arm, key)
-        return float(np.std(values, ddof=1)) if len(values) > 1 else None
+        return mean_and_spread(values)[1] if values else None
 
     def _values(self, arm: Arm, key: str) -> list[float]:
         found = [row.get(key) for row in self.figures.get(arm, [])]

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ttd_plugins.comparison.results import ARMS, BackboneResult, Comparison, Figure
+from ttd_plugins.comparison.results import ARMS, BackboneResult, Comparison, Figure, mean_and_spread
 
 ARM_LABELS = {"before": "before", "control": "control", "after": "after TTD"}
 
@@ -25,7 +23,7 @@ def gain(backbone: BackboneResult, key: str) -> tuple[float, float | None] | Non
     known = [after - control for after, control in values if after is not None and control is not None]
     if not known or len(known) != len(values):
         return None
-    return float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else None
+    return mean_and_spread(known)
 
 
 def summary(backbone: BackboneResult, figures: Sequence[Figure]) -> dict[str, Any]:

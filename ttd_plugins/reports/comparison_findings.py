@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
-from ttd_plugins.comparison.results import Arm, BackboneResult, Comparison, Figure
+from ttd_plugins.comparison.results import Arm, BackboneResult, Comparison, Figure, mean_and_spread
 from ttd_plugins.comparison.tables import gain
 from ttd_plugins.reports import page
 
@@ -66,7 +64,7 @@ def change(backbone: BackboneResult, figure: Figure) -> Change | None:
         gains = [value - start for value in rows if value is not None and start is not None]
         if not gains or len(gains) != len(rows):
             return None
-        found = float(np.mean(gains)), float(np.std(gains, ddof=1)) if len(gains) > 1 else None
+        found = mean_and_spread(gains)
     if found is None or not math.isfinite(found[0]):
         return None
     return Change(*found, baseline, _verdict(*found, figure))
