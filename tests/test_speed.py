@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from toy_backbone import toy
 from ttd_plugins import TTD, wrap
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.benchmark.unshared import unshared_losses
+from ttd_plugins.engine import TTDOutput
 from ttd_plugins.texts import TextMemory, encode_texts, plan_chunks
 
 CAPTIONS = [
@@ -174,6 +176,66 @@ def test_texts_are_encoded_in_chunks_and_come_back_in_their_order(monkeypatch: p
     assert truncated == [False] * len(texts)
     for embedding, text in zip(embeddings, texts, strict=True):
         torch.testing.assert_close(embedding, encode_texts(backbone, [text])[0][0])
+
+
+def kept_for_backward(ttd: TTD, images: Tensor) -> tuple[TTDOutput, int]:
+    """A step's output, and the numbers that autograd holds when its backward pass begins."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        kept[value.untyped_storage().data_ptr()] = value
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        output = ttd(images, CAPTIONS)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in ttd.parameters()}
+    return output, sum(value.untyped_storage().nbytes() for place, value in kept.items() if place not in weights)
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("kind", ["open_clip", "siglip", "transformers_siglip", "transformers_clip"])
+def test_texts_computed_twice_give_the_same_step_and_hold_less(kind: str, lora: int) -> None:
+    adapter = small(kind)
+    if lora:
+        adapter.add_lora(lora)
+    images = torch.randn(len(CAPTIONS), 3, *adapter.description.image_size, generator=torch.Generator().manual_seed(0))
+    results = []
+    for recompute in (False, True, None):
+        adapter.zero_grad()
+        output, held = kept_for_backward(TTD(adapter, recompute_texts=recompute), images)
+        output.loss.backward()
+        gradients = [p.grad.flatten() for p in adapter.parameters() if p.grad is not None]
+        results.append((output.loss.detach(), torch.cat(gradients), held))
+    (loss, gradient, held), *others = results
+    for other, other_gradient, _ in others:
+        torch.testing.assert_close(other, loss, atol=1e-5, rtol=1e-5)
+        assert (other_gradient - gradient).norm() <= 1e-4 * gradient.norm()
+    padded = adapter.description.text_after_end_matters
+    assert results[1][2] < (0.8 if padded else 1) * held
+    assert results[2][2] == results[1 if padded else 0][2]
+
+
+def test_dropout_of_texts_computed_twice_is_drawn_once() -> None:
+    adapter = small("siglip")
+    adapter.add_lora(2, dropout=0.5)
+    trained = [p for _, p in adapter.tower_parameters("text") if p.requires_grad]
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.normal_(std=0.1, generator=generator)
+    adapter.train()
+    texts = list(dict.fromkeys(CAPTIONS))
+    weights = torch.randn(len(texts), adapter.description.embedding_width, generator=generator)
+
+    def gradients_of(encode: Callable[[], Tensor]) -> list[Tensor]:
+        torch.manual_seed(3)
+        return list(torch.autograd.grad((encode() * weights).sum(), trained))
+
+    found = gradients_of(lambda: encode_texts(adapter, texts, recompute=2)[0])
+    parts = [texts[at : at + 2] for at in range(0, len(texts), 2)]
+    expected = gradients_of(lambda: torch.cat([encode_texts(adapter, part)[0] for part in parts]))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def freeze_text(adapter: DenseAdapter) -> DenseAdapter:

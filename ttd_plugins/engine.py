@@ -61,6 +61,9 @@ class TTDOptions:
         remembered_texts: how many embeddings of texts are kept from batch to batch where no step moves the tower that
             made them (a frozen text tower, the teacher ``"frozen"``); results are the same to rounding, so that a
             resumed run is no longer bitwise that of one that was not stopped.
+        recompute_texts: compute activations of texts a second time, in the backward pass, so that those of no more
+            than half as many texts as there are captions are held at once; ``None`` does so for backbones whose texts
+            cannot be cut to their length (SigLIP), whose tags would hold several times the memory of the captions.
     """
 
     extractor: str = "words"
@@ -79,6 +82,7 @@ class TTDOptions:
     ema_decay: float = 0.99
     calibration: Calibration | None = None
     remembered_texts: int = 0
+    recompute_texts: bool | None = None
 
     def __post_init__(self) -> None:
         before, _, after = self.template.partition("{}")
@@ -431,7 +435,8 @@ class TTD(nn.Module):
         # Captions and tags together, so that texts of one length share a call of the text tower.
         tags = [self.options.template.format(tag) for tag in candidates.distinct]
         if tag_gradient or not torch.is_grad_enabled():
-            embeddings, truncated = memory.encode(adapter, [*captions, *tags])
+            at_once = self._texts_at_once(adapter, captions, tags)
+            embeddings, truncated = memory.encode(adapter, [*captions, *tags], recompute=at_once)
             caption_embeddings, tag_embeddings = embeddings[: len(captions)], embeddings[len(captions) :]
         else:
             caption_embeddings, truncated = memory.encode(adapter, captions)
@@ -462,6 +467,15 @@ class TTD(nn.Module):
                 caption_embeddings,
                 truncated[: len(captions)],
             )
+
+    def _texts_at_once(self, adapter: DenseAdapter, captions: Sequence[str], tags: Sequence[str]) -> int | None:
+        """Of how many texts activations are held at once; ``None`` for all of them."""
+        recompute = self.options.recompute_texts
+        if recompute is None:
+            recompute = adapter.description.text_after_end_matters
+        at_once = max(len(captions) // 2, 1)
+        # Captions alone are what a contrastive step holds too.
+        return at_once if recompute and len(tags) > at_once else None
 
     @torch.no_grad()
     def targets(self, alignment: Alignment) -> Targets:

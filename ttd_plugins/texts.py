@@ -12,6 +12,7 @@ from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ttd_plugins.adapter import DenseAdapter, text_embeddings, text_tokens
 from ttd_plugins.similarity import normalize
@@ -59,11 +60,19 @@ def plan_chunks(lengths: Sequence[int], call_cost: int) -> list[list[int]]:
     return chunks
 
 
-def encode_texts(adapter: DenseAdapter, texts: Sequence[str]) -> tuple[Tensor, list[bool]]:
+def encode_texts(
+    adapter: DenseAdapter, texts: Sequence[str], *, recompute: int | None = None
+) -> tuple[Tensor, list[bool]]:
     """L2-normalised embeddings ``[N, D]`` of texts in at least float32, and which texts were longer than the context.
 
     Equal texts are encoded once. Positions after the last end token of a chunk are cut where the backbone says that
     they cannot matter. Lengths are read from tokens on the CPU, so that nothing waits for the device.
+
+    Args:
+        adapter: the backbone.
+        texts: N strings.
+        recompute: where a gradient is wanted, keep activations of at most so many texts and compute those of the
+            others again in the backward pass, so many at a time; by default those of all are kept.
     """
     if not texts:
         width = adapter.description.embedding_width
@@ -72,17 +81,22 @@ def encode_texts(adapter: DenseAdapter, texts: Sequence[str]) -> tuple[Tensor, l
     tokens = text_tokens(adapter, distinct)
     device = adapter.device
     if adapter.description.text_after_end_matters:
+        lengths = [tokens.ids.shape[1]] * len(distinct)
         chunks = [list(range(len(distinct)))]
-        embeddings = text_embeddings(adapter, on_device(tokens.ids, device))
     else:
         lengths = tokens.lengths.tolist()
         chunks = plan_chunks(lengths, CALL_COST.get(device.type, OTHER_CALL_COST))
-        parts = []
-        for chunk in chunks:
-            ids = tokens.ids[chunk, : max(lengths[number] for number in chunk)]
-            parts.append(text_embeddings(adapter, on_device(ids, device)))
-        embeddings = torch.cat(parts) if len(parts) > 1 else parts[0]
-    embeddings = normalize(embeddings)
+    if recompute is not None and torch.is_grad_enabled():
+        chunks = [chunk[at : at + recompute] for chunk in chunks for at in range(0, len(chunk), recompute)]
+    parts = []
+    for number, chunk in enumerate(chunks, 1):
+        ids = on_device(tokens.ids[chunk, : max(lengths[text] for text in chunk)], device)
+        # The last chunk is the first that the backward pass comes to, so nothing is won by forgetting it.
+        if recompute is None or number == len(chunks):
+            parts.append(text_embeddings(adapter, ids))
+        else:
+            parts.append(checkpoint(text_embeddings, adapter, ids, use_reentrant=False))
+    embeddings = normalize(torch.cat(parts) if len(parts) > 1 else parts[0])
     place = {distinct[number]: row for row, number in enumerate(number for chunk in chunks for number in chunk)}
     rows = [place[text] for text in texts]
     if rows != list(range(len(distinct))):
@@ -110,12 +124,14 @@ class TextMemory:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def encode(self, adapter: DenseAdapter, texts: Sequence[str]) -> tuple[Tensor, list[bool]]:
+    def encode(
+        self, adapter: DenseAdapter, texts: Sequence[str], *, recompute: int | None = None
+    ) -> tuple[Tensor, list[bool]]:
         """What :func:`encode_texts` gives, to rounding: texts that are new share chunks of another length."""
         state = _state_of_text_tower(adapter) if self.limit and texts else None
         if state is None:
             self._rows.clear()
-            return encode_texts(adapter, texts)
+            return encode_texts(adapter, texts, recompute=recompute)
         if state != self._valid_for:
             self._rows.clear()
             self._valid_for = state
