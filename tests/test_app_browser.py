@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,16 @@ class Watched:
         self.tab.locator("#ttd-picture input[type=file]").set_input_files(file)
         self.tab.wait_for_selector("#ttd-picture img")
 
+    def set_slider(self, name: str, value: str) -> None:
+        """Type a number, again where Gradio mounts the slider only then and puts its first value back."""
+        number, slider = (self.tab.locator(f"{name} input[type={kind}]") for kind in ("number", "range"))
+        deadline = time.monotonic() + WAIT / 1000
+        while slider.input_value() != value:
+            assert time.monotonic() < deadline, f"{name} does not take {value}"
+            number.fill(value)
+            number.press("Enter")
+            self.tab.wait_for_timeout(300)
+
     def error(self) -> str:
         self.tab.locator("#ttd-run").click()
         return str(self.tab.locator("#ttd-output .ttd-error").first.inner_text())
@@ -116,15 +127,11 @@ def test_a_visitor_sees_tags_and_maps_before_and_after(browser: Any, address: st
 
     opacity = "+getComputedStyle(document.querySelector('.ttd-heat')).opacity"
     assert tab.evaluate(opacity) == pytest.approx(0.65)
-    number = tab.locator("#ttd-opacity input[type=number]")
-    number.fill("20")
-    number.press("Enter")
+    visitor.set_slider("#ttd-opacity", "20")
     tab.wait_for_function(f"Math.abs({opacity} - 0.2) < 1e-3")
 
     tab.get_by_text("Fine-tune here").click()
-    steps = tab.locator("#ttd-steps input[type=number]")
-    steps.fill("2")
-    steps.press("Enter")
+    visitor.set_slider("#ttd-steps", "2")
     tab.locator("#ttd-tune").click()
     tab.wait_for_selector(".ttd-after")
     first = tab.locator(".ttd-backbone").first
