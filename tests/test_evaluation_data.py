@@ -440,8 +440,12 @@ def instances(root: Path, split: str = "val2017") -> dict[str, Any]:
     return content
 
 
-def test_instances_are_painted_small_over_large_over_crowds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flat", [False, True])
+def test_instances_are_painted_small_over_large_over_crowds(tmp_path: Path, flat: bool) -> None:
     instances(tmp_path)
+    if flat:
+        (tmp_path / "val2017").rename(tmp_path / "images")
+        (tmp_path / "annotations/instances_val2017.json").rename(tmp_path / "instances.json")
     data = open_segmentation("coco_object", tmp_path)
     data.check()
     index = {names.name: i for i, names in enumerate(data.classes)}

@@ -361,7 +361,7 @@ class CocoObject(_CocoPixelMaps):
     ``annotations/val2017/*_instanceTrainIds.png`` of GroupViT's converter (0 background, 1 to 80), the pixel maps of
     COCO-Stuff (stuff and unlabelled pixels become background, as that converter has it), or
     ``annotations/instances_val2017.json`` with polygons and RLE, smaller instances over larger ones and crowds below
-    all.
+    all. A folder of ``images`` with ``instances.json`` beside it is read as the last of these, whatever the split.
     """
 
     name = "coco_object"
@@ -370,11 +370,13 @@ class CocoObject(_CocoPixelMaps):
     _CONVERTED = "_instanceTrainIds.png"
 
     def find(self) -> Pairs:
-        pairs = self._pixel_maps()
-        if pairs is not None:
-            return pairs
-        images, split = self._images()
-        file = self.root / "annotations" / f"instances_{split}.json"
+        images, file = self.root / "images", self.root / "instances.json"
+        if not file.is_file():
+            pairs = self._pixel_maps()
+            if pairs is not None:
+                return pairs
+            images, split = self._images()
+            file = self.root / "annotations" / f"instances_{split}.json"
         if not file.is_file():
             raise DatasetError(
                 f"coco_object in {str(self.root)!r} has neither pixel maps nor {str(file)!r}; looked for "
