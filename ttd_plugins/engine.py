@@ -62,7 +62,7 @@ class TTDOptions:
             made them (a frozen text tower, the teacher ``"frozen"``); results are the same to rounding, so that a
             resumed run is no longer bitwise that of one that was not stopped.
         recompute_texts: compute activations of texts a second time, in the backward pass, so that those of no more
-            than a quarter as many texts as there are captions are held at once; ``None`` does so for backbones whose
+            than a quarter as many texts as there are captions, or four, are held at once; ``None`` does so where
             texts cannot be cut to their length (SigLIP), whose tags would hold several times what the captions do.
     """
 
@@ -473,7 +473,7 @@ class TTD(nn.Module):
         recompute = self.options.recompute_texts
         if recompute is None:
             recompute = adapter.description.text_after_end_matters
-        at_once = max(len(captions) // 4, 1)
+        at_once = max(len(captions) // 4, 4)
         # Captions alone are what a contrastive step holds too.
         return at_once if recompute and len(tags) > at_once else None
 
