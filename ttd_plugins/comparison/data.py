@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 SCENES = "scenes"
 WATCHED = 10
 """Steps whose mean the watch for collapse looks at."""
+CHECKPOINT_MINUTES = 1.0
+"""What a run that is killed while pairs are trained on may lose."""
 Values = dict[str, float | None]
 Curve = list[dict[str, float]]
 
@@ -305,7 +307,13 @@ class CaptionedData:
                     "learning_rate": self.learning_rate,
                     "warm_up": min(100, options.steps // 10),
                 },
-                "run": {"seed": seed, "log_every": WATCHED, "cpu": options.device == "cpu", "keep": 1},
+                "run": {
+                    "seed": seed,
+                    "log_every": WATCHED,
+                    "cpu": options.device == "cpu",
+                    "keep": 1,
+                    "checkpoint_minutes": CHECKPOINT_MINUTES,
+                },
             }
         )
 
