@@ -107,15 +107,17 @@ def test_a_run_that_was_stopped_gives_identical_figures(
     assert again["pictures"] == whole["pictures"]
 
 
+@pytest.mark.parametrize("stopped", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_arms_side_by_side_give_the_figures_of_one_at_a_time_stopped_or_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stopped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # One thread in every process, so that sums are taken in one order.
     monkeypatch.setattr(running.os, "cpu_count", lambda: 2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        small = CompareOptions(NAMES[:1], seeds=2, steps=1, batch_size=2, rank=2, limit=6, gallery=0)
+        seeds = 2 if stopped else 1
+        small = CompareOptions(NAMES[:1], seeds=seeds, steps=1, batch_size=2, rank=2, limit=6, gallery=0)
         run_comparison(tmp_path / "one", small)
         keep = running._Run._keep_arms
 
@@ -123,11 +125,12 @@ def test_arms_side_by_side_give_the_figures_of_one_at_a_time_stopped_or_not(
             keep(self, done)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(running._Run, "_keep_arms", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            run_comparison(tmp_path / "two", replace(small, jobs=2))
-        half = json.loads((tmp_path / "two" / "results.json").read_text())["backbones"][NAMES[0]]["figures"]
-        assert sum(map(len, half.values())) < 5, "something is left to do"
+        if stopped:
+            monkeypatch.setattr(running._Run, "_keep_arms", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                run_comparison(tmp_path / "two", replace(small, jobs=2))
+            half = json.loads((tmp_path / "two" / "results.json").read_text())["backbones"][NAMES[0]]["figures"]
+            assert sum(map(len, half.values())) < 5, "something is left to do"
         monkeypatch.setattr(running._Run, "_keep_arms", keep)
         # What is left must be done by other processes.
         monkeypatch.setattr(running._Run, "_tuned", None)
@@ -135,7 +138,7 @@ def test_arms_side_by_side_give_the_figures_of_one_at_a_time_stopped_or_not(
     finally:
         torch.set_num_threads(threads)
     one, two = (json.loads((tmp_path / out / "results.json").read_text()) for out in ("one", "two"))
-    assert sum(map(len, two["backbones"][NAMES[0]]["figures"].values())) == 5
+    assert sum(map(len, two["backbones"][NAMES[0]]["figures"].values())) == 1 + 2 * seeds
     for part in ("figures", "curves", "means", "spreads", "gains", "about", "warnings"):
         assert one["backbones"][NAMES[0]][part] == two["backbones"][NAMES[0]][part], part
 
