@@ -172,6 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--patch-dropout", type=float, default=0.5)
     parser.add_argument("--every", type=int, default=100)
     parser.add_argument("--tuning-steps", type=int, default=200)
+    parser.add_argument("--tuning-batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     work: Path = options.work
@@ -201,8 +202,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if ttd is not None:
             config = {
                 "data": {"source": "::".join(source.shards[1:]), "captions": "random"},
-                "optimizer": {"steps": options.tuning_steps, "warm_up": 20, "learning_rate": 5e-4},
-                "run": {"seed": options.seed, "cpu": True},
+                "optimizer": {
+                    "steps": options.tuning_steps,
+                    "batch_size": options.tuning_batch_size,
+                    "warm_up": 20,
+                    "learning_rate": 5e-4,
+                },
+                "run": {"seed": options.seed, "cpu": True, "checkpoint_minutes": 1},
                 "ttd": ttd,
             }
             adapter = fine_tune(config, work / arm, backbone=adapter, resume=True).backbone

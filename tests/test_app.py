@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 from ttd_plugins import cli
 from ttd_plugins.app import studio as studio_module
 from ttd_plugins.app.studio import Studio, TuningStoppedError, embedded_backbones, is_embedded
-from ttd_plugins.app.tuned import load_tuned, tuned_kind
 from ttd_plugins.cli.app import parse_tuned
 from ttd_plugins.engine import TTD
 from ttd_plugins.errors import BackboneNameError, InputError, TTDError
 from ttd_plugins.plugins import load, temporary_plugin
+from ttd_plugins.training.tuned import load_tuned, tuned_kind
 
 CAPTION = "a dog beside an umbrella"
 FAKE, TINY = "fake:small", "open_clip:tiny"

@@ -279,7 +279,7 @@ def test_hostile_strings_are_escaped(tmp_path: Path, pictures: int) -> None:
         backbones=[one],
         gallery=[picture] * pictures,
         figures=[Figure(key, HOSTILE, "higher", HOSTILE) for key in ("caption_iou", "retrieval_r1")],
-        settings={HOSTILE: {HOSTILE: HOSTILE}, "command": ["ttd", HOSTILE]},
+        settings={HOSTILE: {HOSTILE: HOSTILE}, "command": f"ttd {HOSTILE}"},
         failures={HOSTILE: HOSTILE},
         attribution=HOSTILE,
     )

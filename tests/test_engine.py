@@ -363,6 +363,43 @@ def gradients(ttd: TTD, images: Tensor, captions: Sequence[str]) -> dict[str, Te
     return {name: p.grad.clone() for name, p in ttd.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("captions", [CAPTIONS, ["the", "a", "of", "an"]], ids=["tags", "no tags"])
+def test_the_control_has_the_gradient_of_a_contrastive_loss_and_nothing_more(
+    captions: list[str], sigmoid: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ttd = engine(toy(sigmoid=sigmoid, dtype=torch.float64), tag_weight=0.0, caption_weight=0.0, contrastive_weight=0.7)
+    backbone, images = ttd.backbone, toy_images(4).double()
+    tags = ttd(images, captions).alignment.tags
+    assert bool(len(tags)) == (captions is CAPTIONS) and not tags.requires_grad
+    found = gradients(ttd, images, captions)
+    align = TTD._align
+    monkeypatch.setattr(TTD, "_align", lambda self, *a, **more: align(self, *a, **(more | {"tag_gradient": True})))
+    through_tags = gradients(ttd, images, captions)
+
+    # By its definition, one caption at a time, and without the engine.
+    ttd.zero_grad(set_to_none=True)
+    image = backbone.encode_image(images).pooled
+    assert image is not None
+    text = torch.cat([backbone.encode_text(backbone.tokenize([caption]).ids) for caption in captions])
+    cosines = (image / image.norm(dim=1, keepdim=True)) @ (text / text.norm(dim=1, keepdim=True)).T
+    logits, bias, total = backbone.logit_scale() * cosines, backbone.logit_bias(), torch.zeros((), dtype=torch.float64)
+    logits = logits if bias is None else logits + bias
+    for i in range(4):
+        if sigmoid:
+            for j in range(4):
+                total = total + torch.log1p(torch.exp(-logits[i, j] if i == j else logits[i, j]))
+        else:
+            total = total - (logits[i, i] - logits[i].exp().sum().log()) / 2
+            total = total - (logits[i, i] - logits[:, i].exp().sum().log()) / 2
+    (0.7 * total / 4).backward()
+    plain = {name: p.grad.clone() for name, p in ttd.named_parameters() if p.grad is not None}
+    assert plain.keys() <= found.keys() and any(bool(value.abs().max() > 1e-4) for value in plain.values())
+    for one in (found, through_tags):
+        for name, value in one.items():
+            torch.testing.assert_close(value, plain.get(name, torch.zeros_like(value)), rtol=1e-9, atol=1e-12)
+
+
 def test_its_own_targets_give_the_gradients_of_a_frozen_copy() -> None:
     for options in ({}, {"distance": "mse"}, {"score": "image"}, {"score": "text", "rule": "probability"}):
         own = gradients(engine(teacher="self", **options), toy_images(4), CAPTIONS)

@@ -134,6 +134,30 @@ def test_tag_figures_agree_with_a_slow_count(folder: Path, rule: Any, threshold:
     assert 0 <= result.figures["retrieval"]["r1"] <= result.figures["retrieval"]["r10"] <= 1
 
 
+@torch.no_grad()
+def test_zero_shot_classification_beside_tags_agrees_with_a_slow_search(folder: Path) -> None:
+    backbone, data = toy(), open_captions("coco_captions", folder)
+    figures = evaluate_tags(backbone, data, TagProtocol(dense=PLAIN)).figures
+    assert figures is not None and len(data.classes) == 133
+    # Some of the 133 names are one text to the toy, so that either of two classes may be the nearer one.
+    certain, possible = {1: 0, 5: 0}, {1: 0, 5: 0}
+    for name in "abc":  # the mask of d is void
+        _, pooled = maps_of(backbone, folder, name, [])
+        nearest = {
+            item.id: max(slow.dot(pooled, text_of(backbone, f"a photo of a {text}.")) for text in item.texts)
+            for item in data.classes
+        }
+        for k in (1, 5):
+            shown = [nearest[number] for number in SHOWN[name]]
+            certain[k] += any(sum(value >= one - 1e-5 for value in nearest.values()) <= k for one in shown)
+            possible[k] += any(sum(value > one + 1e-5 for value in nearest.values()) < k for one in shown)
+    assert figures["zero_shot"]["images"] == 3 and possible[5] > 0 and certain[5] < 3
+    for k in (1, 5):
+        assert certain[k] <= round(3 * figures["zero_shot"][f"top{k}"]) <= possible[k]
+    without = evaluate_tags(backbone, data, TagProtocol(dense=PLAIN, zero_shot=None)).figures
+    assert without is not None and "zero_shot" not in without
+
+
 def test_retrieval_can_be_left_out_and_unknown_words_are_not_counted(folder: Path) -> None:
     from ttd_plugins.evaluation.true_tags import Vocabulary
 

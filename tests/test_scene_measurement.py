@@ -12,7 +12,7 @@ import torch
 from mutants import assert_caught, mutant
 from toy_backbone import MEAN, SIDE, STD, ToyAdapter, toy
 
-from ttd_plugins.embedded.scenes import Scene, kind_of_noun
+from ttd_plugins.embedded.scenes import NOUNS, Scene, kind_of_noun
 from ttd_plugins.engine import TTD
 from ttd_plugins.evaluation import scenes as measuring
 from ttd_plugins.evaluation.scenes import SceneMetrics, measure_on_scenes, scene_pixels
@@ -82,7 +82,11 @@ def measured_slowly(ttd: TTD, scenes: list[Scene]) -> dict[str, Any]:
     pooled: dict[str, list[Any]] = {name: [] for name in ("pixel", "blind", "image", "text", "label", "selected")}
     caption_ious, tag_ious, balances, spreads = [], [], [], []
     in_tag: dict[str, list[float]] = {}
+    nouns = {noun: text(options.template.replace("{}", noun)) for noun in NOUNS}
+    zero_shots: list[float] = []
     for scene, patches, whole in zip(scenes, pictures, wholes, strict=True):
+        best = max(nouns, key=lambda noun: slow.dot(whole, nouns[noun]))
+        zero_shots.append(float(best in scene.masks))
         caption = text(scene.caption)
         (tags,) = ttd.extractor([scene.caption])
         words = [text(options.template.replace("{}", tag)) for tag in tags]
@@ -131,6 +135,7 @@ def measured_slowly(ttd: TTD, scenes: list[Scene]) -> dict[str, Any]:
         "tag_iou": mean(tag_ious),
         "tag_balance": mean(balances),
         "retrieval_r1": slow.retrieval(wholes, [text(caption) for caption in captions], captions),
+        "zero_shot_top1": mean(zero_shots),
         "caption_map_in_tag": {kind: mean(values) for kind, values in in_tag.items()},
         "caption_map_spread": mean(spreads),
         "selected_per_caption": sum(pooled["selected"]) / len(scenes),
@@ -172,6 +177,7 @@ def test_every_figure_agrees_with_its_loop(options: dict[str, Any], seed: int) -
         ("_measure_maps", "position += len(tags)", "position += 0"),
         ("_measure_maps", "tag_balance(heat, masks)", "tag_balance(heat, masks[:1])"),
         ("_blind_scores", "amax(-1)", "mean(-1)"),
+        ("_pictured", "noun in scene.masks", "noun not in scene.masks"),
     ],
 )
 def test_a_broken_figure_is_noticed(name: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:

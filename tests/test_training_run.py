@@ -9,8 +9,10 @@ import os
 import pickle
 import shutil
 import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,6 +149,24 @@ def test_full_fine_tuning_of_one_tower_leaves_the_rest_alone_and_can_be_taken_ba
 def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     run_toy(tmp_path, toy_config(optimizer={"steps": 7}, run={"keep": 2, "checkpoint_every": 2}))
     assert checkpoint_steps(tmp_path) == [6, 7]
+
+
+def test_checkpoints_come_by_the_clock_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter, time=time.time)
+    monkeypatch.setattr("ttd_plugins.training.run.time", clock)
+    pairs = MemoryPairs()
+
+    def a_second_each(epoch: int, batch: int) -> None:
+        now[0] += 1.0
+
+    pairs.on_batch = a_second_each
+    by_clock = {"checkpoint_every": 0, "checkpoint_minutes": 3 / 60}
+    timed = run_toy(tmp_path / "timed", toy_config(optimizer={"steps": 8}, run=by_clock), pairs=pairs)
+    assert checkpoint_steps(tmp_path / "timed") == [3, 6, 8]
+    rarely = run_toy(tmp_path / "rarely", toy_config(optimizer={"steps": 8}, run={"checkpoint_every": 0}))
+    assert checkpoint_steps(tmp_path / "rarely") == [8]
+    assert_same(weights_of(timed), weights_of(rarely))
 
 
 def test_epochs_become_steps_and_a_stream_of_unknown_length_asks_for_them(tmp_path: Path) -> None:

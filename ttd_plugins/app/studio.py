@@ -107,7 +107,7 @@ class Studio:
 
     Args:
         backbones: names, in the order in which they are shown.
-        tuned: for some of them, where their tuned twin is; see :func:`ttd_plugins.app.tuned.load_tuned`.
+        tuned: for some of them, where their tuned twin is; see :func:`ttd_plugins.training.tuned.load_tuned`.
         options: the engine's.
         device: where the models go.
 
@@ -124,7 +124,7 @@ class Studio:
         options: TTDOptions | None = None,
         device: str | None = None,
     ) -> None:
-        from ttd_plugins.app.tuned import tuned_kind
+        from ttd_plugins.training.tuned import untuned_name
 
         self.backbones = list(dict.fromkeys(backbones))
         self.tuned = dict(tuned or {})
@@ -137,7 +137,7 @@ class Studio:
         for name, source in self.tuned.items():
             if name not in self.backbones:
                 raise InputError(f"a tuned {name} is given, which is none of the backbones {', '.join(self.backbones)}")
-            tuned_kind(source)
+            untuned_name(source, name)
         self._extractor = make_tag_extractor(self.options.extractor, **self.options.extractor_options)
         self._guard = threading.Lock()
         self._before = {name: _Kept() for name in self.backbones}
@@ -224,7 +224,7 @@ class Studio:
         return BackboneView(name, before, after, kept.title, tuple(notes))
 
     def _load_tuned(self, name: str) -> DenseAdapter:
-        from ttd_plugins.app.tuned import load_tuned
+        from ttd_plugins.training.tuned import load_tuned
 
         return load_tuned(name, self.tuned[name], device=self.device)
 

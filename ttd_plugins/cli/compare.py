@@ -21,7 +21,7 @@ def command(
         typer.Option(
             "--backbones",
             metavar="A,B,...",
-            help="family:model@weights, the folder of a run of `ttd train`, or NAME+FOLDER of a run or of LoRA.",
+            help="family:model@weights; a run or a demo; or NAME+PATH of a run, a demo, exported LoRA or weights.",
             show_default=False,
         ),
     ],

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 SCENES = "scenes"
 WATCHED = 10
 """Steps whose mean the watch for collapse looks at."""
+CHECKPOINT_MINUTES = 1.0
+"""What a run that is killed while pairs are trained on may lose."""
 Values = dict[str, float | None]
 Curve = list[dict[str, float]]
 
@@ -88,6 +90,12 @@ RETRIEVAL_R1 = Figure(
     "higher",
     "Image-text retrieval at 1, mean of both directions: what fine-tuning may cost.",
 )
+ZERO_SHOT = Figure(
+    "zero_shot_top1",
+    "zero-shot top-1",
+    "higher",
+    "How often the class name nearest to the image embedding is one that the picture shows: what fine-tuning may cost.",
+)
 SCENE_FIGURES = (
     Figure(
         "caption_iou",
@@ -106,6 +114,7 @@ SCENE_FIGURES = (
         "The same by a scorer that knows each word's mean and never looks at the picture.",
     ),
     RETRIEVAL_R1,
+    ZERO_SHOT,
     Figure(
         "caption_map_spread",
         "map spread",
@@ -210,7 +219,7 @@ CAPTION_FIGURES = (
 class CaptionedData:
     """Annotated photographs to measure on, by the protocols of tag selection and text-level segmentation."""
 
-    figures = CAPTION_FIGURES
+    figures: tuple[Figure, ...] = CAPTION_FIGURES
     attribution = ""
 
     def __init__(self, options: CompareOptions) -> None:
@@ -232,6 +241,8 @@ class CaptionedData:
         if not len(self.reader):
             raise InputError(f"{str(options.root)!r} holds no captioned picture")
         self.reader.check()
+        if self.reader.classes:
+            self.figures = (*CAPTION_FIGURES, ZERO_SHOT)
         if options.tune and options.pairs is not None:
             from ttd_plugins.data import open_pairs
 
@@ -284,6 +295,8 @@ class CaptionedData:
             "retrieval_r1": tags["retrieval"]["r1"],
             "retrieval_r5": tags["retrieval"]["r5"],
         }
+        if ZERO_SHOT in self.figures:
+            found[ZERO_SHOT.key] = tags["zero_shot"]["top1"]
         return {key: _finite(value) for key, value in found.items()}
 
     def tune(
@@ -305,7 +318,13 @@ class CaptionedData:
                     "learning_rate": self.learning_rate,
                     "warm_up": min(100, options.steps // 10),
                 },
-                "run": {"seed": seed, "log_every": WATCHED, "cpu": options.device == "cpu", "keep": 1},
+                "run": {
+                    "seed": seed,
+                    "log_every": WATCHED,
+                    "cpu": options.device == "cpu",
+                    "keep": 1,
+                    "checkpoint_minutes": CHECKPOINT_MINUTES,
+                },
             }
         )
 

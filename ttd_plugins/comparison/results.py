@@ -132,7 +132,8 @@ class Comparison:
     """A finished comparison.
 
     Attributes:
-        settings: everything that decides the result: data, seeds, steps, options of TTD, versions.
+        settings: everything that decides the result: data, seeds, steps, options of TTD, versions; and the ``command``
+            that repeats it, quoted for a shell, where one does.
         figures: the columns, in the table's order.
         backbones: the rows, in the order asked for.
         gallery: pictures, failures included.

@@ -21,6 +21,7 @@ from PIL import Image
 
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.comparison.backbones import check_backbone, open_backbone
+from ttd_plugins.comparison.command import repeat_command
 from ttd_plugins.comparison.data import SCENES, ComparisonData, Sample, open_data, picture_at
 from ttd_plugins.comparison.results import ARMS, Arm, BackboneResult, Comparison, Picture, TagView, View
 from ttd_plugins.comparison.tables import summary, write_csv, write_markdown
@@ -174,6 +175,8 @@ class _Run:
         figures = [asdict(figure) for figure in data.figures]
         self.record = StageRecord(out / RESULTS, settings, figures=figures, backbones={}, failures={}, pictures=[])
         self.record.content["failures"] = {}
+        # No setting: another folder or more jobs change no figure.
+        self.record.content["command"] = repeat_command(out, options)
         self.failures: dict[str, str] = self.record.content["failures"]
 
     # Stages --------------------------------------------------------------------------------------------------------
@@ -355,7 +358,7 @@ class _Run:
         shutil.rmtree(self.out / WORK, ignore_errors=True)
         self.record.save()
         return Comparison(
-            settings=self.record.content["settings"],
+            settings=self.record.content["settings"] | {"command": self.record.content["command"]},
             figures=self.data.figures,
             backbones=[self._result(name) for name in names],
             gallery=pictures,

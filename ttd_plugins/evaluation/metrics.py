@@ -277,7 +277,8 @@ def zero_shot_hits(image: Tensor, classes: Tensor, labels: Tensor, ks: Sequence[
     Args:
         image: ``[N, D]``, L2-normalised pooled embeddings.
         classes: ``[C, D]``, L2-normalised class embeddings.
-        labels: int64 ``[N]``, or bool ``[N, C]`` where an image may show several classes, any of which is right.
+        labels: int64 ``[N]``, or bool ``[N, C]`` where an image may show several classes, any of which is right, or
+            none, and then none is a hit.
         ks: how many of the nearest classes are looked at.
     """
     best = (image @ classes.T).topk(min(max(ks), len(classes)), dim=1).indices
@@ -286,6 +287,15 @@ def zero_shot_hits(image: Tensor, classes: Tensor, labels: Tensor, ks: Sequence[
 
 
 def zero_shot_accuracy(image: Tensor, classes: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> dict[int, float]:
-    """Zero-shot classification accuracy at each k; see :func:`zero_shot_hits`. NaN without an image."""
-    hits = zero_shot_hits(image, classes, labels, ks) if len(image) else {}
-    return {k: hits[k] / len(image) if len(image) else float("nan") for k in ks}
+    """Zero-shot classification accuracy at each k; see :func:`zero_shot_hits`.
+
+    Images that show none of the classes count nowhere; without any other image it is NaN.
+    """
+    count = classified_images(labels)
+    hits = zero_shot_hits(image, classes, labels, ks) if count else {}
+    return {k: hits[k] / count if count else float("nan") for k in ks}
+
+
+def classified_images(labels: Tensor) -> int:
+    """How many images show a class; ``labels`` as in :func:`zero_shot_hits`."""
+    return int(labels.any(1).sum()) if labels.ndim == 2 else len(labels)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ttd_plugins.adapter import DenseAdapter
-from ttd_plugins.embedded.scenes import Scene, kind_of_noun
+from ttd_plugins.embedded.scenes import NOUNS, Scene, kind_of_noun
 from ttd_plugins.engine import TTD, Alignment, evaluation_mode
 from ttd_plugins.evaluation.metrics import (
     average_precision,
@@ -22,6 +22,7 @@ from ttd_plugins.evaluation.metrics import (
     retrieval_recall,
     tag_balance,
     upsample_map,
+    zero_shot_accuracy,
 )
 from ttd_plugins.similarity import minmax_normalize
 from ttd_plugins.texts import encode_texts
@@ -45,6 +46,8 @@ class SceneMetrics:
         tag_balance: over captions with two true tags or more, the mean of the weakest true tag's mean of the
             normalised caption map inside its mask over the strongest's.
         retrieval_r1: image-text retrieval R@1, mean of both directions, identical captions both right.
+        zero_shot_top1: how often the noun of the scenes whose embedding, in the engine's template, is nearest to the
+            pooled image embedding names something that is pictured, mentioned by the caption or not.
         caption_map_in_tag: for each kind of noun, the mean of the normalised caption map inside the masks of true
             tags of that kind: the bias by kind of word.
         caption_map_spread: mean of max - min over patches of the caption's cosines; near zero means collapse.
@@ -62,6 +65,7 @@ class SceneMetrics:
     tag_iou: float
     tag_balance: float
     retrieval_r1: float
+    zero_shot_top1: float
     caption_map_in_tag: dict[str, float]
     caption_map_spread: float
     selected_per_caption: float
@@ -128,6 +132,7 @@ def measure_on_scenes(
             if progress is not None:
                 progress(len(batch))
         blind = _blind_scores(ttd, pool)
+        nouns, _ = encode_texts(ttd.backbone, [ttd.options.template.format(noun) for noun in NOUNS])
 
     labels = np.array(pool.labels)
     ap = {name: average_precision(np.concatenate(parts), labels) for name, parts in pool.scores.items()}
@@ -143,12 +148,18 @@ def measure_on_scenes(
         retrieval_r1=retrieval_recall(
             torch.cat(pool.pooled), torch.cat(pool.captions), [scene.caption for scene in scenes]
         ),
+        zero_shot_top1=zero_shot_accuracy(torch.cat(pool.pooled), nouns, _pictured(scenes).to(nouns.device), (1,))[1],
         caption_map_in_tag={kind: float(np.mean(values)) for kind, values in sorted(pool.in_tag.items())},
         caption_map_spread=float(np.mean(pool.spread)),
         selected_per_caption=float(np.sum(pool.selected)) / len(scenes),
         true_per_caption=sum(len(scene.true_tags) for scene in scenes) / len(scenes),
         scenes=len(scenes),
     )
+
+
+def _pictured(scenes: Sequence[Scene]) -> Tensor:
+    """Which of the nouns each scene pictures, named or not: bool ``[N, C]``."""
+    return torch.tensor([[noun in scene.masks for noun in NOUNS] for scene in scenes])
 
 
 def _measure_batch(ttd: TTD, scenes: list[Scene], pool: _Pooled) -> None:

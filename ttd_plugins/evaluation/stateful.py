@@ -228,8 +228,8 @@ class ZeroShotAccuracy(Metric):
         if len(images):
             found = metrics.zero_shot_hits(images, classes, labels, self.ks)
             self.hits += torch.tensor([found[k] for k in self.ks], device=self.hits.device)
-            self.images += len(images)
+            self.images += metrics.classified_images(labels)
 
     def compute(self) -> dict[str, Tensor]:
-        """``top1``, ``top5``, ...; NaN without an image."""
+        """``top1``, ``top5``, ...; NaN without an image that shows a class."""
         return {f"top{k}": hits / self.images for k, hits in zip(self.ks, self.hits, strict=True)}

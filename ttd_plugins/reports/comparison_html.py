@@ -635,10 +635,6 @@ def _warnings_section(comparison: Comparison) -> str:
 
 def _settings_section(settings: Mapping[str, Any]) -> str:
     command = settings.get("command")
-    if isinstance(command, list | tuple):
-        import shlex
-
-        command = shlex.join(map(str, command))
     repeat = (
         f'<pre class="command">{page.text(command)}</pre>'
         if command

@@ -111,6 +111,7 @@ class RunConfig:
         log_every: figures are averaged over so many steps.
         checkpoint_every, keep: how often a checkpoint is written, and how many of the newest are kept. One is always
             written at the end.
+        checkpoint_minutes: a checkpoint is also written once so many minutes have passed since the last; 0 means never.
         picture_every, pictures: how often heat maps of how many fixed samples are drawn.
         evaluate_every: how often the callback that evaluates is called.
         trackers: names of accelerate's trackers, such as ``tensorboard`` and ``wandb``.
@@ -125,6 +126,7 @@ class RunConfig:
     cpu: bool = False
     log_every: int = 10
     checkpoint_every: int = 500
+    checkpoint_minutes: float = 0.0
     keep: int = 3
     picture_every: int = 0
     pictures: int = 4
@@ -162,6 +164,7 @@ class TrainConfig:
             ("data.max_skipped", data.max_skipped, 0),
             ("run.log_every", run.log_every, 1),
             ("run.checkpoint_every", run.checkpoint_every, 0),
+            ("run.checkpoint_minutes", run.checkpoint_minutes, 0),
             ("run.keep", run.keep, 1),
             ("run.picture_every", run.picture_every, 0),
             ("run.pictures", run.pictures, 0),

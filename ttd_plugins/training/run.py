@@ -34,8 +34,8 @@ from ttd_plugins.training.towers import build_backbone, parameter_groups, train_
 from ttd_plugins.training.watch import CollapseWatch, Window
 
 HARMLESS = (
-    "data.max_skipped", "run.log_every", "run.checkpoint_every", "run.keep", "run.picture_every",
-    "run.pictures", "run.evaluate_every", "run.trackers", "run.nonfinite", "run.max_skipped_steps",
+    "data.max_skipped", "run.log_every", "run.checkpoint_every", "run.checkpoint_minutes", "run.keep",
+    "run.picture_every", "run.pictures", "run.evaluate_every", "run.trackers", "run.nonfinite", "run.max_skipped_steps",
 )  # fmt: skip
 """Options that a resumed run may change, since they decide neither data nor gradients."""
 
@@ -366,7 +366,7 @@ class _Run:
         config = self.config.run
         self._start_trackers()
         self.reporter.started(self.steps, self.step)
-        self.since = _Since()
+        self.since, self.saved_at = _Since(), time.monotonic()
         with _Signals(self.reporter.said) as signals:
             if self.step == 0:
                 self._picture_and_evaluate()
@@ -375,7 +375,7 @@ class _Run:
                 if self.step % config.log_every == 0 or self.step == self.steps:
                     self._write_log()
                 self._picture_and_evaluate()
-                if config.checkpoint_every and self.step % config.checkpoint_every == 0:
+                if self._checkpoint_is_due():
                     self._save()
             if self.saved != self.step:
                 self._save()
@@ -571,6 +571,16 @@ class _Run:
         self._save()
         return True
 
+    def _checkpoint_is_due(self) -> bool:
+        run = self.config.run
+        if run.checkpoint_every and self.step % run.checkpoint_every == 0:
+            return True
+        if not run.checkpoint_minutes:
+            return False
+        late = time.monotonic() - self.saved_at >= 60 * run.checkpoint_minutes
+        # Every process takes part in a checkpoint, and their clocks differ.
+        return bool(distributed.gathered(late)[0])
+
     def _save(self) -> None:
         point = self.point
         positions, states = distributed.gathered(_jsonable(point.position)), distributed.gathered(point.random)
@@ -609,7 +619,7 @@ class _Run:
             )
 
         self._agreed(write)
-        self.saved = self.step
+        self.saved, self.saved_at = self.step, time.monotonic()
 
     # Figures -------------------------------------------------------------------------------------------------------
 

@@ -125,6 +125,7 @@ class CaptionedImage:
         captions: one or more.
         masks: bool ``[height, width]`` for the text of each true tag of any of the captions.
         valid: bool ``[height, width]``, false where nothing is known, or ``None`` where all is.
+        shown: names of the data set's classes that the picture shows, mentioned or not.
     """
 
     key: str
@@ -132,6 +133,7 @@ class CaptionedImage:
     captions: tuple[CaptionTruth, ...]
     masks: Mapping[str, NDArray[np.bool_]]
     valid: NDArray[np.bool_] | None = None
+    shown: frozenset[str] = frozenset()
 
 
 class CaptionData(ABC):
@@ -140,10 +142,12 @@ class CaptionData(ABC):
     Attributes:
         name: name of the data set, for results.
         root: its folder.
+        classes: the classes that its pictures are labelled with, all of them; empty where there are none.
     """
 
     name: str
     root: Path
+    classes: tuple[ClassNames, ...] = ()
 
     @abstractmethod
     def keys(self) -> Sequence[str]:

@@ -16,6 +16,7 @@ from ttd_plugins.evaluation.datasets.base import (
     CaptionTruth,
     DatasetError,
     Progress,
+    class_names,
     existing_root,
     first_folder,
     picture_size,
@@ -85,6 +86,8 @@ class CocoCaptions(CaptionData):
         self._pictures = folder
         self._read_captions(file)
         self._dense, self._instances = self._annotations(file)
+        listed = None if self._dense is not None else set(self._listed_instances.categories.values())
+        self.classes = tuple(c for c in class_names("coco_panoptic") if listed is None or c.name in listed)
 
     def _read_captions(self, file: Path) -> None:
         content = read_json(file)
@@ -202,7 +205,8 @@ class CocoCaptions(CaptionData):
                 everything = all(name in known for name in mention.classes)
                 true.append(True if here else False if everything else None)
             captions.append(CaptionTruth(caption, tuple(mentions), tuple(true)))
-        return CaptionedImage(key, self.image_path(key), tuple(captions), masks, valid)
+        named = frozenset(shown) & {item.name for item in self.classes}
+        return CaptionedImage(key, self.image_path(key), tuple(captions), masks, valid, named)
 
     def describe(self) -> dict[str, Any]:
         annotations = "dense masks" if self._dense is not None else "instances"

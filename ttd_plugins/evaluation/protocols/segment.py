@@ -11,7 +11,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from ttd_plugins import similarity
 from ttd_plugins.adapter import Calibration, DenseAdapter
 from ttd_plugins.data.images import read_image
 from ttd_plugins.engine import evaluation_mode
@@ -27,9 +26,10 @@ from ttd_plugins.evaluation.dense import (
     refine_maps,
     templates_by_name,
 )
-from ttd_plugins.evaluation.metrics import IGNORE, class_counts, class_figures, zero_shot_hits
+from ttd_plugins.evaluation.metrics import IGNORE, class_counts, class_figures
 from ttd_plugins.evaluation.protocols.running import EvaluationResult, Record, describe_backbone, run_protocol
 from ttd_plugins.evaluation.protocols.text import PAPER_SCALES
+from ttd_plugins.evaluation.protocols.zero_shot import shown_hits, zero_shot_figures
 from ttd_plugins.progress import Stage, silent
 
 Background = Literal["constant", "auto", "words", "none"]
@@ -153,7 +153,7 @@ def evaluate_segment(
         shown = [int(i) for i in np.unique(truth) if i != IGNORE and i != data.background]
         return {
             "counts": {str(i): counts[:, i].tolist() for i in used},
-            "zero_shot": _zero_shot(similarity.normalize(features.pooled), texts, owner, nothing, count, shown),
+            "zero_shot": shown_hits(features.pooled, texts, owner, count, shown, left_out=nothing),
         }
 
     settings = {
@@ -197,41 +197,20 @@ def _names(data: SegmentationData, options: SegmentProtocol, nothing: int, plane
     return names, owners
 
 
-def _zero_shot(
-    pooled: torch.Tensor, texts: torch.Tensor, owner: torch.Tensor, nothing: int, count: int, shown: list[int]
-) -> dict[str, int] | None:
-    """Whether the nearest class, or one of the nearest five, is shown; ``None`` where nothing but background is."""
-    if not shown:
-        return None
-    cosines = (texts @ pooled.to(texts)).cpu()
-    best = torch.full((count,), -torch.inf)
-    mine = owner != nothing
-    best = best.scatter_reduce(0, owner[mine], cosines[mine], reduce="amax")
-    right = torch.zeros(1, count, dtype=torch.bool)
-    right[0, shown] = True
-    hits = zero_shot_hits(torch.ones(1, 1), best[:, None], right, (1, 5))
-    return {f"top{k}": hit for k, hit in hits.items()}
-
-
 def segment_figures(records: Iterable[Record], classes: list[str]) -> dict[str, Any]:
     """The figures of :func:`evaluate_segment` from the records of its pictures."""
     counts = np.zeros((3, len(classes) + 1), np.int64)
-    hits: dict[str, int] = {"top1": 0, "top5": 0}
-    classified = 0
+    hits = []
     for record in records:
         for index, column in record["counts"].items():
             counts[:, int(index)] += np.array(column, np.int64)
-        if record["zero_shot"] is not None:
-            classified += 1
-            for k, hit in record["zero_shot"].items():
-                hits[k] += hit
+        hits.append(record["zero_shot"])
     figures = class_figures(counts[:, :-1])
     each = {name: {part: figures[part][index] for part in ("iou", "fpr", "fnr")} for index, name in enumerate(classes)}
     pixels = int(counts[2].sum())
     return {
         **{name: figures[name] for name in ("miou", "mfpr", "mfnr", "present")},
         "pixel_accuracy": int(counts[0].sum()) / pixels if pixels else float("nan"),
-        **{f"zero_shot_{k}": hit / classified if classified else float("nan") for k, hit in hits.items()},
-        "zero_shot_images": classified,
+        **{f"zero_shot_{name}": value for name, value in zero_shot_figures(hits).items()},
         "classes": each,
     }

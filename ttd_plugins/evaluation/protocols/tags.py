@@ -2,7 +2,8 @@
 
 Candidates are pooled over captions; figures are precision, recall, F1 and accuracy of what is selected, and the average
 precision of the scores. The baselines score a word by the pooled image embedding and by the caption's embedding, or
-take all nouns. Beside them stands retrieval, which fine-tuning may cost.
+take all nouns. Beside them stand retrieval and zero-shot classification, which fine-tuning
+may cost.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ttd_plugins.data.images import read_image
 from ttd_plugins.engine import TTDOptions, evaluation_mode
 from ttd_plugins.errors import InputError
 from ttd_plugins.evaluation.datasets import CaptionData
-from ttd_plugins.evaluation.dense import DenseOptions, dense_features
+from ttd_plugins.evaluation.dense import DenseOptions, class_embeddings, dense_features, templates_by_name
 from ttd_plugins.evaluation.metrics import SelectionCounts, average_precision, retrieval_recalls, selection_counts
 from ttd_plugins.evaluation.protocols.running import (
     EvaluationResult,
@@ -32,6 +33,7 @@ from ttd_plugins.evaluation.protocols.running import (
     run_protocol,
     unpack,
 )
+from ttd_plugins.evaluation.protocols.zero_shot import shown_hits, zero_shot_figures
 from ttd_plugins.evaluation.true_tags import label_candidates
 from ttd_plugins.progress import Stage
 from ttd_plugins.tags import fold, split_words
@@ -55,6 +57,8 @@ class TagProtocol:
         nouns: whether the baseline of all nouns is measured, which needs Stanza.
         nouns_options: options of the extractor ``stanza``.
         retrieval: whether image-text retrieval is measured with the captions.
+        zero_shot: templates of class names for zero-shot classification, as ``"photo"``, ``"imagenet"`` or ``"none"``;
+            ``None`` leaves it out, as do data sets that label no classes.
     """
 
     dense: DenseOptions = field(default_factory=lambda: DenseOptions(size=224, flip=True))
@@ -67,6 +71,7 @@ class TagProtocol:
     nouns: bool = False
     nouns_options: Mapping[str, Any] = field(default_factory=dict)
     retrieval: bool = True
+    zero_shot: str | None = "photo"
 
 
 TAG_PRESETS: dict[str, TagProtocol] = {
@@ -90,7 +95,8 @@ def evaluate_tags(
 
     Figures: for each of ``pixel``, ``image`` and ``text`` (and ``nouns``) ``precision``, ``recall``, ``f1``,
     ``accuracy`` and ``map``; the numbers of candidates, of positives and of those left out because nothing tells;
-    ``retrieval``.
+    ``retrieval``; and, where the data set labels classes, ``zero_shot``: how often a class that the picture shows has
+    the name or alias nearest to the pooled image embedding (``top1``), or one of the nearest five (``top5``).
 
     Args:
         adapter: the backbone; in evaluation mode for the time being.
@@ -113,6 +119,15 @@ def evaluate_tags(
     nouns = make_tag_extractor("stanza", **options.nouns_options) if options.nouns else None
     calibration = options.calibration or adapter.description.calibration
     memory = TextMemory(REMEMBERED_TEXTS)
+    templates = None if options.zero_shot is None or not data.classes else templates_by_name(options.zero_shot)
+    owner = torch.tensor([index for index, item in enumerate(data.classes) for _ in item.texts])
+    place_of = {item.name: index for index, item in enumerate(data.classes)}
+    names: list[torch.Tensor] = []
+
+    def name_classes() -> None:
+        if templates is not None:
+            texts_of_classes = [text for item in data.classes for text in item.texts]
+            names.append(class_embeddings(adapter, texts_of_classes, templates))
 
     def texts(names: Sequence[str]) -> torch.Tensor:
         return memory.encode(adapter, names)[0]
@@ -159,6 +174,9 @@ def evaluate_tags(
                 "texts": [pack(vector) for vector in caption_embeddings],
                 "words": captions,
             }
+        if names:
+            shown = sorted(place_of[name] for name in item.shown)
+            record["zero_shot"] = shown_hits(features.pooled, names[0], owner, len(data.classes), shown)
         return record
 
     settings = {
@@ -171,7 +189,7 @@ def evaluate_tags(
     with evaluation_mode(adapter):
         return run_protocol(
             "tags", adapter, list(data.keys()), one, tag_figures, settings,
-            check=data.check, out=out, rank=rank, world=world, stage=stage,
+            check=data.check, prepare=name_classes, out=out, rank=rank, world=world, stage=stage,
         )  # fmt: skip
 
 
@@ -186,8 +204,10 @@ def tag_figures(records: Iterable[Record]) -> dict[str, Any]:
     scores: dict[str, list[float]] = {name: [] for name in SCORES}
     labels: list[bool] = []
     captions = unknown = 0
-    images, texts, owner, words = [], [], [], []
+    images, texts, owner, words, hits = [], [], [], [], []
     for number, record in enumerate(records):
+        if "zero_shot" in record:
+            hits.append(record["zero_shot"])
         for caption in record["captions"]:
             captions += 1
             known = [i for i, label in enumerate(caption["labels"]) if label is not None]
@@ -211,4 +231,6 @@ def tag_figures(records: Iterable[Record]) -> dict[str, Any]:
     figures |= {"captions": captions, "candidates": len(labels), "positives": sum(labels), "unknown": unknown}
     if images:
         figures["retrieval"] = retrieval_recalls(unpack(images), unpack(texts), owner, words)
+    if hits:
+        figures["zero_shot"] = zero_shot_figures(hits)
     return figures

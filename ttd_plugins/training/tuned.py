@@ -1,4 +1,7 @@
-"""Tuned backbones from whatever form they were kept in: a run, LoRA alone, weights of the demo, or another name."""
+"""Tuned backbones from whatever form they were kept in: a run, LoRA alone, weights of the demo, or another name.
+
+Whatever takes a tuned backbone from its user, such as ``ttd app`` and ``ttd compare``, takes these forms.
+"""
 
 from __future__ import annotations
 
@@ -50,11 +53,35 @@ def tuned_kind(source: str) -> Kind:
     raise InputError(f"{source!r} does not exist; give {FORMS}")
 
 
-def load_tuned(name: str, source: str, *, device: str | None = None) -> DenseAdapter:
-    """The backbone ``name`` as it was tuned, in evaluation mode.
+def untuned_name(source: str, name: str | None = None) -> str:
+    """The name of the backbone before tuning: what ``source`` says of itself, or ``name``; quick as :func:`tuned_kind`.
 
     Args:
-        name: the backbone before tuning.
+        source: one of the forms that :func:`tuned_kind` knows.
+        name: the backbone that it is taken for; ``None`` where the source alone should tell, as runs and demos do.
+
+    Raises:
+        InputError: it is of another backbone than ``name``, holds nothing yet, or neither of the two names one.
+    """
+    from ttd_plugins.plugins import parse_name
+
+    kind, path = tuned_kind(source), Path(source)
+    own = (
+        source if kind == "name" else _run_name(path) if kind == "run" else _demo_name(path) if kind == "demo" else None
+    )
+    if own is None and name is None:
+        what = {"lora": "LoRA alone", "run": "a run that was given a model object"}.get(kind, "weights alone")
+        raise InputError(f"{source!r} holds {what}; say of which backbone, as FAMILY:MODEL")
+    if own is not None and name is not None and kind != "name" and parse_name(own) != parse_name(name):
+        raise InputError(f"{source} is a {kind} of {own} and not of {name}; name {own} with it")
+    return own or str(name)
+
+
+def load_tuned(name: str | None, source: str, *, device: str | None = None) -> DenseAdapter:
+    """The backbone ``name`` as it was tuned, in evaluation mode, LoRA still in place where it was tuned by LoRA.
+
+    Args:
+        name: the backbone before tuning, or ``None`` where the source says it, as runs and demos do.
         source: one of the forms that :func:`tuned_kind` knows.
         device: where it goes.
 
@@ -64,50 +91,42 @@ def load_tuned(name: str, source: str, *, device: str | None = None) -> DenseAda
     """
     from ttd_plugins.plugins import load
 
-    kind, path = tuned_kind(source), Path(source)
+    kind, path, base = tuned_kind(source), Path(source), untuned_name(source, name)
     if kind == "name":
         return load(source, device=device)
     if kind == "run":
-        adapter = _of_run(name, path)
+        from ttd_plugins.training.checkpoints import restore_backbone
+
+        # A run that was given an object in place of a name cannot build it again.
+        adapter = restore_backbone(path, backbone=load(base) if _run_name(path) is None else None)
     elif kind == "lora":
         from ttd_plugins.lora import load_lora
 
-        adapter = load_lora(load(name), path)
+        adapter = load_lora(load(base), path)
     else:
-        if kind == "demo":
-            _require_demo_of(name, path)
-            path /= DEMO_WEIGHTS
-        elif path.is_dir():
-            path = next(path / file for file in EXPORTED if (path / file).is_file())
-        adapter = _of_weights(name, path)
+        if path.is_dir():
+            path = next(path / file for file in (DEMO_WEIGHTS, *EXPORTED) if (path / file).is_file())
+        adapter = _of_weights(base, path)
     return (adapter if device is None else adapter.to(device)).eval()
 
 
-def _of_run(name: str, run: Path) -> DenseAdapter:
-    from ttd_plugins.plugins import load, parse_name
-    from ttd_plugins.training.checkpoints import checkpoint_steps, restore_backbone
+def _run_name(run: Path) -> str | None:
+    from ttd_plugins.training.checkpoints import checkpoint_steps
     from ttd_plugins.training.config import TrainConfig
 
     own = TrainConfig.read(run / "config.yaml").backbone.name
-    if own is not None and parse_name(own) != parse_name(name):
-        raise InputError(f"{run} is a run of {own} and not of {name}; give it as --tuned {own}={run}")
     if not checkpoint_steps(run):
         raise InputError(f"{run} holds no checkpoint yet; wait for the first, or give another run")
-    # A run that was given an object in place of a name cannot build it again.
-    return restore_backbone(run, backbone=load(name) if own is None else None)
+    return own
 
 
-def _require_demo_of(name: str, folder: Path) -> None:
-    from ttd_plugins.plugins import parse_name
-
+def _demo_name(folder: Path) -> str:
     try:
-        own = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["settings"]["backbone"]
+        return str(json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["settings"]["backbone"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{folder / 'metrics.json'} does not say which backbone it is of: {one_sentence(error)}"
         ) from error
-    if parse_name(own) != parse_name(name):
-        raise InputError(f"{folder} is a demo of {own} and not of {name}; give it as --tuned {own}={folder}")
 
 
 def _of_weights(name: str, file: Path) -> DenseAdapter:
