@@ -76,6 +76,8 @@ class Shards:
             ) from error
         from torch.distributed.device_mesh import init_device_mesh
 
+        # fully_shard adds to them with the first step, and takes nothing away.
+        self._hooks = {module: tuple(set(hooks) for hooks in _state_hooks(module)) for module in root.modules()}
         names = [(module, name) for module in root.modules() for name in module._parameters]
         before = [getattr(module, name) for module, name in names]
         scalars = {parameter for parameter in before if parameter is not None and parameter.ndim == 0}
@@ -95,6 +97,7 @@ class Shards:
     @contextmanager
     def whole(self, here: bool) -> Iterator[None]:
         """Whole parameters in the model of this process for a time, where ``here``. Every process must enter it."""
+        self._reshard()
         registered = [getattr(module, name) for module, name, _, _ in self._places]
         self._fill(here)
         try:
@@ -106,10 +109,18 @@ class Shards:
 
     def end(self) -> None:
         """Give every process the whole parameters for good, in the objects that they were before."""
+        self._reshard()
         self._fill(True)
         for module in self.root.modules():
+            for hooks, known in zip(_state_hooks(module), self._hooks[module], strict=True):
+                for key in [key for key in hooks if key not in known]:
+                    del hooks[key]
             for mark in ("_is_fsdp_managed_module", "_fsdp_use_orig_params"):
                 module.__dict__.pop(mark, None)
+
+    def _reshard(self) -> None:
+        """Put shares in their places after a step without a backward pass, or ``state_dict`` would do so later."""
+        self.root.reshard()  # type: ignore[operator]
 
     def _fill(self, here: bool) -> None:
         done: set[int] = set()
@@ -125,6 +136,10 @@ class Shards:
     def _empty(self) -> None:
         for _, _, parameter, _ in self._places:
             parameter.data = parameter.data.new_empty(0)
+
+
+def _state_hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    return module._state_dict_pre_hooks, module._load_state_dict_pre_hooks
 
 
 def split_groups(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
