@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import os
 import signal
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ pytest.importorskip("accelerate", reason="needs the extra 'train'")
 
 import torch
 import torch.multiprocessing
-from helpers_training import MemoryPairs, log_of, run_toy, toy_config
+from helpers_training import MemoryPairs, free_port, join, log_of, run_toy, toy_config
 from toy_backbone import toy, toy_images
 
 from ttd_plugins import distributed
@@ -89,19 +88,6 @@ def train_cases(out: Path, rank: int, processes: int) -> dict[str, Any]:
     resumed = run_toy(out / "stopped", rarely, pairs=pairs(rank, processes), backbone=toy(), resume=True)
     results["resumed"] = {name: value.clone() for name, value in resumed.backbone.model.state_dict().items()}
     return results
-
-
-def join(rank: int, port: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def process(rank: int, port: int, out: str) -> None:

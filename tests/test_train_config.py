@@ -51,7 +51,9 @@ def test_a_configuration_comes_back_from_its_own_yaml(tmp_path: Path) -> None:
     assert config.run.mixed_precision == "no"
     assert TrainConfig.read(write(tmp_path, config.yaml())) == config
     assert TrainConfig.from_dict(config.as_dict()) == config
-    assert set(yaml.safe_load(config.yaml())) == {"backbone", "data", "towers", "optimizer", "ttd", "run"}
+    assert set(yaml.safe_load(config.yaml())) == {
+        "backbone", "data", "towers", "optimizer", "ttd", "evaluation", "run",
+    }  # fmt: skip
 
 
 def test_flags_win_over_the_file_and_leave_the_rest(tmp_path: Path) -> None:

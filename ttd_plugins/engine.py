@@ -63,7 +63,7 @@ class TTDOptions:
             resumed run is no longer bitwise that of one that was not stopped.
         recompute_texts: compute activations of texts a second time, in the backward pass, so that those of no more
             than a quarter as many texts as there are captions, or four, are held at once; ``None`` does so where
-            texts cannot be cut to their length (SigLIP), whose tags would hold several times what the captions do.
+            texts cannot be cut to their length, and tags would hold several times what captions do.
     """
 
     extractor: str = "words"

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from ttd_plugins.adapter import DenseAdapter
     from ttd_plugins.engine import TTD
 
-SHOWN = ("loss", "tag", "distill", "contrastive", "tags_per_caption", "selected_per_caption", "images_per_second")
+SHOWN = (
+    "loss", "tag", "distill", "contrastive", "tags_per_caption", "selected_per_caption", "images_per_second",
+    "tags/map", "text/caption_iou", "retrieval/r1", "scenes/tag_ap", "scenes/caption_iou", "scenes/retrieval_r1",
+)  # fmt: skip
 
 
 def fine_tune(
@@ -42,7 +45,7 @@ def fine_tune(
         resume: whether to go on where the run in ``out`` stopped, as if it had not; a run that never started starts.
         progress: whether to show progress on the terminal.
         evaluate: called with the engine and the step every ``run.evaluate_every`` steps, on the main process; the
-            figures that it gives are logged.
+            figures that it gives are logged. The labelled set of the section ``evaluation`` needs no such function.
 
     Returns:
         The tuned backbone and the last figures.
@@ -106,7 +109,7 @@ class TerminalReporter(Reporter):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (
-            TextColumn("fine-tuning"),
+            TextColumn("{task.fields[title]}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -116,12 +119,24 @@ class TerminalReporter(Reporter):
             self.console.print(f"going on after step {done}", highlight=False)
         # Without a terminal a bar would only be printed at the end; the lines of the log say more.
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-        self.task = self.progress.add_task("", total=steps, completed=done)
+        self.task = self.progress.add_task("", total=steps, completed=done, title="fine-tuning")
         self.progress.start()
 
     def stepped(self, step: int, loss: float) -> None:
         """Move the bar."""
         self.progress.update(self.task, completed=step)
+
+    def stage(self, name: str, steps: int) -> Callable[[int], None]:
+        """Put up a second bar until the stage is done."""
+        task, left = self.progress.add_task("", total=steps, title=name), [steps]
+
+        def advance(done: int) -> None:
+            left[0] -= done
+            self.progress.advance(task, done)
+            if left[0] <= 0 and task in self.progress.task_ids:
+                self.progress.remove_task(task)
+
+        return advance
 
     def logged(self, figures: Mapping[str, Any]) -> None:
         """Show figures beside the bar, or on a line where there is no terminal."""

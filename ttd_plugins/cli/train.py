@@ -27,6 +27,9 @@ FLAGS = {
     "steps": "optimizer.steps",
     "epochs": "optimizer.epochs",
     "warm_up": "optimizer.warm_up",
+    "evaluate": "evaluation.data",
+    "evaluate_every": "evaluation.every",
+    "evaluate_most": "evaluation.most",
     "seed": "run.seed",
     "precision": "run.mixed_precision",
     "grad_checkpointing": "run.gradient_checkpointing",
@@ -55,6 +58,15 @@ def command(
     steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps.")] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the data, without --steps.")] = None,
     warm_up: Annotated[int | None, typer.Option("--warm-up", help="Steps of linear warm-up.")] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option("--evaluate", help="Labelled set: scenes, scenes:N, coco_captions:FOLDER, cc3m_tagmask:FOLDER."),
+    ] = None,
+    evaluate_every: Annotated[
+        int | None,
+        typer.Option("--evaluate-every", help="Steps from one evaluation to the next; the first and last always."),
+    ] = None,
+    evaluate_most: Annotated[int | None, typer.Option("--evaluate-most", help="Only its first pictures.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Decides order, fresh weights and dropout.")] = None,
     precision: Annotated[str | None, typer.Option("--precision", help="no, bf16 or fp16.")] = None,
     grad_checkpointing: Annotated[
@@ -116,6 +128,12 @@ def print_summary(result: TrainResult) -> None:
     for name, meaning in MEANINGS.items():
         if name in figures:
             typer.echo(f"  {name:<22} {figures[name]:>10.4g}  {meaning}")
+    if result.evaluations:
+        (first, before), (last, after) = result.evaluations[0], result.evaluations[-1]
+        typer.echo(f"evaluation after step {last}" + (f" (and after step {first})" if first != last else "") + ":")
+        for name, value in after.items():
+            earlier = f"  ({before[name]:.4g})" if first != last and name in before else ""
+            typer.echo(f"  {name:<22} {value:>10.4g}{earlier}")
     if result.skipped_steps:
         typer.echo(f"{result.skipped_steps} steps were left out; {result.folder / 'nonfinite.jsonl'} says which")
     for warning in result.warnings:
@@ -125,6 +143,7 @@ def print_summary(result: TrainResult) -> None:
         (result.folder / "log.jsonl", "the figures of every logged step"),
         (result.folder / "skipped.jsonl", "samples that were left out, with reasons"),
         (result.folder / "pictures", "heat maps of fixed samples"),
+        (result.folder / "evaluation", "results of the labelled set at every step that was evaluated"),
         (result.folder / "config.yaml", "every option; ttd train with it repeats the run"),
     ):
         if path.exists():

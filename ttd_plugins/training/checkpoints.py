@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ttd_plugins.errors import InputError, TTDError, one_sentence
+from ttd_plugins.training.sharding import shared_out_like
 
 if TYPE_CHECKING:
     from ttd_plugins.adapter import DenseAdapter
@@ -204,8 +205,9 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]
         TTDError: its state holds something that is no tensor.
     """
     packed = {}
-    for parameter, entries in optimizer.state.items():
-        for key, value in entries.items():
+    # In the order of the groups, which all processes have, since gathering shares takes all of them.
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        for key, value in optimizer.state.get(parameter, {}).items():
             if not isinstance(value, Tensor):
                 raise TTDError(f"the optimiser keeps {key!r} as a {type(value).__name__}, which is not saved")
             packed[f"{key}/{names[parameter]}"] = value
@@ -222,7 +224,11 @@ def unpack_optimizer(
         by_name.setdefault(name, {})[key] = value
     state = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state["state"] = {i: by_name[names[p]] for i, p in enumerate(parameters) if names[p] in by_name}
+    state["state"] = {
+        i: {key: shared_out_like(value, p) for key, value in by_name[names[p]].items()}
+        for i, p in enumerate(parameters)
+        if names[p] in by_name
+    }
     optimizer.load_state_dict(state)
 
 
@@ -284,7 +290,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
             )
     with torch.no_grad():
         for name, value in tensors.items():
-            own[name].copy_(value)
+            own[name].copy_(shared_out_like(value, own[name]))
 
 
 def restore_backbone(run: Path, step: int | None = None, *, backbone: DenseAdapter | None = None) -> DenseAdapter:

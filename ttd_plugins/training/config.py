@@ -100,6 +100,28 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """On which labelled set a run is evaluated: before its first step, after its last, and in between.
+
+    Attributes:
+        data: ``"scenes"`` or ``"scenes:N"`` for generated scenes, ``"NAME:FOLDER"`` for annotated photographs, the name
+            being one that ``ttd eval tags --data`` takes, such as ``coco_captions``; ``None`` means that there is none.
+        every: how often in between, in optimiser steps; 0 means not.
+        most: how many pictures are taken, from the start; all by default.
+        split: of the labelled set, where its layout has several.
+        preset: settings of the protocols, as ``ttd eval --preset`` takes them.
+        size: input side in pixels; ``None`` means the preset's.
+    """
+
+    data: str | None = None
+    every: int = 0
+    most: int | None = None
+    split: str | None = None
+    preset: str = "fast"
+    size: int | None = None
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """How the run is carried out and watched. Intervals are in optimiser steps; 0 means never.
 
@@ -108,6 +130,8 @@ class RunConfig:
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``, through accelerate.
         gradient_checkpointing: whether blocks are run again in the backward pass, to save memory.
         cpu: whether the CPU is used though there is an accelerator.
+        sharded: whether several processes share the weights, gradients and optimiser state out among them (FSDP2), as
+            ``accelerate launch --use_fsdp`` asks for too.
         log_every: figures are averaged over so many steps.
         checkpoint_every, keep: how often a checkpoint is written, and how many of the newest are kept. One is always
             written at the end.
@@ -124,6 +148,7 @@ class RunConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
     cpu: bool = False
+    sharded: bool = False
     log_every: int = 10
     checkpoint_every: int = 500
     checkpoint_minutes: float = 0.0
@@ -145,10 +170,12 @@ class TrainConfig:
     towers: TowersConfig = field(default_factory=TowersConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ttd: TTDOptions = field(default_factory=TTDOptions)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
         towers, optimizer, run, data = self.towers, self.optimizer, self.run, self.data
+        evaluation = self.evaluation
         if {towers.image, towers.text} == {"frozen"} and not towers.logit_scale:
             raise InputError("nothing is trained: towers.image and towers.text are both frozen")
         least: list[tuple[str, float | None, float]] = [
@@ -162,6 +189,9 @@ class TrainConfig:
             ("optimizer.weight_decay", optimizer.weight_decay, 0),
             ("data.workers", data.workers, 0),
             ("data.max_skipped", data.max_skipped, 0),
+            ("evaluation.every", evaluation.every, 0),
+            ("evaluation.most", evaluation.most, 1),
+            ("evaluation.size", evaluation.size, 1),
             ("run.log_every", run.log_every, 1),
             ("run.checkpoint_every", run.checkpoint_every, 0),
             ("run.checkpoint_minutes", run.checkpoint_minutes, 0),
@@ -174,6 +204,10 @@ class TrainConfig:
         for name, value, smallest in least:
             if value is not None and not value >= smallest:
                 raise InputError(f"{name} must be {smallest:g} or more, not {value}")
+        if evaluation.every and evaluation.data is None:
+            raise InputError(
+                "evaluation.every is set and evaluation.data is not; say on what, such as scenes (--evaluate)"
+            )
         if not 0 <= towers.dropout < 1:
             raise InputError(f"towers.dropout must be at least 0 and below 1, not {towers.dropout}")
         if towers.alpha is not None and not towers.alpha > 0:

@@ -26,8 +26,10 @@ from ttd_plugins import distributed
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.engine import TTD, TTDOutput, evaluation_mode
 from ttd_plugins.errors import InputError, MissingDependencyError, TTDError, choices_sentence, one_sentence
-from ttd_plugins.training import checkpoints
+from ttd_plugins.progress import silent
+from ttd_plugins.training import checkpoints, sharding
 from ttd_plugins.training.config import TrainConfig, first_difference
+from ttd_plugins.training.evaluation import LabelledSet, open_evaluation
 from ttd_plugins.training.loop import learning_rate_factor
 from ttd_plugins.training.records import Lines, make_folder, write_whole
 from ttd_plugins.training.towers import build_backbone, parameter_groups, train_mode
@@ -36,8 +38,10 @@ from ttd_plugins.training.watch import CollapseWatch, Window
 HARMLESS = (
     "data.max_skipped", "run.log_every", "run.checkpoint_every", "run.checkpoint_minutes", "run.keep",
     "run.picture_every", "run.pictures", "run.evaluate_every", "run.trackers", "run.nonfinite", "run.max_skipped_steps",
+    "run.sharded", "evaluation.data", "evaluation.every", "evaluation.most", "evaluation.split", "evaluation.preset",
+    "evaluation.size",
 )  # fmt: skip
-"""Options that a resumed run may change, since they decide neither data nor gradients."""
+"""Options that a resumed run may change, since they decide neither data nor, but for rounding, gradients."""
 
 BATCH, END, FAILED = range(3)
 """What a process found when it asked for a batch."""
@@ -80,6 +84,10 @@ class Reporter:
     def logged(self, figures: Mapping[str, Any]) -> None:
         """A line was added to the log."""
 
+    def stage(self, name: str, steps: int) -> Callable[[int], None]:
+        """Other work of so many steps begins; gives the function that is called with each number of them done."""
+        return silent(name, steps)
+
     def said(self, sentence: str) -> None:
         """Something that a person should read."""
 
@@ -120,6 +128,7 @@ class TrainResult:
         figures: the last line of the log.
         skipped_steps: steps that were left out because they were not finite.
         warnings: what the watch for collapse told, of the runs that this one resumed too.
+        evaluations: (step, figures) of every evaluation in the log, on the main process; empty on others.
     """
 
     folder: Path
@@ -129,6 +138,7 @@ class TrainResult:
     figures: dict[str, Any]
     skipped_steps: int
     warnings: list[str] = field(default_factory=list)
+    evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
 
 
 # Signals -------------------------------------------------------------------------------------------------------------
@@ -227,6 +237,7 @@ class _Run:
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         self.reporter = reporter if self.main else Reporter()
+        self.labelled: LabelledSet | None = None
         self.config = self._agreed(lambda: self._open(config, resume))
         self.log, self.nonfinite = Lines(out / "log.jsonl"), Lines(out / "nonfinite.jsonl")
 
@@ -236,18 +247,31 @@ class _Run:
             self.backbone.set_grad_checkpointing()
         if "full" in (self.config.towers.image, self.config.towers.text) or self.config.towers.logit_scale:
             self.backbone.remember_weights()
-        self.ttd = TTD(self.backbone, self.config.ttd)
+        shares = self.processes > 1 and (self.config.run.sharded or _fsdp_is_asked_for())
+        options = self.config.ttd
+        if shares and self.config.towers.text != "frozen":
+            # Gathered weights are new tensors that look like the last ones, so that old embeddings would pass for new.
+            options = dataclasses.replace(options, remembered_texts=0)
+        self.ttd = TTD(self.backbone, options)
         model = self.backbone.model
+        step = _Step(self.ttd)
+        self.shards = sharding.Shards(step, self.accelerator.device) if shares else None
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in self.trained.items()}
         self.first_buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
         self.loader = self._loader(loader)
         self.steps = self._total_steps()
-        options = self.config.optimizer
+        adam = self.config.optimizer
+        groups = parameter_groups(model, adam)
         optimizer = torch.optim.AdamW(
-            parameter_groups(model, options), lr=options.learning_rate, betas=options.betas, eps=options.eps
-        )
-        self.module, self.optimizer = self.accelerator.prepare(_Step(self.ttd), optimizer)
+            sharding.split_groups(groups) if self.shards is not None else groups,
+            lr=adam.learning_rate, betas=adam.betas, eps=adam.eps,
+        )  # fmt: skip
+        if self.shards is None:
+            self.module, self.optimizer = self.accelerator.prepare(step, optimizer)
+        else:
+            # accelerate would shard the scalars as well, which torch refuses, and does not shard on the CPU at all.
+            self.module, self.optimizer = step, self.accelerator.prepare_optimizer(optimizer)
         train_mode(self.backbone)
         self.ttd.training = True
 
@@ -263,8 +287,8 @@ class _Run:
         if checkpoints.checkpoint_steps(out):
             self._restore()
         elif self.main:
-            self.log.cut(-1)
-            self.nonfinite.cut(-1)
+            self._cut(-1)
+        self._agreed(lambda: None if self.labelled is None else self.labelled.check(self.ttd))
         # Not before all is known to be well, so that a mistake leaves no run behind.
         self._agreed(lambda: write_whole(out / "config.yaml", self.config.yaml()))
         self.point = _Point(self.epoch, self.position, checkpoints.random_state())
@@ -302,6 +326,8 @@ class _Run:
                     f"{different} is not what the run in {self.out} was started with; leave it as it was, or start "
                     "another run"
                 )
+        # A labelled set that is laid out wrongly is told before anything is loaded or left behind.
+        self.labelled = open_evaluation(config.evaluation, self.out)
         make_folder(self.out / checkpoints.FOLDER)
         checkpoints.sweep(self.out)
         return config
@@ -352,9 +378,15 @@ class _Run:
         self.window, self.watch = Window(**state["window"]), CollapseWatch(**state["watch"])
         self.warnings, self.figures = state["warnings"], state["figures"]
         if self.main:
-            self.log.cut(self.step)
-            self.nonfinite.cut(self.step)
+            self._cut(self.step)
         checkpoints.set_random_state(checkpoints.unpack_random(kept.random, state["random"], self.rank))
+
+    def _cut(self, step: int) -> None:
+        """Forget what was noted of later steps."""
+        self.log.cut(step)
+        self.nonfinite.cut(step)
+        if self.labelled is not None:
+            self.labelled.forget(step)
 
     @property
     def _inner_optimizer(self) -> torch.optim.Optimizer:
@@ -369,16 +401,21 @@ class _Run:
         self.since, self.saved_at = _Since(), time.monotonic()
         with _Signals(self.reporter.said) as signals:
             if self.step == 0:
-                self._picture_and_evaluate()
+                self._picture()
+            self._evaluate()
             while self.step < self.steps:
                 self._one_step(signals)
                 if self.step % config.log_every == 0 or self.step == self.steps:
                     self._write_log()
-                self._picture_and_evaluate()
-                if self._checkpoint_is_due():
+                self._picture()
+                if self._checkpoint_is_due() or self.step == self.steps:
                     self._save()
+                # After the checkpoint, so that one that was killed is all that is left to do.
+                self._evaluate()
             if self.saved != self.step:
                 self._save()
+        if self.shards is not None:
+            self.shards.end()
         self.ttd.eval()
         return TrainResult(
             folder=self.out,
@@ -388,6 +425,7 @@ class _Run:
             figures=self.figures,
             skipped_steps=self.skipped_steps,
             warnings=self.warnings,
+            evaluations=self._evaluations() if self.main else [],
         )
 
     def close(self) -> None:
@@ -415,9 +453,11 @@ class _Run:
             batch = self._next_batch(signals, first=number == 0)
             keys += batch.keys
             last = number == options.accumulation - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.module):
+            # Gradients that are shared out are averaged at once: whole ones would take the memory that is saved.
+            with nullcontext() if last or self.shards is not None else self.accelerator.no_sync(self.module):
                 images = batch.images.to(self.accelerator.device, non_blocking=True)
-                loss, parts, statistics = self.module(images, batch.captions, batch.tags, batch.groups)
+                with nullcontext() if self.shards is None else self.accelerator.autocast():
+                    loss, parts, statistics = self.module(images, batch.captions, batch.tags, batch.groups)
                 figures = self._joint(loss, parts, statistics, len(images))
                 if not math.isfinite(figures["loss"]):
                     trouble = {"what": "loss"} | {name: figures[name] for name in ("loss", *parts)}
@@ -429,7 +469,10 @@ class _Run:
         if trouble is None:
             parameters = list(self.trained.values())
             limit = math.inf if options.clip_norm is None else options.clip_norm
-            norm = float(self.accelerator.clip_grad_norm_(parameters, limit))
+            if self.shards is not None:
+                norm = sharding.limit_gradients(parameters, limit)
+            else:
+                norm = float(self.accelerator.clip_grad_norm_(parameters, limit))
             # A scaler expects such gradients now and then, and lowers its scale.
             if not math.isfinite(norm) and self.accelerator.scaler is None:
                 trouble = {"what": "gradient", "gradient_norm": norm, "loss": loss_of_step}
@@ -585,6 +628,9 @@ class _Run:
         point = self.point
         positions, states = distributed.gathered(_jsonable(point.position)), distributed.gathered(point.random)
         epoch = point.epoch
+        # Shares are gathered by all processes together, before the main one writes alone.
+        trained = sharding.gathered_on_main(self.trained, self.main)
+        moments = sharding.gathered_on_main(checkpoints.pack_optimizer(self._inner_optimizer, self.names), self.main)
 
         def write() -> None:
             tensors, plain = checkpoints.pack_random(states)
@@ -609,10 +655,10 @@ class _Run:
                         "warnings": self.warnings,
                         "random": plain,
                     },
-                    trained=dict(self.trained),
+                    trained=trained,
                     buffers={n: b for n, b in buffers.items() if not torch.equal(b, self.first_buffers[n])},
                     teacher={name: averages[name] for name in self.trained if name in averages},
-                    optimizer=checkpoints.pack_optimizer(self._inner_optimizer, self.names),
+                    optimizer=moments,
                     random=tensors,
                 ),
                 self.config.run.keep,
@@ -640,28 +686,59 @@ class _Run:
         for sentence in sentences:
             self.reporter.said(sentence)
 
-    def _picture_and_evaluate(self) -> None:
+    def _picture(self) -> None:
         run = self.config.run
-        picture = self.draw is not None and run.picture_every and run.pictures and self.step % run.picture_every == 0
-        evaluate = self.evaluate is not None and run.evaluate_every and self.step % run.evaluate_every == 0
-        if not picture and not evaluate:
+        if self.draw is None or not run.picture_every or not run.pictures or self.step % run.picture_every:
             return
-        before = checkpoints.random_state()
 
         def look() -> None:
+            assert self.draw is not None
+            folder = self.out / "pictures" / f"step-{self.step:08d}"
+            make_folder(folder)
+            self.draw(self.ttd, self.step, folder, self._samples())
+
+        self._looking(look)
+
+    def _evaluate(self) -> None:
+        """Evaluate where it is due and not done, by the labelled set and by the callback: one line of the log."""
+        options, every = self.config.evaluation, self.config.run.evaluate_every
+        by_set = options.data is not None and (
+            self.step in (0, self.steps) or bool(options.every and self.step % options.every == 0)
+        )
+        by_callback = self.evaluate is not None and every and self.step % every == 0
+        if not by_set and not by_callback:
+            return
+        if self._agreed(lambda: any(step == self.step for step, _ in self._evaluations())):
+            return
+
+        def look() -> None:
+            found: list[dict[str, float]] = []
+            if by_set and self.labelled is not None:
+                found.append(self.labelled.measure(self.ttd, self.step, self.reporter.stage))
+            if by_callback and self.evaluate is not None:
+                found.append(dict(self.evaluate(self.ttd, self.step)))
+            figures = {name: value for one in found for name, value in one.items()}
+            self.log.add({"step": self.step, "evaluation": figures})
+            self._track({"step": self.step} | {f"evaluation/{name}": value for name, value in figures.items()})
+            for one in found:
+                self.reporter.logged({"step": self.step} | one)
+
+        self._looking(look)
+
+    def _evaluations(self) -> list[tuple[int, dict[str, float]]]:
+        return [(line["step"], line["evaluation"]) for line in self.log.read() if "evaluation" in line]
+
+    def _looking(self, look: Callable[[], None]) -> None:
+        """Do something with the backbone that leaves the training as it was, on the main process."""
+        before = checkpoints.random_state()
+
+        def watched() -> None:
             with evaluation_mode(self.backbone), torch.no_grad():
-                if picture and self.draw is not None:
-                    folder = self.out / "pictures" / f"step-{self.step:08d}"
-                    make_folder(folder)
-                    self.draw(self.ttd, self.step, folder, self._samples())
-                if evaluate and self.evaluate is not None:
-                    figures = dict(self.evaluate(self.ttd, self.step))
-                    self.log.add({"step": self.step, "evaluation": figures})
-                    self._track({"step": self.step} | {f"evaluation/{name}": value for name, value in figures.items()})
-                    self.reporter.logged({"step": self.step} | figures)
+                look()
 
         try:
-            self._agreed(look)
+            with nullcontext() if self.shards is None else self.shards.whole(self.main):
+                self._agreed(watched)
         finally:
             checkpoints.set_random_state(before)
 
@@ -797,15 +874,43 @@ def _accelerator(config: TrainConfig, out: Path) -> Any:
     if config.run.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         _forget_accelerate()
         raise InputError("run.mixed_precision fp16 scales its loss on a GPU only; take bf16 or no on the CPU")
-    plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if accelerator.distributed_type not in plain:
-        kind = str(accelerator.distributed_type).rpartition(".")[2]
-        _forget_accelerate()
-        raise InputError(
-            f"accelerate is set up for {kind}, whose checkpoints are not written here yet; choose data-parallel "
-            "training in `accelerate config`"
+    kind = accelerator.distributed_type
+    refusal = None
+    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP):
+        refusal = (
+            f"accelerate is set up for {str(kind).rpartition('.')[2]}, whose checkpoints are not written here yet; "
+            "choose data-parallel training or FSDP in `accelerate config`"
         )
+    elif _fsdp_is_asked_for():
+        refusal = _fsdp_refusal()
+    if refusal is None and config.run.mixed_precision == "fp16" and (config.run.sharded or _fsdp_is_asked_for()):
+        refusal = "run.mixed_precision fp16 scales its loss, which is not done with shared-out weights; take bf16 or no"
+    if refusal is not None:
+        _forget_accelerate()
+        raise InputError(refusal)
     return accelerator
+
+
+def _fsdp_is_asked_for() -> bool:
+    """Whether ``accelerate launch`` was told to shard; without a GPU its own state does not say so."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def _fsdp_refusal() -> str | None:
+    """What of accelerate's FSDP settings, which it hands on in the environment, is not carried out here."""
+    given = {
+        name: os.environ.get(f"FSDP_{name}", "").lower() for name in ("OFFLOAD_PARAMS", "ACTIVATION_CHECKPOINTING")
+    }
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        return "accelerate is set up for FSDP of version 1, and version 2 is what is there; set fsdp_version: 2"
+    if given["OFFLOAD_PARAMS"] in ("true", "1"):
+        return "weights are not moved to the CPU between steps; set fsdp_offload_params: false"
+    if given["ACTIVATION_CHECKPOINTING"] in ("true", "1"):
+        return (
+            "gradient checkpointing is the backbone's own here: set run.gradient_checkpointing (--grad-checkpointing), "
+            "and fsdp_activation_checkpointing: false"
+        )
+    return None
 
 
 def _forget_accelerate(*, processes: bool = False) -> None:

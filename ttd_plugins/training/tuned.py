@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["run", "lora", "demo", "weights", "name"]
 DEMO_WEIGHTS = Path("weights/after.safetensors")
-EXPORTED = ("model.safetensors", "open_clip_model.safetensors")
-"""State dicts that an export in the form of the library, or of weights alone, consists of."""
+EXPORTED = "*model.safetensors"
+"""The state dict of an export in the form of the library, whose name is its own, or of weights alone."""
 FORMS = (
     "the folder of a run of `ttd train`, of `ttd export` in any form, or of `ttd demo`; a file of "
     "weights such as DEMO/weights/after.safetensors; or a backbone name"
@@ -45,7 +45,7 @@ def tuned_kind(source: str) -> Kind:
             return "run"
         if (path / DEMO_WEIGHTS).is_file():
             return "demo"
-        if any((path / file).is_file() for file in EXPORTED):
+        if any(path.glob(EXPORTED)):
             return "weights"
         raise InputError(f"the folder {source!r} holds no tuned backbone that is understood; give {FORMS}")
     if ":" in source and not source.startswith((".", "/")):
@@ -105,7 +105,7 @@ def load_tuned(name: str | None, source: str, *, device: str | None = None) -> D
         adapter = load_lora(load(base), path)
     else:
         if path.is_dir():
-            path = next(path / file for file in (DEMO_WEIGHTS, *EXPORTED) if (path / file).is_file())
+            path = next(file for file in (path / DEMO_WEIGHTS, *sorted(path.glob(EXPORTED))) if file.is_file())
         adapter = _of_weights(base, path)
     return (adapter if device is None else adapter.to(device)).eval()
 
