@@ -4,10 +4,12 @@
         --work runs/flickr8k
 
 1. A small CLIP of open_clip's architecture is pre-trained on the pairs alone, contrastively; the checkpoint with the
-   best retrieval on held-out pairs is kept, and its calibration is fitted.
-2. It is tuned with LoRA on the same pairs twice: by the contrastive term alone (the control) and with TTD.
-3. The three are measured by the protocols of tag selection and of text-level segmentation on other photographs, whose
-   every pixel is labelled (``--masks``, COCO captions with panoptic-style masks).
+   best retrieval on held-out pairs is kept.
+2. It is tuned with LoRA on the same pairs twice: by the contrastive term alone (the control) and with TTD. With
+   ``--fitted`` TTD tunes it once more, with a calibration that is fitted to held-out pairs.
+3. All are measured by the protocols of tag selection and of text-level segmentation on other photographs, whose every
+   pixel is labelled (``--masks``, COCO captions with panoptic-style masks), and on a second such set, where there is
+   one to choose settings by (``--validation``).
 
 Stopped and started again, it goes on. ``evidence.json`` and a table in ``evidence.md`` are left in the working folder.
 The model is weak: seven thousand pictures are sixty thousand times fewer than CLIP saw.
@@ -62,6 +64,11 @@ FIGURES = {
     "tag balance": "text.tag_balance",
     "R@1, held-out pairs": "retrieval_r1",
 }
+FITTED = "after, calibration fitted"
+ARMS: dict[str, dict[str, float] | None] = {
+    "before": None, "control": {"tag_weight": 0.0, "caption_weight": 0.0}, "after": {}, FITTED: {},
+}  # fmt: skip
+"""Options of TTD that each arm is tuned with; ``None`` for no tuning."""
 Pairs = tuple[NDArray[np.uint8], list[list[str]]]
 
 
@@ -125,10 +132,19 @@ def pretrained(work: Path, train: Pairs, held_out: Pairs, options: argparse.Name
     return report
 
 
-def load_pretrained(work: Path) -> DenseAdapter:
-    """The pre-trained model with its calibration, where that was fitted, in evaluation mode."""
+def fitted_calibration(work: Path, held_out: Pairs) -> Calibration:
+    """The pre-trained model's map from cosine to probability, fitted once to the held-out pairs."""
     kept = work / "calibration.json"
-    adapter = build(work, Calibration(**json.loads(kept.read_text())) if kept.exists() else None)
+    if not kept.exists():
+        pairs = [(Image.fromarray(image), texts[0]) for image, texts in zip(*held_out, strict=True)]
+        found = fit_calibration(load_pretrained(work), pairs).calibration
+        kept.write_text(json.dumps({"scale": found.scale, "shift": found.shift}) + "\n")
+    return Calibration(**json.loads(kept.read_text()))
+
+
+def load_pretrained(work: Path, calibration: Calibration | None = None) -> DenseAdapter:
+    """The pre-trained model in evaluation mode, with the contract's default calibration unless told otherwise."""
+    adapter = build(work, calibration)
     adapter.model.load_state_dict(load_file(work / "best.safetensors"))
     return adapter.eval()
 
@@ -163,6 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", required=True, help="folder of shards; the first one is held out")
     parser.add_argument("--masks", type=Path, required=True, help="captioned pictures with masks, in COCO's layout")
+    parser.add_argument("--validation", type=Path, help="a second set of these, to choose settings by")
+    parser.add_argument("--fitted", action="store_true", help="TTD once more, with a fitted calibration")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=128)
@@ -187,18 +205,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train_bpe(work / "tokenizer.json", [text for own in train[1] for text in own], vocabulary=VOCABULARY)
     report = pretrained(work, train, held_out, options)
 
-    if not (work / "calibration.json").exists():
-        pairs = [(Image.fromarray(image), texts[0]) for image, texts in zip(*held_out, strict=True)]
-        fit = fit_calibration(load_pretrained(work), pairs)
-        content = {"scale": fit.calibration.scale, "shift": fit.calibration.shift}
-        (work / "calibration.json").write_text(json.dumps(content) + "\n")
-
     file = work / "evidence.json"
-    found: dict[str, dict[str, float]] = json.loads(file.read_text())["figures"] if file.exists() else {}
-    for arm, ttd in {"before": None, "control": {"tag_weight": 0.0, "caption_weight": 0.0}, "after": {}}.items():
-        if arm in found:
+    sets = {"figures": options.masks} | ({"validation": options.validation} if options.validation else {})
+    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in sets}
+    if file.exists():
+        found |= {name: kept for name, kept in json.loads(file.read_text()).items() if name in sets}
+    for arm, ttd in ARMS.items():
+        due = [name for name in sets if arm not in found[name]]
+        if not due or (arm == FITTED and not options.fitted):
             continue
-        adapter = load_pretrained(work)
+        adapter = load_pretrained(work, fitted_calibration(work, held_out) if arm == FITTED else None)
         if ttd is not None:
             config = {
                 "data": {"source": "::".join(source.shards[1:]), "captions": "random"},
@@ -212,12 +228,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "ttd": ttd,
             }
             adapter = fine_tune(config, work / arm, backbone=adapter, resume=True).backbone
-        found[arm] = measure(adapter, options.masks, held_out, work / "measured" / arm)
+        for name in due:
+            found[name][arm] = measure(adapter, sets[name], held_out, work / "measured" / name / arm)
         settings = {name: str(value) for name, value in vars(options).items()}
-        content = {"figures": found, "pretraining": report, "model": MODEL, "settings": settings}
+        content = {**found, "pretraining": report, "model": MODEL, "settings": settings}
         file.write_text(json.dumps(content, indent=1) + "\n")
-    (work / "evidence.md").write_text(markdown(found) + "\n")
-    print(markdown(found))
+    table = "\n\n".join(f"{sets[name]}:\n\n{markdown(arms)}" for name, arms in found.items()) + "\n"
+    (work / "evidence.md").write_text(table)
+    print(table)
     print(f"figures: {file}   table: {work / 'evidence.md'}")
 
 

@@ -64,8 +64,10 @@ def test_the_evidence_runs_end_to_end_and_goes_on_where_it_was_stopped(
     # The first half is held out, of which the calibration is fitted and wants twenty pictures.
     shards = as_shards(tmp_path / "pairs", pairs(48), 2)
     write_masks(tmp_path / "masks")
+    write_masks(tmp_path / "others")
     work = tmp_path / "work"
     arguments = ["--pairs", str(shards), "--masks", str(tmp_path / "masks"), "--work", str(work), *FEW]
+    arguments += ["--validation", str(tmp_path / "others"), "--fitted"]
     tune, tuned = evidence.fine_tune, []
 
     def stopping(config: dict[str, Any], *rest: Any, **more: Any) -> Any:
@@ -82,15 +84,17 @@ def test_the_evidence_runs_end_to_end_and_goes_on_where_it_was_stopped(
     # Neither the pre-training nor what was measured is done again.
     monkeypatch.setattr(evidence, "pretrain", None)
     evidence.main(arguments)
-    assert tuned == [{"tag_weight": 0.0, "caption_weight": 0.0}, {}, {}]
+    assert tuned == [{"tag_weight": 0.0, "caption_weight": 0.0}, {}, {}, {}]
     content = json.loads((work / "evidence.json").read_text())
-    assert list(content["figures"]) == ["before", "control", "after"]
+    assert list(content["figures"]) == ["before", "control", "after", "after, calibration fitted"]
+    # The two sets of masks are the same here.
+    assert content["validation"] == content["figures"]
     assert {arm: content["figures"][arm] for arm in half} == half
     for figures in content["figures"].values():
         assert set(figures) == set(evidence.FIGURES.values()) and all(0 <= value <= 1 for value in figures.values())
         assert figures["text.caption_iou"] + figures["text.mfpr"] + figures["text.mfnr"] == pytest.approx(1)
-    assert content["figures"]["control"] != content["figures"]["after"]
+    assert content["figures"]["control"] != content["figures"]["after"] != content["figures"][evidence.FITTED]
     # Colours are learnt from pairs, and retrieval of four of them by chance is a quarter.
     assert content["pretraining"]["pairs"] == 24 and content["figures"]["before"]["retrieval_r1"] > 0.4
     table = (work / "evidence.md").read_text()
-    assert table in capsys.readouterr().out + "\n" and f"{half['control']['text.caption_iou']:.3f}" in table
+    assert table in capsys.readouterr().out and f"{half['control']['text.caption_iou']:.3f}" in table
