@@ -169,10 +169,16 @@ def test_a_failing_backbone_is_told_and_the_others_go_on(
         return opened(name, **more)
 
     monkeypatch.setattr(running, "open_backbone", failing)
+    monkeypatch.setenv("COLUMNS", "70")
     arguments = ["--backbones", ",".join(NAMES), "--no-tune", "--limit", "8", "--gallery", "2"]
     assert run_command("compare", *arguments, "--out", str(tmp_path)) == 1
-    assert "eva_clip:tiny is left out: RuntimeError: its file is broken" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "eva_clip:tiny is left out: RuntimeError: its file is broken" in said
     content = json.loads((tmp_path / "results.json").read_text())
+    # However narrow the terminal, every figure is there in full.
+    values = content["backbones"]["open_clip:tiny"]["figures"]["before"][0]
+    assert "…" not in said
+    assert all(f"{value:.3f}" in said for value in values.values() if value is not None)
     assert content["failures"] == {"eva_clip:tiny": "RuntimeError: its file is broken"}
     assert set(content["backbones"]["open_clip:tiny"]["figures"]) == {"before"}
 

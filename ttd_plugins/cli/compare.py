@@ -127,19 +127,25 @@ def print_summary(comparison: Comparison, out: Path) -> None:
 
     from ttd_plugins.comparison.tables import table_rows
 
-    table = Table(box=SIMPLE)
-    table.add_column("backbone", overflow="fold")
-    table.add_column("")
-    for figure in comparison.figures:
-        table.add_column(figure.label, justify="right")
-    before = ""
-    for name, arm, texts in table_rows(comparison):
-        if name != before and before:
-            table.add_section()
-        table.add_row(name if name != before else "", arm, *texts)
-        before = name
-    console = Console()
-    console.print(table)
+    console, rows = Console(), table_rows(comparison)
+    # On a narrow terminal one table under the other, since a figure that is cut off says nothing.
+    first = max((len(name) for name, _, _ in rows), default=0) + max((len(arm) for _, arm, _ in rows), default=0) + 5
+    widest = max((len(text) for _, _, texts in rows for text in texts), default=0)
+    widest = max(widest, *(len(figure.label) for figure in comparison.figures)) + 2
+    at_once = max((console.width - first) // widest, 1)
+    for start in range(0, len(comparison.figures), at_once):
+        table = Table(box=SIMPLE)
+        table.add_column("backbone", overflow="fold")
+        table.add_column("")
+        for figure in comparison.figures[start : start + at_once]:
+            table.add_column(figure.label, justify="right", no_wrap=True)
+        before = ""
+        for name, arm, texts in rows:
+            if name != before and before:
+                table.add_section()
+            table.add_row(name if name != before else "", arm, *texts[start : start + at_once])
+            before = name
+        console.print(table)
     said = ["mean ± spread over seeds. control: the same training without TTD. gain: after TTD less control."]
     said += [f"{name} is left out: {reason}" for name, reason in comparison.failures.items()]
     said += [
