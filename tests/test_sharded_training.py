@@ -184,7 +184,7 @@ def launched(pairs: Path, out: Path, kind: str, *more: str) -> list[subprocess.P
     command = [sys.executable, "-m", "ttd_plugins.cli", "train", "--backbone", "open_clip:tiny", "--resume"]
     command += ["--data", str(pairs), "--out", str(out), "--steps", "8", "--batch-size", "4", "--lr", "1e-3"]
     command += ["--image-tower", kind, "--text-tower", kind, "--warm-up", "2"]
-    # With Adam's usual eps one weight of LoRA missed 1e-5 after 8 steps; rounding near zero is the likely, untested cause.
+    # With Adam's usual eps one weight of LoRA missed 1e-5 after 8 steps, for rounding near zero it seems; not tested.
     settings = ("towers.logit_scale=true", "optimizer.eps=1e-4", *more)
     settings += ("run.log_every=1", "run.checkpoint_every=2", "run.cpu=true")
     command += [part for setting in settings for part in ("--set", setting)]
