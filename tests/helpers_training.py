@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.multiprocessing
 from torch import Tensor
 from toy_backbone import ToyAdapter, toy, toy_images
 
@@ -147,3 +148,9 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+def two_processes(process: Callable[[int, int, str], None], folder: Path) -> Path:
+    """Run ``process(rank, port, folder)`` in two processes that find each other at the port; gives the folder."""
+    torch.multiprocessing.spawn(process, args=(free_port(), str(folder)), nprocs=2)
+    return folder

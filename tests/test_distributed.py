@@ -14,7 +14,7 @@ pytest.importorskip("accelerate", reason="needs the extra 'train'")
 
 import torch
 import torch.multiprocessing
-from helpers_training import MemoryPairs, free_port, join, log_of, run_toy, toy_config
+from helpers_training import MemoryPairs, free_port, join, log_of, run_toy, toy_config, two_processes
 from toy_backbone import toy, toy_images
 
 from ttd_plugins import distributed
@@ -99,9 +99,7 @@ def process(rank: int, port: int, out: str) -> None:
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(process, args=(free_port(), str(folder)), nprocs=2)
-    return folder
+    return two_processes(process, tmp_path_factory.mktemp("two"))
 
 
 def test_loss_and_gradient_are_those_of_the_joint_batch(out: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers_examples import example
 from helpers_pairs import Pair, as_shards
+from helpers_photographs import write_photographs
 from PIL import Image
 
 for package in ("open_clip", "peft", "accelerate", "tokenizers", "webdataset", "yaml"):
@@ -22,6 +23,8 @@ SMALL = {
     "vision_cfg": {"image_size": 32, "patch_size": 8, "layers": 1, "width": 32, "head_width": 16, "pool_type": "avg"},
     "text_cfg": {"context_length": 32, "vocab_size": 270, "layers": 1, "width": 32, "heads": 2},
 }
+CAPTIONS = {name: ["a dog on the grass beside a lovely car"] for name in "0123"}
+SHOWN = dict.fromkeys(CAPTIONS, (18, 193))
 FEW = ["--steps", "24", "--every", "12", "--batch-size", "8", "--patch-dropout", "0", "--learning-rate", "5e-3"]
 FEW += ["--tuning-steps", "2", "--tuning-batch-size", "4"]
 
@@ -38,22 +41,6 @@ def pairs(count: int) -> list[Pair]:
     return found
 
 
-def write_masks(root: Path) -> None:
-    """Pictures of two classes and their masks, as COCO's category ids."""
-    (root / "images").mkdir(parents=True)
-    (root / "semantic_masks").mkdir()
-    rng, images, annotations = np.random.default_rng(1), [], []
-    for number in range(4):
-        noise, mask = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8), np.full((24, 32), 193, np.uint8)
-        mask[4:16, 4 * number : 4 * number + 12] = 18
-        noise[mask == 18] //= 3
-        Image.fromarray(noise).save(root / f"images/{number}.png")
-        Image.fromarray(mask).save(root / f"semantic_masks/{number}.png")
-        images.append({"id": number, "file_name": f"{number}.png"})
-        annotations.append({"id": number, "image_id": number, "caption": "a dog on the grass beside a lovely car"})
-    (root / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations}))
-
-
 def test_the_evidence_runs_end_to_end_and_goes_on_where_it_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,8 +50,8 @@ def test_the_evidence_runs_end_to_end_and_goes_on_where_it_was_stopped(
         monkeypatch.setattr(evidence, name, value)
     # The first half is held out, of which the calibration is fitted and wants twenty pictures.
     shards = as_shards(tmp_path / "pairs", pairs(48), 2)
-    write_masks(tmp_path / "masks")
-    write_masks(tmp_path / "others")
+    for folder in ("masks", "others"):
+        write_photographs(tmp_path / folder, CAPTIONS, SHOWN)
     work = tmp_path / "work"
     arguments = ["--pairs", str(shards), "--masks", str(tmp_path / "masks"), "--work", str(work), *FEW]
     arguments += ["--validation", str(tmp_path / "others"), "--fitted"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import slow_reference as slow
 import torch
+from helpers_photographs import HEIGHT, WIDTH, write_photographs
 from PIL import Image
 from toy_backbone import ToyAdapter, toy
 from typer.testing import CliRunner
@@ -33,7 +34,6 @@ from ttd_plugins.evaluation.protocols import (
 )
 from ttd_plugins.evaluation.protocols.running import weights_hash
 
-HEIGHT, WIDTH = 12, 20
 CAPTIONS = {
     "a": ["a man and his dog on green grass", "two cats in the snow", "nothing of note"],
     "b": ["a dog", "a dog under the blue sky"],
@@ -47,26 +47,7 @@ PLAIN = DenseOptions(size=16)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Four photographs of noise, dense masks of blocks, and captions."""
-    root = tmp_path / "data"
-    (root / "images").mkdir(parents=True)
-    (root / "semantic_masks").mkdir()
-    rng = np.random.default_rng(0)
-    for name, classes in SHOWN.items():
-        noise = rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-        mask = np.zeros((HEIGHT, WIDTH), np.uint8)
-        for number, class_id in enumerate(classes):
-            mask[2 * number : 12 - number, 6 * number : 6 * number + 9] = class_id
-            noise[mask == class_id] //= number + 2
-        Image.fromarray(noise).save(root / f"images/{name}.png")
-        Image.fromarray(mask).save(root / f"semantic_masks/{name}.png")
-    images = [{"id": i, "file_name": f"{name}.png"} for i, name in enumerate(CAPTIONS)]
-    annotations = [
-        {"id": 10 * i + j, "image_id": i, "caption": caption}
-        for i, texts in enumerate(CAPTIONS.values())
-        for j, caption in enumerate(texts)
-    ]
-    (root / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations}))
-    return root
+    return write_photographs(tmp_path / "data", CAPTIONS, SHOWN)
 
 
 def maps_of(

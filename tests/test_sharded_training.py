@@ -16,8 +16,7 @@ import pytest
 pytest.importorskip("accelerate", reason="needs the extra 'train'")
 
 import torch
-import torch.multiprocessing
-from helpers_training import MemoryPairs, free_port, join, log_of, run_toy, toy_config
+from helpers_training import MemoryPairs, free_port, join, log_of, run_toy, toy_config, two_processes
 from safetensors.torch import load_file
 from test_train_kill import make_pairs
 from toy_backbone import toy
@@ -109,9 +108,7 @@ def process(rank: int, port: int, out: str) -> None:
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sharded")
-    torch.multiprocessing.spawn(process, args=(free_port(), str(folder)), nprocs=2)
-    return folder
+    return two_processes(process, tmp_path_factory.mktemp("sharded"))
 
 
 def test_weights_losses_and_checkpoints_are_those_of_whole_weights_and_of_one_process(

@@ -7,13 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 pytest.importorskip("accelerate", reason="needs the extra 'train'")
 
+from helpers_photographs import write_photographs
 from helpers_training import MemoryPairs, assert_same, log_of, run_toy, toy_config, weights_of
-from PIL import Image
 from toy_backbone import toy
 from typer.testing import CliRunner
 
@@ -34,22 +33,9 @@ SHOWN = {"a": (1, 18, 193), "b": (18, 187), "c": (1, 3)}
 @pytest.fixture
 def labelled(tmp_path: Path) -> Path:
     """Three photographs of noise with dense masks and captions, which serve as pairs too."""
-    root = tmp_path / "labelled"
-    (root / "images").mkdir(parents=True)
-    (root / "semantic_masks").mkdir()
-    rng = np.random.default_rng(0)
-    for name, classes in SHOWN.items():
-        noise = rng.integers(0, 256, (12, 20, 3), dtype=np.uint8)
-        mask = np.zeros((12, 20), np.uint8)
-        for number, class_id in enumerate(classes):
-            mask[2 * number : 12 - number, 6 * number : 6 * number + 9] = class_id
-            noise[mask == class_id] //= number + 2
-        Image.fromarray(noise).save(root / f"images/{name}.png")
-        Image.fromarray(mask).save(root / f"semantic_masks/{name}.png")
-        (root / f"images/{name}.txt").write_text(CAPTIONS[name])
-    images = [{"id": i, "file_name": f"{name}.png"} for i, name in enumerate(CAPTIONS)]
-    annotations = [{"id": i, "image_id": i, "caption": caption} for i, caption in enumerate(CAPTIONS.values())]
-    (root / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    root = write_photographs(tmp_path / "labelled", {name: [text] for name, text in CAPTIONS.items()}, SHOWN)
+    for name, text in CAPTIONS.items():
+        (root / f"images/{name}.txt").write_text(text)
     return root
 
 
