@@ -13,7 +13,7 @@ FILES = [
         CORE / f"{name}.py"
         for name in (
             "adapter", "calibration", "distributed", "engine", "errors", "fine_tuning", "hookspecs", "lora", "losses",
-            "plugins", "progress", "selection", "similarity", "stanza_tags", "tags", "texts",
+            "nested", "plugins", "progress", "selection", "similarity", "stanza_tags", "tags", "texts",
         )
     ),
     *(

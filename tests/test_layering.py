@@ -22,6 +22,7 @@ ADAPTERS = ROOT / "adapters"
 LAYERS = (
     "ttd_plugins.errors",
     "ttd_plugins.progress",
+    "ttd_plugins.nested",
     "ttd_plugins.hookspecs",
     "ttd_plugins.tags",
     "ttd_plugins.stanza_tags",

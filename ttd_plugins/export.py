@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from ttd_plugins import __version__
 from ttd_plugins.adapter import ExportedModel
 from ttd_plugins.errors import InputError, TTDError, choices_sentence, one_sentence
+from ttd_plugins.nested import flattened
 
 if TYPE_CHECKING:
     from ttd_plugins.adapter import DenseAdapter
@@ -285,13 +286,13 @@ def render_card(adapter: DenseAdapter, model: ExportedModel, form: Form, card: M
     if isinstance(card.data, str):
         lines += ["## Data", "", _text(card.data), ""] if card.data else []
     else:
-        lines += _table("Data", _flat(card.data))
-    lines += _table("Settings", _flat(card.settings))
+        lines += _table("Data", _given(card.data))
+    lines += _table("Settings", _given(card.settings))
     plain = {name: value for name, value in card.figures.items() if not isinstance(value, Mapping)}
     lines += _table("Figures", plain)
     for heading, figures in card.figures.items():
         if isinstance(figures, Mapping):
-            lines += _table(f"Figures: {_text(heading)}", _flat(figures))
+            lines += _table(f"Figures: {_text(heading)}", _given(figures))
     licence = card.licence or (
         f"The weights come from `{_code(base)}`: its licence holds for them, and so may that of the data. ttd-plugins "
         "itself is under the MIT licence."
@@ -312,21 +313,15 @@ def _packages(model: ExportedModel) -> set[str]:
     }
 
 
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flattened(values).items() if value is not None and value != {}}
+
+
 def _table(title: str, rows: Mapping[str, Any]) -> list[str]:
     if not rows:
         return []
     body = [f"| {_text(name)} | {_text(_value(value))} |" for name, value in rows.items()]
     return [f"## {title}", "", "| | |", "|---|---|", *body, ""]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
-        elif value is not None:
-            found[f"{prefix}{name}"] = value
-    return found
 
 
 def _value(value: Any) -> str:

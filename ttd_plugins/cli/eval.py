@@ -12,6 +12,7 @@ import typer
 
 from ttd_plugins.cli import maps
 from ttd_plugins.errors import InputError, choices_sentence
+from ttd_plugins.nested import flattened
 
 if TYPE_CHECKING:
     from ttd_plugins.adapter import DenseAdapter
@@ -283,11 +284,11 @@ def print_result(result: EvaluationResult, preset: str) -> None:
         table = Table(box=SIMPLE, title=f"{settings['backbone']['name']} on {settings['data']['name']}")
         table.add_column("figure")
         table.add_column("", justify="right")
-        for name, value in _flat(content["figures"]):
+        for name, value in flattened(content["figures"]).items():
             table.add_row(name, _number(value))
         console.print(table)
     console.print(f"settings (preset {preset}):", markup=False)
-    for name, value in _flat({key: value for key, value in settings.items() if key != "names"}):
+    for name, value in flattened({key: value for key, value in settings.items() if key != "names"}).items():
         console.print(f"  {name}: {json.dumps(value)}", markup=False)
     seconds, peak = content["seconds_per_image"], content["peak_memory_bytes"]
     cost = f"{seconds:.2f} s an image, " if seconds is not None else ""
@@ -296,16 +297,6 @@ def print_result(result: EvaluationResult, preset: str) -> None:
         console.print("other processes have images to do; the last one writes results.json, or run this again")
     elif content["path"]:
         console.print(f"results: {content['path']}", markup=False)
-
-
-def _flat(values: dict[str, Any], before: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            rows += _flat(value, f"{before}{name}.")
-        else:
-            rows.append((before + name, value))
-    return rows
 
 
 def _number(value: Any) -> str:

@@ -16,7 +16,7 @@ from ttd_plugins.comparison.results import Figure
 from ttd_plugins.embedded.scenes import ATTRIBUTION, Scene, Scenes
 from ttd_plugins.engine import TTD, TTDOptions
 from ttd_plugins.errors import InputError, choices_sentence
-from ttd_plugins.evaluation.scenes import measure_on_scenes
+from ttd_plugins.evaluation.scenes import check_scenes_fit, measure_on_scenes
 from ttd_plugins.progress import Stage, counted, silent
 from ttd_plugins.training.loop import OptimizerOptions
 from ttd_plugins.training.scenes import KeptScenes, SceneTuning, training_scenes, tune_on_scenes
@@ -148,10 +148,7 @@ class SceneData:
         return {"name": SCENES, "images": self.count, "optimizer": asdict(self.optimizer)}
 
     def check(self, backbone: DenseAdapter) -> None:
-        height, width = backbone.description.image_size
-        if height != width:
-            raise InputError(f"scenes are square, and {backbone.description.name} prefers {height} x {width} pixels")
-        Scenes("test", 1, side=height)
+        check_scenes_fit(backbone)
 
     def measure(self, backbone: DenseAdapter, folder: Path, title: str, stage: Stage) -> Values:
         scenes = self._scenes(backbone.description.image_size[0], stage)
@@ -223,40 +220,24 @@ class CaptionedData:
     attribution = ""
 
     def __init__(self, options: CompareOptions) -> None:
-        from ttd_plugins.evaluation.datasets import CAPTIONS, open_captions
-        from ttd_plugins.evaluation.protocols import TAG_PRESETS, TEXT_PRESETS
+        from ttd_plugins.evaluation.datasets import CAPTIONS
+        from ttd_plugins.evaluation.labelled import as_trained, open_labelled, preset_protocols
 
         self.options = options
         if options.data not in CAPTIONS:
             raise InputError(choices_sentence("data set", options.data, [SCENES, *CAPTIONS]))
         if options.root is None:
             raise InputError(f"say where {options.data} is: the folder of the data set (--root)")
-        if options.preset not in TAG_PRESETS:
-            raise InputError(choices_sentence("preset", options.preset, TAG_PRESETS))
+        self.tags, self.text = as_trained(preset_protocols(options.preset), options.ttd)
         if options.tune and options.pairs is None:
             raise InputError("say which pairs to fine-tune on (--pairs), or leave fine-tuning out (--no-tune)")
-        more: dict[str, Any] = {} if options.limit is None else {"limit": options.limit}
-        more |= {} if options.split is None else {"split": options.split}
-        self.reader = open_captions(options.data, options.root, **more)
-        if not len(self.reader):
-            raise InputError(f"{str(options.root)!r} holds no captioned picture")
-        self.reader.check()
+        self.reader = open_labelled(options.data, options.root, limit=options.limit, split=options.split)
         if self.reader.classes:
             self.figures = (*CAPTION_FIGURES, ZERO_SHOT)
         if options.tune and options.pairs is not None:
             from ttd_plugins.data import open_pairs
 
             open_pairs(options.pairs)
-        self.tags = replace(
-            TAG_PRESETS[options.preset],
-            extractor=options.ttd.extractor,
-            extractor_options=options.ttd.extractor_options,
-            template=options.ttd.template,
-            rule=options.ttd.rule,
-            threshold=options.ttd.threshold,
-            calibration=options.ttd.calibration,
-        )
-        self.text = replace(TEXT_PRESETS[options.preset], calibration=options.ttd.calibration)
 
     @property
     def learning_rate(self) -> float:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ttd_plugins.adapter import DenseAdapter
-from ttd_plugins.embedded.scenes import NOUNS, Scene, kind_of_noun
+from ttd_plugins.embedded.scenes import NOUNS, Scene, Scenes, kind_of_noun
 from ttd_plugins.engine import TTD, Alignment, evaluation_mode
+from ttd_plugins.errors import InputError
 from ttd_plugins.evaluation.metrics import (
     average_precision,
     f1_score,
@@ -155,6 +156,18 @@ def measure_on_scenes(
         true_per_caption=sum(len(scene.true_tags) for scene in scenes) / len(scenes),
         scenes=len(scenes),
     )
+
+
+def check_scenes_fit(backbone: DenseAdapter) -> None:
+    """Refuse a backbone that scenes cannot be drawn for.
+
+    Raises:
+        InputError: its input is not square, or of a side that scenes do not have.
+    """
+    height, width = backbone.description.image_size
+    if height != width:
+        raise InputError(f"scenes are square, and {backbone.description.name} prefers {height} x {width} pixels")
+    Scenes("validation", 1, side=height)
 
 
 def _pictured(scenes: Sequence[Scene]) -> Tensor:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from ttd_plugins.engine import TTD
 from ttd_plugins.errors import InputError, choices_sentence
+from ttd_plugins.nested import flattened
 from ttd_plugins.progress import Stage, counted
 from ttd_plugins.training.config import EvaluationConfig
 
 if TYPE_CHECKING:
     from ttd_plugins.embedded.scenes import Scene
-    from ttd_plugins.evaluation.datasets import CaptionData
 
 SCENES = "scenes"
 SCENE_COUNT = 256
@@ -74,14 +74,9 @@ class SceneSet(LabelledSet):
         Scenes("validation", 1)
 
     def check(self, ttd: TTD) -> None:
-        from ttd_plugins.embedded.scenes import Scenes
+        from ttd_plugins.evaluation.scenes import check_scenes_fit
 
-        height, width = ttd.backbone.description.image_size
-        if height != width:
-            raise InputError(
-                f"scenes are square, and {ttd.backbone.description.name} prefers {height} x {width} pixels"
-            )
-        Scenes("validation", 1, side=height)
+        check_scenes_fit(ttd.backbone)
 
     def measure(self, ttd: TTD, step: int, stage: Stage) -> dict[str, float]:
         from ttd_plugins.embedded.scenes import Scenes
@@ -93,30 +88,26 @@ class SceneSet(LabelledSet):
             self.scenes = counted(drawn, stage("draw scenes", self.count))
         found = measure_on_scenes(ttd, self.scenes, progress=stage("evaluate: scenes", len(self.scenes))).as_dict()
         found.pop("scenes")
-        return {f"scenes/{name}": value for name, value in _flat(found).items()}
+        return _numbers(found, "scenes/")
 
 
 class CaptionedSet(LabelledSet):
     """Annotated photographs, by the protocols of tag selection and text-level segmentation."""
 
     def __init__(self, options: EvaluationConfig, name: str, root: str, folder: Path) -> None:
-        from ttd_plugins.evaluation.datasets import CAPTIONS, open_captions
-        from ttd_plugins.evaluation.protocols import TAG_PRESETS
+        from ttd_plugins.evaluation.datasets import CAPTIONS
+        from ttd_plugins.evaluation.labelled import open_labelled, preset_protocols
 
         if name not in CAPTIONS:
             raise InputError(choices_sentence("labelled set of evaluation.data", name, [SCENES, *CAPTIONS]))
         if not root:
             raise InputError(f"evaluation.data {options.data!r} must say where the labelled set is: {name}:FOLDER")
-        if options.preset not in TAG_PRESETS:
-            raise InputError(choices_sentence("preset", options.preset, TAG_PRESETS))
-        more: dict[str, Any] = {"limit": options.most, "split": options.split}
-        self.reader: CaptionData = open_captions(
-            name, root, **{key: value for key, value in more.items() if value is not None}
-        )
-        if not len(self.reader):
-            raise InputError(f"{root!r} holds no captioned picture")
-        self.reader.check()
-        self.options, self.folder = options, folder
+        self.tags, self.text = preset_protocols(options.preset)
+        if options.size is not None:
+            self.tags = replace(self.tags, dense=replace(self.tags.dense, size=options.size))
+            self.text = replace(self.text, dense=replace(self.text.dense, size=options.size))
+        self.reader = open_labelled(name, root, limit=options.most, split=options.split)
+        self.folder = folder
 
     def forget(self, after: int) -> None:
         for kept in self.folder.glob("step-*"):
@@ -124,23 +115,10 @@ class CaptionedSet(LabelledSet):
                 shutil.rmtree(kept, ignore_errors=True)
 
     def measure(self, ttd: TTD, step: int, stage: Stage) -> dict[str, float]:
-        from ttd_plugins.evaluation.protocols import TAG_PRESETS, TEXT_PRESETS, evaluate_tags, evaluate_text
+        from ttd_plugins.evaluation.labelled import as_trained
+        from ttd_plugins.evaluation.protocols import evaluate_tags, evaluate_text
 
-        options = ttd.options
-        # The words, the rule and the threshold of the run itself, so that its own selection is what is measured.
-        tag_options = replace(
-            TAG_PRESETS[self.options.preset],
-            extractor=options.extractor,
-            extractor_options=options.extractor_options,
-            template=options.template,
-            rule=options.rule,
-            threshold=options.threshold,
-            calibration=options.calibration,
-        )
-        text_options = replace(TEXT_PRESETS[self.options.preset], calibration=options.calibration)
-        if self.options.size is not None:
-            tag_options = replace(tag_options, dense=replace(tag_options.dense, size=self.options.size))
-            text_options = replace(text_options, dense=replace(text_options.dense, size=self.options.size))
+        tag_options, text_options = as_trained((self.tags, self.text), ttd.options)
         out = self.folder / f"step-{step:08d}"
 
         def named(name: str, steps: int) -> Any:
@@ -155,15 +133,10 @@ class CaptionedSet(LabelledSet):
         figures |= {f"tags/{score}/{name}": value for score in ("image", "text") for name, value in tags[score].items()}
         figures |= {f"retrieval/{name}": value for name, value in tags.get("retrieval", {}).items()}
         figures |= {f"text/{name}": text[name] for name in ("caption_iou", "mfpr", "mfnr", "tag_balance")}
-        return _flat(figures)
+        return _numbers(figures)
 
 
-def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, float]:
+def _numbers(values: Mapping[str, Any], before: str = "") -> dict[str, float]:
     """Finite numbers by their names; those of a nested mapping as ``outer/inner``."""
-    found: dict[str, float] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{before}{name}/")
-        elif isinstance(value, int | float) and math.isfinite(value):
-            found[before + name] = float(value)
-    return found
+    flat = flattened(values, "/", before)
+    return {k: float(v) for k, v in flat.items() if isinstance(v, int | float) and math.isfinite(v)}

@@ -28,7 +28,7 @@ from ttd_plugins.engine import TTD, TTDOutput, evaluation_mode
 from ttd_plugins.errors import InputError, MissingDependencyError, TTDError, choices_sentence, one_sentence
 from ttd_plugins.progress import silent
 from ttd_plugins.training import checkpoints, sharding
-from ttd_plugins.training.config import TrainConfig, first_difference
+from ttd_plugins.training.config import EvaluationConfig, TrainConfig, first_difference
 from ttd_plugins.training.evaluation import LabelledSet, open_evaluation
 from ttd_plugins.training.loop import learning_rate_factor
 from ttd_plugins.training.records import Lines, make_folder, write_whole
@@ -38,8 +38,7 @@ from ttd_plugins.training.watch import CollapseWatch, Window
 HARMLESS = (
     "data.max_skipped", "run.log_every", "run.checkpoint_every", "run.checkpoint_minutes", "run.keep",
     "run.picture_every", "run.pictures", "run.evaluate_every", "run.trackers", "run.nonfinite", "run.max_skipped_steps",
-    "run.sharded", "evaluation.data", "evaluation.every", "evaluation.most", "evaluation.split", "evaluation.preset",
-    "evaluation.size",
+    "run.sharded", *(f"evaluation.{one.name}" for one in dataclasses.fields(EvaluationConfig)),
 )  # fmt: skip
 """Options that a resumed run may change, since they decide neither data nor, but for rounding, gradients."""
 

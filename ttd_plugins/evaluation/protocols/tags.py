@@ -2,8 +2,7 @@
 
 Candidates are pooled over captions; figures are precision, recall, F1 and accuracy of what is selected, and the average
 precision of the scores. The baselines score a word by the pooled image embedding and by the caption's embedding, or
-take all nouns. Beside them stand retrieval and zero-shot classification, which fine-tuning
-may cost.
+take all nouns. Beside them stand retrieval and zero-shot classification, which fine-tuning may cost.
 """
 
 from __future__ import annotations
@@ -129,8 +128,8 @@ def evaluate_tags(
             texts_of_classes = [text for item in data.classes for text in item.texts]
             names.append(class_embeddings(adapter, texts_of_classes, templates))
 
-    def texts(names: Sequence[str]) -> torch.Tensor:
-        return memory.encode(adapter, names)[0]
+    def texts(words: Sequence[str]) -> torch.Tensor:
+        return memory.encode(adapter, words)[0]
 
     def one(key: str) -> Record:
         item = data.read(key)
