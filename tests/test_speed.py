@@ -27,7 +27,8 @@ from ttd_plugins import TTD, wrap
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.benchmark.unshared import unshared_losses
 from ttd_plugins.engine import TTDOutput
-from ttd_plugins.texts import TextMemory, encode_texts, plan_chunks
+from ttd_plugins.errors import UnsupportedModelError
+from ttd_plugins.texts import TextMemory, TokenMemory, computed_twice, encode_texts, plan_chunks
 
 CAPTIONS = [
     "a brown dog and a black cat on the wet grass",
@@ -213,6 +214,7 @@ def test_texts_computed_twice_give_the_same_step_and_hold_less(kind: str, lora: 
     padded = adapter.description.text_after_end_matters
     assert results[1][2] < (0.8 if padded else 1) * held
     assert results[2][2] == results[1 if padded else 0][2]
+    assert not any("forward" in vars(module) for module in adapter.model.modules())
 
 
 def test_dropout_of_texts_computed_twice_is_drawn_once() -> None:
@@ -231,11 +233,74 @@ def test_dropout_of_texts_computed_twice_is_drawn_once() -> None:
         torch.manual_seed(3)
         return list(torch.autograd.grad((encode() * weights).sum(), trained))
 
-    found = gradients_of(lambda: encode_texts(adapter, texts, recompute=2)[0])
-    parts = [texts[at : at + 2] for at in range(0, len(texts), 2)]
-    expected = gradients_of(lambda: torch.cat([encode_texts(adapter, part)[0] for part in parts]))
+    found = gradients_of(lambda: encode_texts(adapter, texts, recompute=True)[0])
+    expected = gradients_of(lambda: encode_texts(adapter, texts)[0])
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def calls_of(blocks: list[torch.nn.Module], function: Callable[[], Tensor]) -> list[int]:
+    """How often each block runs in the forward and the backward pass of a function, in training mode."""
+    calls = [0] * len(blocks)
+
+    def counted(number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            calls[number] += 1
+            return forward(*arguments, **options)
+
+        return run
+
+    own = [block.forward for block in blocks]
+    for number, block in enumerate(blocks):
+        block.forward = counted(number, block.forward)  # type: ignore[method-assign]
+    try:
+        function().sum().backward()
+    finally:
+        # Counting stands in the object, as other libraries' wrappers do, and must be there still.
+        assert all("forward" in vars(block) for block in blocks)
+        for block, forward in zip(blocks, own, strict=True):
+            block.forward = forward  # type: ignore[method-assign]
+    return calls
+
+
+@pytest.mark.parametrize("kind", sorted(BACKBONES))
+def test_every_family_names_the_blocks_of_its_text_tower(kind: str) -> None:
+    adapter = small(kind)
+    adapter.train()
+    blocks = adapter.text_blocks()
+    if kind.startswith("original"):
+        assert blocks == []
+        return
+    owned = {id(p) for _, p in adapter.tower_parameters("text")}
+    assert blocks and all(id(p) in owned for block in blocks for p in block.parameters())
+    texts = list(dict.fromkeys(CAPTIONS))
+    once = calls_of(blocks, lambda: encode_texts(adapter, texts)[0])
+    twice = calls_of(blocks, lambda: encode_texts(adapter, texts, recompute=True)[0])
+    assert sum(once) > 0 and twice == [2 * calls for calls in once]
+
+
+@pytest.mark.parametrize("kind", ["siglip", "transformers_siglip", "transformers_clip"])
+def test_blocks_that_are_checkpointed_already_run_no_third_time(kind: str) -> None:
+    adapter = small(kind)
+    adapter.train()
+    adapter.set_grad_checkpointing()
+    texts = list(dict.fromkeys(CAPTIONS))
+    blocks = adapter.text_blocks()
+    calls = calls_of(blocks, lambda: encode_texts(adapter, texts, recompute=True)[0])
+    assert max(calls) == max(calls_of(blocks, lambda: encode_texts(adapter, texts)[0]))
+
+
+def test_a_tower_without_blocks_cannot_be_computed_twice() -> None:
+    assert toy().text_blocks() == []
+    with pytest.raises(UnsupportedModelError, match=r"recompute_texts=True needs .* numbered blocks"):
+        TTD(toy(), recompute_texts=True)
+
+
+def test_a_failure_leaves_the_blocks_as_they_were() -> None:
+    adapter = small("siglip")
+    with pytest.raises(ZeroDivisionError), computed_twice(adapter):
+        1 / sum("forward" not in vars(block) for block in adapter.text_blocks())
+    assert not any("forward" in vars(block) for block in adapter.text_blocks())
 
 
 def freeze_text(adapter: DenseAdapter) -> DenseAdapter:
@@ -289,8 +354,8 @@ def test_the_frozen_teacher_is_asked_once_for_each_text_and_a_moving_one_every_t
             with torch.no_grad():
                 for parameter in backbone.parameters():
                     parameter.add_(0.01)
-        asked = [text for call in ttd.teacher.tokenized for text in call]
-        assert len(asked) == times * len(set(asked))
+        asked = sum(len(ids) for ids in ttd.teacher.texts)
+        assert asked == times * len({text for call in ttd.teacher.tokenized for text in call})
         plain = TTD(toy(3), teacher=teacher)
         torch.testing.assert_close(outputs[0], plain.train()(images, CAPTIONS).loss, atol=1e-6, rtol=1e-6)
 
@@ -319,6 +384,29 @@ def test_what_a_tower_said_is_forgotten_when_it_changes_and_when_there_is_no_roo
     next(p for _, p in adapter.tower_parameters("text")).requires_grad_(True)
     assert memory.encode(adapter, CAPTIONS)[0].requires_grad
     assert len(memory) == 0
+
+
+def test_a_tag_is_tokenized_once_and_a_caption_every_time() -> None:
+    backbone = toy()
+    memory = TokenMemory(limit=3, longest=9)
+    plain = toy()
+
+    def asked(texts: list[str]) -> list[str]:
+        before = len(backbone.tokenized)
+        found, expected = memory.tokenize(backbone, texts), plain.tokenize(texts)
+        assert torch.equal(found.ids, expected.ids) and torch.equal(found.lengths, expected.lengths)
+        assert (found.ids.dtype, found.lengths.dtype) == (expected.ids.dtype, expected.lengths.dtype)
+        assert found.truncated == expected.truncated
+        return [text for call in backbone.tokenized[before:] for text in call]
+
+    long, words = "a caption of some words", "a " * backbone.description.context_length
+    assert asked(["dog", "wet grass", long]) == ["dog", "wet grass", long]
+    assert asked([long, "wet grass", words, "dog"]) == [long, words]
+    # The one that was not used for longest gives way.
+    assert asked(["cat", "owl"]) == ["cat", "owl"] and len(memory) == 3
+    assert asked(["dog", "wet grass"]) == ["wet grass"]
+    backbone.tokenizer = object()
+    assert asked(["dog"]) == ["dog"]
 
 
 def test_a_batch_of_many_tags_is_encoded_in_two_calls() -> None:

@@ -9,7 +9,9 @@ This module imports torch only. Backbone libraries are imported by adapters, and
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -289,6 +291,20 @@ class DenseAdapter(nn.Module, ABC):
     @abstractmethod
     def tower_parameters(self, tower: Tower) -> Iterable[tuple[str, nn.Parameter]]:
         """Named parameters of one tower, as in ``self.model.named_parameters()``; the two towers share none."""
+
+    def text_blocks(self) -> list[nn.Module]:
+        """The blocks that the text tower calls one after another; none where it is not made of blocks.
+
+        Where texts would hold too much memory, the engine keeps what enters each and has it run again in the backward
+        pass. A block of which parts are called, and not the module itself, keeps what it computed. By default: the
+        numbered modules that hold most of the tower's parameters.
+        """
+        sizes: Counter[str] = Counter()
+        for name, parameter in self.tower_parameters("text"):
+            numbered = re.match(r"(.+?)\.\d+\.", name)
+            if numbered:
+                sizes[numbered[1]] += parameter.numel()
+        return list(self.model.get_submodule(sizes.most_common(1)[0][0]).children()) if sizes else []
 
     def export(self, folder: Path) -> ExportedModel:
         """Write the model as it is now into ``folder``, an empty one, in the format of the backbone's own library.

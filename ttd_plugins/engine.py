@@ -27,7 +27,7 @@ from ttd_plugins.adapter import (
     image_features,
     image_pixels,
 )
-from ttd_plugins.errors import InputError, TagExtractionError, TTDError
+from ttd_plugins.errors import InputError, TagExtractionError, TTDError, UnsupportedModelError
 from ttd_plugins.texts import TextMemory, on_device
 
 if TYPE_CHECKING:
@@ -61,9 +61,9 @@ class TTDOptions:
         remembered_texts: how many embeddings of texts are kept from batch to batch where no step moves the tower that
             made them (a frozen text tower, the teacher ``"frozen"``); results are the same to rounding, so that a
             resumed run is no longer bitwise that of one that was not stopped.
-        recompute_texts: compute activations of texts a second time, in the backward pass, so that those of no more
-            than a quarter as many texts as there are captions, or four, are held at once; ``None`` does so where
-            texts cannot be cut to their length, and tags would hold several times what captions do.
+        recompute_texts: hold what enters each block of the text tower alone, and compute the rest a second time in the
+            backward pass; ``None`` does so where texts cannot be cut to their length, so that tags would hold several
+            times what captions do.
     """
 
     extractor: str = "words"
@@ -300,6 +300,11 @@ class TTD(nn.Module):
         self.extractor = extractor
         # In a tuple, so that the copy is no submodule: its weights are neither trained nor saved nor moved by accident.
         self._teacher = () if self.options.teacher == "self" else (self._copy_backbone(),)
+        if self.options.recompute_texts and not backbone.text_blocks():
+            raise UnsupportedModelError(
+                f"recompute_texts=True needs a text tower made of numbered blocks, and that of "
+                f"{backbone.description.name} names none (text_blocks()); leave the option out"
+            )
         self._memory, self._memory_of_teacher = (TextMemory(self.options.remembered_texts) for _ in range(2))
 
     @property
@@ -431,17 +436,20 @@ class TTD(nn.Module):
     ) -> Alignment:
         pooled = pooled or self.options.score == "image"
         memory = self._memory if adapter is self.backbone else self._memory_of_teacher
-        features = image_features(adapter, images, pooled=pooled)
+        recompute = self._recomputes_texts(adapter)
+        # The backward pass begins with what came last: what is computed twice should wait until images are forgotten.
+        features = None if recompute else image_features(adapter, images, pooled=pooled)
         # Captions and tags together, so that texts of one length share a call of the text tower.
         tags = [self.options.template.format(tag) for tag in candidates.distinct]
         if tag_gradient or not torch.is_grad_enabled():
-            at_once = self._texts_at_once(adapter, captions, tags)
-            embeddings, truncated = memory.encode(adapter, [*captions, *tags], recompute=at_once)
+            embeddings, truncated = memory.encode(adapter, [*captions, *tags], recompute=recompute)
             caption_embeddings, tag_embeddings = embeddings[: len(captions)], embeddings[len(captions) :]
         else:
             caption_embeddings, truncated = memory.encode(adapter, captions)
             with torch.no_grad():
                 tag_embeddings, _ = memory.encode(adapter, tags)
+        if features is None:
+            features = image_features(adapter, images, pooled=pooled)
         with torch.autocast(images.device.type, enabled=False):
             rows, columns = features.patches.shape[1:3]
             patches = similarity.normalize(features.patches.flatten(1, 2))
@@ -468,14 +476,10 @@ class TTD(nn.Module):
                 truncated[: len(captions)],
             )
 
-    def _texts_at_once(self, adapter: DenseAdapter, captions: Sequence[str], tags: Sequence[str]) -> int | None:
-        """Of how many texts activations are held at once; ``None`` for all of them."""
+    def _recomputes_texts(self, adapter: DenseAdapter) -> bool:
+        """Whether activations of texts are computed twice."""
         recompute = self.options.recompute_texts
-        if recompute is None:
-            recompute = adapter.description.text_after_end_matters
-        at_once = max(len(captions) // 4, 4)
-        # Captions alone are what a contrastive step holds too.
-        return at_once if recompute and len(tags) > at_once else None
+        return adapter.description.text_after_end_matters if recompute is None else recompute
 
     @torch.no_grad()
     def targets(self, alignment: Alignment) -> Targets:

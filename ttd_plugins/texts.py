@@ -8,13 +8,15 @@ after the end token cannot matter. How many chunks pay is decided by what one mo
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ttd_plugins.adapter import DenseAdapter, text_embeddings, text_tokens
+from ttd_plugins.adapter import DenseAdapter, Tokens, text_embeddings, text_tokens
 from ttd_plugins.similarity import normalize
 
 CALL_COST = {"cpu": 80}
@@ -24,7 +26,7 @@ kernels are launched that have too little to do."""
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """A small CPU tensor on ``device``, without waiting for what the device is busy with."""
+    """A CPU tensor on ``device``, without waiting for what the device is busy with."""
     if device.type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
@@ -60,8 +62,82 @@ def plan_chunks(lengths: Sequence[int], call_cost: int) -> list[list[int]]:
     return chunks
 
 
+@contextmanager
+def computed_twice(adapter: DenseAdapter) -> Iterator[None]:
+    """Within it, blocks of the text tower keep their input alone, and run again in the backward pass.
+
+    This is arXiv 1604.06174. What draws random numbers draws the same ones again. The model is left as it was found,
+    and a tower that checkpoints its blocks itself is not touched.
+    """
+    blocks = [] if _checkpoints_itself(adapter.model) else adapter.text_blocks()
+    own = [block.__dict__.get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del block.forward
+            # Other libraries put a forward of theirs into an object too.
+            if forward is not None:
+                block.forward = forward  # type: ignore[method-assign]
+
+
+def _checkpoints_itself(model: nn.Module) -> bool:
+    """Whether a library's own gradient checkpointing is on; once more would cost one more forward pass."""
+    switches = ("grad_checkpointing", "gradient_checkpointing")
+    return model.training and any(getattr(part, name, False) is True for part in model.modules() for name in switches)
+
+
+class TokenMemory:
+    """Token rows of short texts, kept from one batch to the next.
+
+    A tag comes in many batches, a caption once an epoch; and what the host spends on tokenising, a GPU waits for.
+
+    Attributes:
+        limit: how many rows are kept; the one that was not used for longest gives way.
+        longest: characters of the longest text that is kept.
+    """
+
+    def __init__(self, limit: int = 16_384, longest: int = 32) -> None:
+        self.limit = limit
+        self.longest = longest
+        self._rows: OrderedDict[str, tuple[Tensor, int, bool]] = OrderedDict()
+        self._valid_for: object = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def tokenize(self, adapter: DenseAdapter, texts: Sequence[str]) -> Tokens:
+        """What the backbone's :meth:`~ttd_plugins.adapter.DenseAdapter.tokenize` gives; no text twice in ``texts``."""
+        # Adapters keep what the caller may exchange under this name.
+        tokenizer = getattr(adapter, "tokenizer", None)
+        if tokenizer is not self._valid_for:
+            self._rows.clear()
+            self._valid_for = tokenizer
+        new = [text for text in texts if text not in self._rows]
+        rows = {text: self._rows[text] for text in texts if text in self._rows}
+        if new:
+            tokens = text_tokens(adapter, new)
+            # A row of its own each, or one that is kept would keep its whole batch.
+            rows |= {
+                text: (ids.clone(), length, cut)
+                for text, ids, length, cut in zip(
+                    new, tokens.ids, tokens.lengths.tolist(), tokens.truncated, strict=True
+                )
+            }
+        for text, row in rows.items():
+            if len(text) <= self.longest:
+                self._rows[text] = row
+                self._rows.move_to_end(text)
+        while len(self._rows) > self.limit:
+            self._rows.popitem(last=False)
+        ids, lengths, truncated = zip(*(rows[text] for text in texts), strict=True)
+        return Tokens(torch.stack(ids), torch.tensor(lengths), list(truncated))
+
+
 def encode_texts(
-    adapter: DenseAdapter, texts: Sequence[str], *, recompute: int | None = None
+    adapter: DenseAdapter, texts: Sequence[str], *, recompute: bool = False, memory: TokenMemory | None = None
 ) -> tuple[Tensor, list[bool]]:
     """L2-normalised embeddings ``[N, D]`` of texts in at least float32, and which texts were longer than the context.
 
@@ -71,14 +147,15 @@ def encode_texts(
     Args:
         adapter: the backbone.
         texts: N strings.
-        recompute: where a gradient is wanted, keep activations of at most so many texts and compute those of the
-            others again in the backward pass, so many at a time; by default those of all are kept.
+        recompute: where a gradient is wanted, keep what enters each block of the text tower alone, and compute the rest
+            again in the backward pass, one block at a time.
+        memory: token rows of earlier batches; by default every text is tokenised.
     """
     if not texts:
         width = adapter.description.embedding_width
         return torch.zeros(0, width, device=adapter.device), []
     distinct = list(dict.fromkeys(texts))
-    tokens = text_tokens(adapter, distinct)
+    tokens = text_tokens(adapter, distinct) if memory is None else memory.tokenize(adapter, distinct)
     device = adapter.device
     if adapter.description.text_after_end_matters:
         lengths = [tokens.ids.shape[1]] * len(distinct)
@@ -86,16 +163,11 @@ def encode_texts(
     else:
         lengths = tokens.lengths.tolist()
         chunks = plan_chunks(lengths, CALL_COST.get(device.type, OTHER_CALL_COST))
-    if recompute is not None and torch.is_grad_enabled():
-        chunks = [chunk[at : at + recompute] for chunk in chunks for at in range(0, len(chunk), recompute)]
     parts = []
-    for number, chunk in enumerate(chunks, 1):
-        ids = on_device(tokens.ids[chunk, : max(lengths[text] for text in chunk)], device)
-        # The last chunk is the first that the backward pass comes to, so nothing is won by forgetting it.
-        if recompute is None or number == len(chunks):
+    with computed_twice(adapter) if recompute and torch.is_grad_enabled() else nullcontext():
+        for chunk in chunks:
+            ids = on_device(tokens.ids[chunk, : max(lengths[text] for text in chunk)], device)
             parts.append(text_embeddings(adapter, ids))
-        else:
-            parts.append(checkpoint(text_embeddings, adapter, ids, use_reentrant=False))
     embeddings = normalize(torch.cat(parts) if len(parts) > 1 else parts[0])
     place = {distinct[number]: row for row, number in enumerate(number for chunk in chunks for number in chunk)}
     rows = [place[text] for text in texts]
@@ -106,32 +178,33 @@ def encode_texts(
 
 
 class TextMemory:
-    """Embeddings of texts by a tower whose gradient nobody wants, kept from one batch to the next.
+    """What is known of texts from one batch to the next: token rows, and embeddings whose gradient nobody wants.
 
     A frozen text tower, and the teacher ``"frozen"``, give the same embedding of a word whenever it comes again. What
     is kept is forgotten once a weight of the tower changes or moves, or the precision does, and a tower whose gradient
     is wanted, or that draws dropout, is asked every time.
 
     Attributes:
-        limit: how many texts are kept; the one that was not used for longest gives way. 0 keeps none.
+        limit: how many embeddings are kept; the one that was not used for longest gives way. 0 keeps none.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._rows: OrderedDict[str, tuple[Tensor, bool]] = OrderedDict()
         self._valid_for: Hashable = None
+        self._tokens = TokenMemory()
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def encode(
-        self, adapter: DenseAdapter, texts: Sequence[str], *, recompute: int | None = None
+        self, adapter: DenseAdapter, texts: Sequence[str], *, recompute: bool = False
     ) -> tuple[Tensor, list[bool]]:
         """What :func:`encode_texts` gives, to rounding: texts that are new share chunks of another length."""
         state = _state_of_text_tower(adapter) if self.limit and texts else None
         if state is None:
             self._rows.clear()
-            return encode_texts(adapter, texts, recompute=recompute)
+            return encode_texts(adapter, texts, recompute=recompute, memory=self._tokens)
         if state != self._valid_for:
             self._rows.clear()
             self._valid_for = state
@@ -140,7 +213,7 @@ class TextMemory:
         new = [text for text in distinct if text not in found]
         if new:
             with torch.no_grad():
-                embeddings, truncated = encode_texts(adapter, new)
+                embeddings, truncated = encode_texts(adapter, new, memory=self._tokens)
             # A row of its own each, or one that is kept would keep its whole batch.
             found |= {text: (row.clone(), cut) for text, row, cut in zip(new, embeddings, truncated, strict=True)}
         for text in distinct:

@@ -105,6 +105,10 @@ class OriginalCLIPAdapter(OpenAICLIPAdapter):
             for name in ("attn", "mlp.c_fc", "mlp.c_proj")
         ]
 
+    def text_blocks(self) -> list[nn.Module]:
+        """None: a block holds the mask of the full context, so its parts are called and not the block."""
+        return []
+
     def set_grad_checkpointing(self, enabled: bool = True) -> None:
         """Set the attribute that stands for the switch which the package lacks; see the contract."""
         model: Any = self.model

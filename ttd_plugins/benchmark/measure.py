@@ -34,7 +34,9 @@ def run_benchmark(
         A JSON object: what was measured; ``seconds`` of each variant (median, low and high); ``ratios``, medians of the
         rounds' own ratios, and ``spread``, their lowest and highest; ``operations`` of each variant, ``limits``, the
         same ratios of these, and ``over_limit``, how far each measured ratio is from it; ``parts`` of a TTD step in
-        seconds and ``share`` of each; ``memory`` in bytes, and in ``memory_errors`` why that of a variant is not known.
+        seconds and ``share`` of each; ``images_per_second`` of a TTD step; ``model_flops_utilisation`` of each variant,
+        counted operations a second over ``peak_operations_per_second``, and whether that one was ``"measured"`` or
+        ``"given"``; ``memory`` in bytes, and in ``memory_errors`` why that of a variant is not known.
 
     Raises:
         InputError: the data cannot be read.
@@ -55,14 +57,18 @@ def run_benchmark(
         # Another one begins each round, so that none always follows the same.
         first = number % len(VARIANTS)
         order = VARIANTS[first:] + VARIANTS[:first]
-        rounds.append({variant: bench.seconds(partial(bench.call, variant)) for variant in order})
+        rounds.append({variant: bench.seconds(partial(bench.call, variant), bench.in_a_row) for variant in order})
         parts.append(bench.parts())
     found = bench.describe() | {"repeats": options.repeats} | summary(rounds, operations)
     medians = {name: median(one[name] for one in parts) for name in parts[0]}
     found["parts"] = medians
     found["share"] = {name: seconds / sum(medians.values()) for name, seconds in medians.items()}
     found["images_per_second"] = found["batch_size"] / found["seconds"]["ttd"]["median"]
-    found["operations_per_second"] = operations["ttd"] / found["seconds"]["ttd"]["median"]
+    found["peak_operations_per_second"] = peak = bench.peak()
+    found["peak"] = "measured" if options.peak_tflops is None else "given"
+    found["model_flops_utilisation"] = {
+        variant: operations[variant] / seconds["median"] / peak for variant, seconds in found["seconds"].items()
+    }
     found["memory"] = None
     found["ratios"]["memory_ttd_over_contrastive"] = None
     if memory:

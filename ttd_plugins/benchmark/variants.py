@@ -59,6 +59,7 @@ class BenchOptions:
         repeats: rounds, in each of which every variant is timed once.
         device: where to compute.
         seed: decides the pixels.
+        peak_tflops: what the device can do, in 10^12 operations a second, by its datasheet; by default it is measured.
     """
 
     backbone: str
@@ -71,6 +72,7 @@ class BenchOptions:
     repeats: int = 5
     device: str | None = None
     seed: int = 0
+    peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 2:
@@ -80,6 +82,8 @@ class BenchOptions:
             raise InputError(f"repeats must be 1 or more, not {self.repeats}")
         if self.lora < 0:
             raise InputError(f"lora must be a rank of 0 (all weights are trained) or more, not {self.lora}")
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise InputError(f"peak_tflops must be more than 0, not {self.peak_tflops}")
         if self.precision not in PRECISIONS:
             raise InputError(choices_sentence("precision", self.precision, PRECISIONS))
 
@@ -146,7 +150,7 @@ class Bench:
         self.own_size = (height, width) == tuple(adapter.description.image_size)
         self.images = torch.randn(len(self.captions), 3, height, width, generator=generator).to(self.device)
         self.parameters = [p for p in adapter.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-7)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-7, fused=self.device.type == "cuda" or None)
 
     def _ensure_tokenizer(self) -> bool:
         try:
@@ -222,13 +226,19 @@ class Bench:
 
     # Measuring -----------------------------------------------------------------------------------------------------
 
-    def seconds(self, function: Callable[[], Any]) -> float:
-        """Wall-clock seconds of a call, the device's work included."""
+    def seconds(self, function: Callable[[], Any], calls: int = 1) -> float:
+        """Wall-clock seconds of a call, of so many in a row, the device's work included."""
         self._wait()
         start = time.perf_counter()
-        function()
+        for _ in range(calls):
+            function()
         self._wait()
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / calls
+
+    @property
+    def in_a_row(self) -> int:
+        """Calls that are timed together: on a GPU, where the host prepares a step while the last one runs, a few."""
+        return 5 if self.device.type == "cuda" else 1
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -244,6 +254,8 @@ class Bench:
         from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.utils.flop_counter import FlopCounterMode
 
+        # Fused attention is counted on GPUs alone; elsewhere the plain products are.
+        attention = nullcontext() if self.device.type == "cuda" else sdpa_kernel(SDPBackend.MATH)
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         engines = (self.ttd, self.ttd_alone)
@@ -251,8 +263,7 @@ class Bench:
         for engine in engines:
             engine.options = replace(engine.options, recompute_texts=False)
         try:
-            # Fused kernels of attention are not counted on every device; the plain products are.
-            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            with attention, FlopCounterMode(display=False) as counter:
                 # The counter cannot follow views of parameters without gradients; the operations are the same.
                 self.call(variant) if variant in STEPS else self._encode(variant)
         finally:
@@ -260,6 +271,15 @@ class Bench:
             for engine, chosen in zip(engines, choices, strict=True):
                 engine.options = chosen
         return int(counter.get_total_flops())
+
+    def peak(self) -> float:
+        """Operations a second of the device: those of the options, or of a large product of matrices, measured."""
+        if self.options.peak_tflops is not None:
+            return self.options.peak_tflops * 1e12
+        side = 8192 if self.device.type == "cuda" else 2048
+        dtype = PRECISIONS[self.options.precision] or torch.float32
+        one, other = (torch.randn(side, side, device=self.device, dtype=dtype) for _ in range(2))
+        return 2 * side**3 / min(self.seconds(lambda: one @ other) for _ in range(10))
 
     def parts(self) -> dict[str, float]:
         """Seconds of the parts of a TTD step with the contrastive term, in the order in which they happen."""

@@ -9,7 +9,7 @@ import typer
 
 from ttd_plugins.cli import maps
 
-GIGA, MEBI = 1e9, 2**20
+GIGA, TERA, MEBI = 1e9, 1e12, 2**20
 
 
 def command(
@@ -34,6 +34,10 @@ def command(
     memory: Annotated[
         bool, typer.Option("--memory/--no-memory", help="Peak memory, each variant in a process of its own.")
     ] = True,
+    peak_tflops: Annotated[
+        float | None,
+        typer.Option("--peak-tflops", help="What the device can do by its datasheet.  [default: measured]"),
+    ] = None,
     device: maps.DeviceOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
 ) -> None:
@@ -54,6 +58,7 @@ def command(
         precision=precision,
         repeats=repeats,
         device=device,
+        peak_tflops=peak_tflops,
     )
     from rich.console import Console
 
@@ -133,5 +138,8 @@ def print_report(found: dict[str, Any]) -> None:
     for sentence in found.get("memory_errors", {}).values():
         console.print(sentence, highlight=False, soft_wrap=True)
     console.print(
-        f"{found['images_per_second']:.3g} images/s in the TTD step, {found['repeats']} rounds", soft_wrap=True
+        f"{found['images_per_second']:.3g} images/s in the TTD step, {found['repeats']} rounds; "
+        f"{found['model_flops_utilisation']['ttd']:.0%} of {found['peak_operations_per_second'] / TERA:.3g} TFLOP/s, "
+        f"{'as given' if found['peak'] == 'given' else 'measured with a large product of matrices'}",
+        soft_wrap=True,
     )

@@ -15,7 +15,7 @@ import signal
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, cast, get_args
 
@@ -117,6 +117,10 @@ class _Chunk:
     offsets: list[int] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     error: str | None = None
+
+    def pin_memory(self) -> _Chunk:
+        """The same with pixels in page-locked memory; torch's loader calls it, in a thread of its own."""
+        return self if self.images is None else replace(self, images=self.images.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -287,6 +291,8 @@ class PairLoader:
         max_skipped: how many samples may be skipped (an integer), or which share of them (a float, of the source's
             size, or of the samples seen in an epoch of a stream); ``None`` means any number.
         buffer: samples of a stream that are shuffled among each other, undecoded, in each worker.
+        pin_memory: whether pixels are put into page-locked memory as they come from the workers, from where a GPU
+            fetches them by itself.
 
     Raises:
         InputError: an option is out of range, or the source has too few samples for one batch.
@@ -308,11 +314,13 @@ class PairLoader:
         skipped: SkipLog | str | os.PathLike[str] | None = None,
         max_skipped: int | float | None = None,
         buffer: int = 1000,
+        pin_memory: bool = False,
     ) -> None:
         _require_options(batch_size, captions, workers, rank, world_size, max_skipped, buffer)
         self.source = source
         self.batch_size = batch_size
         self.workers = workers
+        self.pin_memory = pin_memory
         self.drop_last = drop_last
         self.max_skipped = max_skipped
         self.skipped = skipped if isinstance(skipped, SkipLog) else SkipLog(skipped)
@@ -429,6 +437,7 @@ class PairLoader:
             _ChunkDataset(chunks),
             batch_size=None,
             num_workers=self.workers,
+            pin_memory=self.pin_memory,
             collate_fn=_as_it_is,
             worker_init_fn=_let_the_parent_save,
             # By default a number is drawn from the global generator, which would not be the same after resuming.
