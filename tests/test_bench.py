@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tarfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from ttd_plugins.benchmark.growth import axis_result, fit_exponent, run_growth
 from ttd_plugins.benchmark.measure import run_benchmark, summary
 from ttd_plugins.benchmark.unshared import unshared_losses
 from ttd_plugins.benchmark.variants import RATIOS, VARIANTS, Bench, BenchOptions
+from ttd_plugins.compiling import compile_image_blocks
 from ttd_plugins.errors import InputError, TTDError
 from ttd_plugins.plugins import make_tag_extractor
 
@@ -75,6 +77,10 @@ def test_the_report_has_every_ratio_beside_its_counted_limit(report: dict[str, A
     counted = report["operations"]
     assert counted["unshared"] > counted["ttd"] > counted["ttd_alone"] > counted["dense"] > 0
     assert counted["contrastive"] > counted["contrastive_trimmed"]
+    assert report["peak"] == "measured"
+    for variant, share in report["model_flops_utilisation"].items():
+        rate = counted[variant] / report["seconds"][variant]["median"]
+        assert math.isclose(share, rate / report["peak_operations_per_second"])
 
 
 def test_the_same_as_tables(report: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,6 +98,7 @@ def test_the_same_as_tables(report: dict[str, Any], capsys: pytest.CaptureFixtur
     [
         (["--batch-size", "1"], "batch_size must be 2 or more"),
         (["--repeats", "0"], "repeats must be 1 or more"),
+        (["--peak-tflops", "0"], "peak_tflops must be more than 0"),
         (["--precision", "bfloat"], "did you mean 'bfloat16'"),
         (["--data", "nowhere.json"], "nowhere.json"),
         (["--image-size", "65"], "multiple of"),
@@ -101,6 +108,48 @@ def test_what_a_user_can_mend_is_one_sentence(arguments: list[str], said: str) -
     answer = run("--backbone", TINY, *arguments)
     assert answer.exit_code == 2
     assert said in answer.output and len(answer.output.strip().splitlines()) == 1
+
+
+def test_a_step_that_does_not_fit_is_left_out_or_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ttd_plugins.cli.bench import print_report
+
+    too_large = "unshared"
+    own = Bench.loss
+
+    def loss(self: Bench, variant: str) -> torch.Tensor:
+        if variant == too_large:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(self, variant)
+
+    monkeypatch.setattr(Bench, "loss", loss)
+    options = BenchOptions(TINY, batch_size=2, repeats=1, peak_tflops=2.0)
+    found = run_benchmark(options, memory=False)
+    assert set(found["seconds"]) == set(found["operations"]) == set(VARIANTS) - {"unshared"}
+    for kind in ("ratios", "spread", "limits", "over_limit"):
+        assert {name for name in RATIOS if found[kind][name] is None} == {"unshared_over_ttd"}
+    assert (found["peak_operations_per_second"], found["peak"]) == (2e12, "given")
+    print_report(found)
+    assert "shares nothing was left out" in capsys.readouterr().out
+    too_large = "ttd"
+    with pytest.raises(TTDError, match=r"ttd with a batch of 2 does not fit .* smaller --batch-size"):
+        run_benchmark(options, memory=False)
+
+
+def test_compiled_blocks_serve_all_variants_and_are_counted_as_they_were_written(
+    monkeypatch: pytest.MonkeyPatch, report: dict[str, Any]
+) -> None:
+    # Without inductor, so that no C compiler is needed.
+    monkeypatch.setattr(
+        "ttd_plugins.benchmark.variants.compile_image_blocks", partial(compile_image_blocks, backend="eager")
+    )
+    bench = Bench(BenchOptions(TINY, batch_size=2, repeats=1, compile=True))
+    blocks = bench.adapter.tower_blocks("image")
+    assert blocks and all(block._compiled_call_impl is not None for block in blocks)
+    found = run_benchmark(bench.options, bench=bench, memory=False)
+    assert found["compiled"] and found["operations"] == report["operations"]
+    assert all(block._compiled_call_impl is not None for block in blocks)
 
 
 def test_captions_come_from_whatever_training_takes(tmp_path: Path) -> None:
@@ -244,8 +293,8 @@ def test_growth_of_a_tiny_backbone_in_operations() -> None:
 
 @pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="only Linux tells peak memory of a CPU")
 def test_peak_memory_sees_what_a_step_needs() -> None:
-    few = memory.measure(BenchOptions(TINY, batch_size=2), "ttd")
-    many = memory.measure(BenchOptions(TINY, batch_size=24), "ttd")
+    few = memory.measure(Bench(BenchOptions(TINY, batch_size=2)), "ttd")
+    many = memory.measure(Bench(BenchOptions(TINY, batch_size=24)), "ttd")
     assert few is not None and many is not None and few["resident"] > 0
     assert many["peak"] > few["peak"] + 2**21
 

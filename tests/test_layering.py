@@ -27,6 +27,7 @@ LAYERS = (
     "ttd_plugins.tags",
     "ttd_plugins.stanza_tags",
     "ttd_plugins.adapter",
+    "ttd_plugins.compiling",
     "ttd_plugins.lora",
     "ttd_plugins.toolkit",
     "ttd_plugins.plugins",
@@ -55,8 +56,8 @@ LAYERS = (
 # The verb of the contract that is carried out by a module built on the contract.
 UPWARD_ON_PURPOSE = {("ttd_plugins.adapter", "ttd_plugins.lora")}
 NOT_FOR_ADAPTERS = (
-    "engine", "calibration", "distributed", "losses", "selection", "similarity", "texts", "training", "benchmark",
-    "evaluation", "reports", "fine_tuning", "export", "testing", "comparison", "app", "cli",
+    "engine", "calibration", "compiling", "distributed", "losses", "selection", "similarity", "texts", "training",
+    "benchmark", "evaluation", "reports", "fine_tuning", "export", "testing", "comparison", "app", "cli",
 )  # fmt: skip
 BACKBONE_LIBRARIES = {"open_clip", "timm", "transformers", "torchvision", "clip"}
 # Layers for peft are subclasses of its own, so their module is for those who have it.

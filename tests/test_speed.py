@@ -267,7 +267,7 @@ def calls_of(blocks: list[torch.nn.Module], function: Callable[[], Tensor]) -> l
 def test_every_family_names_the_blocks_of_its_text_tower(kind: str) -> None:
     adapter = small(kind)
     adapter.train()
-    blocks = adapter.text_blocks()
+    blocks = adapter.tower_blocks("text")
     if kind.startswith("original"):
         assert blocks == []
         return
@@ -285,13 +285,13 @@ def test_blocks_that_are_checkpointed_already_run_no_third_time(kind: str) -> No
     adapter.train()
     adapter.set_grad_checkpointing()
     texts = list(dict.fromkeys(CAPTIONS))
-    blocks = adapter.text_blocks()
+    blocks = adapter.tower_blocks("text")
     calls = calls_of(blocks, lambda: encode_texts(adapter, texts, recompute=True)[0])
     assert max(calls) == max(calls_of(blocks, lambda: encode_texts(adapter, texts)[0]))
 
 
 def test_a_tower_without_blocks_cannot_be_computed_twice() -> None:
-    assert toy().text_blocks() == []
+    assert toy().tower_blocks("text") == []
     with pytest.raises(UnsupportedModelError, match=r"recompute_texts=True needs .* numbered blocks"):
         TTD(toy(), recompute_texts=True)
 
@@ -299,8 +299,8 @@ def test_a_tower_without_blocks_cannot_be_computed_twice() -> None:
 def test_a_failure_leaves_the_blocks_as_they_were() -> None:
     adapter = small("siglip")
     with pytest.raises(ZeroDivisionError), computed_twice(adapter):
-        1 / sum("forward" not in vars(block) for block in adapter.text_blocks())
-    assert not any("forward" in vars(block) for block in adapter.text_blocks())
+        1 / sum("forward" not in vars(block) for block in adapter.tower_blocks("text"))
+    assert not any("forward" in vars(block) for block in adapter.tower_blocks("text"))
 
 
 def freeze_text(adapter: DenseAdapter) -> DenseAdapter:

@@ -292,15 +292,15 @@ class DenseAdapter(nn.Module, ABC):
     def tower_parameters(self, tower: Tower) -> Iterable[tuple[str, nn.Parameter]]:
         """Named parameters of one tower, as in ``self.model.named_parameters()``; the two towers share none."""
 
-    def text_blocks(self) -> list[nn.Module]:
-        """The blocks that the text tower calls one after another; none where it is not made of blocks.
+    def tower_blocks(self, tower: Tower) -> list[nn.Module]:
+        """The blocks that a tower calls one after another; none where it calls their parts, or is not made of blocks.
 
-        Where texts would hold too much memory, the engine keeps what enters each and has it run again in the backward
-        pass. A block of which parts are called, and not the module itself, keeps what it computed. By default: the
-        numbered modules that hold most of the tower's parameters.
+        The engine may wrap their calls: to have what they compute for texts computed again in the backward pass where
+        it would hold too much memory, or to compile those of images. A block whose parts are called now and then (the
+        last one, mostly) is then as it was. By default: the numbered modules that hold most of the tower's parameters.
         """
         sizes: Counter[str] = Counter()
-        for name, parameter in self.tower_parameters("text"):
+        for name, parameter in self.tower_parameters(tower):
             numbered = re.match(r"(.+?)\.\d+\.", name)
             if numbered:
                 sizes[numbered[1]] += parameter.numel()

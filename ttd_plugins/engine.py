@@ -300,10 +300,10 @@ class TTD(nn.Module):
         self.extractor = extractor
         # In a tuple, so that the copy is no submodule: its weights are neither trained nor saved nor moved by accident.
         self._teacher = () if self.options.teacher == "self" else (self._copy_backbone(),)
-        if self.options.recompute_texts and not backbone.text_blocks():
+        if self.options.recompute_texts and not backbone.tower_blocks("text"):
             raise UnsupportedModelError(
                 f"recompute_texts=True needs a text tower made of numbered blocks, and that of "
-                f"{backbone.description.name} names none (text_blocks()); leave the option out"
+                f"{backbone.description.name} names none (tower_blocks()); leave the option out"
             )
         self._memory, self._memory_of_teacher = (TextMemory(self.options.remembered_texts) for _ in range(2))
 

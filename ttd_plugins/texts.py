@@ -8,9 +8,10 @@ after the end token cannot matter. How many chunks pay is decided by what one mo
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,10 +70,11 @@ def computed_twice(adapter: DenseAdapter) -> Iterator[None]:
     This is arXiv 1604.06174. What draws random numbers draws the same ones again. The model is left as it was found,
     and a tower that checkpoints its blocks itself is not touched.
     """
-    blocks = [] if _checkpoints_itself(adapter.model) else adapter.text_blocks()
+    blocks = [] if _checkpoints_itself(adapter.model) else adapter.tower_blocks("text")
     own = [block.__dict__.get("forward") for block in blocks]
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        again = partial(_attending_at_any_shape, adapter.device, block.forward)
+        block.forward = partial(checkpoint, again, use_reentrant=False)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -81,6 +83,20 @@ def computed_twice(adapter: DenseAdapter) -> Iterator[None]:
             # Other libraries put a forward of theirs into an object too.
             if forward is not None:
                 block.forward = forward  # type: ignore[method-assign]
+
+
+def _attending_at_any_shape(device: torch.device, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """The call of a function with kernels of attention that need no preparation for a shape.
+
+    Those of cuDNN are built anew for each, which takes some hundred milliseconds for every batch of texts.
+    """
+    if device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
+        return function(*arguments, **options)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        return function(*arguments, **options)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def _checkpoints_itself(model: nn.Module) -> bool:
@@ -167,7 +183,7 @@ def encode_texts(
     with computed_twice(adapter) if recompute and torch.is_grad_enabled() else nullcontext():
         for chunk in chunks:
             ids = on_device(tokens.ids[chunk, : max(lengths[text] for text in chunk)], device)
-            parts.append(text_embeddings(adapter, ids))
+            parts.append(_attending_at_any_shape(device, text_embeddings, adapter, ids))
     embeddings = normalize(torch.cat(parts) if len(parts) > 1 else parts[0])
     place = {distinct[number]: row for row, number in enumerate(number for chunk in chunks for number in chunk)}
     rows = [place[text] for text in texts]

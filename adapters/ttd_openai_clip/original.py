@@ -105,8 +105,8 @@ class OriginalCLIPAdapter(OpenAICLIPAdapter):
             for name in ("attn", "mlp.c_fc", "mlp.c_proj")
         ]
 
-    def text_blocks(self) -> list[nn.Module]:
-        """None: a block holds the mask of the full context, so its parts are called and not the block."""
+    def tower_blocks(self, tower: Tower) -> list[nn.Module]:
+        """None: blocks hold masks of the full context, or take none, so their parts are called."""
         return []
 
     def set_grad_checkpointing(self, enabled: bool = True) -> None:

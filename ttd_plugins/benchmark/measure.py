@@ -8,6 +8,8 @@ from functools import partial
 from statistics import median
 from typing import Any
 
+import torch
+
 from ttd_plugins.benchmark.memory import give_back, peak_memory
 from ttd_plugins.benchmark.variants import RATIOS, VARIANTS, Bench, BenchOptions
 from ttd_plugins.errors import TTDError, one_sentence
@@ -31,7 +33,8 @@ def run_benchmark(
         on_progress: told what is done next.
 
     Returns:
-        A JSON object: what was measured; ``seconds`` of each variant (median, low and high); ``ratios``, medians of the
+        A JSON object: what was measured (``unshared`` is left out where the device has too little memory for it, and
+        its ratios are ``None``); ``seconds`` of each variant (median, low and high); ``ratios``, medians of the
         rounds' own ratios, and ``spread``, their lowest and highest; ``operations`` of each variant, ``limits``, the
         same ratios of these, and ``over_limit``, how far each measured ratio is from it; ``parts`` of a TTD step in
         seconds and ``share`` of each; ``images_per_second`` of a TTD step; ``model_flops_utilisation`` of each variant,
@@ -40,7 +43,7 @@ def run_benchmark(
 
     Raises:
         InputError: the data cannot be read.
-        TTDError: the backbone cannot be had.
+        TTDError: the backbone cannot be had, or a step does not fit into the memory of the device.
     """
     tell = on_progress or (lambda _: None)
     tell(f"building {options.name}")
@@ -48,15 +51,33 @@ def run_benchmark(
     operations: dict[str, int] = {}
     for variant in VARIANTS:
         tell(f"counting: {variant}")
-        operations[variant] = bench.count(variant)
+        fits = True
+        try:
+            operations[variant] = bench.count(variant)
+        except torch.OutOfMemoryError:
+            fits = False
+        # Outside of the handler, which holds on to what the failed step had made.
+        if not fits:
+            bench.forget()
+            if variant != "unshared":
+                raise TTDError(
+                    f"{variant} with a batch of {options.batch_size} does not fit into the memory of the device; give "
+                    "a smaller --batch-size"
+                )
+    measured = tuple(operations)
     rounds: list[dict[str, float]] = []
     parts: list[dict[str, float]] = []
     bench.parts()
+    if options.compile:
+        # Compiling waits for the first call in each mode.
+        for variant in measured:
+            tell(f"compiling: {variant}")
+            bench.call(variant)
     for number in range(options.repeats):
         tell(f"timing: round {number + 1} of {options.repeats}")
         # Another one begins each round, so that none always follows the same.
-        first = number % len(VARIANTS)
-        order = VARIANTS[first:] + VARIANTS[:first]
+        first = number % len(measured)
+        order = measured[first:] + measured[:first]
         rounds.append({variant: bench.seconds(partial(bench.call, variant), bench.in_a_row) for variant in order})
         parts.append(bench.parts())
     found = bench.describe() | {"repeats": options.repeats} | summary(rounds, operations)
@@ -77,7 +98,7 @@ def run_benchmark(
         gc.collect()
         give_back()
         used: dict[str, dict[str, int] | None] = {}
-        for variant in MEMORY_VARIANTS:
+        for variant in (one for one in MEMORY_VARIANTS if one in measured):
             tell(f"memory: {variant}")
             try:
                 used[variant] = peak_memory(options, variant)
@@ -93,18 +114,25 @@ def run_benchmark(
 
 
 def summary(rounds: Sequence[Mapping[str, float]], operations: Mapping[str, int]) -> dict[str, Any]:
-    """Medians and spread of the seconds of variants and of the ratios of each round, beside the counted limits."""
+    """Medians and spread of the seconds of variants and of the ratios of each round, beside the counted limits.
+
+    Those of a variant that was not measured are ``None``.
+    """
     seconds = {}
     for variant in rounds[0]:
         times = [one[variant] for one in rounds]
         seconds[variant] = {"median": median(times), "low": min(times), "high": max(times)}
-    ratios, spread, limits, over = {}, {}, {}, {}
+    ratios: dict[str, float | None] = dict.fromkeys(RATIOS)
+    spread: dict[str, list[float] | None] = dict.fromkeys(RATIOS)
+    limits, over = ratios.copy(), ratios.copy()
     for name, (above, below) in RATIOS.items():
+        if not {above, below} <= operations.keys():
+            continue
         values = [one[above] / one[below] for one in rounds]
-        ratios[name] = median(values)
+        ratios[name] = middle = median(values)
         spread[name] = [min(values), max(values)]
-        limits[name] = operations[above] / operations[below]
-        over[name] = ratios[name] / limits[name]
+        limits[name] = limit = operations[above] / operations[below]
+        over[name] = middle / limit
     return {
         "seconds": seconds,
         "ratios": ratios,

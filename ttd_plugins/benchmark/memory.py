@@ -38,11 +38,10 @@ def peak_memory(options: BenchOptions, variant: str) -> dict[str, int] | None:
     return found
 
 
-def measure(options: BenchOptions, variant: str) -> dict[str, int] | None:
-    """The same in this process, which should be a fresh one."""
+def measure(bench: Bench, variant: str) -> dict[str, int] | None:
+    """The same in this process, which should be a fresh one but on a GPU, whose allocator keeps count."""
     import torch
 
-    bench = Bench(options)
     bench.call(variant, keep_gradients=True)
     gc.collect()
     if bench.device.type == "cuda":
@@ -82,7 +81,7 @@ def main() -> None:
     """Print the answer as the last line."""
     given: dict[str, Any] = json.loads(sys.argv[1])
     try:
-        found = measure(BenchOptions(**given["options"]), given["variant"])
+        found = measure(Bench(BenchOptions(**given["options"])), given["variant"])
     except TTDError as error:
         sys.exit(one_sentence(error))
     print(json.dumps(found))

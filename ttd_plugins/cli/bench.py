@@ -26,6 +26,7 @@ def command(
         int | None, typer.Option("--image-size", help="Side of the input in pixels.  [default: the backbone's]")
     ] = None,
     lora: Annotated[int, typer.Option("--lora", help="Rank of LoRA on both towers; 0 trains all weights.")] = 0,
+    compile_blocks: Annotated[bool, typer.Option("--compile", help="Compile the image tower; for GPUs.")] = False,
     precision: Annotated[str, typer.Option("--precision", help="float32, or bfloat16 for autocast.")] = "float32",
     repeats: Annotated[int, typer.Option("--repeats", help="Rounds; each times every variant once.")] = 5,
     growth: Annotated[
@@ -55,6 +56,7 @@ def command(
         data=data,
         image_size=image_size,
         lora=lora,
+        compile=compile_blocks,
         precision=precision,
         repeats=repeats,
         device=device,
@@ -114,7 +116,7 @@ def print_report(found: dict[str, Any]) -> None:
     console.print(variants)
     ratios = table("Ratios", "", "measured", "low", "high", "counted limit", "measured / limit")
     for name, value in found["ratios"].items():
-        limits = name in found["limits"]
+        limits = found["limits"].get(name) is not None
         ratios.add_row(
             name.replace("_", " "),
             "–" if value is None else f"{value:.3f}",
@@ -135,6 +137,8 @@ def print_report(found: dict[str, Any]) -> None:
                 exponent = grown["exponents"][kind][step]
                 rows.add_row(label, *(f"{value / unit:.3g}" for value in values), f"{exponent:.2f}")
         console.print(rows)
+    if "unshared" not in found["seconds"]:
+        console.print("the step that shares nothing was left out: it does not fit into the memory of the device")
     for sentence in found.get("memory_errors", {}).values():
         console.print(sentence, highlight=False, soft_wrap=True)
     console.print(

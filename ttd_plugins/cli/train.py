@@ -33,6 +33,7 @@ FLAGS = {
     "seed": "run.seed",
     "precision": "run.mixed_precision",
     "grad_checkpointing": "run.gradient_checkpointing",
+    "compile_blocks": "run.compile",
     "tracker": "run.trackers",
 }
 """Which option of the configuration each flag sets."""
@@ -71,6 +72,9 @@ def command(
     precision: Annotated[str | None, typer.Option("--precision", help="no, bf16 or fp16.")] = None,
     grad_checkpointing: Annotated[
         bool | None, typer.Option("--grad-checkpointing", help="Save memory, take more time.", show_default=False)
+    ] = None,
+    compile_blocks: Annotated[
+        bool | None, typer.Option("--compile", help="Compile the image tower; for GPUs.", show_default=False)
     ] = None,
     tracker: Annotated[
         list[str] | None, typer.Option("--tracker", help="tensorboard, wandb, ...; may be repeated.")

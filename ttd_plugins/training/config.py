@@ -129,6 +129,8 @@ class RunConfig:
         seed: decides the order of the data, fresh LoRA weights and dropout.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``, through accelerate.
         gradient_checkpointing: whether blocks are run again in the backward pass, to save memory.
+        compile: whether the blocks of the image tower are compiled, which a GPU gains from; see
+            :func:`ttd_plugins.compiling.compile_image_blocks`.
         cpu: whether the CPU is used though there is an accelerator.
         sharded: whether several processes share the weights, gradients and optimiser state out among them (FSDP2), as
             ``accelerate launch --use_fsdp`` asks for too.
@@ -147,6 +149,7 @@ class RunConfig:
     seed: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
+    compile: bool = False
     cpu: bool = False
     sharded: bool = False
     log_every: int = 10

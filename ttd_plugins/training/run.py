@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ttd_plugins import distributed
 from ttd_plugins.adapter import DenseAdapter
+from ttd_plugins.compiling import compile_image_blocks, uncompile_image_blocks
 from ttd_plugins.engine import TTD, TTDOutput, evaluation_mode
 from ttd_plugins.errors import InputError, MissingDependencyError, TTDError, choices_sentence, one_sentence
 from ttd_plugins.progress import silent
@@ -249,6 +250,10 @@ class _Run:
         if "full" in (self.config.towers.image, self.config.towers.text) or self.config.towers.logit_scale:
             self.backbone.remember_weights()
         shares = self.processes > 1 and (self.config.run.sharded or _fsdp_is_asked_for())
+        if self.config.run.compile:
+            if shares:
+                raise InputError("run.compile does not go with shared-out weights yet; leave out one of them")
+            compile_image_blocks(self.backbone)
         options = self.config.ttd
         if shares and self.config.towers.text != "frozen":
             # Gathered weights are new tensors that look like the last ones, so that old embeddings would pass for new.
@@ -433,7 +438,7 @@ class _Run:
         )
 
     def close(self) -> None:
-        """End the trackers and the workers of the loader."""
+        """End the trackers and the workers of the loader; the backbone is the caller's again."""
         # Neither may hide why the run ended.
         with suppress(Exception):
             for tracker in self.accelerator.trackers:
@@ -441,6 +446,8 @@ class _Run:
         with suppress(Exception):
             if self.stream is not None and hasattr(self.stream, "close"):
                 self.stream.close()
+        if self.config.run.compile:
+            uncompile_image_blocks(self.backbone)
         self.reporter.ended()
 
     def _one_step(self, signals: _Signals) -> None:
