@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from toy_backbone import toy
 
+import ttd_plugins.texts as texts_module
 from ttd_plugins import TTD, wrap
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.benchmark.unshared import unshared_losses
@@ -177,6 +178,39 @@ def test_texts_are_encoded_in_chunks_and_come_back_in_their_order(monkeypatch: p
     assert truncated == [False] * len(texts)
     for embedding, text in zip(embeddings, texts, strict=True):
         torch.testing.assert_close(embedding, encode_texts(backbone, [text])[0][0])
+
+
+@given(st.integers(1, 5000), st.integers(1, 77))
+def test_a_gpu_is_given_few_shapes_and_little_more_than_there_is(count: int, length: int) -> None:
+    assert texts_module._shape(count, length, 77, torch.device("cpu")) == (count, length)
+    padded, padded_length = texts_module._shape(count, length, 77, torch.device("cuda"))
+    assert count <= padded <= 1.125 * count
+    assert length <= padded_length <= min(length + 7, 77)
+    assert texts_module._shape(padded, padded_length, 77, torch.device("cuda")) == (padded, padded_length)
+
+
+def test_shapes_are_no_more_than_nine_to_an_octave() -> None:
+    shapes = {texts_module._shape(count, 5, 77, torch.device("cuda")) for count in range(512, 1024)}
+    assert len(shapes) <= 9
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "siglip"])
+def test_texts_that_fill_a_shape_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = small(kind)
+    texts = list(dict.fromkeys(CAPTIONS))
+    parameters = [p for _, p in adapter.tower_parameters("text")]
+
+    def embeddings_and_gradients() -> list[Tensor]:
+        embeddings, truncated = encode_texts(adapter, texts)
+        assert len(embeddings) == len(truncated) == len(texts)
+        weights = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0))
+        found = torch.autograd.grad((embeddings * weights).sum(), parameters, allow_unused=True)
+        return [embeddings, *(gradient for gradient in found if gradient is not None)]
+
+    expected = embeddings_and_gradients()
+    monkeypatch.setattr(texts_module, "_shape", lambda count, length, context, _: (count + 3, min(length + 5, context)))
+    for ours, theirs in zip(embeddings_and_gradients(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 def kept_for_backward(ttd: TTD, images: Tensor) -> tuple[TTDOutput, int]:
