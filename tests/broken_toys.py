@@ -749,6 +749,41 @@ class CachedWords(ConformingAdapter):
         return found.detach() + 0 * self.model.text_projection.weight.sum()
 
 
+@broken("gradients_to_text_parameters")
+class BlocksOfTheOtherTower(ConformingAdapter):
+    def tower_blocks(self, tower: Tower) -> list[nn.Module]:
+        return list(self.model.blocks)
+
+
+@broken("gradients_to_text_parameters")
+class BlockThatIsNone(ConformingAdapter):
+    def tower_blocks(self, tower: Tower) -> list[nn.Module]:
+        return [nn.Identity()]
+
+
+class Forgetful(nn.Module):
+    """A layer that gives something else in the backward pass, as one whose cache was moved on would."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        again = torch._C._current_graph_task_id() != -1
+        return F.linear(x, self.weight * (2 if again else 1), self.bias) ** 2
+
+
+@broken("gradients_to_text_parameters")
+class BlockThatCannotRunAgain(ConformingAdapter):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        if isinstance(self.model.text_mlp, nn.Linear):
+            self.model.text_mlp = Forgetful(self.model.text_mlp)
+
+    def tower_blocks(self, tower: Tower) -> list[nn.Module]:
+        return [self.model.text_mlp] if tower == "text" else []
+
+
 @broken("tower_parameters")
 class OverlappingTowers(ConformingAdapter):
     def tower_parameters(self, tower: Tower) -> Any:

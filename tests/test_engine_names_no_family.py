@@ -12,8 +12,9 @@ FILES = [
     *(
         CORE / f"{name}.py"
         for name in (
-            "adapter", "calibration", "distributed", "engine", "errors", "fine_tuning", "hookspecs", "lora", "losses",
-            "nested", "plugins", "progress", "selection", "similarity", "stanza_tags", "tags", "texts",
+            "adapter", "calibration", "compiling", "distributed", "engine", "errors", "fine_tuning", "hookspecs",
+            "lora", "losses", "nested", "plugins", "progress", "selection", "similarity", "stanza_tags", "tags",
+            "texts",
         )
     ),
     *(

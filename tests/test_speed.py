@@ -170,7 +170,7 @@ def _split(ordered: list[int], bits: int) -> list[list[int]]:
 
 
 def test_texts_are_encoded_in_chunks_and_come_back_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ttd_plugins.texts.CALL_COST", {"cpu": 3})
+    monkeypatch.setattr("ttd_plugins.texts.CPU_CALL_COST", 3)
     backbone = toy(dtype=torch.float64)
     texts = ["dog", "a b c d e", "cat", "dog", "f g h i j k", "owl", "hen", "a b c d e"]
     embeddings, truncated = encode_texts(backbone, texts)

@@ -15,6 +15,7 @@ from ttd_plugins.errors import MissingDependencyError
 from ttd_plugins.testing.check import Check, CheckFailed, NotApplicable, collect
 from ttd_plugins.testing.keeper import Keeper, same
 from ttd_plugins.testing.session import BUILT, Session, said
+from ttd_plugins.texts import computed_twice
 
 CHECKS: list[Check] = []
 check = partial(collect, CHECKS)
@@ -128,9 +129,10 @@ def _expect_reach(what: str, found: set[str], own: set[str] | None, named: list[
 
 
 @check(
-    "gradients of text embeddings reach the parameters of the text tower",
+    "gradients of text embeddings reach the parameters of the text tower, and are the same where its blocks run twice",
     "encode_text runs under torch.no_grad() or torch.inference_mode(), as for a frozen text tower",
     "word embeddings are looked up through .data or cached",
+    "tower_blocks gives modules of the other tower, or blocks that change a state of their own whenever they run",
     needs=(BUILT, "text_features", "tower_parameters"),
 )
 def gradients_to_text_parameters(session: Session) -> None:
@@ -139,6 +141,36 @@ def gradients_to_text_parameters(session: Session) -> None:
     ids = session.tokens(["a dog", "two cats on the green grass"]).ids.to(session.adapter.device)
     found = _reached(session.embed(ids), named)
     _expect_reach("the embedding", found, _library_reach(session, session.text_reference, ids, named), named)
+    _expect_blocks(session, ids, [parameter for _, parameter in named])
+
+
+def _expect_blocks(session: Session, ids: Tensor, parameters: list[nn.Parameter]) -> None:
+    """Blocks are those of their own tower, and those of texts can run again in the backward pass."""
+    names = {id(module): name for name, module in session.adapter.model.named_modules()}
+    for tower in TOWERS:
+        own = {id(parameter) for _, parameter in session.adapter.tower_parameters(tower)}
+        for block in session.adapter.tower_blocks(tower):
+            if id(block) not in names:
+                raise CheckFailed("blocks that are modules of the model", f"a {type(block).__name__} that is none")
+            if any(id(parameter) not in own for parameter in block.parameters()):
+                raise CheckFailed(
+                    f"blocks of the {tower} tower", f"{names[id(block)]}, whose parameters belong elsewhere"
+                )
+
+    def gradient() -> Tensor:
+        embeddings = session.embed(ids)
+        weights = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(2)).to(embeddings)
+        found = torch.autograd.grad((embeddings * weights).sum(), parameters, allow_unused=True)
+        return torch.cat([one.flatten().double() for one in found if one is not None])
+
+    once = gradient()
+    with computed_twice(session.adapter):
+        twice = gradient()
+    off = float((twice - once).norm() / once.norm())
+    if not off <= 1e-4:
+        raise CheckFailed(
+            "the same gradient where the blocks of the text tower run twice", f"one that is {off:.2g} off"
+        )
 
 
 @check(
