@@ -16,7 +16,7 @@ from toy_backbone import toy
 
 from ttd_plugins import TTD, wrap
 from ttd_plugins.adapter import DenseAdapter
-from ttd_plugins.compiling import compile_image_blocks, uncompile_image_blocks, uncompiled
+from ttd_plugins.compiling import compile_image_blocks, uncompiled
 from ttd_plugins.errors import MissingDependencyError, UnsupportedModelError
 
 CAPTIONS = ["a brown dog on the wet grass", "two children fly a kite over the beach"]
@@ -36,7 +36,10 @@ def step(adapter: DenseAdapter) -> tuple[torch.Tensor, torch.Tensor]:
     return loss.detach(), torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("kind", ["open_clip", "eva02", "siglip", "transformers_clip", "transformers_siglip"])
+COMPILED = ["open_clip", "eva02", "siglip", "transformers_clip", "transformers_siglip", "original_vit"]
+
+
+@pytest.mark.parametrize("kind", COMPILED)
 def test_a_step_is_the_same(kind: str) -> None:
     adapter = small(kind)
     names, (loss, gradient) = list(adapter.state_dict()), step(adapter)
@@ -81,14 +84,24 @@ def test_compiled_code_runs_and_can_be_left_out_and_taken_back() -> None:
         assert since() == 0
     step(adapter)
     assert since() > 0
-    uncompile_image_blocks(adapter)
+
+
+def test_what_was_compiled_before_is_compiled_as_it_was_once_it_is_taken_back() -> None:
+    adapter = small("open_clip")
+    since = watch(adapter)
+    take_back = compile_image_blocks(adapter, backend="eager")
     step(adapter)
     assert since() == 0
+    take_back()
+    step(adapter)
+    assert since() > 0
 
 
 def test_what_cannot_be_compiled_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedModelError, match=r"names no blocks .* nothing to compile"):
         compile_image_blocks(toy())
+    with pytest.raises(UnsupportedModelError, match="names no blocks"):
+        compile_image_blocks(small("original_resnet"))
     monkeypatch.setattr("shutil.which", lambda _: None)
     with pytest.raises(MissingDependencyError, match="needs a C compiler"):
         compile_image_blocks(small("open_clip"))

@@ -302,6 +302,11 @@ def test_every_family_names_the_blocks_of_its_text_tower(kind: str) -> None:
     adapter = small(kind)
     adapter.train()
     blocks = adapter.tower_blocks("text")
+    images = adapter.tower_blocks("image")
+    own = {id(p) for _, p in adapter.tower_parameters("image")}
+    assert bool(images) == (kind != "original_resnet") and all(
+        id(p) in own for block in images for p in block.parameters()
+    )
     if kind.startswith("original"):
         assert blocks == []
         return
@@ -322,6 +327,80 @@ def test_blocks_that_are_checkpointed_already_run_no_third_time(kind: str) -> No
     blocks = adapter.tower_blocks("text")
     calls = calls_of(blocks, lambda: encode_texts(adapter, texts, recompute=True)[0])
     assert max(calls) == max(calls_of(blocks, lambda: encode_texts(adapter, texts)[0]))
+
+
+@pytest.mark.parametrize("kind", ["siglip", "transformers_siglip"])
+def test_checkpointing_of_the_image_tower_alone_leaves_texts_computed_twice(kind: str) -> None:
+    adapter = small(kind)
+    adapter.train()
+    adapter.set_grad_checkpointing()
+    for tower in (adapter.model.text.transformer if kind == "siglip" else adapter.model.text_model,):
+        for module in tower.modules():
+            for switch in ("grad_checkpointing", "gradient_checkpointing"):
+                if getattr(module, switch, False):
+                    setattr(module, switch, False)
+    texts = list(dict.fromkeys(CAPTIONS))
+    calls = calls_of(adapter.tower_blocks("text"), lambda: encode_texts(adapter, texts, recompute=True)[0])
+    assert max(calls) == 2
+
+
+def test_text_blocks_that_somebody_compiled_are_computed_twice_all_the_same() -> None:
+    adapter = small("siglip")
+    texts = list(dict.fromkeys(CAPTIONS))
+    calls = [0]
+
+    def counting(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        def run(*arguments: Tensor) -> Any:
+            calls[0] += 1
+            return graph.forward(*arguments)
+
+        return run
+
+    blocks = adapter.tower_blocks("text")
+    for block in blocks:
+        block.compile(backend=counting)
+    compiled = [block._compiled_call_impl for block in blocks]
+    encode_texts(adapter, texts)[0].sum().backward()
+    once, calls[0] = calls[0], 0
+    encode_texts(adapter, texts, recompute=True)[0].sum().backward()
+    assert once > 0 and calls[0] == 2 * once
+    assert [block._compiled_call_impl for block in blocks] == compiled
+
+
+@pytest.mark.parametrize("tag_weight", [0.0, 1.0])
+def test_texts_come_first_where_they_are_computed_twice(tag_weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = small("siglip")
+    asked: list[str] = []
+    for name in ("encode_image", "encode_text"):
+        own = getattr(adapter, name)
+        monkeypatch.setattr(
+            adapter, name, lambda *a, _own=own, _name=name, **o: (asked.append(_name), _own(*a, **o))[1]
+        )
+    images = torch.randn(len(CAPTIONS), 3, *adapter.description.image_size, generator=torch.Generator().manual_seed(0))
+    held = []
+    for recompute in (False, True):
+        asked.clear()
+        ttd = TTD(adapter, recompute_texts=recompute, tag_weight=tag_weight)
+        output, kept = kept_for_backward(ttd, images)
+        assert output.loss.requires_grad
+        held.append(kept)
+        assert (asked[0], asked[-1]) == (
+            ("encode_text", "encode_image") if recompute else ("encode_image", "encode_text")
+        )
+    assert held[1] < held[0]
+
+
+def test_a_tensor_that_is_on_a_device_already_is_not_pinned() -> None:
+    there = torch.zeros(2, device="meta")
+    assert texts_module.on_device(there, torch.device("meta")) is there
+
+
+def test_a_call_costs_a_gpu_fewer_tokens_the_larger_the_tower_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = small("open_clip")
+    assert texts_module._call_cost(adapter) == texts_module.CPU_CALL_COST
+    monkeypatch.setattr(type(adapter), "device", torch.device("cuda"))
+    weights = sum(p.numel() for block in adapter.tower_blocks("text") for p in block.parameters())
+    assert texts_module._call_cost(adapter) == int(texts_module.GPU_CALL_WORK / weights)
 
 
 def test_a_tower_without_blocks_cannot_be_computed_twice() -> None:
@@ -422,6 +501,7 @@ def test_what_a_tower_said_is_forgotten_when_it_changes_and_when_there_is_no_roo
 
 def test_a_tag_is_tokenized_once_and_a_caption_every_time() -> None:
     backbone = toy()
+    backbone.tokenizer = object()
     memory = TokenMemory(limit=3, longest=9)
     plain = toy()
 
@@ -440,7 +520,9 @@ def test_a_tag_is_tokenized_once_and_a_caption_every_time() -> None:
     assert asked(["cat", "owl"]) == ["cat", "owl"] and len(memory) == 3
     assert asked(["dog", "wet grass"]) == ["wet grass"]
     backbone.tokenizer = object()
-    assert asked(["dog"]) == ["dog"]
+    assert asked(["dog"]) == ["dog"] and asked(["dog"]) == []
+    del backbone.tokenizer
+    assert asked(["dog"]) == ["dog"] and asked(["dog"]) == ["dog"]
 
 
 def test_a_batch_of_many_tags_is_encoded_in_two_calls() -> None:

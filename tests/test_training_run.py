@@ -217,6 +217,67 @@ def test_a_signal_saves_first_and_loses_nothing(
     assert log_of(tmp_path / "out") == log_of(tmp_path / "whole")
 
 
+def test_no_batch_is_fetched_once_a_signal_came(tmp_path: Path) -> None:
+    backbone, pairs, asked = toy(), MemoryPairs(), []
+    pairs.on_batch = lambda epoch, batch: asked.append(batch)
+    backbone.model.patch.weight.register_hook(lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(TrainingStoppedError, match="after step 1 of 5"):
+        run_toy(tmp_path, toy_config(optimizer={"steps": 5}), pairs=pairs, backbone=backbone)
+    assert asked == [0]
+
+
+@pytest.mark.parametrize(("failing", "kept"), [(3, 1), (4, 2)])
+def test_a_loader_that_fails_costs_no_step_that_was_done(failing: int, kept: int, tmp_path: Path) -> None:
+    config = toy_config(optimizer={"steps": 5, "accumulation": 2}, run={"checkpoint_every": 100})
+    whole = run_toy(tmp_path / "whole", config)
+    pairs, asked = MemoryPairs(), []
+
+    def on_batch(epoch: int, batch: int) -> None:
+        asked.append(batch)
+        if len(asked) == failing + 1:
+            raise TTDError("the disk is gone")
+
+    pairs.on_batch = on_batch
+    with pytest.raises(TTDError, match="the disk is gone"):
+        run_toy(tmp_path / "out", config, pairs=pairs)
+    assert checkpoint_steps(tmp_path / "out") == [kept]
+    assert_same(weights_of(run_toy(tmp_path / "out", config, resume=True)), weights_of(whole))
+
+
+# Compiling -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_a_run_compiles_is_taken_back_at_its_end(
+    known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+
+    def compile_blocks(backbone: Any) -> Any:
+        happened.append("compiled")
+        return lambda: happened.append("taken back")
+
+    monkeypatch.setattr("ttd_plugins.training.run.compile_image_blocks", compile_blocks)
+    pairs = MemoryPairs()
+    pairs.known = known
+    steps = {} if known else {"steps": None}
+    config = toy_config(optimizer={"steps": 2} | steps, run={"compile": True})
+    if known:
+        run_toy(tmp_path, config, pairs=pairs)
+        run_toy(tmp_path, toy_config(optimizer={"steps": 2}), resume=True)
+        assert happened == ["compiled", "taken back"]
+    else:
+        with pytest.raises(InputError, match="how many pairs"):
+            run_toy(tmp_path, config, pairs=pairs)
+        assert happened == []
+
+
+def test_nothing_to_compile_is_told_before_the_first_step(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="nothing to compile"):
+        run_toy(tmp_path, toy_config(run={"compile": True}))
+    assert not (tmp_path / "config.yaml").exists()
+
+
 # Disks that fail -----------------------------------------------------------------------------------------------------
 
 
@@ -332,6 +393,20 @@ def test_a_loss_that_is_not_finite_is_left_out_and_told_with_its_keys(tmp_path: 
     assert_same(after.optimizer, before.optimizer)
 
 
+def test_a_loss_that_is_not_finite_in_a_part_of_a_step_leaves_out_all_of_it(tmp_path: Path) -> None:
+    pairs = MemoryPairs(24)
+    # In the third batch, with which the second step begins.
+    pairs.wrong = {torch.randperm(24, generator=torch.Generator().manual_seed(0)).tolist()[9]}
+    config = toy_config(optimizer={"steps": 3, "accumulation": 2})
+    result = run_toy(tmp_path, config, pairs=pairs)
+    (line,) = [json.loads(line) for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines()]
+    assert (line["what"], line["step"], result.skipped_steps) == ("loss", 2, 1)
+    before, after = (read_checkpoint(tmp_path, number) for number in (1, 2))
+    assert_same(after.trained, before.trained)
+    assert_same(after.optimizer, before.optimizer)
+    assert all(bool(torch.isfinite(value).all()) for value in weights_of(result).values())
+
+
 def test_a_gradient_that_is_not_finite_is_left_out_too(tmp_path: Path) -> None:
     backbone = toy()
     calls = [0]
@@ -354,8 +429,10 @@ def test_what_is_not_finite_may_be_fatal_and_the_state_before_it_is_kept(tmp_pat
         return made
 
     config = toy_config(optimizer={"steps": 6}, run={"nonfinite": "fatal", "checkpoint_every": 0})
+    backbone = toy(dropout=0.3)
     with pytest.raises(NonFiniteError, match=r"the loss of step \d is nan; the keys of its batch are in .*nonfinite"):
-        run_toy(tmp_path / "a", config, pairs=pairs())
+        run_toy(tmp_path / "a", config, pairs=pairs(), backbone=backbone)
+    assert all(parameter.grad is None for parameter in backbone.parameters())
     skipping = toy_config(optimizer={"steps": 6}, run={"checkpoint_every": 0})
     resumed = run_toy(tmp_path / "a", skipping, pairs=pairs(), resume=True)
     assert_same(weights_of(resumed), weights_of(run_toy(tmp_path / "b", skipping, pairs=pairs())))

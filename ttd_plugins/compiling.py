@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -15,7 +15,7 @@ from ttd_plugins.errors import MissingDependencyError, UnsupportedModelError
 COMPILERS = ("cc", "gcc", "clang", "g++", "clang++", "cl")
 
 
-def compile_image_blocks(adapter: DenseAdapter, *, backend: str = "inductor") -> None:
+def compile_image_blocks(adapter: DenseAdapter, *, backend: str = "inductor") -> Callable[[], None]:
     """Have the image tower's blocks compiled by ``torch.compile`` when they are first called, in place.
 
     On a GPU memory-bound operations (norms, activations, residual sums, changes of precision) are fused, which the
@@ -25,6 +25,9 @@ def compile_image_blocks(adapter: DenseAdapter, *, backend: str = "inductor") ->
     Args:
         adapter: the backbone, with LoRA in it if there is to be any.
         backend: of ``torch.compile``.
+
+    Returns:
+        A function that takes it back, so that blocks which were compiled before are compiled as they were.
 
     Raises:
         UnsupportedModelError: the image tower names no blocks.
@@ -39,14 +42,15 @@ def compile_image_blocks(adapter: DenseAdapter, *, backend: str = "inductor") ->
     wanted = [os.environ[name] for name in ("CC", "CXX") if name in os.environ]
     if backend == "inductor" and not any(shutil.which(name) for name in (*wanted, *COMPILERS)):
         raise MissingDependencyError("compiling needs a C compiler, and none was found; install gcc, or leave it out")
+    before = [(block, block._compiled_call_impl) for block in blocks]
     for block in blocks:
         block.compile(backend=backend)
 
+    def take_back() -> None:
+        for block, call in before:
+            block._compiled_call_impl = call
 
-def uncompile_image_blocks(adapter: DenseAdapter) -> None:
-    """Take back what :func:`compile_image_blocks` did."""
-    for block in adapter.tower_blocks("image"):
-        block._compiled_call_impl = None
+    return take_back
 
 
 @contextmanager

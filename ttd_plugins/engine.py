@@ -63,7 +63,8 @@ class TTDOptions:
             resumed run is no longer bitwise that of one that was not stopped.
         recompute_texts: hold what enters each block of the text tower alone, and compute the rest a second time in the
             backward pass; ``None`` does so where texts cannot be cut to their length, so that tags would hold several
-            times what captions do.
+            times what captions do, and the tower names its blocks
+            (:meth:`~ttd_plugins.adapter.DenseAdapter.tower_blocks`).
     """
 
     extractor: str = "words"
@@ -206,15 +207,20 @@ class TTDOutput:
     targets: Targets
 
     @property
-    def statistics(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float | Tensor]:
+        """The statistics before anybody waits for the device: numbers, and scalars without gradient."""
         maps, batch = self.alignment.caption_maps.detach(), max(len(self.alignment.truncated), 1)
         return {
             "tags_per_caption": len(self.targets.selected) / batch,
-            "selected_per_caption": float(self.targets.selected.sum()) / batch,
-            "caption_map_spread": float((maps.amax(-1) - maps.amin(-1)).mean()),
-            "captions_without_target": float((~self.targets.usable).sum()),
+            "selected_per_caption": self.targets.selected.sum() / batch,
+            "caption_map_spread": (maps.amax(-1) - maps.amin(-1)).mean(),
+            "captions_without_target": (~self.targets.usable).sum(),
             "captions_truncated": float(sum(self.alignment.truncated)),
         }
+
+    @property
+    def statistics(self) -> dict[str, float]:
+        return {name: float(value) for name, value in self.figures.items()}
 
 
 @dataclass
@@ -445,7 +451,7 @@ class TTD(nn.Module):
             embeddings, truncated = memory.encode(adapter, [*captions, *tags], recompute=recompute)
             caption_embeddings, tag_embeddings = embeddings[: len(captions)], embeddings[len(captions) :]
         else:
-            caption_embeddings, truncated = memory.encode(adapter, captions)
+            caption_embeddings, truncated = memory.encode(adapter, captions, recompute=recompute)
             with torch.no_grad():
                 tag_embeddings, _ = memory.encode(adapter, tags)
         if features is None:

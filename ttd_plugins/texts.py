@@ -27,8 +27,8 @@ about ten milliseconds, in which an H200 does as much."""
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on ``device``, without waiting for what the device is busy with."""
-    if device.type != "cuda":
+    """A tensor on ``device``; one from the CPU without waiting for what the device is busy with."""
+    if device.type != "cuda" or values.device.type != "cpu":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
 
@@ -70,18 +70,20 @@ def computed_twice(adapter: DenseAdapter) -> Iterator[None]:
     This is arXiv 1604.06174. What draws random numbers draws the same ones again. The model is left as it was found,
     and a tower that checkpoints its blocks itself is not touched.
     """
-    blocks = [] if _checkpoints_itself(adapter.model) else adapter.tower_blocks("text")
-    own = [block.__dict__.get("forward") for block in blocks]
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    blocks = [] if _checkpoints_itself(adapter) else list(dict.fromkeys(adapter.tower_blocks("text")))
+    # A block that was compiled in place is called by its compiled call.
+    names = ["forward" if block._compiled_call_impl is None else "_compiled_call_impl" for block in blocks]
+    own = [vars(block).get(name) for block, name in zip(blocks, names, strict=True)]
     try:
+        for block, name in zip(blocks, names, strict=True):
+            setattr(block, name, partial(checkpoint, getattr(block, name), use_reentrant=False))
         yield
     finally:
-        for block, forward in zip(blocks, own, strict=True):
-            del block.forward
+        for block, name, call in zip(blocks, names, own, strict=True):
+            vars(block).pop(name, None)
             # Other libraries put a forward of theirs into an object too.
-            if forward is not None:
-                block.forward = forward  # type: ignore[method-assign]
+            if call is not None:
+                setattr(block, name, call)
 
 
 def _shape(count: int, length: int, context: int, device: torch.device) -> tuple[int, int]:
@@ -96,16 +98,24 @@ def _shape(count: int, length: int, context: int, device: torch.device) -> tuple
     return -(-count // step) * step, min(-(-length // 8) * 8, context)
 
 
-def _checkpoints_itself(model: nn.Module) -> bool:
-    """Whether a library's own gradient checkpointing is on; once more would cost one more forward pass."""
-    switches = ("grad_checkpointing", "gradient_checkpointing")
-    return model.training and any(getattr(part, name, False) is True for part in model.modules() for name in switches)
+def _checkpoints_itself(adapter: DenseAdapter) -> bool:
+    """Whether the text tower's own gradient checkpointing is on; once more would cost one more forward pass."""
+    modules, blocks = dict(adapter.model.named_modules()), set(adapter.tower_blocks("text"))
+    names = [name.split(".") for name, module in modules.items() if module in blocks]
+    above = {".".join(name[:depth]) for name in names for depth in range(len(name) + 1)}
+    return any(
+        modules[name].training and getattr(modules[name], switch, False) is True
+        for name in above
+        for switch in ("grad_checkpointing", "gradient_checkpointing")
+    )
 
 
 class TokenMemory:
     """Token rows of short texts, kept from one batch to the next.
 
-    A tag comes in many batches, a caption once an epoch; and what the host spends on tokenising, a GPU waits for.
+    A tag comes in many batches, a caption once an epoch; and what the host spends on tokenising, a GPU waits for. Rows
+    are forgotten with the adapter's ``tokenizer`` and its context length; an adapter that keeps its tokenizer under
+    another name is asked every time.
 
     Attributes:
         limit: how many rows are kept; the one that was not used for longest gives way.
@@ -116,18 +126,19 @@ class TokenMemory:
         self.limit = limit
         self.longest = longest
         self._rows: OrderedDict[str, tuple[Tensor, int, bool]] = OrderedDict()
-        self._valid_for: object = None
+        self._valid_for: tuple[object, int] | None = None
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def tokenize(self, adapter: DenseAdapter, texts: Sequence[str]) -> Tokens:
         """What the backbone's :meth:`~ttd_plugins.adapter.DenseAdapter.tokenize` gives; no text twice in ``texts``."""
-        # Adapters keep what the caller may exchange under this name.
-        tokenizer = getattr(adapter, "tokenizer", None)
-        if tokenizer is not self._valid_for:
+        valid_for = getattr(adapter, "tokenizer", None), adapter.description.context_length
+        if valid_for[0] is None:
+            return text_tokens(adapter, texts)
+        if self._valid_for is None or valid_for[0] is not self._valid_for[0] or valid_for[1] != self._valid_for[1]:
             self._rows.clear()
-            self._valid_for = tokenizer
+            self._valid_for = valid_for
         new = [text for text in texts if text not in self._rows]
         rows = {text: self._rows[text] for text in texts if text in self._rows}
         if new:

@@ -106,8 +106,8 @@ class OriginalCLIPAdapter(OpenAICLIPAdapter):
         ]
 
     def tower_blocks(self, tower: Tower) -> list[nn.Module]:
-        """None: blocks hold masks of the full context, or take none, so their parts are called."""
-        return []
+        """Those of images. Of texts none: each holds the mask of the full context, so that its parts are called."""
+        return [] if tower == "text" else super().tower_blocks(tower)
 
     def set_grad_checkpointing(self, enabled: bool = True) -> None:
         """Set the attribute that stands for the switch which the package lacks; see the contract."""
@@ -238,6 +238,10 @@ class OriginalResNetAdapter(OriginalCLIPAdapter):
             "the image tower is a ResNet, whose attention pool has the value path alone: its cells were never trained "
             "to ask for one another, and it has no skip and no feed-forward network"
         )
+
+    def tower_blocks(self, tower: Tower) -> list[nn.Module]:
+        """None: the trunk too is run part by part."""
+        return []
 
     def _encode_image(self, pixels: Tensor, grid: tuple[int, int], pooled: bool) -> ImageFeatures:
         pool = self._visual.attnpool

@@ -45,7 +45,20 @@ def run_benchmark(
         InputError: the data cannot be read.
         TTDError: the backbone cannot be had, or a step does not fit into the memory of the device.
     """
-    tell = on_progress or (lambda _: None)
+    try:
+        return _run(options, bench, memory, on_progress or (lambda _: None))
+    except torch.OutOfMemoryError as error:
+        raise TTDError(_too_large("what is measured", options)) from error
+
+
+def _too_large(what: str, options: BenchOptions) -> str:
+    return (
+        f"{what} with a batch of {options.batch_size} does not fit into the memory of the device (to count operations, "
+        "the activations of all texts are held); give a smaller --batch-size"
+    )
+
+
+def _run(options: BenchOptions, bench: Bench | None, memory: bool, tell: Callable[[str], None]) -> dict[str, Any]:
     tell(f"building {options.name}")
     bench = Bench(options) if bench is None else bench
     operations: dict[str, int] = {}
@@ -60,10 +73,7 @@ def run_benchmark(
         if not fits:
             bench.forget()
             if variant != "unshared":
-                raise TTDError(
-                    f"{variant} with a batch of {options.batch_size} does not fit into the memory of the device; give "
-                    "a smaller --batch-size"
-                )
+                raise TTDError(_too_large(variant, options))
     measured = tuple(operations)
     rounds: list[dict[str, float]] = []
     parts: list[dict[str, float]] = []
@@ -86,7 +96,7 @@ def run_benchmark(
     found["share"] = {name: seconds / sum(medians.values()) for name, seconds in medians.items()}
     found["images_per_second"] = found["batch_size"] / found["seconds"]["ttd"]["median"]
     found["peak_operations_per_second"] = peak = bench.peak()
-    found["peak"] = "measured" if options.peak_tflops is None else "given"
+    found["peak_source"] = "measured" if options.peak_tflops is None else "given"
     found["model_flops_utilisation"] = {
         variant: operations[variant] / seconds["median"] / peak for variant, seconds in found["seconds"].items()
     }
@@ -94,9 +104,12 @@ def run_benchmark(
     found["ratios"]["memory_ttd_over_contrastive"] = None
     if memory:
         # Its own weights and gradients would be there beside those of the processes that measure.
+        bench.forget()
         del bench
         gc.collect()
         give_back()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
         used: dict[str, dict[str, int] | None] = {}
         for variant in (one for one in MEMORY_VARIANTS if one in measured):
             tell(f"memory: {variant}")

@@ -94,10 +94,12 @@ def print_report(found: dict[str, Any]) -> None:
             made.add_column(column, justify="right")
         return made
 
+    compiled = "compiled image blocks, " if found["compiled"] else ""
     console.print(
         f"{found['backbone']}: batch {found['batch_size']}, {'x'.join(map(str, found['image_size']))} pixels, "
-        f"{found['precision']}, {found['trained']} ({found['trainable_parameters']:,} parameters), {found['device']}, "
-        f"{found['threads']} threads\n{found['data']}: {found['tags_per_caption']:.1f} tags a caption, "
+        f"{found['precision']}, {compiled}{found['trained']} ({found['trainable_parameters']:,} parameters), "
+        f"{found['device']}, {found['threads']} threads\n"
+        f"{found['data']}: {found['tags_per_caption']:.1f} tags a caption, "
         f"{found['distinct_tags']} distinct tags a batch, {found['tokens_per_caption']:.1f} tokens a caption "
         f"({found['tokenizer']} tokenizer)",
         highlight=False,
@@ -144,6 +146,6 @@ def print_report(found: dict[str, Any]) -> None:
     console.print(
         f"{found['images_per_second']:.3g} images/s in the TTD step, {found['repeats']} rounds; "
         f"{found['model_flops_utilisation']['ttd']:.0%} of {found['peak_operations_per_second'] / TERA:.3g} TFLOP/s, "
-        f"{'as given' if found['peak'] == 'given' else 'measured with a large product of matrices'}",
+        f"{'as given' if found['peak_source'] == 'given' else 'measured with a large product of matrices'}",
         soft_wrap=True,
     )

@@ -475,7 +475,7 @@ class PairLoader:
         images = [chunk.images[part] for chunk, part in parts if chunk.images is not None]
         tags = [names for chunk, part in parts for names in chunk.tags[part]]
         batch = Batch(
-            images=images[0] if len(images) == 1 else torch.cat(images),
+            images=_joined(images),
             captions=[text for chunk, part in parts for text in chunk.captions[part]],
             tags=None if all(names is None for names in tags) else [names or [] for names in tags],
             keys=[key for chunk, part in parts for key in chunk.keys[part]],
@@ -601,6 +601,14 @@ def _randomness_kept() -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
+
+
+def _joined(images: list[Tensor]) -> Tensor:
+    """Images of several chunks in one tensor, which is pinned where they are."""
+    if len(images) == 1:
+        return images[0]
+    shape = (sum(map(len, images)), *images[0].shape[1:])
+    return torch.cat(images, out=torch.empty(shape, dtype=images[0].dtype, pin_memory=images[0].is_pinned()))
 
 
 def _as_it_is(chunk: Any) -> Any:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ttd_plugins import distributed
 from ttd_plugins.adapter import DenseAdapter
-from ttd_plugins.compiling import compile_image_blocks, uncompile_image_blocks
+from ttd_plugins.compiling import compile_image_blocks
 from ttd_plugins.engine import TTD, TTDOutput, evaluation_mode
 from ttd_plugins.errors import InputError, MissingDependencyError, TTDError, choices_sentence, one_sentence
 from ttd_plugins.progress import silent
@@ -40,7 +40,7 @@ from ttd_plugins.training.watch import CollapseWatch, Window
 HARMLESS = (
     "data.max_skipped", "run.log_every", "run.checkpoint_every", "run.checkpoint_minutes", "run.keep",
     "run.picture_every", "run.pictures", "run.evaluate_every", "run.trackers", "run.nonfinite", "run.max_skipped_steps",
-    "run.sharded", *(f"evaluation.{one.name}" for one in dataclasses.fields(EvaluationConfig)),
+    "run.sharded", "run.compile", *(f"evaluation.{one.name}" for one in dataclasses.fields(EvaluationConfig)),
 )  # fmt: skip
 """Options that a resumed run may change, since they decide neither data nor, but for rounding, gradients."""
 
@@ -206,10 +206,10 @@ class _Step(nn.Module):
 
     def forward(
         self, images: Tensor, captions: list[str], tags: list[list[str]] | None, groups: list[str] | None
-    ) -> tuple[Tensor, dict[str, Tensor], Callable[[], dict[str, float]]]:
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, float | Tensor]]:
         output: TTDOutput = self.ttd(images, captions, tags, groups)
-        # Later, since numbers wait for the device, and the backward pass should not.
-        return output.loss, output.losses, lambda: output.statistics
+        # No numbers yet: they wait for the device, and the backward pass should not.
+        return output.loss, output.losses, output.figures
 
 
 @dataclass
@@ -250,10 +250,8 @@ class _Run:
         if "full" in (self.config.towers.image, self.config.towers.text) or self.config.towers.logit_scale:
             self.backbone.remember_weights()
         shares = self.processes > 1 and (self.config.run.sharded or _fsdp_is_asked_for())
-        if self.config.run.compile:
-            if shares:
-                raise InputError("run.compile does not go with shared-out weights yet; leave out one of them")
-            compile_image_blocks(self.backbone)
+        if self.config.run.compile and shares:
+            raise InputError("run.compile does not go with shared-out weights yet; leave out one of them")
         options = self.config.ttd
         if shares and self.config.towers.text != "frozen":
             # Gathered weights are new tensors that look like the last ones, so that old embeddings would pass for new.
@@ -291,6 +289,7 @@ class _Run:
         self.stream: Iterator[tuple[Any, Any]] | None = None
         self.ahead: list[tuple[Any, Any] | Exception | None] = []
         self.copied: tuple[Tensor, Tensor] | None = None
+        self.take_back: Callable[[], None] = lambda: None
         # Other draws for every process, or their dropouts would be the same.
         _seed(self.config.run.seed + 1_000_003 * self.rank)
         if checkpoints.checkpoint_steps(out):
@@ -298,8 +297,14 @@ class _Run:
         elif self.main:
             self._cut(-1)
         self._agreed(lambda: None if self.labelled is None else self.labelled.check(self.ttd))
-        # Not before all is known to be well, so that a mistake leaves no run behind.
-        self._agreed(lambda: write_whole(out / "config.yaml", self.config.yaml()))
+        if self.config.run.compile:
+            self.take_back = compile_image_blocks(self.backbone)
+        try:
+            # Not before all is known to be well, so that a mistake leaves no run behind.
+            self._agreed(lambda: write_whole(out / "config.yaml", self.config.yaml()))
+        except BaseException:
+            self.take_back()
+            raise
         self.point = _Point(self.epoch, self.position, checkpoints.random_state())
         self.batch_in_epoch = self.position is not None
         self.saved = self.step if checkpoints.checkpoint_steps(out) else -1
@@ -446,8 +451,7 @@ class _Run:
         with suppress(Exception):
             if self.stream is not None and hasattr(self.stream, "close"):
                 self.stream.close()
-        if self.config.run.compile:
-            uncompile_image_blocks(self.backbone)
+        self.take_back()
         self.reporter.ended()
 
     def _one_step(self, signals: _Signals) -> None:
@@ -470,9 +474,9 @@ class _Run:
                 with nullcontext() if self.shards is None else self.accelerator.autocast():
                     loss, parts, statistics = self.module(images, batch.captions, batch.tags, batch.groups)
                 self.accelerator.backward(loss / options.accumulation)
-            if not last or self.step + 1 < self.steps:
+            if signals.received is None and not (last and self.step + 1 == self.steps):
                 self._look_ahead()
-            figures = self._joint(loss, parts, statistics(), len(images))
+            figures = self._joint(loss, parts, {name: float(value) for name, value in statistics.items()}, len(images))
             if not math.isfinite(figures["loss"]):
                 trouble = {"what": "loss"} | {name: figures[name] for name in ("loss", *parts)}
                 break
@@ -494,8 +498,8 @@ class _Run:
                 for figures in [*seen, {"gradient_norm": norm} if math.isfinite(norm) else {}]:
                     self.window.add(figures)
         if trouble is not None:
-            self._not_finite(trouble, keys)
             self.optimizer.zero_grad(set_to_none=True)
+            self._not_finite(trouble, keys)
         self.step += 1
         self.figures_rate = rate
         self.point = _Point(self.epoch, self.position, checkpoints.random_state())
@@ -573,19 +577,19 @@ class _Run:
             checkpoints.set_random_state(before)
 
     def _look_ahead(self) -> None:
-        """Take the next batch from the loader and begin to copy it, while the device is busy with this one."""
+        """Take the next batch from the loader and queue its copy, while the device is busy with this one."""
         found: tuple[Any, Any] | Exception | None
         started = time.perf_counter()
         try:
             found = self._from_stream()
+            if found is not None:
+                images = found[0].images
+                self.copied = images, on_device(images, self.accelerator.device)
         # It is not due yet: this step is whole, and is saved first.
         except Exception as failure:
             found = failure
         self.since.data += time.perf_counter() - started
         self.ahead.append(found)
-        if isinstance(found, tuple):
-            images = found[0].images
-            self.copied = images, on_device(images, self.accelerator.device)
 
     def _to_device(self, images: Tensor) -> Tensor:
         copied, self.copied = self.copied, None
@@ -839,7 +843,7 @@ class _Since:
         self.started, self.images, self.steps, self.data = time.perf_counter(), 0, 0, 0.0
 
     def figures(self) -> dict[str, float]:
-        """Images a second of all processes, and seconds a step, those of waiting for data apart."""
+        """Images a second of all processes, seconds a step, and those among them in which the loader was asked."""
         seconds, steps = time.perf_counter() - self.started, max(self.steps, 1)
         return {
             "images_per_second": round(self.images / max(seconds, 1e-9), 2),

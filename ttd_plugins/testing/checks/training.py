@@ -161,13 +161,15 @@ def _expect_blocks(session: Session, ids: Tensor, parameters: list[nn.Parameter]
         embeddings = session.embed(ids)
         weights = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(2)).to(embeddings)
         found = torch.autograd.grad((embeddings * weights).sum(), parameters, allow_unused=True)
-        return torch.cat([one.flatten().double() for one in found if one is not None])
+        whole = [torch.zeros_like(p) if one is None else one for p, one in zip(parameters, found, strict=True)]
+        return torch.cat([one.flatten().double() for one in whole])
 
     once = gradient()
     with computed_twice(session.adapter):
         twice = gradient()
     off = float((twice - once).norm() / once.norm())
-    if not off <= 1e-4:
+    # Half precision rounds what it adds up, in an order that a GPU is free to choose.
+    if not off <= (1e-4 if session.dtype in (torch.float32, torch.float64) else 0.05):
         raise CheckFailed(
             "the same gradient where the blocks of the text tower run twice", f"one that is {off:.2g} off"
         )
