@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import deepcopy
 
 import pytest
 
 pytest.importorskip("open_clip", reason="needs the extra 'open_clip'")
 pytest.importorskip("transformers", reason="needs the extra 'siglip'")
+pytest.importorskip("peft", reason="needs the extra 'lora'")
 
 import torch
-from helpers_full_size import BACKBONES
+from helpers_compiling import compile_counted
+from test_speed import small
 from toy_backbone import toy
 
-from ttd_plugins import TTD, wrap
+from ttd_plugins import TTD
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.compiling import compile_image_blocks, uncompiled
 from ttd_plugins.errors import MissingDependencyError, UnsupportedModelError
 
 CAPTIONS = ["a brown dog on the wet grass", "two children fly a kite over the beach"]
-
-
-def small(kind: str) -> DenseAdapter:
-    backbone = BACKBONES[kind]
-    return wrap(backbone.build(False), tokenizer=backbone.tokenizer())
 
 
 def step(adapter: DenseAdapter) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,30 +48,9 @@ def test_a_step_is_the_same(kind: str) -> None:
     assert all(block._compiled_call_impl is None for block in deepcopy(adapter).tower_blocks("image"))
 
 
-def watch(adapter: DenseAdapter) -> Callable[[], int]:
-    """How many compiled calls there were since the last time it was asked."""
-    calls = [0]
-
-    def counting(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., object]:
-        def run(*arguments: torch.Tensor) -> object:
-            calls[0] += 1
-            return graph.forward(*arguments)
-
-        return run
-
-    for block in adapter.tower_blocks("image"):
-        block.compile(backend=counting)
-
-    def since() -> int:
-        found, calls[0] = calls[0], 0
-        return found
-
-    return since
-
-
 def test_compiled_code_runs_and_can_be_left_out_and_taken_back() -> None:
     adapter = small("open_clip")
-    since = watch(adapter)
+    since = compile_counted(adapter.tower_blocks("image"))
     step(adapter)
     # The last block is run in parts.
     assert since() == len(adapter.tower_blocks("image")) - 1
@@ -88,7 +63,7 @@ def test_compiled_code_runs_and_can_be_left_out_and_taken_back() -> None:
 
 def test_what_was_compiled_before_is_compiled_as_it_was_once_it_is_taken_back() -> None:
     adapter = small("open_clip")
-    since = watch(adapter)
+    since = compile_counted(adapter.tower_blocks("image"))
     take_back = compile_image_blocks(adapter, backend="eager")
     step(adapter)
     assert since() == 0

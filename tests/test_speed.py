@@ -12,6 +12,7 @@ pytest.importorskip("transformers", reason="needs the extra 'siglip'")
 pytest.importorskip("peft", reason="needs the extra 'lora'")
 
 import torch
+from helpers_compiling import compile_counted
 from helpers_eva_clip import KINDS, eva_clip
 from helpers_full_size import BACKBONES, _simple_tokenizer
 from helpers_open_clip import tiny_clip
@@ -347,23 +348,13 @@ def test_checkpointing_of_the_image_tower_alone_leaves_texts_computed_twice(kind
 def test_text_blocks_that_somebody_compiled_are_computed_twice_all_the_same() -> None:
     adapter = small("siglip")
     texts = list(dict.fromkeys(CAPTIONS))
-    calls = [0]
-
-    def counting(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
-        def run(*arguments: Tensor) -> Any:
-            calls[0] += 1
-            return graph.forward(*arguments)
-
-        return run
-
     blocks = adapter.tower_blocks("text")
-    for block in blocks:
-        block.compile(backend=counting)
+    since = compile_counted(blocks)
     compiled = [block._compiled_call_impl for block in blocks]
     encode_texts(adapter, texts)[0].sum().backward()
-    once, calls[0] = calls[0], 0
+    once = since()
     encode_texts(adapter, texts, recompute=True)[0].sum().backward()
-    assert once > 0 and calls[0] == 2 * once
+    assert once > 0 and since() == 2 * once
     assert [block._compiled_call_impl for block in blocks] == compiled
 
 

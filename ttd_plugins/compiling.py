@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -42,25 +42,30 @@ def compile_image_blocks(adapter: DenseAdapter, *, backend: str = "inductor") ->
     wanted = [os.environ[name] for name in ("CC", "CXX") if name in os.environ]
     if backend == "inductor" and not any(shutil.which(name) for name in (*wanted, *COMPILERS)):
         raise MissingDependencyError("compiling needs a C compiler, and none was found; install gcc, or leave it out")
-    before = [(block, block._compiled_call_impl) for block in blocks]
+    take_back = _compiled_calls(blocks)
     for block in blocks:
         block.compile(backend=backend)
-
-    def take_back() -> None:
-        for block, call in before:
-            block._compiled_call_impl = call
-
     return take_back
 
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Within it, modules that were compiled in place run as they were written."""
-    compiled = [(module, module._compiled_call_impl) for module in model.modules()]
-    for module, _ in compiled:
+    put_back = _compiled_calls(model.modules())
+    for module in model.modules():
         module._compiled_call_impl = None
     try:
         yield
     finally:
-        for module, call in compiled:
+        put_back()
+
+
+def _compiled_calls(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """What modules are called by where they are compiled in place, as a function that puts it back."""
+    before = [(module, module._compiled_call_impl) for module in modules]
+
+    def put_back() -> None:
+        for module, call in before:
             module._compiled_call_impl = call
+
+    return put_back

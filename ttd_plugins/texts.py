@@ -70,7 +70,9 @@ def computed_twice(adapter: DenseAdapter) -> Iterator[None]:
     This is arXiv 1604.06174. What draws random numbers draws the same ones again. The model is left as it was found,
     and a tower that checkpoints its blocks itself is not touched.
     """
-    blocks = [] if _checkpoints_itself(adapter) else list(dict.fromkeys(adapter.tower_blocks("text")))
+    blocks = list(dict.fromkeys(adapter.tower_blocks("text")))
+    if _are_checkpointed(adapter.model, blocks):
+        blocks = []
     # A block that was compiled in place is called by its compiled call.
     names = ["forward" if block._compiled_call_impl is None else "_compiled_call_impl" for block in blocks]
     own = [vars(block).get(name) for block, name in zip(blocks, names, strict=True)]
@@ -98,10 +100,10 @@ def _shape(count: int, length: int, context: int, device: torch.device) -> tuple
     return -(-count // step) * step, min(-(-length // 8) * 8, context)
 
 
-def _checkpoints_itself(adapter: DenseAdapter) -> bool:
-    """Whether the text tower's own gradient checkpointing is on; once more would cost one more forward pass."""
-    modules, blocks = dict(adapter.model.named_modules()), set(adapter.tower_blocks("text"))
-    names = [name.split(".") for name, module in modules.items() if module in blocks]
+def _are_checkpointed(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+    """Whether a library's own gradient checkpointing of blocks is on; once more would cost one more forward pass."""
+    modules, wanted = dict(model.named_modules()), set(blocks)
+    names = [name.split(".") for name, module in modules.items() if module in wanted]
     above = {".".join(name[:depth]) for name in names for depth in range(len(name) + 1)}
     return any(
         modules[name].training and getattr(modules[name], switch, False) is True

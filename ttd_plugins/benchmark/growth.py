@@ -120,9 +120,7 @@ def _sides(adapter: DenseAdapter) -> list[int]:
 def _measure(bench: Bench, repeats: int) -> dict[str, dict[str, float]]:
     steps = ("ttd", "contrastive")
     operations = {step: float(bench.count(step)) for step in steps}
-    if bench.options.compile:
-        for step in steps:
-            bench.call(step)
+    bench.warm_up(steps)
     times: dict[str, list[float]] = {step: [] for step in steps}
     for _ in range(repeats):
         for step in steps:

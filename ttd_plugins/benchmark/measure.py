@@ -78,11 +78,8 @@ def _run(options: BenchOptions, bench: Bench | None, memory: bool, tell: Callabl
     rounds: list[dict[str, float]] = []
     parts: list[dict[str, float]] = []
     bench.parts()
-    if options.compile:
-        # Compiling waits for the first call in each mode.
-        for variant in measured:
-            tell(f"compiling: {variant}")
-            bench.call(variant)
+    tell("warming up")
+    bench.warm_up(measured)
     for number in range(options.repeats):
         tell(f"timing: round {number + 1} of {options.repeats}")
         # Another one begins each round, so that none always follows the same.
@@ -104,7 +101,6 @@ def _run(options: BenchOptions, bench: Bench | None, memory: bool, tell: Callabl
     found["ratios"]["memory_ttd_over_contrastive"] = None
     if memory:
         # Its own weights and gradients would be there beside those of the processes that measure.
-        bench.forget()
         del bench
         gc.collect()
         give_back()

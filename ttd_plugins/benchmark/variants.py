@@ -252,6 +252,11 @@ class Bench:
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
+    def warm_up(self, variants: Sequence[str]) -> None:
+        """Call variants once where blocks are compiled, since compiling waits for the first call in each mode."""
+        for variant in variants if self.options.compile else ():
+            self.call(variant)
+
     def forget(self) -> None:
         """Give back what a step left behind, as one that failed for want of memory."""
         self.optimizer.zero_grad(set_to_none=True)

@@ -21,15 +21,17 @@ CHECKS: list[Check] = []
 check = partial(collect, CHECKS)
 
 
+def _weighted(output: Tensor) -> Tensor:
+    """A scalar that depends on all of the output, weighted at random: sums behind a LayerNorm have no gradient."""
+    return (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output)).sum()
+
+
 def _reached(output: Tensor, named: Iterable[tuple[str, nn.Parameter]]) -> set[str]:
     """Names of the parameters that a gradient other than zero reaches."""
     named = list(named)
     if not output.requires_grad:
         return set()
-    # Weighted at random: sums of features behind a LayerNorm have no gradient.
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output)
-    total = (output * weights).sum()
-    found = torch.autograd.grad(total, [p for _, p in named], retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(_weighted(output), [p for _, p in named], retain_graph=True, allow_unused=True)
     return {name for (name, _), g in zip(named, found, strict=True) if g is not None and bool(g.abs().max() > 0)}
 
 
@@ -74,8 +76,7 @@ def gradients_to_pixels(session: Session) -> None:
         assert output is not None
         if not output.requires_grad:
             raise CheckFailed(f"{name} with a gradient", f"{name} without one")
-        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output)
-        (found,) = torch.autograd.grad((output * weights).sum(), pixels, retain_graph=True, allow_unused=True)
+        (found,) = torch.autograd.grad(_weighted(output), pixels, retain_graph=True, allow_unused=True)
         if found is None or not bool((found.abs().flatten(1).amax(1) > 0).all()):
             raise CheckFailed(f"a gradient of {name} with respect to the pixels", "none")
         if not bool(torch.isfinite(found).all()):
@@ -158,9 +159,7 @@ def _expect_blocks(session: Session, ids: Tensor, parameters: list[nn.Parameter]
                 )
 
     def gradient() -> Tensor:
-        embeddings = session.embed(ids)
-        weights = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(2)).to(embeddings)
-        found = torch.autograd.grad((embeddings * weights).sum(), parameters, allow_unused=True)
+        found = torch.autograd.grad(_weighted(session.embed(ids)), parameters, allow_unused=True)
         whole = [torch.zeros_like(p) if one is None else one for p, one in zip(parameters, found, strict=True)]
         return torch.cat([one.flatten().double() for one in whole])
 
