@@ -21,9 +21,9 @@ from rich.table import Table
 
 from ttd_plugins import TTD, TTDOptions, load
 from ttd_plugins.embedded.scenes import Scenes
-from ttd_plugins.evaluation.scenes import SceneMetrics, measure_on_scenes
+from ttd_plugins.evaluation.scene_protocol import SceneMetrics, measure_on_scenes
 from ttd_plugins.training.loop import OptimizerOptions
-from ttd_plugins.training.scenes import SceneTuning, tune_on_scenes
+from ttd_plugins.training.scene_tuning import SceneTuning, tune_on_scenes
 
 COLUMNS = ("tag_ap", "tag_ap_blind", "tag_f1", "caption_iou", "tag_iou", "tag_balance", "retrieval_r1")
 
@@ -34,15 +34,15 @@ def arms() -> dict[str, Changes]:
     """Each arm's departures from the default settings, by name; a group is the part before the colon."""
     return {
         "default": {},
-        "control": {"tag_weight": 0.0, "caption_weight": 0.0},
+        "control": {"tag_weight": 0.0, "distill_weight": 0.0},
         "distance:mse-sigmoid": {"distance": "mse"},
         "distance:mse-raw": {"distance": "mse", "activation": "none"},
         "distance:l1-sigmoid": {"distance": "l1"},
         "distance:mse-minmax": {"distance": "mse", "activation": "minmax"},
         "distance:bce-minmax": {"activation": "minmax"},
         "weight:caption-only": {"tag_weight": 0.0},
-        "weight:tag-only": {"caption_weight": 0.0},
-        "weight:caption-2": {"caption_weight": 2.0},
+        "weight:tag-only": {"distill_weight": 0.0},
+        "weight:caption-2": {"distill_weight": 2.0},
         "weight:contrastive-0": {"contrastive_weight": 0.0},
         "weight:contrastive-half": {"contrastive_weight": 0.5},
         "rejected:0": {"rejected_weight": 0.0},

@@ -41,9 +41,9 @@ from ttd_plugins.data.images import read_image
 from ttd_plugins.data.pairs import ReadNow, StreamSource
 from ttd_plugins.embedded.tokenizer import TinyTokenizer, train_bpe
 from ttd_plugins.evaluation.datasets import open_captions
-from ttd_plugins.evaluation.dense import DenseOptions
+from ttd_plugins.evaluation.dense_inference import DenseOptions
 from ttd_plugins.evaluation.protocols import TagProtocol, TextProtocol, evaluate_tags, evaluate_text
-from ttd_plugins.evaluation.scenes import picture_pixels
+from ttd_plugins.evaluation.scene_protocol import picture_pixels
 
 SIDE, VOCABULARY, CONTEXT = 128, 4096, 32
 MODEL = {
@@ -66,7 +66,7 @@ FIGURES = {
 }
 FITTED = "after, calibration fitted"
 ARMS: dict[str, dict[str, float] | None] = {
-    "before": None, "control": {"tag_weight": 0.0, "caption_weight": 0.0}, "after": {}, FITTED: {},
+    "before": None, "control": {"tag_weight": 0.0, "distill_weight": 0.0}, "after": {}, FITTED: {},
 }  # fmt: skip
 """Options of TTD that each arm is tuned with; ``None`` for no tuning."""
 Pairs = tuple[NDArray[np.uint8], list[list[str]]]

@@ -37,9 +37,9 @@ from ttd_plugins.embedded import model_folder
 from ttd_plugins.embedded.scenes import Scenes
 from ttd_plugins.embedded.tokenizer import train_tokenizer
 from ttd_plugins.evaluation.metrics import retrieval_recall
-from ttd_plugins.evaluation.scenes import picture_pixels, scene_pixels
-from ttd_plugins.losses import contrastive_loss
-from ttd_plugins.texts import encode_texts
+from ttd_plugins.evaluation.scene_protocol import picture_pixels, scene_pixels
+from ttd_plugins.method.losses import contrastive_loss
+from ttd_plugins.method.text_embeddings import encode_texts
 
 VALIDATION_SCENES = 512
 CAPTIONS_OF_A_KIND = 4

@@ -23,15 +23,15 @@ from rich.table import Table
 
 from ttd_plugins.embedded.scenes import NOUNS, Scene, Scenes
 from ttd_plugins.evaluation.metrics import intersection_over_union, tag_balance, upsample_map
-from ttd_plugins.evaluation.scenes import CAPTION_MAP_THRESHOLD
-from ttd_plugins.similarity import minmax_normalize
+from ttd_plugins.evaluation.scene_protocol import CAPTION_MAP_THRESHOLD
+from ttd_plugins.method.similarity import minmax_normalize
 
 PATCH = 8
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Figures of one observer, defined as in :class:`ttd_plugins.evaluation.scenes.SceneMetrics`."""
+    """Figures of one observer, defined as in :class:`ttd_plugins.evaluation.scene_protocol.SceneMetrics`."""
 
     caption_iou: float
     tag_balance: float

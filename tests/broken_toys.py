@@ -875,7 +875,7 @@ class OneSize(ConformingAdapter):
 
 
 class EveryPositionMatters(Bidirectional):
-    description = changed_description(text_after_end_matters=True)
+    description = changed_description(text_needs_full_context=True)
 
 
 class ConvolutionalModel(nn.Module):

@@ -27,7 +27,7 @@ from ttd_plugins.adapter import (
     Tower,
 )
 from ttd_plugins.hookspecs import hookimpl
-from ttd_plugins.toolkit.positions import resampled_positions
+from ttd_plugins.toolkit.position_embeddings import resampled_positions
 from ttd_plugins.toolkit.transforms import DenseTransform, NativeTransform, Normalisation
 
 PATCH, GRID, WIDTH, CONTEXT, VOCABULARY = 8, 4, 16, 10, 101
@@ -137,7 +137,7 @@ class ConformingAdapter(DenseAdapter):
             std=NORMALISATION.std,
             interpolation=NORMALISATION.interpolation,
             context_length=CONTEXT,
-            text_after_end_matters=False,
+            text_needs_full_context=False,
             logits="softmax",
             dense_mode="value",
             calibration=self.calibration,

@@ -58,7 +58,7 @@ class FakeAdapter(DenseAdapter):
             std=(0.5, 0.5, 0.5),
             interpolation="bicubic",
             context_length=CONTEXT,
-            text_after_end_matters=True,
+            text_needs_full_context=True,
             logits="softmax",
             dense_mode="plain",
         )

@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ttd_plugins.similarity import normalize
+from ttd_plugins.method.similarity import normalize
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ def ttd(
         out.parts["contrastive"] = contrastive(pooled, captions, logit_scale, logit_bias, logits)
     out.loss = (
         options.tag_weight * out.parts["tag"]
-        + options.caption_weight * out.parts["distill"]
+        + options.distill_weight * out.parts["distill"]
         + options.contrastive_weight * out.parts.get("contrastive", 0.0)
     )
     return out

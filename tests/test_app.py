@@ -270,7 +270,7 @@ def test_only_so_many_tuned_backbones_are_kept(tiny: str, monkeypatch: pytest.Mo
 
 
 def tuned_adapter(name: str) -> Any:
-    from ttd_plugins.training.scenes import SceneTuning, tune_on_scenes
+    from ttd_plugins.training.scene_tuning import SceneTuning, tune_on_scenes
 
     adapter = load(name)
     tune_on_scenes(adapter, SceneTuning(steps=1, batch_size=2, rank=2))

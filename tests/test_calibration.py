@@ -33,11 +33,11 @@ from ttd_plugins.adapter import (
 from ttd_plugins.calibration import MIN_IMAGES, CalibrationFit, fit_calibration, fit_logistic, log_loss
 from ttd_plugins.engine import TTD, TTDOptions, TTDOutput
 from ttd_plugins.errors import InputError, TagExtractionError, TTDError
-from ttd_plugins.losses import map_distance
-from ttd_plugins.selection import select_tags
-from ttd_plugins.similarity import normalize
+from ttd_plugins.method.losses import map_distance
+from ttd_plugins.method.selection import select_tags
+from ttd_plugins.method.similarity import normalize
+from ttd_plugins.method.text_embeddings import encode_texts
 from ttd_plugins.tags import fold
-from ttd_plugins.texts import encode_texts
 
 WIDTH = 20
 WORDS = [f"thing{number}" for number in range(24)]

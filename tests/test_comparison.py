@@ -211,8 +211,8 @@ COMMANDS = [
         device="cuda:1",
         ttd=TTDOptions(
             extractor="stanza", extractor_options={"device": "cpu", "name": "3", "deep": None, "list": [1, "x y"]},
-            template='the "{}"', rule="absolute", threshold=0.25, distance="mse", activation="none", caption_weight=2.5,
-            remembered_texts=9, teacher="ema", ema_decay=0.5,
+            template='the "{}"', rule="absolute", threshold=0.25, distance="mse", activation="none", distill_weight=2.5,
+            text_cache_size=9, teacher="ema", ema_decay=0.5,
         ),
     ),
 ]  # fmt: skip

@@ -42,7 +42,7 @@ from ttd_plugins.adapter import API_VERSION, BackboneDescription, DenseAdapter, 
 from ttd_plugins.errors import InputError, PluginError
 from ttd_plugins.plugins import temporary_plugin
 from ttd_plugins.testing import CHECKS, AdapterConformance, CheckResult, Report, Session, check_adapter
-from ttd_plugins.testing.keeper import Keeper
+from ttd_plugins.testing.module_snapshot import ModuleSnapshot
 
 pytest.importorskip("peft")
 
@@ -305,7 +305,7 @@ def test_afterwards_everything_is_as_it_was(name: str) -> None:
     adapter.model.norm.requires_grad_(False)
     adapter.model.norm.register_forward_hook(lambda *_: None)
     adapter.model.projection.weight.grad = torch.ones(WIDTH, WIDTH)
-    keeper, own = Keeper(adapter), dict(adapter.model.named_modules())
+    keeper, own = ModuleSnapshot(adapter), dict(adapter.model.named_modules())
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     states = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())
     check_adapter(lambda: adapter)
@@ -355,7 +355,7 @@ def test_what_an_adapter_prints_is_kept_out_of_the_report(capsys: pytest.Capture
 )
 def test_the_keeper_sees_and_undoes(change: Any, phrase: str) -> None:
     model = conforming().model
-    keeper = Keeper(model)
+    keeper = ModuleSnapshot(model)
     assert keeper.changes() == []
     change(model)
     assert any(phrase in found for found in keeper.changes()), keeper.changes()

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from ttd_plugins import cli
 from ttd_plugins.data import PairFilter, PairLoader, open_pairs, score_pairs
-from ttd_plugins.data.keeping import PairScores, read_scores
+from ttd_plugins.data.score_filter import PairScores, read_scores
 from ttd_plugins.errors import InputError, TTDError
 from ttd_plugins.plugins import load, temporary_plugin
 

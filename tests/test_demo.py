@@ -21,7 +21,7 @@ from ttd_plugins.cli import main
 from ttd_plugins.embedded.scenes import Scenes
 from ttd_plugins.errors import InputError
 from ttd_plugins.reports.demo import DemoOptions, run_demo
-from ttd_plugins.training.scenes import SceneTuning, tune_on_scenes
+from ttd_plugins.training.scene_tuning import SceneTuning, tune_on_scenes
 
 FIGURES = ("tag_ap", "tag_ap_blind", "tag_f1", "caption_iou", "tag_iou", "tag_balance", "retrieval_r1")
 SMALL = DemoOptions(scenes=24, tuning=SceneTuning(steps=2, batch_size=8, seed=3))
@@ -54,7 +54,7 @@ def test_metrics_have_the_three_arms(folder: Path) -> None:
 def test_the_control_differs_in_the_loss_alone() -> None:
     tuning = SMALL.tuning
     control = tuning.control()
-    assert (control.ttd.tag_weight, control.ttd.caption_weight) == (0, 0)
+    assert (control.ttd.tag_weight, control.ttd.distill_weight) == (0, 0)
     assert control.ttd.contrastive_weight == tuning.ttd.contrastive_weight > 0
     same = replace(control, ttd=tuning.ttd)
     assert same == tuning

@@ -15,7 +15,7 @@ from toy_backbone import PATCH, ToyAdapter, toy
 
 from ttd_plugins.adapter import Calibration, ImageFeatures
 from ttd_plugins.errors import InputError
-from ttd_plugins.evaluation.dense import (
+from ttd_plugins.evaluation.dense_inference import (
     DenseOptions,
     activate,
     class_embeddings,
@@ -27,7 +27,7 @@ from ttd_plugins.evaluation.dense import (
     templates_by_name,
 )
 from ttd_plugins.evaluation.pamr import affinity, pamr
-from ttd_plugins.texts import encode_texts
+from ttd_plugins.method.text_embeddings import encode_texts
 
 few = settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 

@@ -17,9 +17,9 @@ import torch.multiprocessing
 from helpers_training import MemoryPairs, free_port, join, log_of, run_toy, toy_config, two_processes
 from toy_backbone import toy, toy_images
 
-from ttd_plugins import distributed
 from ttd_plugins.engine import TTD, TTDOutput
 from ttd_plugins.training.run import TrainingStoppedError
+from ttd_plugins.utils import distributed
 
 CAPTIONS = ["a dog on grass", "red kite and blue sky", "the", "one owl", "", "cat boat lamp", "dog"]
 GROUPS = ["a", "b", "a", "c", "d", "b", "e"]
@@ -27,7 +27,7 @@ SPLITS = {"even": 4, "uneven": 6, "lopsided": 1}
 CASES: dict[str, dict[str, Any]] = {
     "defaults": {},
     "weights": {"rejected_weight": 0.3, "distance": "mse", "tag_weight": 2.0, "threshold": 0.4137},
-    "tags alone": {"caption_weight": 0.0, "contrastive_weight": 0.0},
+    "tags alone": {"distill_weight": 0.0, "contrastive_weight": 0.0},
     "frozen teacher": {"teacher": "frozen", "rule": "absolute", "threshold": 0.1137},
 }
 

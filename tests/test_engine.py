@@ -19,11 +19,11 @@ from PIL import Image
 from torch import Tensor
 from toy_backbone import CONTEXT, END, SIDE, AutocastProof, ToyAdapter, token_of, toy, toy_images
 
-from ttd_plugins import losses, selection, similarity
 from ttd_plugins.adapter import Calibration
 from ttd_plugins.engine import TTD, Candidates, TTDOptions, TTDOutput
 from ttd_plugins.errors import ImageSizeError, InputError, TagExtractionError, TTDError
-from ttd_plugins.texts import encode_texts
+from ttd_plugins.method import losses, selection, similarity
+from ttd_plugins.method.text_embeddings import encode_texts
 
 modest = settings(deadline=None, max_examples=30)
 THRESHOLDS = {"minmax": 0.4137, "absolute": 0.1137, "probability": 0.5137}
@@ -142,7 +142,7 @@ every_option = st.fixed_dictionaries(
         "rule": st.sampled_from(list(THRESHOLDS)),
         "rejected_weight": st.sampled_from([1.0, 0.25, 0.0]),
         "tag_weight": st.sampled_from([1.0, 2.5]),
-        "caption_weight": st.sampled_from([1.0, 0.5]),
+        "distill_weight": st.sampled_from([1.0, 0.5]),
         "contrastive_weight": st.sampled_from([1.0, 0.1, 0.0]),
         "template": st.sampled_from(["{}", "a photo of {} here"]),
         "calibration": st.sampled_from([None, Calibration(4.0, 0.5)]),
@@ -232,15 +232,15 @@ def test_a_broken_engine_is_noticed(owner: Any, name: str, old: str, new: str, m
 
 @pytest.mark.parametrize("teacher", ["self", "frozen"])
 def test_parts_of_weight_zero_are_left_out(teacher: Any) -> None:
-    for name, part in (("tag_weight", "tag"), ("caption_weight", "distill"), ("contrastive_weight", "contrastive")):
+    for name, part in (("tag_weight", "tag"), ("distill_weight", "distill"), ("contrastive_weight", "contrastive")):
         ttd = engine(teacher=teacher, **{name: 0.0})
         found = ttd(toy_images(2), CAPTIONS[:2])
         assert set(found.losses) == {"tag", "distill", "contrastive"} - {part}
-        weights = {"distill": ttd.options.caption_weight}
+        weights = {"distill": ttd.options.distill_weight}
         expected = sum(weights.get(other, 1.0) * value for other, value in found.losses.items())
         assert found.loss.item() == pytest.approx(float(expected))
         assert ttd.backbone.images[0][1] is (part != "contrastive"), "pooled embeddings are worked out for nothing"
-    nothing = engine(tag_weight=0.0, caption_weight=0.0, contrastive_weight=0.0)(toy_images(2), CAPTIONS[:2])
+    nothing = engine(tag_weight=0.0, distill_weight=0.0, contrastive_weight=0.0)(toy_images(2), CAPTIONS[:2])
     assert nothing.loss.item() == 0.0
     assert nothing.loss.requires_grad
 
@@ -331,7 +331,7 @@ def test_a_gradient_that_is_stopped_too_early_is_noticed(old: str, new: str, mon
 
 def loss_of_parameters(ttd: TTD, images: Tensor, captions: Sequence[str]) -> tuple[Callable[..., Tensor], list[Tensor]]:
     """The loss as a function of the backbone's parameters, for gradcheck."""
-    ttd.backbone.remember_weights()
+    ttd.backbone.snapshot_weights()
     names = [name for name, _ in ttd.named_parameters()]
     values = [parameter.detach().clone().requires_grad_() for parameter in ttd.parameters()]
 
@@ -368,7 +368,7 @@ def gradients(ttd: TTD, images: Tensor, captions: Sequence[str]) -> dict[str, Te
 def test_the_control_has_the_gradient_of_a_contrastive_loss_and_nothing_more(
     captions: list[str], sigmoid: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ttd = engine(toy(sigmoid=sigmoid, dtype=torch.float64), tag_weight=0.0, caption_weight=0.0, contrastive_weight=0.7)
+    ttd = engine(toy(sigmoid=sigmoid, dtype=torch.float64), tag_weight=0.0, distill_weight=0.0, contrastive_weight=0.7)
     backbone, images = ttd.backbone, toy_images(4).double()
     tags = ttd(images, captions).alignment.tags
     assert bool(len(tags)) == (captions is CAPTIONS) and not tags.requires_grad
@@ -424,8 +424,8 @@ def test_both_towers_are_trained_and_every_weight_has_its_part() -> None:
 
 
 def test_each_loss_alone_trains_both_towers() -> None:
-    for name in ("tag_weight", "caption_weight"):
-        weights = {"tag_weight": 0.0, "caption_weight": 0.0, "contrastive_weight": 0.0, name: 1.0}
+    for name in ("tag_weight", "distill_weight"):
+        weights = {"tag_weight": 0.0, "distill_weight": 0.0, "contrastive_weight": 0.0, name: 1.0}
         found = gradients(engine(**weights), toy_images(3), CAPTIONS[:3])
         for parameter in ("patch.weight", "patch_head.weight", "words.weight", "text_head.weight"):
             assert bool(found[f"backbone.model.{parameter}"].any()), (name, parameter)
@@ -482,7 +482,7 @@ def test_a_batch_without_any_tag_encodes_none_and_keeps_the_contrastive_term() -
 def test_text_is_cut_to_the_longest_of_its_batch_only_where_what_follows_cannot_matter() -> None:
     captions, tags = ["one two three", "four"], [["one"], ["four"]]
     for matters, length in ((False, 4), (True, CONTEXT)):
-        ttd = engine(toy(text_after_end_matters=matters))
+        ttd = engine(toy(text_needs_full_context=matters))
         ttd(toy_images(2), captions, tags)
         assert {ids.shape[1] for ids in ttd.backbone.texts} == {length}
         assert all(bool((ids == END).any(1).all()) for ids in ttd.backbone.texts)
@@ -1040,7 +1040,7 @@ def test_the_slow_engine_is_no_copy_of_nothing() -> None:
         activation="none",
         rejected_weight=0.5,
         tag_weight=1.0,
-        caption_weight=10.0,
+        distill_weight=10.0,
         contrastive_weight=0.0,
     )
     patches = [[[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]]]

@@ -26,7 +26,7 @@ from ttd_eva_clip.adapter import EvaCLIPAdapter
 from ttd_eva_clip.lora import LoRAEvaAttention
 
 from ttd_plugins.errors import ImageSizeError, InputError, TTDError, UnsupportedModelError
-from ttd_plugins.toolkit.dense import PRESETS, DenseMode
+from ttd_plugins.toolkit.dense_modes import PRESETS, DenseMode
 
 SIZES = [(IMAGE, 2 * IMAGE), (2 * IMAGE, IMAGE), (PATCH, PATCH), (24, 40), (48, 48)]
 
@@ -394,7 +394,7 @@ def test_description_and_logits() -> None:
     assert (description.embedding_width, description.patch_size, description.image_size) == (EMBED, (8, 8), (24, 40))
     assert description.mean == (0.48145466, 0.4578275, 0.40821073)
     assert (description.interpolation, description.context_length) == ("bicubic", CONTEXT)
-    assert not description.text_after_end_matters
+    assert not description.text_needs_full_context
     assert (description.logits, adapter.logit_bias()) == ("softmax", None)
     assert (description.dense_mode, description.dense_modes) == ("maskclip", tuple(PRESETS))
     assert adapter.logit_scale().item() == pytest.approx(1 / 0.07, rel=1e-5)

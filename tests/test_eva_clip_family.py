@@ -186,7 +186,7 @@ def test_tiny_is_small_and_random_on_demand() -> None:
     adapter = load("eva_clip:tiny@random")
     description = adapter.description
     assert (description.image_size, description.patch_size, description.embedding_width) == ((64, 64), (8, 8), 96)
-    assert description.context_length == 32 and not description.text_after_end_matters
+    assert description.context_length == 32 and not description.text_needs_full_context
     parameters = sum(parameter.numel() for parameter in adapter.model.parameters())
     assert parameters < 1_800_000
     assert sum(2 * tensor.numel() for tensor in adapter.model.state_dict().values()) < 4_000_000

@@ -71,7 +71,7 @@ def test_the_evidence_runs_end_to_end_and_goes_on_where_it_was_stopped(
     # Neither the pre-training nor what was measured is done again.
     monkeypatch.setattr(evidence, "pretrain", None)
     evidence.main(arguments)
-    assert tuned == [{"tag_weight": 0.0, "caption_weight": 0.0}, {}, {}, {}]
+    assert tuned == [{"tag_weight": 0.0, "distill_weight": 0.0}, {}, {}, {}]
     content = json.loads((work / "evidence.json").read_text())
     assert list(content["figures"]) == ["before", "control", "after", "after, calibration fitted"]
     # The two sets of masks are the same here.

@@ -30,7 +30,7 @@ def gradient(name: str, enabled: bool) -> tuple[torch.Tensor, int]:
     for module in backbone.model.modules():
         if isinstance(module, nn.LayerNorm):
             module.register_forward_hook(count)
-    ttd = TTD(backbone, recompute_texts=False).train()
+    ttd = TTD(backbone, text_activation_checkpointing=False).train()
     images = torch.randn(2, 3, *backbone.description.image_size, generator=torch.Generator().manual_seed(1))
     ttd(images, ["a dog on grass", "cat"]).loss.backward()
     return torch.cat([p.grad.flatten() for p in backbone.model.parameters() if p.grad is not None]), calls[0]

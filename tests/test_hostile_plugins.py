@@ -338,7 +338,7 @@ def test_a_tag_extractor_that_raises(install: Install, picture: Path) -> None:
 
 
 def test_a_bug_of_our_own_keeps_its_traceback(install: Install, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ttd_plugins import similarity
+    from ttd_plugins.method import similarity
 
     install()
 

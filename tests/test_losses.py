@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutants import assert_caught, mutant
 
-from ttd_plugins import losses
 from ttd_plugins.adapter import Calibration
 from ttd_plugins.errors import InputError
+from ttd_plugins.method import losses
 
 modest = settings(deadline=None, max_examples=40)
 CALIBRATION = Calibration(7.0, -1.5)

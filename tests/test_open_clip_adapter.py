@@ -34,7 +34,7 @@ from torch import nn
 from ttd_open_clip.adapter import OpenCLIPAdapter
 
 from ttd_plugins.errors import ImageSizeError, InputError, TTDError, UnsupportedModelError
-from ttd_plugins.toolkit.dense import PRESETS, DenseMode
+from ttd_plugins.toolkit.dense_modes import PRESETS, DenseMode
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -366,7 +366,7 @@ TEXT_VARIANTS: dict[str, dict[str, Any]] = {
 def test_text_embeddings_are_the_librarys_at_any_length_that_keeps_the_end(variant: str) -> None:
     model = tiny_clip(**TEXT_VARIANTS[variant])
     adapter = OpenCLIPAdapter(model)
-    assert not adapter.description.text_after_end_matters
+    assert not adapter.description.text_needs_full_context
     rows = token_rows([2, 3, 6, 5])
     with torch.no_grad():
         expected = model.encode_text(rows, normalize=False)
@@ -402,7 +402,7 @@ WHOLE_TEXT: dict[str, dict[str, Any]] = {
 def test_towers_that_look_behind_the_end_get_the_whole_row(variant: str) -> None:
     model = tiny_clip(**WHOLE_TEXT[variant])
     adapter = OpenCLIPAdapter(model, tokenizer=WordTokenizer())
-    assert adapter.description.text_after_end_matters
+    assert adapter.description.text_needs_full_context
     rows = token_rows([2, 5, CONTEXT])
     with torch.no_grad():
         expected = model.text(rows)[0] if variant == "class_token" else model.encode_text(rows, normalize=False)
@@ -436,7 +436,7 @@ def test_a_text_tower_from_transformers() -> None:
     )
     model.eval()
     adapter = OpenCLIPAdapter(model, tokenizer=WordTokenizer(CONTEXT))
-    assert adapter.description.text_after_end_matters
+    assert adapter.description.text_needs_full_context
     # The table of positions (14 here) is no context length; the tokenizer knows the one that the model was trained at.
     assert adapter.description.context_length == CONTEXT
     assert adapter.tokenize(["one two"]).ids.shape == (1, CONTEXT)

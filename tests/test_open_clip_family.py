@@ -342,7 +342,7 @@ def test_tiny_comes_with_weights_tokenizer_mode_and_calibration(family: OpenCLIP
     assert description.calibration == Calibration(8.0, -2.0)
     assert (description.mean, description.std) == ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
     assert description.interpolation == "bilinear"
-    assert not description.text_after_end_matters
+    assert not description.text_needs_full_context
     assert not adapter.model.training
     stored = load_file(tiny_folder / "model.safetensors")
     for name, tensor in adapter.model.state_dict().items():

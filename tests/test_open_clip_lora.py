@@ -28,7 +28,7 @@ from ttd_open_clip.lora import LoRAOpenClipAttention
 from ttd_plugins.errors import InputError, MissingDependencyError, TTDError, UnsupportedModelError
 from ttd_plugins.lora import attach_lora
 from ttd_plugins.toolkit.attention_lora import LoRAMultiheadAttention
-from ttd_plugins.toolkit.dense import PRESETS
+from ttd_plugins.toolkit.dense_modes import PRESETS
 
 BUILDS: dict[str, dict[str, Any]] = {
     "inlined": {},

@@ -53,7 +53,7 @@ from ttd_openai_clip.family import OpenAICLIPFamily
 
 from ttd_plugins.adapter import Calibration, DenseAdapter
 from ttd_plugins.errors import ImageSizeError, InputError, TTDError, UnsupportedModelError
-from ttd_plugins.toolkit.dense import PRESETS, DenseMode
+from ttd_plugins.toolkit.dense_modes import PRESETS, DenseMode
 
 FAMILY = OpenAICLIPFamily()
 BUILD = pytest.mark.parametrize("build", BUILDS)
@@ -681,7 +681,7 @@ def test_a_text_tower_without_a_mask_gets_whole_rows() -> None:
     for block in model.transformer.resblocks:
         block.attn_mask = None
     adapter = FAMILY.wrap(model)
-    assert adapter.description.text_after_end_matters
+    assert adapter.description.text_needs_full_context
     rows = token_rows([3, 5])
     with torch.no_grad():
         torch.testing.assert_close(adapter.encode_text(rows), library_text(model, rows), atol=1e-5, rtol=1e-5)
@@ -945,7 +945,7 @@ def test_description(build: str) -> None:
     assert description.name == f"openai_clip:{type(model).__name__}"
     assert description.embedding_width == EMBED
     assert description.context_length == CONTEXT
-    assert not description.text_after_end_matters
+    assert not description.text_needs_full_context
     assert description.logits == "softmax"
     assert description.calibration == Calibration(5, 1)
     assert FAMILY.wrap(model).description.calibration == Calibration()

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 from ttd_plugins import TTDOptions, cli, load
 from ttd_plugins.data import open_pairs
-from ttd_plugins.data.keeping import read_scores
+from ttd_plugins.data.score_filter import read_scores
 from ttd_plugins.training.config import TrainConfig
 
 RECIPE = Path(__file__).resolve().parents[1] / "examples" / "paper_recipe"

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from ttd_plugins import cli
 from ttd_plugins.errors import InputError
 from ttd_plugins.evaluation.datasets import DatasetError, open_captions, open_segmentation
-from ttd_plugins.evaluation.dense import DenseOptions
+from ttd_plugins.evaluation.dense_inference import DenseOptions
 from ttd_plugins.evaluation.protocols import (
     SEGMENT_PRESETS,
     TAG_PRESETS,

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from mutants import assert_caught, mutant
 from ragged import Ragged, by_image, flat, make_ragged, ragged_batches
 
-from ttd_plugins import selection, similarity
 from ttd_plugins.adapter import Calibration
 from ttd_plugins.errors import InputError, TTDError
+from ttd_plugins.method import selection, similarity
 
 modest = settings(deadline=None, max_examples=40)
 RULES = ("minmax", "absolute", "probability")

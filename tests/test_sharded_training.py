@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 from test_train_kill import make_pairs
 from toy_backbone import toy
 
-from ttd_plugins import distributed
 from ttd_plugins.errors import InputError
 from ttd_plugins.training import sharding
 from ttd_plugins.training.checkpoints import checkpoint_folder, checkpoint_steps, read_checkpoint, restore_backbone
 from ttd_plugins.training.run import TrainingStoppedError, _accelerator
+from ttd_plugins.utils import distributed
 
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     # Everything that has a state, clipping that clips, and a scalar that is trained and cannot be shared out.

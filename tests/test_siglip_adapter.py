@@ -373,7 +373,7 @@ def test_meta_device(container: str) -> None:
 def test_text_embeddings_are_the_librarys(container: str) -> None:
     model = tiny(container)
     adapter = adapt(model)
-    assert adapter.description.text_after_end_matters
+    assert adapter.description.text_needs_full_context
     with torch.no_grad():
         embeddings = adapter.encode_text(rows())
         torch.testing.assert_close(embeddings, library_text(model, rows()), atol=2e-6, rtol=1e-5)

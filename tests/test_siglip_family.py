@@ -490,7 +490,7 @@ def test_a_tokenizer_of_another_model_is_noticed(family: SiglipFamily, tiny_fold
 
 def test_tiny_learns_from_the_sigmoid_loss(family: SiglipFamily) -> None:
     """A few steps as examples/pretrain_tiny.py takes them, on one batch."""
-    from ttd_plugins.losses import contrastive_loss
+    from ttd_plugins.method.losses import contrastive_loss
 
     torch.manual_seed(0)
     adapter = family.load("tiny", "random")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mutants import assert_caught, mutant
 from ragged import Ragged, by_image, flat, make_ragged, ragged_batches
 
-from ttd_plugins import similarity
+from ttd_plugins.method import similarity
 
 modest = settings(deadline=None, max_examples=40)
 NONE_AT_ALL = make_ragged(0, [0, 0])

@@ -24,13 +24,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from toy_backbone import toy
 
-import ttd_plugins.texts as texts_module
+import ttd_plugins.method.text_embeddings as texts_module
 from ttd_plugins import TTD, wrap
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.benchmark.unshared import unshared_losses
 from ttd_plugins.engine import TTDOutput
 from ttd_plugins.errors import UnsupportedModelError
-from ttd_plugins.texts import TextMemory, TokenMemory, computed_twice, encode_texts, plan_chunks
+from ttd_plugins.method.text_embeddings import (
+    TextEmbeddingCache,
+    TokenCache,
+    checkpointed_text_blocks,
+    encode_texts,
+    plan_chunks,
+)
 
 CAPTIONS = [
     "a brown dog and a black cat on the wet grass",
@@ -171,7 +177,7 @@ def _split(ordered: list[int], bits: int) -> list[list[int]]:
 
 
 def test_texts_are_encoded_in_chunks_and_come_back_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ttd_plugins.texts.CPU_CALL_COST", 3)
+    monkeypatch.setattr("ttd_plugins.method.text_embeddings.CPU_CALL_COST", 3)
     backbone = toy(dtype=torch.float64)
     texts = ["dog", "a b c d e", "cat", "dog", "f g h i j k", "owl", "hen", "a b c d e"]
     embeddings, truncated = encode_texts(backbone, texts)
@@ -238,7 +244,7 @@ def test_texts_computed_twice_give_the_same_step_and_hold_less(kind: str, lora: 
     results = []
     for recompute in (False, True, None):
         adapter.zero_grad()
-        output, held = kept_for_backward(TTD(adapter, recompute_texts=recompute), images)
+        output, held = kept_for_backward(TTD(adapter, text_activation_checkpointing=recompute), images)
         output.loss.backward()
         gradients = [p.grad.flatten() for p in adapter.parameters() if p.grad is not None]
         results.append((output.loss.detach(), torch.cat(gradients), held))
@@ -246,7 +252,7 @@ def test_texts_computed_twice_give_the_same_step_and_hold_less(kind: str, lora: 
     for other, other_gradient, _ in others:
         torch.testing.assert_close(other, loss, atol=1e-5, rtol=1e-5)
         assert (other_gradient - gradient).norm() <= 1e-4 * gradient.norm()
-    padded = adapter.description.text_after_end_matters
+    padded = adapter.description.text_needs_full_context
     assert results[1][2] < (0.8 if padded else 1) * held
     assert results[2][2] == results[1 if padded else 0][2]
     assert not any("forward" in vars(module) for module in adapter.model.modules())
@@ -371,7 +377,7 @@ def test_texts_come_first_where_they_are_computed_twice(tag_weight: float, monke
     held = []
     for recompute in (False, True):
         asked.clear()
-        ttd = TTD(adapter, recompute_texts=recompute, tag_weight=tag_weight)
+        ttd = TTD(adapter, text_activation_checkpointing=recompute, tag_weight=tag_weight)
         output, kept = kept_for_backward(ttd, images)
         assert output.loss.requires_grad
         held.append(kept)
@@ -396,13 +402,13 @@ def test_a_call_costs_a_gpu_fewer_tokens_the_larger_the_tower_is(monkeypatch: py
 
 def test_a_tower_without_blocks_cannot_be_computed_twice() -> None:
     assert toy().tower_blocks("text") == []
-    with pytest.raises(UnsupportedModelError, match=r"recompute_texts=True needs .* numbered blocks"):
-        TTD(toy(), recompute_texts=True)
+    with pytest.raises(UnsupportedModelError, match=r"text_activation_checkpointing=True needs .* numbered blocks"):
+        TTD(toy(), text_activation_checkpointing=True)
 
 
 def test_a_failure_leaves_the_blocks_as_they_were() -> None:
     adapter = small("siglip")
-    with pytest.raises(ZeroDivisionError), computed_twice(adapter):
+    with pytest.raises(ZeroDivisionError), checkpointed_text_blocks(adapter):
         1 / sum("forward" not in vars(block) for block in adapter.tower_blocks("text"))
     assert not any("forward" in vars(block) for block in adapter.tower_blocks("text"))
 
@@ -429,7 +435,7 @@ def test_a_frozen_text_tower_is_asked_once_for_each_text(kind: str, monkeypatch:
     images = torch.randn(len(CAPTIONS), 3, *adapter.description.image_size, generator=torch.Generator().manual_seed(0))
     results = []
     for remembered in (0, 1000):
-        ttd = TTD(adapter, remembered_texts=remembered)
+        ttd = TTD(adapter, text_cache_size=remembered)
         rows = encoded(adapter, monkeypatch)
         for order in (range(6), range(5, -1, -1)):
             adapter.zero_grad()
@@ -448,7 +454,7 @@ def test_the_frozen_teacher_is_asked_once_for_each_text_and_a_moving_one_every_t
     images = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     for teacher, times in (("frozen", 1), ("ema", 2)):
         backbone = toy(3)
-        ttd = TTD(backbone, teacher=teacher, remembered_texts=1000)
+        ttd = TTD(backbone, teacher=teacher, text_cache_size=1000)
         assert ttd.teacher is not None
         ttd.train()
         ttd.teacher.forget()
@@ -466,7 +472,7 @@ def test_the_frozen_teacher_is_asked_once_for_each_text_and_a_moving_one_every_t
 
 def test_what_a_tower_said_is_forgotten_when_it_changes_and_when_there_is_no_room() -> None:
     adapter = freeze_text(small("open_clip"))
-    memory = TextMemory(4)
+    memory = TextEmbeddingCache(4)
 
     def agrees() -> None:
         found, truncated = memory.encode(adapter, CAPTIONS)
@@ -493,7 +499,7 @@ def test_what_a_tower_said_is_forgotten_when_it_changes_and_when_there_is_no_roo
 def test_a_tag_is_tokenized_once_and_a_caption_every_time() -> None:
     backbone = toy()
     backbone.tokenizer = object()
-    memory = TokenMemory(limit=3, longest=9)
+    memory = TokenCache(limit=3, longest=9)
     plain = toy()
 
     def asked(texts: list[str]) -> list[str]:

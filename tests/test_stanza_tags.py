@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from ttd_plugins.errors import InputError, MissingDependencyError, TagExtractionError
 from ttd_plugins.plugins import make_tag_extractor
-from ttd_plugins.stanza_tags import StanzaTags
+from ttd_plugins.tag_extractors.stanza_tags import StanzaTags
 from ttd_plugins.tags import TagExtractor, distinct
 
 RESOURCES = Path(__file__).resolve().parents[2] / "shared" / "data" / "stanza"
@@ -231,5 +231,6 @@ def test_without_stanza_the_module_imports_and_says_what_to_install(monkeypatch:
     monkeypatch.setitem(sys.modules, "stanza", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'ttd-plugins\[stanza\]'"):
         StanzaTags()
-    code = "import sys; import ttd_plugins.stanza_tags; sys.exit('stanza' in sys.modules or 'torch' in sys.modules)"
+    module = "ttd_plugins.tag_extractors.stanza_tags"
+    code = f"import sys; import {module}; sys.exit('stanza' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 from ttd_plugins import cli
 from ttd_plugins.errors import InputError
 from ttd_plugins.evaluation.datasets import DatasetError, open_captions
-from ttd_plugins.evaluation.dense import DenseOptions
+from ttd_plugins.evaluation.dense_inference import DenseOptions
 from ttd_plugins.evaluation.protocols import TagProtocol, TextProtocol, evaluate_tags, evaluate_text
 from ttd_plugins.training import checkpoints
 from ttd_plugins.training.checkpoints import restore_backbone
-from ttd_plugins.training.evaluation import open_evaluation
+from ttd_plugins.training.periodic_evaluation import open_evaluation
 from ttd_plugins.training.run import Reporter
 
 CAPTIONS = {"a": "a man and his dog on green grass", "b": "a dog under the blue sky", "c": "a woman beside a car"}
@@ -96,7 +96,7 @@ def test_what_was_evaluated_is_not_again_after_resuming_and_what_was_not_is(
     whole, out = tmp_path / "whole", tmp_path / "out"
     run_toy(whole, config(labelled))
     measured: list[int] = []
-    from ttd_plugins.training.evaluation import CaptionedSet
+    from ttd_plugins.training.periodic_evaluation import CaptionedSet
 
     plain = CaptionedSet.measure
 
@@ -201,7 +201,7 @@ def test_scenes_are_a_labelled_set(labelled: Path, tmp_path: Path) -> None:
     from ttd_plugins import load
     from ttd_plugins.embedded.scenes import Scenes
     from ttd_plugins.engine import TTD
-    from ttd_plugins.evaluation.scenes import measure_on_scenes
+    from ttd_plugins.evaluation.scene_protocol import measure_on_scenes
 
     out = tmp_path / "out"
     frozen = ["--image-tower", "frozen", "--text-tower", "full", "--lr", "0"]

@@ -15,9 +15,9 @@ from toy_backbone import PATCH, SIDE, ToyAdapter, toy, toy_images
 from ttd_plugins.embedded.scenes import Scene
 from ttd_plugins.engine import TTD, TTDOptions
 from ttd_plugins.errors import InputError, TTDError
-from ttd_plugins.training import loop, scenes
+from ttd_plugins.training import loop, scene_tuning
 from ttd_plugins.training.loop import OptimizerOptions, StepReport, learning_rate_factor, train
-from ttd_plugins.training.scenes import SceneTuning, scene_batches, tune_on_scenes
+from ttd_plugins.training.scene_tuning import SceneTuning, scene_batches, tune_on_scenes
 
 QUICK = OptimizerOptions(learning_rate=0.02, weight_decay=0.0, warm_up=3)
 
@@ -52,7 +52,7 @@ def test_tag_and_caption_maps_come_closer_to_their_targets_without_the_contrasti
 
 
 def test_a_report_tells_the_parts_of_the_loss() -> None:
-    reports = train(TTD(toy(), tag_weight=2.0, caption_weight=0.5), repeated(2), 2, QUICK)
+    reports = train(TTD(toy(), tag_weight=2.0, distill_weight=0.5), repeated(2), 2, QUICK)
     for report in reports:
         parts = report.losses
         assert report.loss == pytest.approx(2 * parts["tag"] + 0.5 * parts["distill"] + parts["contrastive"], rel=1e-5)
@@ -182,7 +182,7 @@ class FakeScenes:
 @pytest.fixture(autouse=True)
 def fake_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeScenes.asked = []
-    monkeypatch.setattr(scenes, "Scenes", FakeScenes)
+    monkeypatch.setattr(scene_tuning, "Scenes", FakeScenes)
 
 
 def test_batches_of_scenes_are_consecutive_and_a_short_rest_is_left_out() -> None:
@@ -235,7 +235,7 @@ def test_lora_leaves_the_base_weights_alone_and_its_seed_is_the_tunings() -> Non
 def test_the_control_differs_in_the_two_weights_alone() -> None:
     tuning = SceneTuning(steps=4, batch_size=3, rank=2, seed=7, ttd=TTDOptions(contrastive_weight=0.5, threshold=0.3))
     control = tuning.control()
-    assert control.ttd == TTDOptions(contrastive_weight=0.5, threshold=0.3, tag_weight=0.0, caption_weight=0.0)
+    assert control.ttd == TTDOptions(contrastive_weight=0.5, threshold=0.3, tag_weight=0.0, distill_weight=0.0)
     different = {name for name in tuning.as_dict() if getattr(tuning, name) != getattr(control, name)}
     assert different == {"ttd"}
     reports = tune_on_scenes(toy(), SceneTuning(steps=2, batch_size=2, rank=0, optimizer=QUICK).control())

@@ -64,10 +64,10 @@ class ToyAdapter(DenseAdapter):
     """
 
     def __init__(
-        self, model: nn.Module, *, text_after_end_matters: bool = False, logits: Literal["softmax", "sigmoid"]
+        self, model: nn.Module, *, text_needs_full_context: bool = False, logits: Literal["softmax", "sigmoid"]
     ) -> None:
         super().__init__(model)
-        self.text_after_end_matters = text_after_end_matters
+        self.text_needs_full_context = text_needs_full_context
         self.logits: Literal["softmax", "sigmoid"] = logits
         self.calibration = Calibration(8.0, -2.0)
         self.keep_outputs = False
@@ -98,7 +98,7 @@ class ToyAdapter(DenseAdapter):
             std=STD,
             interpolation="bilinear",
             context_length=CONTEXT,
-            text_after_end_matters=self.text_after_end_matters,
+            text_needs_full_context=self.text_needs_full_context,
             logits=self.logits,
             dense_mode="plain",
             calibration=self.calibration,
@@ -115,7 +115,7 @@ class ToyAdapter(DenseAdapter):
     def encode_text(self, ids: Tensor) -> Tensor:
         self.texts.append(ids.clone())
         weights = self.model.positions[: ids.shape[1]].expand(ids.shape)
-        if self.text_after_end_matters:
+        if self.text_needs_full_context:
             assert ids.shape[1] == CONTEXT, "this tower must see the whole context"
         else:
             # Positions up to the end token, itself included.
@@ -192,14 +192,14 @@ def toy(
     sigmoid: bool = False,
     dropout: float = 0.0,
     width: int = 5,
-    text_after_end_matters: bool = False,
+    text_needs_full_context: bool = False,
 ) -> ToyAdapter:
     """A toy in evaluation mode with weights that ``seed`` decides; the global random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ToyModel(width, dropout, sigmoid=sigmoid).to(dtype).eval()
     logits: Literal["softmax", "sigmoid"] = "sigmoid" if sigmoid else "softmax"
-    return kind(model, text_after_end_matters=text_after_end_matters, logits=logits)
+    return kind(model, text_needs_full_context=text_needs_full_context, logits=logits)
 
 
 def toy_images(batch: int, height: int = SIDE, width: int = SIDE, *, seed: int = 0) -> Tensor:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ttd_plugins import _renamed_modules
+
 __version__ = "0.1.0"
+
+_renamed_modules.install()
 
 if TYPE_CHECKING:
     from ttd_plugins.adapter import DenseAdapter

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 API_VERSION = 1
 """Version of this contract."""
 
-SPOKEN_API_VERSIONS: tuple[int, ...] = (API_VERSION,)
+SUPPORTED_API_VERSIONS: tuple[int, ...] = (API_VERSION,)
 """Versions that this release speaks, oldest first; :mod:`ttd_plugins.plugins` refuses a family of another one.
 
 What raises the version, and how long an old one is spoken: ``docs/contract.md``.
@@ -75,7 +75,7 @@ class BackboneDescription:
         mean, std: normalisation of the RGB channels, for pixels in [0, 1].
         interpolation: name of the resampling filter (``"bicubic"`` or ``"bilinear"``).
         context_length: positions of the text tower.
-        text_after_end_matters: whether positions after the end token can change a text embedding. Where they cannot
+        text_needs_full_context: whether positions after the end token can change a text embedding. Where they cannot
             (causal towers pooled at the end token) the engine cuts token rows to their own length.
         logits: ``"softmax"`` (InfoNCE) or ``"sigmoid"`` (pairwise), how the backbone was trained.
         dense_mode: name of the dense-feature mode in use; ``dense_modes`` are the ones that this object can take.
@@ -92,7 +92,7 @@ class BackboneDescription:
     std: tuple[float, float, float]
     interpolation: str
     context_length: int
-    text_after_end_matters: bool
+    text_needs_full_context: bool
     logits: Literal["softmax", "sigmoid"]
     dense_mode: str
     dense_modes: tuple[str, ...] = ()
@@ -223,7 +223,7 @@ class DenseAdapter(nn.Module, ABC):
         """Text embeddings ``[N, D]``, not L2-normalised.
 
         Args:
-            ids: int64 ``[N, L]`` as :meth:`tokenize` gives. Where ``description.text_after_end_matters`` is false,
+            ids: int64 ``[N, L]`` as :meth:`tokenize` gives. Where ``description.text_needs_full_context`` is false,
                 L may be any length that keeps each row's end token; elsewhere it is the context length.
         """
 
@@ -371,7 +371,7 @@ class DenseAdapter(nn.Module, ABC):
         self._lora = attach_lora(self, rank=rank, alpha=alpha, dropout=dropout, towers=towers)
         return self
 
-    def remember_weights(self) -> None:
+    def snapshot_weights(self) -> None:
         """Keep a copy of the backbone's own parameters and buffers, so that :meth:`unload` can give them back.
 
         The engine calls this before the first step that can change them (full fine-tuning); under LoRA alone it is

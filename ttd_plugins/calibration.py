@@ -19,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ttd_plugins import selection, similarity
 from ttd_plugins.adapter import Calibration, DenseAdapter, Size, image_features
 from ttd_plugins.engine import evaluation_mode
 from ttd_plugins.errors import InputError, TagExtractionError, TTDError
+from ttd_plugins.method import selection, similarity
+from ttd_plugins.method.text_embeddings import encode_texts
 from ttd_plugins.tags import fold
-from ttd_plugins.texts import encode_texts
 
 if TYPE_CHECKING:
     from ttd_plugins.tags import TagExtractor

@@ -10,16 +10,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ttd_plugins import distributed, losses, selection, similarity
 from ttd_plugins.adapter import (
     Calibration,
     DenseAdapter,
@@ -28,81 +27,15 @@ from ttd_plugins.adapter import (
     image_pixels,
 )
 from ttd_plugins.errors import InputError, TagExtractionError, TTDError, UnsupportedModelError
-from ttd_plugins.texts import TextMemory, on_device
+from ttd_plugins.method import losses, selection, similarity
+from ttd_plugins.method.text_embeddings import TextEmbeddingCache, on_device
+from ttd_plugins.options import TTDOptions
+from ttd_plugins.utils import distributed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ttd_plugins.tags import TagExtractor
-
-Teacher = Literal["self", "frozen", "ema"]
-
-
-@dataclass(frozen=True)
-class TTDOptions:
-    """Every choice of the method. Those that the paper leaves unknown say so; ``examples/ablation.py`` measures them.
-
-    Attributes:
-        extractor: name of the tag extractor that splits captions into candidates.
-        extractor_options: keyword arguments for it.
-        template: what a tag is put into before it is encoded, with ``{}`` for the tag (unknown; the bare word).
-        score: ``"pixel"`` is the paper's; ``"image"`` and ``"text"`` are the baselines that it beats.
-        rule, threshold: how scores become a selection (unknown); see :func:`ttd_plugins.selection.select_tags`.
-        distance, activation: how a map is compared with its target (unknown); see
-            :func:`ttd_plugins.losses.map_distance`.
-        tag_weight, caption_weight: weights of L_tag and L_distill (unknown).
-        contrastive_weight: weight of the backbone's own contrastive loss, which keeps global alignment (ours).
-        rejected_weight: weight, within L_tag, of the tags that were not selected, whose target is zero (unknown).
-        teacher: where the targets come from: ``"self"`` (the paper's, gradients stopped), ``"frozen"`` (the backbone
-            as ``unload()`` would give it back when the engine was made: without LoRA, before any TTD step), or
-            ``"ema"`` (a moving average of it from then on, which moves while the model is in training mode).
-        ema_decay: share of the average that survives a training step.
-        calibration: the map from cosine to probability; ``None`` means the backbone's own.
-        remembered_texts: how many embeddings of texts are kept from batch to batch where no step moves the tower that
-            made them (a frozen text tower, the teacher ``"frozen"``); results are the same to rounding, so that a
-            resumed run is no longer bitwise that of one that was not stopped.
-        recompute_texts: hold what enters each block of the text tower alone, and compute the rest a second time in the
-            backward pass; ``None`` does so where texts cannot be cut to their length, so that tags would hold several
-            times what captions do, and the tower names its blocks
-            (:meth:`~ttd_plugins.adapter.DenseAdapter.tower_blocks`).
-    """
-
-    extractor: str = "words"
-    extractor_options: dict[str, Any] = field(default_factory=dict)
-    template: str = "{}"
-    score: selection.Score = "pixel"
-    rule: selection.Rule = "minmax"
-    threshold: float = 0.5
-    distance: losses.Distance = "bce"
-    activation: losses.Activation = "sigmoid"
-    tag_weight: float = 1.0
-    caption_weight: float = 10.0
-    contrastive_weight: float = 1.0
-    rejected_weight: float = 1.0
-    teacher: Teacher = "self"
-    ema_decay: float = 0.99
-    calibration: Calibration | None = None
-    remembered_texts: int = 0
-    recompute_texts: bool | None = None
-
-    def __post_init__(self) -> None:
-        before, _, after = self.template.partition("{}")
-        if "{}" not in self.template or set("{}") & set(before + after):
-            raise InputError(
-                f"the template {self.template!r} must hold {{}} once, where the tag goes, and no other brace"
-            )
-        for name, known in (("score", selection.Score), ("rule", selection.Rule), ("teacher", Teacher)):
-            if getattr(self, name) not in get_args(known):
-                raise InputError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(get_args(known))}")
-        for name in ("tag_weight", "caption_weight", "contrastive_weight", "rejected_weight"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name} must be 0 or more, not {getattr(self, name)}")
-        if self.remembered_texts < 0:
-            raise InputError(f"remembered_texts must be 0 or more, not {self.remembered_texts}")
-        if not 0 <= self.ema_decay <= 1:
-            raise InputError(f"ema_decay must be from 0 to 1, not {self.ema_decay}")
-        # Fails now rather than in the first step of a long training.
-        losses.map_distance(torch.zeros(1, 2), torch.zeros(1, 2), distance=self.distance, activation=self.activation)
 
 
 @dataclass(frozen=True)
@@ -306,12 +239,12 @@ class TTD(nn.Module):
         self.extractor = extractor
         # In a tuple, so that the copy is no submodule: its weights are neither trained nor saved nor moved by accident.
         self._teacher = () if self.options.teacher == "self" else (self._copy_backbone(),)
-        if self.options.recompute_texts and not backbone.tower_blocks("text"):
+        if self.options.text_activation_checkpointing and not backbone.tower_blocks("text"):
             raise UnsupportedModelError(
-                f"recompute_texts=True needs a text tower made of numbered blocks, and that of "
+                f"text_activation_checkpointing=True needs a text tower made of numbered blocks, and that of "
                 f"{backbone.description.name} names none (tower_blocks()); leave the option out"
             )
-        self._memory, self._memory_of_teacher = (TextMemory(self.options.remembered_texts) for _ in range(2))
+        self._memory, self._memory_of_teacher = (TextEmbeddingCache(self.options.text_cache_size) for _ in range(2))
 
     @property
     def calibration(self) -> Calibration:
@@ -351,7 +284,7 @@ class TTD(nn.Module):
         if groups is not None and len(groups) != len(images):
             raise InputError(f"{len(images)} images came with {len(groups)} groups; give one group an image")
         if torch.is_grad_enabled() and not self.backbone.has_lora:
-            self.backbone.remember_weights()
+            self.backbone.snapshot_weights()
         candidates = self.candidates(images, captions, tags)
         need_pooled = options.contrastive_weight > 0
         # Without L_tag no loss reads a tag's embedding but as a target, and its backward pass would be for nothing.
@@ -362,14 +295,14 @@ class TTD(nn.Module):
         targets = self.targets(self._teach(images, captions, candidates) or alignment)
 
         parts: dict[str, Tensor] = {}
-        weights = {"tag": options.tag_weight, "distill": options.caption_weight}
+        weights = {"tag": options.tag_weight, "distill": options.distill_weight}
         with torch.autocast(images.device.type, enabled=False):
             if options.tag_weight > 0:
                 distance = self._distance(alignment.tag_maps, targets.tag_maps)
                 weight = torch.where(targets.selected, torch.ones_like(distance), options.rejected_weight)
                 # Without tags, or with rejected ones of weight zero alone, both sums are zero and so is the loss.
                 parts["tag"] = self._mean((weight * distance).sum(), weight.sum())
-            if options.caption_weight > 0:
+            if options.distill_weight > 0:
                 distance = self._distance(alignment.caption_maps, targets.union)
                 usable = targets.usable.float()
                 parts["distill"] = self._mean((usable * distance).sum(), usable.sum())
@@ -484,8 +417,8 @@ class TTD(nn.Module):
 
     def _recomputes_texts(self, adapter: DenseAdapter) -> bool:
         """Whether activations of texts are computed twice."""
-        recompute = self.options.recompute_texts
-        return adapter.description.text_after_end_matters if recompute is None else recompute
+        recompute = self.options.text_activation_checkpointing
+        return adapter.description.text_needs_full_context if recompute is None else recompute
 
     @torch.no_grad()
     def targets(self, alignment: Alignment) -> Targets:

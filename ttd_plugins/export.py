@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from ttd_plugins import __version__
 from ttd_plugins.adapter import ExportedModel
 from ttd_plugins.errors import InputError, TTDError, choices_sentence, one_sentence
-from ttd_plugins.nested import flattened
+from ttd_plugins.utils.settings import flatten
 
 if TYPE_CHECKING:
     from ttd_plugins.adapter import DenseAdapter
@@ -314,7 +314,7 @@ def _packages(model: ExportedModel) -> set[str]:
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in flattened(values).items() if value is not None and value != {}}
+    return {name: value for name, value in flatten(values).items() if value is not None and value != {}}
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ttd_plugins.errors import UnsupportedModelError
 from ttd_plugins.toolkit import last_block as parts
 from ttd_plugins.toolkit.attention import attention_dropout, has_hooks, split_heads
-from ttd_plugins.toolkit.dense import DenseMode, diagonal_mask
+from ttd_plugins.toolkit.dense_modes import DenseMode, diagonal_mask
 
 
 def bias_is_added_outside(attention: Any) -> bool:

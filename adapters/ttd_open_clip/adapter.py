@@ -26,9 +26,9 @@ from ttd_plugins.adapter import (
 from ttd_plugins.errors import ImageSizeError, UnsupportedModelError
 from ttd_plugins.toolkit import text_tower as text
 from ttd_plugins.toolkit.attention import run_blocks
-from ttd_plugins.toolkit.dense import PRESETS, DenseMode, dense_mode
+from ttd_plugins.toolkit.dense_modes import PRESETS, DenseMode, dense_mode
 from ttd_plugins.toolkit.lora_targets import base_layer
-from ttd_plugins.toolkit.positions import resampled_positions
+from ttd_plugins.toolkit.position_embeddings import resampled_positions
 from ttd_plugins.toolkit.tokenizing import RowTokenizer
 from ttd_plugins.toolkit.transforms import DenseTransform, NativeTransform
 
@@ -125,7 +125,7 @@ class OpenCLIPAdapter(DenseAdapter):
             std=self._normalisation.std,
             interpolation=self._normalisation.interpolation,
             context_length=text.context_length(self.model, self.tokenizer),
-            text_after_end_matters=not text.can_trim(self.model),
+            text_needs_full_context=not text.can_trim(self.model),
             logits="softmax" if self.logit_bias() is None else "sigmoid",
             dense_mode=self.dense.name,
             dense_modes=tuple(name for name, mode in PRESETS.items() if by_hand or not mode.by_hand),
@@ -188,7 +188,7 @@ class OpenCLIPAdapter(DenseAdapter):
 
         Args:
             ids: int64 ``[N, L]``; L may be any length that keeps each row's end token, unless
-                ``description.text_after_end_matters``.
+                ``description.text_needs_full_context``.
 
         Raises:
             InputError: L is longer than the context, or shorter where every position matters.

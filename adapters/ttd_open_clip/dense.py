@@ -11,7 +11,7 @@ from ttd_plugins.errors import UnsupportedModelError
 from ttd_plugins.toolkit import last_block as parts
 from ttd_plugins.toolkit.attention import attention_dropout, has_hooks, project_out, project_some
 from ttd_plugins.toolkit.attention import is_plain_attention as is_plain_multihead
-from ttd_plugins.toolkit.dense import DenseMode, diagonal_mask
+from ttd_plugins.toolkit.dense_modes import DenseMode, diagonal_mask
 
 
 def is_plain_attention(attention: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from ttd_plugins.toolkit.open_clip_models import FOLDER, HUB, OWN_WEIGHTS, RANDO
 
 if TYPE_CHECKING:
     from ttd_open_clip.adapter import OpenCLIPAdapter
-    from ttd_plugins.toolkit.dense import DenseMode
+    from ttd_plugins.toolkit.dense_modes import DenseMode
 
 TINY = "tiny"
 EMBEDDED = "embedded"

@@ -23,8 +23,8 @@ from ttd_plugins.adapter import (
     Tower,
 )
 from ttd_plugins.errors import ImageSizeError, InputError, TTDError, UnsupportedModelError
-from ttd_plugins.toolkit.dense import PRESETS, DenseMode, dense_mode
-from ttd_plugins.toolkit.positions import resampled_positions
+from ttd_plugins.toolkit.dense_modes import PRESETS, DenseMode, dense_mode
+from ttd_plugins.toolkit.position_embeddings import resampled_positions
 from ttd_plugins.toolkit.text import valid_unicode
 from ttd_plugins.toolkit.transforms import DenseTransform
 
@@ -157,7 +157,7 @@ class OpenAICLIPAdapter(DenseAdapter):
             std=self._normalisation.std,
             interpolation=self._normalisation.interpolation,
             context_length=self._context_length,
-            text_after_end_matters=self._text_after_end_matters,
+            text_needs_full_context=self._text_after_end_matters,
             logits="softmax",
             dense_mode=self.dense.name,
             dense_modes=tuple(name for name, mode in PRESETS.items() if self._refusal_of_mode(mode) is None),
@@ -191,7 +191,7 @@ class OpenAICLIPAdapter(DenseAdapter):
 
         Args:
             ids: int64 ``[N, L]``; L may be any length that keeps each row's end token, unless
-                ``description.text_after_end_matters``.
+                ``description.text_needs_full_context``.
 
         Raises:
             InputError: L is longer than the context, or shorter where every position matters.

@@ -17,7 +17,7 @@ from ttd_plugins.errors import BackboneNameError, InputError, TTDError, Unsuppor
 if TYPE_CHECKING:
     from ttd_openai_clip.adapter import OpenAICLIPAdapter
     from ttd_openai_clip.download import Source
-    from ttd_plugins.toolkit.dense import DenseMode
+    from ttd_plugins.toolkit.dense_modes import DenseMode
 
 TINY = "tiny"
 EMBEDDED = "embedded"

@@ -22,7 +22,7 @@ from ttd_plugins.toolkit.attention import (
     project_some,
     run_blocks,
 )
-from ttd_plugins.toolkit.dense import PRESETS, DenseMode, diagonal_mask
+from ttd_plugins.toolkit.dense_modes import PRESETS, DenseMode, diagonal_mask
 from ttd_plugins.toolkit.last_block import BlockParts, last_block, last_block_at
 from ttd_plugins.toolkit.lora_targets import base_layer
 

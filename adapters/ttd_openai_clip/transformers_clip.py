@@ -17,7 +17,7 @@ from ttd_openai_clip.structure import TRANSFORMERS_ATTENTION
 from ttd_plugins.adapter import ExportedModel, ImageFeatures, Tower
 from ttd_plugins.errors import TTDError, UnsupportedModelError
 from ttd_plugins.toolkit.attention import has_hooks, split_heads
-from ttd_plugins.toolkit.dense import DenseMode
+from ttd_plugins.toolkit.dense_modes import DenseMode
 from ttd_plugins.toolkit.last_block import BlockParts, last_block, last_block_at
 from ttd_plugins.toolkit.lora_targets import base_layer
 from ttd_plugins.toolkit.text import takes_parameter

@@ -193,7 +193,7 @@ class SiglipAdapter(DenseAdapter):
             std=self._normalisation.std,
             interpolation=self._normalisation.interpolation,
             context_length=self._context_length(),
-            text_after_end_matters=True,
+            text_needs_full_context=True,
             logits="softmax" if self.logit_bias() is None else "sigmoid",
             dense_mode=self.dense.name,
             dense_modes=mode_names(heads, last_blocks),

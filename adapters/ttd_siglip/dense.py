@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttd_plugins.errors import InputError, choices_sentence
-from ttd_plugins.toolkit.dense import DenseMode
+from ttd_plugins.toolkit.dense_modes import DenseMode
 from ttd_plugins.toolkit.last_block import BlockParts, last_block
 
 HeadMode = Literal["value", "token_probe", "query_query"]

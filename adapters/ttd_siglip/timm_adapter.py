@@ -15,7 +15,7 @@ from ttd_plugins.toolkit import text_tower
 from ttd_plugins.toolkit.attention import has_hooks, is_plain_attention, run_blocks, split_heads
 from ttd_plugins.toolkit.last_block import BlockParts
 from ttd_plugins.toolkit.lora_targets import base_layer, linear_layers_of_blocks
-from ttd_plugins.toolkit.positions import resampled_positions
+from ttd_plugins.toolkit.position_embeddings import resampled_positions
 from ttd_plugins.toolkit.text import takes_parameter
 from ttd_plugins.toolkit.transforms import NativeTransform
 from ttd_siglip.adapter import SiglipAdapter

@@ -255,7 +255,7 @@ class Studio:
             steps: optimiser steps, 1 to :data:`MOST_STEPS`.
             visitor: whose it is.
             on_step: called after each step.
-            **settings: of :class:`~ttd_plugins.training.scenes.SceneTuning`.
+            **settings: of :class:`~ttd_plugins.training.scene_tuning.SceneTuning`.
 
         Raises:
             InputError: the backbone is not embedded, the steps are out of range, or the visitor is tuning already.
@@ -266,7 +266,7 @@ class Studio:
             raise InputError(f"{name!r} cannot be fine-tuned here; choose an embedded one: {', '.join(self.tunable)}")
         if not 1 <= steps <= MOST_STEPS:
             raise InputError(f"fine-tuning takes 1 to {MOST_STEPS} steps, not {steps}")
-        from ttd_plugins.training.scenes import SceneTuning, tune_on_scenes
+        from ttd_plugins.training.scene_tuning import SceneTuning, tune_on_scenes
 
         stop = threading.Event()
         with self._guard:

@@ -85,7 +85,7 @@ def unshared_losses(
     }
     losses["loss"] = (
         options.tag_weight * losses["tag"]
-        + options.caption_weight * losses["distill"]
+        + options.distill_weight * losses["distill"]
         + options.contrastive_weight * losses["contrastive"]
     )
     return losses

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from ttd_plugins.adapter import DenseAdapter, image_features, text_tokens
 from ttd_plugins.benchmark import unshared
 from ttd_plugins.benchmark.captions import BUILT_IN, StandInTokenizer, batch_of_captions, open_captions
-from ttd_plugins.compiling import compile_image_blocks, uncompiled
 from ttd_plugins.engine import TTD
 from ttd_plugins.errors import InputError, TTDError, choices_sentence
+from ttd_plugins.method.text_embeddings import encode_texts
 from ttd_plugins.testing.session import library_image_embedding
-from ttd_plugins.texts import encode_texts
+from ttd_plugins.utils.compiling import compile_image_blocks, uncompiled
 
 STEPS = ("contrastive", "contrastive_trimmed", "ttd", "ttd_alone", "unshared")
 ENCODINGS = ("encode_image", "dense", "dense_and_pooled")
@@ -279,7 +279,7 @@ class Bench:
         engines = (self.ttd, self.ttd_alone)
         choices = [engine.options for engine in engines]
         for engine in engines:
-            engine.options = replace(engine.options, recompute_texts=False)
+            engine.options = replace(engine.options, text_activation_checkpointing=False)
         try:
             with attention, uncompiled(self.adapter.model), FlopCounterMode(display=False) as counter:
                 # The counter cannot follow views of parameters without gradients; the operations are the same.

@@ -139,8 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=arguments, prog_name="ttd")
     except SystemExit as ended:
-        if "ttd_plugins.distributed" in sys.modules and isinstance(ended.code, int | None):
-            from ttd_plugins.distributed import end_process
+        if "ttd_plugins.utils.distributed" in sys.modules and isinstance(ended.code, int | None):
+            from ttd_plugins.utils.distributed import end_process
 
             end_process(ended.code or 0)
         raise

@@ -53,7 +53,7 @@ def command(
     threshold: maps.ThresholdOption = None,
     option: Annotated[
         list[str] | None,
-        typer.Option("--ttd", metavar="KEY=VALUE", help="Any other option of TTD, as caption_weight=5; repeatable."),
+        typer.Option("--ttd", metavar="KEY=VALUE", help="Any other option of TTD, as distill_weight=5; repeatable."),
     ] = None,
     workers: Annotated[int, typer.Option("--workers", help="Processes that decode pairs.")] = 0,
     jobs: Annotated[

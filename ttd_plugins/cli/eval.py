@@ -12,13 +12,13 @@ import typer
 
 from ttd_plugins.cli import maps
 from ttd_plugins.errors import InputError, choices_sentence
-from ttd_plugins.nested import flattened
+from ttd_plugins.utils.settings import flatten
 
 if TYPE_CHECKING:
     from ttd_plugins.adapter import DenseAdapter
-    from ttd_plugins.evaluation.dense import DenseOptions
+    from ttd_plugins.evaluation.dense_inference import DenseOptions
     from ttd_plugins.evaluation.protocols import EvaluationResult
-    from ttd_plugins.progress import Stage
+    from ttd_plugins.utils.progress import Stage
 
 RootArgument = Annotated[Path, typer.Argument(help="The data set's folder.", show_default=False)]
 PresetOption = Annotated[str, typer.Option("--preset", help="Named settings; the options below change single ones.")]
@@ -284,11 +284,11 @@ def print_result(result: EvaluationResult, preset: str) -> None:
         table = Table(box=SIMPLE, title=f"{settings['backbone']['name']} on {settings['data']['name']}")
         table.add_column("figure")
         table.add_column("", justify="right")
-        for name, value in flattened(content["figures"]).items():
+        for name, value in flatten(content["figures"]).items():
             table.add_row(name, _number(value))
         console.print(table)
     console.print(f"settings (preset {preset}):", markup=False)
-    for name, value in flattened({key: value for key, value in settings.items() if key != "names"}).items():
+    for name, value in flatten({key: value for key, value in settings.items() if key != "names"}).items():
         console.print(f"  {name}: {json.dumps(value)}", markup=False)
     seconds, peak = content["seconds_per_image"], content["peak_memory_bytes"]
     cost = f"{seconds:.2f} s an image, " if seconds is not None else ""

@@ -16,11 +16,11 @@ from ttd_plugins.comparison.results import Figure
 from ttd_plugins.embedded.scenes import ATTRIBUTION, Scene, Scenes
 from ttd_plugins.engine import TTD, TTDOptions
 from ttd_plugins.errors import InputError, choices_sentence
-from ttd_plugins.evaluation.scenes import check_scenes_fit, measure_on_scenes
-from ttd_plugins.progress import Stage, counted, silent
+from ttd_plugins.evaluation.scene_protocol import check_scenes_fit, measure_on_scenes
 from ttd_plugins.training.loop import OptimizerOptions
-from ttd_plugins.training.scenes import KeptScenes, SceneTuning, training_scenes, tune_on_scenes
+from ttd_plugins.training.scene_tuning import KeptScenes, SceneTuning, training_scenes, tune_on_scenes
 from ttd_plugins.training.watch import CollapseWatch, Window
+from ttd_plugins.utils.progress import Stage, list_with_progress, no_progress
 
 if TYPE_CHECKING:
     from ttd_plugins.comparison.running import CompareOptions
@@ -172,7 +172,7 @@ class SceneData:
 
     def samples(self, count: int) -> Iterator[Sample]:
         side = min(self._test, default=64)
-        for index, scene in enumerate(self._scenes(side, silent)[:count]):
+        for index, scene in enumerate(self._scenes(side, no_progress)[:count]):
             # One with a single true tag shows no bias.
             if len(scene.true_tags) > 1:
                 truth = {tag: scene.masks[tag] for tag in scene.true_tags}
@@ -181,7 +181,7 @@ class SceneData:
     def _scenes(self, side: int, stage: Stage) -> list[Scene]:
         if side not in self._test:
             advance = stage(f"draw test scenes of {side} pixels", self.count)
-            self._test[side] = counted(Scenes("test", self.count, side=side), advance)
+            self._test[side] = list_with_progress(Scenes("test", self.count, side=side), advance)
         return self._test[side]
 
 

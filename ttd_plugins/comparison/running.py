@@ -29,9 +29,9 @@ from ttd_plugins.engine import TTD, TTDOptions
 from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.evaluation.metrics import mask_overlap, upsample_map
 from ttd_plugins.evaluation.protocols.running import weights_hash
-from ttd_plugins.evaluation.scenes import CAPTION_MAP_THRESHOLD
-from ttd_plugins.progress import Stage, silent
+from ttd_plugins.evaluation.scene_protocol import CAPTION_MAP_THRESHOLD
 from ttd_plugins.training.stages import StageRecord, keep_weights, timed, versions
+from ttd_plugins.utils.progress import Stage, no_progress
 
 CANDIDATES = 96
 RESULTS, TABLE, SHEET, REPORT, PLOTS, WORK = (
@@ -107,7 +107,7 @@ class CompareOptions:
 
     def of_arm(self, arm: Arm) -> TTDOptions:
         """The engine's options while an arm is tuned."""
-        return self.ttd if arm == "after" else replace(self.ttd, tag_weight=0.0, caption_weight=0.0)
+        return self.ttd if arm == "after" else replace(self.ttd, tag_weight=0.0, distill_weight=0.0)
 
 
 def run_comparison(out: Path, options: CompareOptions, *, stage: Stage | None = None) -> Comparison:
@@ -129,7 +129,7 @@ def run_comparison(out: Path, options: CompareOptions, *, stage: Stage | None = 
     for name in options.backbones:
         check_backbone(name)
     data = open_data(options)
-    run = _Run(out, options, data, stage or silent)
+    run = _Run(out, options, data, stage or no_progress)
     run.attempt(run.about)
     run.attempt(run.before)
     if options.jobs > 1 and options.tune:
@@ -405,9 +405,9 @@ def _start_worker(options: CompareOptions, threads: int) -> None:
 def _work_arm(name: str, seed: int, arm: Arm, folder: Path, weights: Path) -> _Arm:
     options, data = _shared["options"], _shared["data"]
     backbone = open_backbone(name, device=options.device)
-    (curve, warnings), tuning = timed(lambda: data.tune(backbone, seed, options.of_arm(arm), folder, "", silent))
+    (curve, warnings), tuning = timed(lambda: data.tune(backbone, seed, options.of_arm(arm), folder, "", no_progress))
     keep_weights(weights, backbone)
-    values, measuring = timed(lambda: data.measure(backbone, folder / "measure", "", silent))
+    values, measuring = timed(lambda: data.measure(backbone, folder / "measure", "", no_progress))
     return _Arm(values, curve, warnings, (tuning, measuring))
 
 

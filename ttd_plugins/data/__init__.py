@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ttd_plugins.data.images import read_image
-    from ttd_plugins.data.keeping import PairFilter
     from ttd_plugins.data.loader import Batch, LoaderPosition, PairLoader
     from ttd_plugins.data.opening import open_pairs
     from ttd_plugins.data.pairs import PairSource
     from ttd_plugins.data.pruning import score_pairs
-    from ttd_plugins.data.skipping import SkipLog
+    from ttd_plugins.data.score_filter import PairFilter
+    from ttd_plugins.data.skipped_samples import SkipLog
 
 # Resolved on first use, so that reading one picture does not import the loader.
 _WHERE = {
     "Batch": "ttd_plugins.data.loader",
     "LoaderPosition": "ttd_plugins.data.loader",
-    "PairFilter": "ttd_plugins.data.keeping",
+    "PairFilter": "ttd_plugins.data.score_filter",
     "PairLoader": "ttd_plugins.data.loader",
     "PairSource": "ttd_plugins.data.pairs",
-    "SkipLog": "ttd_plugins.data.skipping",
+    "SkipLog": "ttd_plugins.data.skipped_samples",
     "open_pairs": "ttd_plugins.data.opening",
     "read_image": "ttd_plugins.data.images",
     "score_pairs": "ttd_plugins.data.pruning",

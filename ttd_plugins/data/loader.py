@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ttd_plugins.data.images import read_image
-from ttd_plugins.data.keeping import key_hash
 from ttd_plugins.data.pairs import (
     BadPairError,
     MapSource,
@@ -37,7 +36,8 @@ from ttd_plugins.data.pairs import (
     TarSlice,
     usable_caption,
 )
-from ttd_plugins.data.skipping import SkipLog
+from ttd_plugins.data.score_filter import key_hash
+from ttd_plugins.data.skipped_samples import SkipLog
 from ttd_plugins.errors import InputError, TTDError, one_sentence
 
 if TYPE_CHECKING:

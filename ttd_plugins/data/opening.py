@@ -9,8 +9,8 @@ from typing import Any
 from ttd_plugins.data.coco import CocoPairs
 from ttd_plugins.data.folders import FolderPairs, explain_folder, paper_layout
 from ttd_plugins.data.hf_datasets import DatasetPairs, saved_dataset
-from ttd_plugins.data.keeping import PairFilter
 from ttd_plugins.data.pairs import IMAGE_SUFFIXES, Fields, PairSource
+from ttd_plugins.data.score_filter import PairFilter
 from ttd_plugins.data.shards import SHARD_SUFFIXES, ShardPairs, looks_like_shards
 from ttd_plugins.data.tables import TABLE_SUFFIXES, TablePairs
 from ttd_plugins.errors import InputError

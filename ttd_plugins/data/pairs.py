@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ttd_plugins.errors import InputError, one_sentence
 
 if TYPE_CHECKING:
-    from ttd_plugins.data.keeping import PairFilter
+    from ttd_plugins.data.score_filter import PairFilter
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .avif .jp2".split()  # what Pillow reads

@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ttd_plugins import similarity
 from ttd_plugins.adapter import DenseAdapter, ImageTransform, Size, image_features
-from ttd_plugins.data.keeping import PairScores, read_scores
 from ttd_plugins.data.loader import LoaderPosition, PairLoader
 from ttd_plugins.data.pairs import MapSource, PairSource
-from ttd_plugins.data.skipping import SkipLog
+from ttd_plugins.data.score_filter import PairScores, read_scores
+from ttd_plugins.data.skipped_samples import SkipLog
 from ttd_plugins.engine import evaluation_mode
 from ttd_plugins.errors import InputError, MissingDependencyError, TTDError
-from ttd_plugins.texts import encode_texts
+from ttd_plugins.method import similarity
+from ttd_plugins.method.text_embeddings import encode_texts
 
 
 @dataclass(frozen=True)

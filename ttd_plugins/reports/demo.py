@@ -20,14 +20,14 @@ from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.embedded.scenes import ATTRIBUTION, Scene, Scenes
 from ttd_plugins.engine import TTD, CaptionMaps
 from ttd_plugins.evaluation.metrics import intersection_over_union, upsample_map
-from ttd_plugins.evaluation.scenes import CAPTION_MAP_THRESHOLD, SceneMetrics, measure_on_scenes
+from ttd_plugins.evaluation.scene_protocol import CAPTION_MAP_THRESHOLD, SceneMetrics, measure_on_scenes
 from ttd_plugins.plugins import load
-from ttd_plugins.progress import Stage, counted, silent
 from ttd_plugins.reports.demo_html import DemoResult, GalleryItem, write_demo_report
 from ttd_plugins.reports.heatmaps import draw_maps
 from ttd_plugins.training.loop import StepReport
-from ttd_plugins.training.scenes import SceneTuning, tune_on_scenes
+from ttd_plugins.training.scene_tuning import SceneTuning, tune_on_scenes
 from ttd_plugins.training.stages import StageRecord, keep_weights, timed, versions
+from ttd_plugins.utils.progress import Stage, list_with_progress, no_progress
 
 Arm = Literal["control", "after"]
 
@@ -66,7 +66,7 @@ def run_demo(out: Path, options: DemoOptions | None = None, *, stage: Stage | No
         TTDError: the backbone cannot be loaded, or the packages that draw scenes are not installed.
     """
     options = options or DemoOptions()
-    stage = stage or silent
+    stage = stage or no_progress
     backbones: dict[str, DenseAdapter] = {"before": _load(options)}
     record = _Record.open(out, options)
     scenes = _render(options.scenes, backbones["before"].description.image_size[0], stage)
@@ -139,7 +139,7 @@ class _Record(StageRecord):
 
 def _render(count: int, side: int, stage: Stage) -> list[Scene]:
     advance = stage("drawing test scenes", count)
-    return counted(Scenes("test", count, side=side), advance)
+    return list_with_progress(Scenes("test", count, side=side), advance)
 
 
 def _measure(backbone: DenseAdapter, tuning: SceneTuning, scenes: list[Scene], arm: str, stage: Stage) -> SceneMetrics:
@@ -147,7 +147,7 @@ def _measure(backbone: DenseAdapter, tuning: SceneTuning, scenes: list[Scene], a
 
 
 def scene_caption_iou(maps: CaptionMaps, scene: Scene) -> float:
-    """Caption IoU of one scene, as in :class:`~ttd_plugins.evaluation.scenes.SceneMetrics`."""
+    """Caption IoU of one scene, as in :class:`~ttd_plugins.evaluation.scene_protocol.SceneMetrics`."""
     heat = upsample_map(maps.caption_map_normalized, *scene.image.shape[:2])
     return intersection_over_union(heat > CAPTION_MAP_THRESHOLD, scene.named_region)
 

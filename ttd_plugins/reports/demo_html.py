@@ -58,8 +58,8 @@ class DemoResult:
 
     Attributes:
         settings: what was run, in the order in which it is to be listed; values may be dictionaries.
-        before, control, after: :meth:`ttd_plugins.evaluation.scenes.SceneMetrics.as_dict` of the untuned backbone, of
-            the one trained by the contrastive term alone, and of the one trained by TTD.
+        before, control, after: :meth:`~ttd_plugins.evaluation.scene_protocol.SceneMetrics.as_dict` of the untuned
+            backbone, of the one trained by the contrastive term alone, and of the one trained by TTD.
         curves: the steps of the trainings, under ``"control"`` and ``"ttd"``.
         gallery: scenes in the order in which they are to be shown, failures included.
         attribution: whose pictures the scenes are made of.

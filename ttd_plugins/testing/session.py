@@ -16,7 +16,7 @@ from torch import Tensor
 from ttd_plugins.adapter import BackboneDescription, DenseAdapter, ImageFeatures, Tokens
 from ttd_plugins.errors import InputError, choices_sentence, one_sentence
 from ttd_plugins.testing.check import Check, CheckFailed, CheckResult, NotApplicable, Report
-from ttd_plugins.testing.keeper import Keeper, kept_random_state
+from ttd_plugins.testing.module_snapshot import ModuleSnapshot, kept_random_state
 
 SEED = 20240400
 BUILT = "adapter_is_built"
@@ -83,7 +83,7 @@ class Session:
         self._adapter: DenseAdapter | None = None
         self._problem: BaseException | None = None
         self._results: dict[str, CheckResult] = {}
-        self._keeper: Keeper | None = None
+        self._keeper: ModuleSnapshot | None = None
         self._native: ImageFeatures | None = None
         self._meta: DenseAdapter | None = None
 
@@ -323,7 +323,7 @@ class Session:
             if adapter is not None:
                 if self._keeper is None:
                     # One for all checks: copying a large model takes longer than most of them.
-                    self._keeper = Keeper(adapter)
+                    self._keeper = ModuleSnapshot(adapter)
                 stack.callback(self._keeper.restore)
                 adapter.eval()
             check.function(self)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttd_plugins.toolkit.dense import DenseMode, gaussian_window
+from ttd_plugins.toolkit.dense_modes import DenseMode, gaussian_window
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ class RunConfig:
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``, through accelerate.
         gradient_checkpointing: whether blocks are run again in the backward pass, to save memory.
         compile: whether the blocks of the image tower are compiled, which a GPU gains from; see
-            :func:`ttd_plugins.compiling.compile_image_blocks`.
+            :func:`ttd_plugins.utils.compiling.compile_image_blocks`.
         cpu: whether the CPU is used though there is an accelerator.
         sharded: whether several processes share the weights, gradients and optimiser state out among them (FSDP2), as
             ``accelerate launch --use_fsdp`` asks for too.

@@ -22,22 +22,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ttd_plugins import distributed
 from ttd_plugins.adapter import DenseAdapter
-from ttd_plugins.compiling import compile_image_blocks
 from ttd_plugins.engine import TTD, TTDOutput, evaluation_mode
 from ttd_plugins.errors import InputError, MissingDependencyError, TTDError, choices_sentence, one_sentence
-from ttd_plugins.progress import silent
-from ttd_plugins.texts import on_device
+from ttd_plugins.method.text_embeddings import on_device
 from ttd_plugins.training import checkpoints, sharding
 from ttd_plugins.training.config import EvaluationConfig, TrainConfig, first_difference
-from ttd_plugins.training.evaluation import LabelledSet, open_evaluation
 from ttd_plugins.training.loop import learning_rate_factor
+from ttd_plugins.training.periodic_evaluation import LabelledSet, open_evaluation
 from ttd_plugins.training.records import Lines, make_folder, write_whole
 from ttd_plugins.training.towers import build_backbone, parameter_groups, train_mode
 from ttd_plugins.training.watch import CollapseWatch, Window
+from ttd_plugins.utils import distributed
+from ttd_plugins.utils.compiling import compile_image_blocks
+from ttd_plugins.utils.progress import no_progress
 
-HARMLESS = (
+RESUME_MUTABLE_KEYS = (
     "data.max_skipped", "run.log_every", "run.checkpoint_every", "run.checkpoint_minutes", "run.keep",
     "run.picture_every", "run.pictures", "run.evaluate_every", "run.trackers", "run.nonfinite", "run.max_skipped_steps",
     "run.sharded", "run.compile", *(f"evaluation.{one.name}" for one in dataclasses.fields(EvaluationConfig)),
@@ -87,7 +87,7 @@ class Reporter:
 
     def stage(self, name: str, steps: int) -> Callable[[int], None]:
         """Other work of so many steps begins; gives the function that is called with each number of them done."""
-        return silent(name, steps)
+        return no_progress(name, steps)
 
     def said(self, sentence: str) -> None:
         """Something that a person should read."""
@@ -248,14 +248,14 @@ class _Run:
         if self.config.run.gradient_checkpointing:
             self.backbone.set_grad_checkpointing()
         if "full" in (self.config.towers.image, self.config.towers.text) or self.config.towers.logit_scale:
-            self.backbone.remember_weights()
+            self.backbone.snapshot_weights()
         shares = self.processes > 1 and (self.config.run.sharded or _fsdp_is_asked_for())
         if self.config.run.compile and shares:
             raise InputError("run.compile does not go with shared-out weights yet; leave out one of them")
         options = self.config.ttd
         if shares and self.config.towers.text != "frozen":
             # Gathered weights are new tensors that look like the last ones, so that old embeddings would pass for new.
-            options = dataclasses.replace(options, remembered_texts=0)
+            options = dataclasses.replace(options, text_cache_size=0)
         self.ttd = TTD(self.backbone, options)
         model = self.backbone.model
         step = _Step(self.ttd)
@@ -334,7 +334,7 @@ class _Run:
         if file.exists() and (checkpoints.checkpoint_steps(self.out) or (log.exists() and log.stat().st_size)):
             if not resume:
                 raise InputError(f"{self.out} holds a run already; go on with --resume, or give another --out")
-            different = first_difference(TrainConfig.read(file), config, ignore=HARMLESS)
+            different = first_difference(TrainConfig.read(file), config, ignore=RESUME_MUTABLE_KEYS)
             if different is not None:
                 raise InputError(
                     f"{different} is not what the run in {self.out} was started with; leave it as it was, or start "

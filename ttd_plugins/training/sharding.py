@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ttd_plugins import distributed
 from ttd_plugins.errors import MissingDependencyError
+from ttd_plugins.utils import distributed
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

@@ -57,7 +57,7 @@ class CollapseWatch:
                 found["flat"] = (
                     f"the captions' maps are nearly flat (spread of cosines {spread:.4f}, at the start "
                     f"{self.first_spread:.4f}), which says that they collapse; lower the learning rate or "
-                    "ttd.caption_weight"
+                    "ttd.distill_weight"
                 )
         if tags > 0 and selected < 1e-3 * tags:
             found["none"] = (

@@ -112,7 +112,7 @@ class ConvNeXtAdapter(DenseAdapter):
             std=self._normalisation.std,
             interpolation=self._normalisation.interpolation,
             context_length=text.context_length(self.model, self.tokenizer),
-            text_after_end_matters=not text.can_trim(self.model),
+            text_needs_full_context=not text.can_trim(self.model),
             logits="softmax" if self.logit_bias() is None else "sigmoid",
             dense_mode="head",
             dense_modes=("head",),
@@ -153,7 +153,7 @@ class ConvNeXtAdapter(DenseAdapter):
 
         Args:
             ids: int64 ``[N, L]``; L may be any length that keeps each row's end token, unless
-                ``description.text_after_end_matters``.
+                ``description.text_needs_full_context``.
 
         Raises:
             InputError: L is longer than the context, or shorter where every position matters.

@@ -28,7 +28,7 @@ from torch import Tensor
 import ttd_plugins
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.errors import InputError, one_sentence
-from ttd_plugins.progress import Stage, silent
+from ttd_plugins.utils.progress import Stage, no_progress
 
 Record = dict[str, Any]
 
@@ -237,7 +237,7 @@ def run_protocol(
         raise InputError(f"rank must be from 0 to {world - 1} of {world} processes, not {rank}")
     if world > 1 and out is None:
         raise InputError("several processes meet in a folder; give one with out (--out)")
-    stage = stage or silent
+    stage = stage or no_progress
     settings = _plain(settings)
     records = _Records(Path(out) if out is not None else None, settings, rank)
     wanted = frozenset(keys)

@@ -16,7 +16,7 @@ from ttd_plugins.data.images import read_image
 from ttd_plugins.engine import evaluation_mode
 from ttd_plugins.errors import InputError, choices_sentence
 from ttd_plugins.evaluation.datasets import SegmentationData
-from ttd_plugins.evaluation.dense import (
+from ttd_plugins.evaluation.dense_inference import (
     Activation,
     DenseOptions,
     activate,
@@ -30,7 +30,7 @@ from ttd_plugins.evaluation.metrics import IGNORE, class_counts, class_figures
 from ttd_plugins.evaluation.protocols.running import EvaluationResult, Record, describe_backbone, run_protocol
 from ttd_plugins.evaluation.protocols.text import PAPER_SCALES
 from ttd_plugins.evaluation.protocols.zero_shot import shown_hits, zero_shot_figures
-from ttd_plugins.progress import Stage, silent
+from ttd_plugins.utils.progress import Stage, no_progress
 
 Background = Literal["constant", "auto", "words", "none"]
 
@@ -126,7 +126,7 @@ def evaluate_segment(
     def embeddings() -> torch.Tensor:
         # Thousands of texts: only once the files were found to be right.
         if "names" not in lazily:
-            advance = (stage or silent)("class names", len(names))
+            advance = (stage or no_progress)("class names", len(names))
             parts = []
             for name in names:
                 parts.append(class_embeddings(adapter, [name], templates))

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ttd_plugins import selection
 from ttd_plugins.adapter import Calibration, DenseAdapter
 from ttd_plugins.data.images import read_image
 from ttd_plugins.engine import TTDOptions, evaluation_mode
 from ttd_plugins.errors import InputError
 from ttd_plugins.evaluation.datasets import CaptionData
-from ttd_plugins.evaluation.dense import DenseOptions, class_embeddings, dense_features, templates_by_name
+from ttd_plugins.evaluation.dense_inference import DenseOptions, class_embeddings, dense_features, templates_by_name
 from ttd_plugins.evaluation.metrics import SelectionCounts, average_precision, retrieval_recalls, selection_counts
 from ttd_plugins.evaluation.protocols.running import (
     EvaluationResult,
@@ -34,9 +33,10 @@ from ttd_plugins.evaluation.protocols.running import (
 )
 from ttd_plugins.evaluation.protocols.zero_shot import shown_hits, zero_shot_figures
 from ttd_plugins.evaluation.true_tags import label_candidates
-from ttd_plugins.progress import Stage
+from ttd_plugins.method import selection
+from ttd_plugins.method.text_embeddings import TextEmbeddingCache
 from ttd_plugins.tags import fold, split_words
-from ttd_plugins.texts import TextMemory
+from ttd_plugins.utils.progress import Stage
 
 REMEMBERED_TEXTS = 20_000
 """Words come again and again over a data set, and so are not encoded anew for each picture."""
@@ -51,7 +51,7 @@ class TagProtocol:
         dense: how a picture is looked at; the score of a tag is the maximum of its map averaged over views.
         extractor, extractor_options: the tag extractor by name, and its options.
         template: what a tag is put into before it is encoded.
-        rule, threshold: how scores become a selection (:func:`ttd_plugins.selection.select_tags`), for every score.
+        rule, threshold: the selection rule (:func:`~ttd_plugins.method.selection.select_tags`), for every score.
         calibration: for the rule ``"probability"``; ``None`` means the backbone's own.
         nouns: whether the baseline of all nouns is measured, which needs Stanza.
         nouns_options: options of the extractor ``stanza``.
@@ -117,7 +117,7 @@ def evaluate_tags(
     extractor = make_tag_extractor(options.extractor, **options.extractor_options)
     nouns = make_tag_extractor("stanza", **options.nouns_options) if options.nouns else None
     calibration = options.calibration or adapter.description.calibration
-    memory = TextMemory(REMEMBERED_TEXTS)
+    memory = TextEmbeddingCache(REMEMBERED_TEXTS)
     templates = None if options.zero_shot is None or not data.classes else templates_by_name(options.zero_shot)
     owner = torch.tensor([index for index, item in enumerate(data.classes) for _ in item.texts])
     place_of = {item.name: index for index, item in enumerate(data.classes)}

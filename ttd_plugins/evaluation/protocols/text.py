@@ -19,7 +19,7 @@ from ttd_plugins.data.images import read_image
 from ttd_plugins.engine import evaluation_mode
 from ttd_plugins.errors import InputError
 from ttd_plugins.evaluation.datasets import CaptionData
-from ttd_plugins.evaluation.dense import (
+from ttd_plugins.evaluation.dense_inference import (
     Activation,
     DenseOptions,
     activate,
@@ -31,7 +31,7 @@ from ttd_plugins.evaluation.dense import (
 )
 from ttd_plugins.evaluation.metrics import Overlap, mask_overlap, mean_overlap, tag_balance
 from ttd_plugins.evaluation.protocols.running import EvaluationResult, Record, describe_backbone, run_protocol
-from ttd_plugins.progress import Stage
+from ttd_plugins.utils.progress import Stage
 
 PAPER_SCALES = (1.0, 0.5, 1.5, 2.0)
 

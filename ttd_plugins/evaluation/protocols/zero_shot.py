@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ttd_plugins import similarity
 from ttd_plugins.evaluation.metrics import zero_shot_hits
+from ttd_plugins.method import similarity
 
 KS = (1, 5)
 

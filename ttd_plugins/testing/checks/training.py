@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ttd_plugins.adapter import TOWERS, DenseAdapter, Tower
 from ttd_plugins.errors import MissingDependencyError
+from ttd_plugins.method.text_embeddings import checkpointed_text_blocks
 from ttd_plugins.testing.check import Check, CheckFailed, NotApplicable, collect
-from ttd_plugins.testing.keeper import Keeper, same
+from ttd_plugins.testing.module_snapshot import ModuleSnapshot, same
 from ttd_plugins.testing.session import BUILT, Session, said
-from ttd_plugins.texts import computed_twice
 
 CHECKS: list[Check] = []
 check = partial(collect, CHECKS)
@@ -164,7 +164,7 @@ def _expect_blocks(session: Session, ids: Tensor, parameters: list[nn.Parameter]
         return torch.cat([one.flatten().double() for one in whole])
 
     once = gradient()
-    with computed_twice(session.adapter):
+    with checkpointed_text_blocks(session.adapter):
         twice = gradient()
     off = float((twice - once).norm() / once.norm())
     # Half precision rounds what it adds up, in an order that a GPU is free to choose.
@@ -295,7 +295,7 @@ def lora_comes_out(session: Session) -> None:
     adapter, pixels = session.adapter, session.pixels(size=session.quick_size())
     ids = session.tokens(["a dog", "two cats on grass"]).ids
     towers = _towers(session)
-    keeper = Keeper(adapter.model)
+    keeper = ModuleSnapshot(adapter.model)
     with torch.no_grad():
         before = _all_outputs(session, towers, pixels, ids)
         _with_lora(session, towers)

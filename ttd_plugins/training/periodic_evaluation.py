@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ttd_plugins.engine import TTD
 from ttd_plugins.errors import InputError, choices_sentence
-from ttd_plugins.nested import flattened
-from ttd_plugins.progress import Stage, counted
 from ttd_plugins.training.config import EvaluationConfig
+from ttd_plugins.utils.progress import Stage, list_with_progress
+from ttd_plugins.utils.settings import flatten
 
 if TYPE_CHECKING:
     from ttd_plugins.embedded.scenes import Scene
@@ -74,18 +74,18 @@ class SceneSet(LabelledSet):
         Scenes("validation", 1)
 
     def check(self, ttd: TTD) -> None:
-        from ttd_plugins.evaluation.scenes import check_scenes_fit
+        from ttd_plugins.evaluation.scene_protocol import check_scenes_fit
 
         check_scenes_fit(ttd.backbone)
 
     def measure(self, ttd: TTD, step: int, stage: Stage) -> dict[str, float]:
         from ttd_plugins.embedded.scenes import Scenes
-        from ttd_plugins.evaluation.scenes import measure_on_scenes
+        from ttd_plugins.evaluation.scene_protocol import measure_on_scenes
 
         if not self.scenes:
             side = ttd.backbone.description.image_size[0]
             drawn = Scenes("validation", self.count, side=side)
-            self.scenes = counted(drawn, stage("draw scenes", self.count))
+            self.scenes = list_with_progress(drawn, stage("draw scenes", self.count))
         found = measure_on_scenes(ttd, self.scenes, progress=stage("evaluate: scenes", len(self.scenes))).as_dict()
         found.pop("scenes")
         return _numbers(found, "scenes/")
@@ -138,5 +138,5 @@ class CaptionedSet(LabelledSet):
 
 def _numbers(values: Mapping[str, Any], before: str = "") -> dict[str, float]:
     """Finite numbers by their names; those of a nested mapping as ``outer/inner``."""
-    flat = flattened(values, "/", before)
+    flat = flatten(values, "/", before)
     return {k: float(v) for k, v in flat.items() if isinstance(v, int | float) and math.isfinite(v)}

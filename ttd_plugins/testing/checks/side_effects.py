@@ -16,7 +16,7 @@ from torch import Tensor
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.errors import one_sentence
 from ttd_plugins.testing.check import Check, CheckFailed, NotApplicable, collect
-from ttd_plugins.testing.keeper import Keeper
+from ttd_plugins.testing.module_snapshot import ModuleSnapshot
 from ttd_plugins.testing.session import BUILT, Session, said
 
 CHECKS: list[Check] = []
@@ -41,7 +41,7 @@ def model_unchanged(session: Session) -> None:
             parameter.requires_grad_(index % 2 == 0)
     for training in (False, True):
         adapter.model.train(training)
-        keeper = Keeper(adapter.model)
+        keeper = ModuleSnapshot(adapter.model)
         _use(session)
         changes = keeper.changes(buffers=not training)
         if changes:

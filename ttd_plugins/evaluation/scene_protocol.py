@@ -25,8 +25,8 @@ from ttd_plugins.evaluation.metrics import (
     upsample_map,
     zero_shot_accuracy,
 )
-from ttd_plugins.similarity import minmax_normalize
-from ttd_plugins.texts import encode_texts
+from ttd_plugins.method.similarity import minmax_normalize
+from ttd_plugins.method.text_embeddings import encode_texts
 
 CAPTION_MAP_THRESHOLD = 0.40
 TAG_MAP_THRESHOLD = 0.50

@@ -1,7 +1,7 @@
 """Which candidate tags are in the picture: scores, and the rule that turns scores into a selection.
 
 The paper scores a tag by its nearest pixel (arXiv 2404.00384, section 3.1). It does not publish the threshold rule; its
-figures fit two, and both are here. All functions take the flat candidates of :mod:`ttd_plugins.similarity`.
+figures fit two, and both are here. All functions take the flat candidates of :mod:`ttd_plugins.method.similarity`.
 """
 
 from __future__ import annotations

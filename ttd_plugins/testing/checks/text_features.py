@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from ttd_plugins.testing.check import Check, CheckFailed, NotApplicable, collect
-from ttd_plugins.testing.checks.images import compare_with_library
+from ttd_plugins.testing.checks.image_features import compare_with_library
 from ttd_plugins.testing.session import BUILT, Session, said
 
 CHECKS: list[Check] = []
@@ -85,7 +85,7 @@ def end_token(session: Session) -> None:
     if len(behind) > 1:
         raise CheckFailed("one padding id behind every text", f"the ids {sorted(behind)[:4]}")
     if len(set(ends[:-1])) > 1:
-        if not session.description.text_after_end_matters:
+        if not session.description.text_needs_full_context:
             raise CheckFailed("the same end token as the last position of every text", f"the ids {ends[:-1]}")
         raise NotApplicable("texts have no end token in common")
     if ends[-1] != ends[0]:
@@ -159,7 +159,7 @@ def texts_independent(session: Session) -> None:
     needs=(BUILT, "text_features", "texts_independent", "end_token"),
 )
 def text_trimming(session: Session) -> None:
-    if session.description.text_after_end_matters:
+    if session.description.text_needs_full_context:
         raise NotApplicable("the description says that every position matters")
     found = session.tokens([*SHORT, "five green apples on a wooden table"])
     with torch.no_grad():

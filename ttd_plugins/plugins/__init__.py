@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from ttd_plugins import hookspecs
-from ttd_plugins.adapter import SPOKEN_API_VERSIONS, AdapterFamily, BackboneDescription, DenseAdapter
+from ttd_plugins.adapter import SUPPORTED_API_VERSIONS, AdapterFamily, BackboneDescription, DenseAdapter
 from ttd_plugins.errors import (
     AdapterConflictError,
     BackboneNameError,
@@ -376,8 +376,8 @@ def _family_problem(family: object) -> str | None:
     name = getattr(family, "name", None)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         return f"family {name!r} is refused: its name takes lower-case letters, digits and underscores"
-    if family.api_version not in SPOKEN_API_VERSIONS:
-        spoken = " or ".join(map(str, SPOKEN_API_VERSIONS))
+    if family.api_version not in SUPPORTED_API_VERSIONS:
+        spoken = " or ".join(map(str, SUPPORTED_API_VERSIONS))
         return (
             f"family {name!r} is refused: it speaks version {family.api_version} of the adapter contract and this "
             f"release of ttd-plugins speaks version {spoken}; install versions that fit together"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttd_plugins.adapter import API_VERSION, SPOKEN_API_VERSIONS, AdapterFamily, BackboneDescription, Calibration
+from ttd_plugins.adapter import API_VERSION, SUPPORTED_API_VERSIONS, AdapterFamily, BackboneDescription, Calibration
 from ttd_plugins.errors import AdapterConflictError, BackboneNameError, PluginError, TTDError
 from ttd_plugins.testing.check import Check, CheckFailed, NotApplicable, collect
 from ttd_plugins.testing.session import BUILT, Session, said
@@ -39,7 +39,7 @@ def _family(session: Session) -> AdapterFamily:
     "the adapter was written for another release of ttd-plugins; docs/contract.md tells what changed",
 )
 def api_version(session: Session) -> None:
-    expected = f"api_version = {' or '.join(map(str, SPOKEN_API_VERSIONS))} in the class of the family"
+    expected = f"api_version = {' or '.join(map(str, SUPPORTED_API_VERSIONS))} in the class of the family"
     try:
         family = _family(session)
     except PluginError as error:
@@ -47,7 +47,7 @@ def api_version(session: Session) -> None:
     own = [kind for kind in type(family).__mro__ if kind is not AdapterFamily and "api_version" in vars(kind)]
     if not own and "api_version" not in vars(family):
         raise CheckFailed(expected, f"{type(family).__name__} states none and inherits {API_VERSION}")
-    if family.api_version not in SPOKEN_API_VERSIONS:
+    if family.api_version not in SUPPORTED_API_VERSIONS:
         raise CheckFailed(expected, f"api_version = {family.api_version!r}")
 
 
@@ -121,7 +121,7 @@ def description(session: Session) -> None:
     known: dict[str, tuple[Any, ...]] = {
         "interpolation": ("bicubic", "bilinear"),
         "logits": ("softmax", "sigmoid"),
-        "text_after_end_matters": (True, False),
+        "text_needs_full_context": (True, False),
     }
     for name, values in known.items():
         if getattr(found, name) not in values:

@@ -29,7 +29,7 @@ def _copied(value: Any) -> Any:
     return value.copy() if isinstance(value, dict | list | set) else value
 
 
-class Keeper:
+class ModuleSnapshot:
     """A snapshot of a module and all below it: tensors, modes, flags, hooks and attributes.
 
     It holds a copy of every tensor, so it takes as much memory as the model.

@@ -13,7 +13,7 @@ from ttd_plugins.adapter import TOWERS, DenseAdapter
 from ttd_plugins.embedded.scenes import Scene, Scenes
 from ttd_plugins.engine import TTD, TTDOptions
 from ttd_plugins.errors import InputError
-from ttd_plugins.evaluation.scenes import scene_pixels
+from ttd_plugins.evaluation.scene_protocol import scene_pixels
 from ttd_plugins.training.loop import OptimizerOptions, StepReport, train
 
 
@@ -48,7 +48,7 @@ class SceneTuning:
 
     def control(self) -> SceneTuning:
         """The same steps, data, parameters and seed with the contrastive term only."""
-        return replace(self, ttd=replace(self.ttd, tag_weight=0.0, caption_weight=0.0))
+        return replace(self, ttd=replace(self.ttd, tag_weight=0.0, distill_weight=0.0))
 
     def as_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""

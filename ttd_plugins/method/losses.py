@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ttd_plugins.adapter import Calibration
 from ttd_plugins.errors import InputError
-from ttd_plugins.similarity import minmax_normalize, normalize, promote
+from ttd_plugins.method.similarity import minmax_normalize, normalize, promote
 
 Distance = Literal["bce", "mse", "l1"]
 Activation = Literal["sigmoid", "minmax", "none"]

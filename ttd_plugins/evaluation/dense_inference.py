@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ttd_plugins import similarity
 from ttd_plugins.adapter import Calibration, DenseAdapter, image_features, image_pixels
 from ttd_plugins.errors import InputError, choices_sentence
 from ttd_plugins.evaluation.pamr import DILATIONS, ITERATIONS, pamr
-from ttd_plugins.texts import encode_texts
+from ttd_plugins.method import similarity
+from ttd_plugins.method.text_embeddings import encode_texts
 
 if TYPE_CHECKING:
     from PIL.Image import Image

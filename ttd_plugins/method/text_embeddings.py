@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ttd_plugins.adapter import DenseAdapter, Tokens, text_embeddings, text_tokens
-from ttd_plugins.similarity import normalize
+from ttd_plugins.method.similarity import normalize
 
 CPU_CALL_COST = 80
 """What one more call of a text tower costs on a CPU, in tokens: its weights are read once more."""
@@ -64,7 +64,7 @@ def plan_chunks(lengths: Sequence[int], call_cost: int) -> list[list[int]]:
 
 
 @contextmanager
-def computed_twice(adapter: DenseAdapter) -> Iterator[None]:
+def checkpointed_text_blocks(adapter: DenseAdapter) -> Iterator[None]:
     """Within it, blocks of the text tower keep their input alone, and run again in the backward pass.
 
     This is arXiv 1604.06174. What draws random numbers draws the same ones again. The model is left as it was found,
@@ -112,7 +112,7 @@ def _are_checkpointed(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
     )
 
 
-class TokenMemory:
+class TokenCache:
     """Token rows of short texts, kept from one batch to the next.
 
     A tag comes in many batches, a caption once an epoch; and what the host spends on tokenising, a GPU waits for. Rows
@@ -172,7 +172,7 @@ def _call_cost(adapter: DenseAdapter) -> int:
 
 
 def encode_texts(
-    adapter: DenseAdapter, texts: Sequence[str], *, recompute: bool = False, memory: TokenMemory | None = None
+    adapter: DenseAdapter, texts: Sequence[str], *, recompute: bool = False, memory: TokenCache | None = None
 ) -> tuple[Tensor, list[bool]]:
     """L2-normalised embeddings ``[N, D]`` of texts in at least float32, and which texts were longer than the context.
 
@@ -192,14 +192,14 @@ def encode_texts(
     distinct = list(dict.fromkeys(texts))
     tokens = text_tokens(adapter, distinct) if memory is None else memory.tokenize(adapter, distinct)
     device = adapter.device
-    if adapter.description.text_after_end_matters:
+    if adapter.description.text_needs_full_context:
         lengths = [tokens.ids.shape[1]] * len(distinct)
         chunks = [list(range(len(distinct)))]
     else:
         lengths = tokens.lengths.tolist()
         chunks = plan_chunks(lengths, _call_cost(adapter))
     parts = []
-    with computed_twice(adapter) if recompute and torch.is_grad_enabled() else nullcontext():
+    with checkpointed_text_blocks(adapter) if recompute and torch.is_grad_enabled() else nullcontext():
         for chunk in chunks:
             count, length = _shape(len(chunk), max(lengths[text] for text in chunk), tokens.ids.shape[1], device)
             ids = tokens.ids[chunk + chunk[:1] * (count - len(chunk)), :length]
@@ -213,7 +213,7 @@ def encode_texts(
     return embeddings, [truncated[text] for text in texts]
 
 
-class TextMemory:
+class TextEmbeddingCache:
     """What is known of texts from one batch to the next: token rows, and embeddings whose gradient nobody wants.
 
     A frozen text tower, and the teacher ``"frozen"``, give the same embedding of a word whenever it comes again. What
@@ -228,7 +228,7 @@ class TextMemory:
         self.limit = limit
         self._rows: OrderedDict[str, tuple[Tensor, bool]] = OrderedDict()
         self._valid_for: Hashable = None
-        self._tokens = TokenMemory()
+        self._tokens = TokenCache()
 
     def __len__(self) -> int:
         return len(self._rows)

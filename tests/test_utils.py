@@ -1,0 +1,133 @@
+"""The shared helpers: atomic files, random state, settings."""
+
+from __future__ import annotations
+
+import os
+import random
+import stat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ttd_plugins.errors import InputError
+from ttd_plugins.utils.files import atomic_path, make_folder, write_atomic
+from ttd_plugins.utils.rng import get_rng_state, preserved_rng, seed_everything, set_rng_state
+from ttd_plugins.utils.settings import first_difference, flatten
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_written_with_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        write_atomic(tmp_path / "a.txt", "é")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.txt").read_bytes() == "é".encode()
+    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o644
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    write_atomic(file, "old")
+
+    def write_half() -> None:
+        with atomic_path(file) as temporary:
+            temporary.write_text("half")
+            raise ValueError("in the middle")
+
+    with pytest.raises(ValueError, match="in the middle"):
+        write_half()
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_no_symbolic_link_is_followed(tmp_path: Path) -> None:
+    """Links with the names of temporary files, or in the place of the file itself, leave their targets alone."""
+    target = tmp_path / "target"
+    target.write_text("precious")
+    for name in ("a.txt.part", ".a.txt.part", "a.txt"):
+        (tmp_path / name).symlink_to(target)
+    write_atomic(tmp_path / "a.txt", b"new")
+    assert target.read_text() == "precious"
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert not (tmp_path / "a.txt").is_symlink()
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"missing/a.txt cannot be written \(No such file or directory\); choose"):
+        write_atomic(tmp_path / "missing" / "a.txt", "", advice="choose another --out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"the folder .*file/inner cannot be made \(Not a directory\)"):
+        make_folder(tmp_path / "file" / "inner")
+
+
+# Random state --------------------------------------------------------------------------------------------------------
+
+
+def draw() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+@pytest.mark.parametrize("seed", [0, -3, 2**70])
+def test_a_seed_decides_every_generator(seed: int) -> None:
+    with preserved_rng():
+        seed_everything(seed)
+        first = draw()
+        seed_everything(seed)
+        assert draw() == first
+
+
+def test_a_state_is_restored() -> None:
+    with preserved_rng():
+        state = get_rng_state()
+        first = draw()
+        set_rng_state(state)
+        assert draw() == first
+
+
+def test_a_block_preserves_the_state() -> None:
+    with preserved_rng():
+        state = get_rng_state()
+        with preserved_rng():
+            draw()
+        first = draw()
+        set_rng_state(state)
+        assert draw() == first
+
+
+# Settings ------------------------------------------------------------------------------------------------------------
+
+values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=3)),
+    lambda inner: st.dictionaries(st.text("abc", min_size=1, max_size=2), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(values, values)
+def test_settings_differ_exactly_where_a_difference_is_found(old: Any, new: Any) -> None:
+    assert (first_difference(old, new) is None) == (old == new or _only_missing_and_none(old, new))
+
+
+def _only_missing_and_none(old: Any, new: Any) -> bool:
+    """A name that is missing counts as ``None``."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return bool(old == new)
+    return all(_only_missing_and_none(old.get(key), new.get(key)) for key in {*old, *new})
+
+
+def test_a_difference_names_the_setting_and_both_values() -> None:
+    old, new = {"run": {"seed": 0, "keep": 3}}, {"run": {"seed": 1, "keep": 3}}
+    assert str(first_difference(old, new)) == "run.seed: 0 there, 1 now"
+    assert first_difference(old, new, ignore={"run.seed"}) is None
+    assert str(first_difference(1, 2)) == "settings: 1 there, 2 now"
+
+
+def test_flat_names_join_the_names_of_levels() -> None:
+    assert flatten({"a": {"b": 1, "c": {}}, "d": 2}) == {"a.b": 1, "a.c": {}, "d": 2}

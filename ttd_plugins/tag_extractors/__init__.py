@@ -1,0 +1,1 @@
+"""Tag extractors that come with the package as plugins."""

@@ -1,0 +1,88 @@
+"""Atomic writes: a file is replaced completely or left as it was."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ttd_plugins.errors import InputError, one_sentence
+
+TEMPORARY_SUFFIX = ".part"
+"""Ending of a file that is not complete yet."""
+
+
+@contextmanager
+def atomic_path(path: Path | str, *, advice: str = "free some space or choose another folder") -> Iterator[Path]:
+    """Yield a temporary path in the same folder; it replaces ``path`` when the block ends without an exception.
+
+    The temporary file is new and its name is random, so that no existing file or symbolic link is followed. The result
+    has the permissions that the umask allows.
+
+    Args:
+        path: the file to write; its folder exists.
+        advice: what the user can do where the file cannot be written.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        # mkstemp opens with O_EXCL, which never follows a symbolic link.
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY_SUFFIX, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        _flush(temporary)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror or one_sentence(error)}); {advice}") from error
+    finally:
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink()
+
+
+def write_atomic(
+    path: Path | str, content: str | bytes, *, advice: str = "free some space or choose another folder"
+) -> None:
+    """Write text (as UTF-8) or bytes to ``path``, completely or not at all.
+
+    Raises:
+        InputError: the file cannot be written; see :func:`atomic_path`.
+    """
+    with atomic_path(path, advice=advice) as temporary:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def make_folder(folder: Path | str, *, advice: str = "choose another --out") -> None:
+    """Make a folder and its parents.
+
+    Raises:
+        InputError: the folder cannot be made.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"the folder {folder} cannot be made ({error.strerror or one_sentence(error)}); {advice}"
+        ) from error
+
+
+def _flush(path: Path) -> None:
+    """Have the operating system write the file to disk, so that a power cut leaves no empty file."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
