@@ -75,7 +75,7 @@ def command(
     from ttd_plugins.comparison.running import CompareOptions, run_comparison
     from ttd_plugins.engine import TTDOptions
     from ttd_plugins.errors import InputError, choices_sentence
-    from ttd_plugins.training.run import TrainingStoppedError
+    from ttd_plugins.training.stop_signals import TrainingStoppedError
 
     changes: dict[str, Any] = {"extractor": tags, "extractor_options": maps.parse_settings(tags_option)}
     changes |= {name: value for name, value in (("rule", rule), ("threshold", threshold)) if value is not None}

@@ -17,9 +17,9 @@ from ttd_plugins.embedded.scenes import ATTRIBUTION, Scene, Scenes
 from ttd_plugins.engine import TTD, TTDOptions
 from ttd_plugins.errors import InputError, choices_sentence
 from ttd_plugins.evaluation.scene_protocol import check_scenes_fit, measure_on_scenes
-from ttd_plugins.training.loop import OptimizerOptions
-from ttd_plugins.training.scene_tuning import KeptScenes, SceneTuning, training_scenes, tune_on_scenes
-from ttd_plugins.training.watch import CollapseWatch, Window
+from ttd_plugins.training.collapse_watch import CollapseWatch, MetricAverager
+from ttd_plugins.training.config import OptimizerConfig
+from ttd_plugins.training.scene_tuning import SCENE_OPTIMIZER, KeptScenes, SceneTuning, training_scenes, tune_on_scenes
 from ttd_plugins.utils.progress import Stage, list_with_progress, no_progress
 
 if TYPE_CHECKING:
@@ -139,10 +139,10 @@ class SceneData:
         SceneTuning(options.steps, options.batch_size, options.rank)
 
     @property
-    def optimizer(self) -> OptimizerOptions:
+    def optimizer(self) -> OptimizerConfig:
         """How parameters are moved."""
         rate = self.options.learning_rate
-        return OptimizerOptions() if rate is None else OptimizerOptions(learning_rate=rate)
+        return SCENE_OPTIMIZER if rate is None else replace(SCENE_OPTIMIZER, learning_rate=rate)
 
     def describe(self) -> dict[str, Any]:
         return {"name": SCENES, "images": self.count, "optimizer": asdict(self.optimizer)}
@@ -284,8 +284,9 @@ class CaptionedData:
         self, backbone: DenseAdapter, seed: int, ttd: TTDOptions, folder: Path, title: str, stage: Stage
     ) -> tuple[Curve, list[str]]:
         from ttd_plugins.training.config import TrainConfig
-        from ttd_plugins.training.records import Lines
-        from ttd_plugins.training.run import Reporter, train_run
+        from ttd_plugins.training.jsonl_log import JsonlLog
+        from ttd_plugins.training.reporting import Reporter
+        from ttd_plugins.training.run import train_run
 
         options = self.options
         tower = "lora" if options.rank else "full"
@@ -310,16 +311,16 @@ class CaptionedData:
         )
 
         class Bar(Reporter):
-            def started(self, steps: int, done: int) -> None:
+            def on_start(self, steps: int, done: int) -> None:
                 self.advance = stage(f"{title}: tune", steps)
                 self.advance(done)
 
-            def stepped(self, step: int, loss: float) -> None:
+            def on_step(self, step: int, loss: float) -> None:
                 self.advance(1)
 
         result = train_run(replace(config, ttd=ttd), folder, backbone=backbone, resume=True, reporter=Bar())
         backbone.to(options.device or "cpu").eval()
-        lines = [line for line in Lines(folder / "log.jsonl").read() if "loss" in line]
+        lines = [line for line in JsonlLog(folder / "log.jsonl").read() if "loss" in line]
         drop = ("epoch", "learning_rate")
         curve = [
             {k: v for k, v in line.items() if isinstance(v, int | float) and k not in drop and "second" not in k}
@@ -359,12 +360,12 @@ def picture_at(sample: Sample, size: tuple[int, int]) -> Image.Image:
 
 
 def _watched(curve: Sequence[Mapping[str, float]]) -> list[str]:
-    watch, window, told = CollapseWatch(), Window(), []
+    watch, window, told = CollapseWatch(), MetricAverager(), []
     for row in curve:
         window.add(row)
         if row["step"] % WATCHED == 0:
-            told += [f"step {row['step']}: {sentence}" for sentence in watch.look(window.means())]
-            window = Window()
+            told += [f"step {row['step']}: {sentence}" for sentence in watch.check(window.means())]
+            window = MetricAverager()
     return told
 
 

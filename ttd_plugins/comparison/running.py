@@ -183,7 +183,7 @@ class _Run:
 
     def attempt(self, one: Any) -> None:
         """Call ``one`` with every backbone that is left; one that fails is left out with the reason."""
-        from ttd_plugins.training.run import TrainingStoppedError
+        from ttd_plugins.training.stop_signals import TrainingStoppedError
 
         for name in self.options.backbones:
             if name in self.failures:
