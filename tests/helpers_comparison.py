@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from ttd_plugins.comparison.results import Arm, BackboneResult, Comparison, Figure, Picture, TagView, View
+from ttd_plugins.comparison.results import Arm, BackboneResult, Comparison, Metric, Picture, TagView, View
 
 HOSTILE = (
     """<script>alert("x")</script> 'q' & <img src=http://evil.example/x onerror=alert(1)> $x^{ 狗 🐶 \x00 \ud83d"""
 )
 
 FIGURES = (
-    Figure("caption_iou", "Caption IoU", "higher", "Overlap of the caption's map with what it names."),
-    Figure("caption_fpr", "Caption FPR", "lower", "Share that the map lights falsely."),
-    Figure("tag_f1", "tag F1", "higher", "F1 of the tags that are selected."),
-    Figure("retrieval_r1", "retrieval R@1", "higher", "What fine-tuning may cost."),
-    Figure("caption_map_spread", "map spread", None, "Near zero means collapse."),
+    Metric("caption_iou", "Caption IoU", "higher", "Overlap of the caption's map with what it names."),
+    Metric("caption_fpr", "Caption FPR", "lower", "Share that the map lights falsely."),
+    Metric("tag_f1", "tag F1", "higher", "F1 of the tags that are selected."),
+    Metric("retrieval_r1", "retrieval R@1", "higher", "What fine-tuning may cost."),
+    Metric("caption_map_spread", "map spread", None, "Near zero means collapse."),
 )
 START = {"caption_iou": 0.54, "caption_fpr": 0.31, "tag_f1": 0.93, "retrieval_r1": 0.22, "caption_map_spread": 0.4}
 NAMES = ("open_clip:tiny", "siglip:tiny", "eva_clip:tiny", "openai_clip:tiny")
@@ -124,7 +124,7 @@ def make_comparison(names: Sequence[str] = NAMES, pictures: int = 3, **changes: 
     ]
     comparison = Comparison(
         settings={"backbones": list(names), "data": {"name": "scenes", "images": 512}, "seeds": 3, "steps": 200},
-        figures=FIGURES,
+        metrics=FIGURES,
         backbones=backbones,
         gallery=[make_picture(n, names) for n in range(pictures)],
         attribution="Pictograms: OpenMoji, CC BY-SA 4.0",

@@ -26,7 +26,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     path = tmp_path_factory.mktemp("report") / "report.html"
     names = (*NAMES[:3], LONG)
     hole = make_backbone(LONG)
-    hole.figures["before"][0]["caption_iou"] = None
+    hole.metrics["before"][0]["caption_iou"] = None
     hole.warnings.append("x" * 300)
     comparison = make_comparison(names)
     comparison.backbones = [*comparison.backbones[:3], hole]

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_reports import Page, assert_self_contained, contrast
 
-from ttd_plugins.comparison.results import BackboneResult, Comparison, Figure
+from ttd_plugins.comparison import results
+from ttd_plugins.comparison.results import BackboneResult, Comparison, Metric
 from ttd_plugins.errors import InputError, MissingDependencyError
 from ttd_plugins.reports import comparison_html
 from ttd_plugins.reports.comparison_charts import (
@@ -54,7 +55,7 @@ def write(tmp_path: Path, comparison: Comparison) -> str:
 def backbone(before: float, control: list[float], after: list[float], key: str = "caption_iou") -> BackboneResult:
     return BackboneResult(
         "b",
-        figures={
+        metrics={
             "before": [{key: before}],
             "control": [{key: value} for value in control],
             "after": [{key: value} for value in after],
@@ -77,7 +78,7 @@ def backbone(before: float, control: list[float], after: list[float], key: str =
     ],
 )
 def test_a_change_is_taken_seed_by_seed_and_judged_by_its_spread(
-    control: list[float], after: list[float], figure: Figure, mean: float, spread: float | None, verdict: str
+    control: list[float], after: list[float], figure: Metric, mean: float, spread: float | None, verdict: str
 ) -> None:
     found = change(backbone(0.1, control, after, figure.key), figure)
     assert found is not None
@@ -88,7 +89,7 @@ def test_a_change_is_taken_seed_by_seed_and_judged_by_its_spread(
 
 def test_without_a_control_the_change_is_to_before() -> None:
     one = backbone(0.5, [], [0.6, 0.8])
-    found = change(replace(one, figures={arm: rows for arm, rows in one.figures.items() if rows}), IOU)
+    found = change(replace(one, metrics={arm: rows for arm, rows in one.metrics.items() if rows}), IOU)
     assert found is not None
     assert (found.mean, found.baseline) == (pytest.approx(0.2), "before")
     assert found.spread == pytest.approx(0.2 / 2**0.5)
@@ -97,7 +98,7 @@ def test_without_a_control_the_change_is_to_before() -> None:
 @pytest.mark.parametrize("hole", [None, float("nan")])
 def test_a_figure_that_is_not_defined_for_a_seed_has_no_change(hole: float | None) -> None:
     one = backbone(0.5, [0.5, 0.5], [0.6, 0.6])
-    one.figures["after"][1]["caption_iou"] = hole
+    one.metrics["after"][1]["caption_iou"] = hole
     assert change(one, IOU) is None
 
 
@@ -163,7 +164,7 @@ def test_what_is_not_known_is_told() -> None:
     assert "over the backbone before" in told
     assert "Where no control was run, the gain may be that of any further training." in told
     hole = make_backbone("hole")
-    hole.figures["after"][0]["caption_iou"] = None
+    hole.metrics["after"][0]["caption_iou"] = None
     told = sentences(make_comparison(("hole", "one"), 0, backbones=[hole, one]))
     assert "Caption IoU is not defined in every arm of hole." in told
     warned = replace(one, warnings=["the maps may be collapsing"])
@@ -278,7 +279,7 @@ def test_hostile_strings_are_escaped(tmp_path: Path, pictures: int) -> None:
         names,
         backbones=[one],
         gallery=[picture] * pictures,
-        figures=[Figure(key, HOSTILE, "higher", HOSTILE) for key in ("caption_iou", "retrieval_r1")],
+        metrics=[Metric(key, HOSTILE, "higher", HOSTILE) for key in ("caption_iou", "retrieval_r1")],
         settings={HOSTILE: {HOSTILE: HOSTILE}, "command": f"ttd {HOSTILE}"},
         failures={HOSTILE: HOSTILE},
         attribution=HOSTILE,
@@ -315,7 +316,7 @@ def test_missing_arms_are_no_error(tmp_path: Path, arms: tuple[Any, ...]) -> Non
     [
         {"gallery": []},
         {"backbones": [], "gallery": []},
-        {"figures": [], "gallery": []},
+        {"metrics": [], "gallery": []},
         {"settings": {}, "attribution": "", "gallery": []},
         {"trade_off": ("nothing", "retrieval_r1"), "gallery": []},
         {"gallery": [replace(make_picture(0), views={}, truth={}, why="")]},
@@ -327,7 +328,7 @@ def test_parts_that_are_missing_are_said_to_be_so(tmp_path: Path, changes: dict[
     assert len(page.all("h1")) == 1
 
 
-@pytest.mark.parametrize("changes", [{"backbones": []}, {"figures": []}])
+@pytest.mark.parametrize("changes", [{"backbones": []}, {"metrics": []}])
 def test_plots_without_data_are_left_out(tmp_path: Path, changes: dict[str, Any]) -> None:
     one = make_backbone("one", arms=("before",))
     assert draw_comparison_plots(tmp_path, make_comparison(**({"backbones": [one], "gallery": []} | changes))) == []
@@ -335,7 +336,7 @@ def test_plots_without_data_are_left_out(tmp_path: Path, changes: dict[str, Any]
 
 def test_figures_that_are_none_are_said_to_be_so(tmp_path: Path) -> None:
     one = make_backbone("one")
-    for rows in one.figures.values():
+    for rows in one.metrics.values():
         for row in rows:
             row["caption_iou"] = None
             row["tag_f1"] = float("nan")
@@ -458,3 +459,13 @@ def test_plots_are_pictures_of_some_size(tmp_path: Path) -> None:
             assert min(picture.size) > 300
             # Something is drawn on the white.
             assert len(picture.convert("RGB").getcolors(10**6) or []) > 20
+
+
+def test_the_old_names_of_metrics_work_and_warn() -> None:
+    comparison = make_comparison()
+    with pytest.warns(FutureWarning, match="Comparison.figures is now Comparison.metrics"):
+        assert comparison.figures is comparison.metrics
+    with pytest.warns(FutureWarning, match="BackboneResult.figures is now BackboneResult.metrics"):
+        assert comparison.backbones[0].figures is comparison.backbones[0].metrics
+    with pytest.warns(FutureWarning, match="Figure is now Metric"):
+        assert results.Figure is Metric

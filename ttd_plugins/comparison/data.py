@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ttd_plugins.adapter import DenseAdapter
-from ttd_plugins.comparison.results import Figure
+from ttd_plugins.comparison.results import Metric
 from ttd_plugins.embedded.scenes import ATTRIBUTION, Scene, Scenes
 from ttd_plugins.engine import TTD, TTDOptions
 from ttd_plugins.errors import InputError, choices_sentence
@@ -54,7 +54,7 @@ class ComparisonData(Protocol):
     """
 
     @property
-    def figures(self) -> tuple[Figure, ...]: ...
+    def figures(self) -> tuple[Metric, ...]: ...
     @property
     def attribution(self) -> str: ...
 
@@ -77,37 +77,37 @@ class ComparisonData(Protocol):
 
 
 # Figures that scenes and photographs share.
-TAG_BALANCE = Figure(
+TAG_BALANCE = Metric(
     "tag_balance",
     "tag balance",
     "higher",
     "How evenly the caption's map is lit over its true tags; 1 is even.",
 )
-TAG_F1 = Figure("tag_f1", "tag F1", "higher", "F1 of the tags that are selected, over all candidate words.")
-RETRIEVAL_R1 = Figure(
+TAG_F1 = Metric("tag_f1", "tag F1", "higher", "F1 of the tags that are selected, over all candidate words.")
+RETRIEVAL_R1 = Metric(
     "retrieval_r1",
     "retrieval R@1",
     "higher",
     "Image-text retrieval at 1, mean of both directions: what fine-tuning may cost.",
 )
-ZERO_SHOT = Figure(
+ZERO_SHOT = Metric(
     "zero_shot_top1",
     "zero-shot top-1",
     "higher",
     "How often the class name nearest to the image embedding is one that the picture shows: what fine-tuning may cost.",
 )
 SCENE_FIGURES = (
-    Figure(
+    Metric(
         "caption_iou",
         "Caption IoU",
         "higher",
         "Overlap of the caption's map, above 0.40, with what it truly names.",
     ),
-    Figure("tag_iou", "tag IoU", "higher", "Overlap of a true tag's map, above 0.50, with that tag's region."),
+    Metric("tag_iou", "tag IoU", "higher", "Overlap of a true tag's map, above 0.50, with that tag's region."),
     TAG_BALANCE,
     TAG_F1,
-    Figure("tag_ap", "tag AP", "higher", "Average precision of the nearest-patch score, over all candidate words."),
-    Figure(
+    Metric("tag_ap", "tag AP", "higher", "Average precision of the nearest-patch score, over all candidate words."),
+    Metric(
         "tag_ap_blind",
         "tag AP, blind",
         None,
@@ -115,7 +115,7 @@ SCENE_FIGURES = (
     ),
     RETRIEVAL_R1,
     ZERO_SHOT,
-    Figure(
+    Metric(
         "caption_map_spread",
         "map spread",
         None,
@@ -186,37 +186,37 @@ class SceneData:
 
 
 CAPTION_FIGURES = (
-    Figure(
+    Metric(
         "caption_iou",
         "Caption IoU",
         "higher",
         "Overlap of the caption's map, above 0.40, with what it truly names.",
     ),
-    Figure(
+    Metric(
         "caption_fpr",
         "Caption FPR",
         "lower",
         "Share of the overlap's union that the caption's map lights falsely.",
     ),
-    Figure("caption_fnr", "Caption FNR", "lower", "Share of the overlap's union that the caption's map misses."),
+    Metric("caption_fnr", "Caption FNR", "lower", "Share of the overlap's union that the caption's map misses."),
     TAG_BALANCE,
     TAG_F1,
-    Figure("tag_map", "tag mAP", "higher", "Average precision of the nearest-patch score, over all candidate words."),
-    Figure(
+    Metric("tag_map", "tag mAP", "higher", "Average precision of the nearest-patch score, over all candidate words."),
+    Metric(
         "tag_map_image",
         "tag mAP, image score",
         None,
         "The same by the pooled image embedding, the usual baseline.",
     ),
     RETRIEVAL_R1,
-    Figure("retrieval_r5", "retrieval R@5", "higher", "Image-text retrieval at 5, mean of both directions."),
+    Metric("retrieval_r5", "retrieval R@5", "higher", "Image-text retrieval at 5, mean of both directions."),
 )
 
 
 class CaptionedData:
     """Annotated photographs to measure on, by the protocols of tag selection and text-level segmentation."""
 
-    figures: tuple[Figure, ...] = CAPTION_FIGURES
+    figures: tuple[Metric, ...] = CAPTION_FIGURES
     attribution = ""
 
     def __init__(self, options: CompareOptions) -> None:

@@ -340,8 +340,8 @@ class _Run:
 
     def _result(self, name: str) -> BackboneResult:
         content = self._content(name)
-        parts = {key: content[key] for key in ("about", "figures", "curves", "seconds", "warnings")}
-        return BackboneResult(name, **parts)
+        parts = {key: content[key] for key in ("about", "curves", "seconds", "warnings")}
+        return BackboneResult(name, metrics=content["figures"], **parts)
 
     # What came of it -----------------------------------------------------------------------------------------------
 
@@ -359,7 +359,7 @@ class _Run:
         self.record.save()
         return Comparison(
             settings=self.record.content["settings"] | {"command": self.record.content["command"]},
-            figures=self.data.figures,
+            metrics=self.data.figures,
             backbones=[self._result(name) for name in names],
             gallery=pictures,
             attribution=self.data.attribution,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ttd_plugins.comparison.results import ARMS, BackboneResult, Comparison, Figure, mean_and_spread
+from ttd_plugins.comparison.results import ARMS, BackboneResult, Comparison, Metric, mean_and_spread
 
 ARM_LABELS = {"before": "before", "control": "control", "after": "after TTD"}
 
@@ -18,7 +18,7 @@ def gain(backbone: BackboneResult, key: str) -> tuple[float, float | None] | Non
 
     ``None`` where an arm was not run or a figure is not defined; the deviation is ``None`` with fewer than two seeds.
     """
-    pairs = zip(backbone.figures.get("after", []), backbone.figures.get("control", []), strict=False)
+    pairs = zip(backbone.metrics.get("after", []), backbone.metrics.get("control", []), strict=False)
     values = [(after.get(key), control.get(key)) for after, control in pairs]
     known = [after - control for after, control in values if after is not None and control is not None]
     if not known or len(known) != len(values):
@@ -26,9 +26,9 @@ def gain(backbone: BackboneResult, key: str) -> tuple[float, float | None] | Non
     return mean_and_spread(known)
 
 
-def summary(backbone: BackboneResult, figures: Sequence[Figure]) -> dict[str, Any]:
+def summary(backbone: BackboneResult, figures: Sequence[Metric]) -> dict[str, Any]:
     """``means`` and ``spreads`` by arm and figure, and the ``gains`` after less control by figure."""
-    arms = [arm for arm in ARMS if backbone.figures.get(arm)]
+    arms = [arm for arm in ARMS if backbone.metrics.get(arm)]
     gains = {figure.key: gain(backbone, figure.key) for figure in figures}
     return {
         "means": {arm: {figure.key: backbone.mean(arm, figure.key) for figure in figures} for arm in arms},
@@ -49,8 +49,8 @@ def table_rows(comparison: Comparison) -> list[tuple[str, str, list[str]]]:
     rows = []
     for backbone in comparison.backbones:
         for arm in ARMS:
-            if backbone.figures.get(arm):
-                keys = [figure.key for figure in comparison.figures]
+            if backbone.metrics.get(arm):
+                keys = [figure.key for figure in comparison.metrics]
                 rows.append(
                     (
                         backbone.name,
@@ -58,7 +58,7 @@ def table_rows(comparison: Comparison) -> list[tuple[str, str, list[str]]]:
                         [number(backbone.mean(arm, k), backbone.spread(arm, k)) for k in keys],
                     )
                 )
-        gains = [gain(backbone, figure.key) for figure in comparison.figures]
+        gains = [gain(backbone, figure.key) for figure in comparison.metrics]
         if any(found is not None for found in gains):
             texts = ["-" if found is None else number(*found, sign=True) for found in gains]
             rows.append((backbone.name, "gain", texts))
@@ -67,8 +67,8 @@ def table_rows(comparison: Comparison) -> list[tuple[str, str, list[str]]]:
 
 def markdown(comparison: Comparison) -> str:
     """The table in Markdown, what its columns mean, and what failed."""
-    heads = ["backbone", "", *(figure.label for figure in comparison.figures)]
-    lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * len(comparison.figures)]
+    heads = ["backbone", "", *(figure.label for figure in comparison.metrics)]
+    lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * len(comparison.metrics)]
     lines += [f"| {name} | {arm} | {' | '.join(texts)} |" for name, arm, texts in table_rows(comparison)]
     seeds = comparison.settings.get("seeds")
     lines += [
@@ -78,7 +78,7 @@ def markdown(comparison: Comparison) -> str:
         "",
         *(
             f"- {figure.label}{f' ({figure.better} is better)' if figure.better else ''}: {figure.meaning}"
-            for figure in comparison.figures
+            for figure in comparison.metrics
         ),
     ]
     if comparison.failures:
@@ -93,13 +93,13 @@ def write_markdown(path: Path, comparison: Comparison) -> None:
 
 def write_csv(path: Path, comparison: Comparison) -> None:
     """Write one row for each backbone, arm and seed; ``before`` has no seed, and what is not defined is empty."""
-    keys = [figure.key for figure in comparison.figures]
+    keys = [figure.key for figure in comparison.metrics]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["backbone", "arm", "seed", *keys])
     for backbone in comparison.backbones:
         for arm in ARMS:
-            for seed, values in enumerate(backbone.figures.get(arm, [])):
+            for seed, values in enumerate(backbone.metrics.get(arm, [])):
                 cells = ["" if values.get(key) is None else repr(values[key]) for key in keys]
                 writer.writerow([backbone.name, arm, "" if arm == "before" else seed, *cells])
     _write(path, text.getvalue())

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ttd_plugins.comparison.results import ARMS, Arm, BackboneResult, Comparison, Figure
+from ttd_plugins.comparison.results import ARMS, Arm, BackboneResult, Comparison, Metric
 from ttd_plugins.reports import page
 from ttd_plugins.reports.comparison_findings import mean
 
@@ -82,14 +82,14 @@ def place_labels(
     return placed
 
 
-def trade_off_figures(comparison: Comparison) -> tuple[Figure, Figure] | None:
+def trade_off_figures(comparison: Comparison) -> tuple[Metric, Metric] | None:
     """What TTD should raise and what it may cost; ``None`` where one of them is no column."""
-    by_key = {figure.key: figure for figure in comparison.figures}
+    by_key = {figure.key: figure for figure in comparison.metrics}
     up, cost = (by_key.get(key) for key in comparison.trade_off)
     return (up, cost) if up is not None and cost is not None else None
 
 
-def trade_off_points(backbone: BackboneResult, up: Figure, cost: Figure) -> dict[Arm, Point]:
+def trade_off_points(backbone: BackboneResult, up: Metric, cost: Metric) -> dict[Arm, Point]:
     """Arm -> (cost, gain), mean over the seeds, where both are defined."""
     found: dict[Arm, Point] = {}
     for arm in ARMS:
@@ -99,9 +99,9 @@ def trade_off_points(backbone: BackboneResult, up: Figure, cost: Figure) -> dict
     return found
 
 
-def seed_points(backbone: BackboneResult, arm: Arm, up: Figure, cost: Figure) -> list[Point]:
+def seed_points(backbone: BackboneResult, arm: Arm, up: Metric, cost: Metric) -> list[Point]:
     """(cost, gain) of each seed of an arm."""
-    pairs = [(row.get(cost.key), row.get(up.key)) for row in backbone.figures.get(arm, [])]
+    pairs = [(row.get(cost.key), row.get(up.key)) for row in backbone.metrics.get(arm, [])]
     return [(float(x), float(y)) for x, y in pairs if x is not None and y is not None and math.isfinite(x + y)]
 
 
@@ -201,7 +201,7 @@ def _inner_ticks(low: float, high: float, most: int) -> list[float]:
     raise AssertionError("a step of ten times the range has at most one tick")
 
 
-def _axis(figure: Figure, more: str, less: str) -> str:
+def _axis(figure: Metric, more: str, less: str) -> str:
     arrow = {"higher": f"{more} better", "lower": f"{less} better", None: more}[figure.better]
     return f"{figure.label[:1].upper()}{figure.label[1:]}, {arrow}"
 

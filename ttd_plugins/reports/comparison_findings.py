@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ttd_plugins.comparison.results import Arm, BackboneResult, Comparison, Figure, mean_and_spread
+from ttd_plugins.comparison.results import Arm, BackboneResult, Comparison, Metric, mean_and_spread
 from ttd_plugins.comparison.tables import gain
 from ttd_plugins.reports import page
 
@@ -52,15 +52,15 @@ def mean(backbone: BackboneResult, arm: Arm, key: str) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def change(backbone: BackboneResult, figure: Figure) -> Change | None:
+def change(backbone: BackboneResult, figure: Metric) -> Change | None:
     """The change of a figure by TTD; ``None`` where the arms were not run or the figure is not defined."""
-    baseline: Arm = "control" if backbone.figures.get("control") else "before"
+    baseline: Arm = "control" if backbone.metrics.get("control") else "before"
     key = figure.key
     if baseline == "control":
         found = gain(backbone, key)
     else:
         start = mean(backbone, "before", key)
-        rows = [row.get(key) for row in backbone.figures.get("after", [])]
+        rows = [row.get(key) for row in backbone.metrics.get("after", [])]
         gains = [value - start for value in rows if value is not None and start is not None]
         if not gains or len(gains) != len(rows):
             return None
@@ -70,7 +70,7 @@ def change(backbone: BackboneResult, figure: Figure) -> Change | None:
     return Change(*found, baseline, _verdict(*found, figure))
 
 
-def _verdict(value: float, spread: float | None, figure: Figure) -> Verdict:
+def _verdict(value: float, spread: float | None, figure: Metric) -> Verdict:
     if figure.better is None:
         return "none"
     # As it is shown, or a reader would see 0.005 called none.
@@ -83,9 +83,9 @@ def _verdict(value: float, spread: float | None, figure: Figure) -> Verdict:
 
 def describe_comparison(comparison: Comparison) -> page.Finding:
     """Say which backbone gains most and what it costs, where TTD does not help, and what is unsure."""
-    figures = {figure.key: figure for figure in comparison.figures}
-    lead = figures.get(comparison.trade_off[0]) or next((f for f in comparison.figures if f.better), None)
-    tuned = [backbone for backbone in comparison.backbones if backbone.figures.get("after")]
+    figures = {figure.key: figure for figure in comparison.metrics}
+    lead = figures.get(comparison.trade_off[0]) or next((f for f in comparison.metrics if f.better), None)
+    tuned = [backbone for backbone in comparison.backbones if backbone.metrics.get("after")]
     if not comparison.backbones:
         return page.Finding("No backbone was compared", _trouble(comparison))
     if lead is None:
@@ -106,11 +106,11 @@ def describe_comparison(comparison: Comparison) -> page.Finding:
     return page.Finding(_headline(tuned, lead, cost), sentences + _trouble(comparison))
 
 
-def _judged(comparison: Comparison, lead: Figure) -> list[Figure]:
-    return [lead, *(figure for figure in comparison.figures if figure.key in SELECTION and figure is not lead)]
+def _judged(comparison: Comparison, lead: Metric) -> list[Metric]:
+    return [lead, *(figure for figure in comparison.metrics if figure.key in SELECTION and figure is not lead)]
 
 
-def _better(value: Change, figure: Figure) -> float:
+def _better(value: Change, figure: Metric) -> float:
     """A change with the sign turned so that more is better."""
     return -value.mean if figure.better == "lower" else value.mean
 
@@ -119,7 +119,7 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _headline(tuned: Sequence[BackboneResult], lead: Figure, cost: Figure | None) -> str:
+def _headline(tuned: Sequence[BackboneResult], lead: Metric, cost: Metric | None) -> str:
     changes = {backbone.name: found for backbone in tuned if (found := change(backbone, lead)) is not None}
     if not changes:
         return f"What TTD does to {lead.label} could not be measured"
@@ -151,7 +151,7 @@ def _share(count: int, total: int) -> str:
     return f"{count} of {page.plural(total, 'backbone')}"
 
 
-def _most_words(tuned: Sequence[BackboneResult], figure: Figure) -> str:
+def _most_words(tuned: Sequence[BackboneResult], figure: Metric) -> str:
     changes = [(backbone, found) for backbone in tuned if (found := change(backbone, figure)) is not None]
     if not changes:
         return ""
@@ -173,7 +173,7 @@ def _numeral(value: float | None) -> str:
     return "n/a" if value is None else page.number(value)
 
 
-def _cost_words(tuned: Sequence[BackboneResult], cost: Figure) -> list[str]:
+def _cost_words(tuned: Sequence[BackboneResult], cost: Metric) -> list[str]:
     changes = {backbone.name: found for backbone in tuned if (found := change(backbone, cost)) is not None}
     if not changes:
         return [f"{_capital(cost.label)}: what TTD costs here was not measured."]
@@ -195,7 +195,7 @@ def _each(names: Sequence[str], changes: dict[str, Change]) -> str:
     return ", ".join(f"{name} {changes[name].signed}" for name in names)
 
 
-def _no_help_words(tuned: Sequence[BackboneResult], lead: Figure) -> list[str]:
+def _no_help_words(tuned: Sequence[BackboneResult], lead: Metric) -> list[str]:
     changes = {backbone.name: found for backbone in tuned if (found := change(backbone, lead)) is not None}
     rest = {name: found for name, found in changes.items() if found.verdict != "better"}
     if not rest:
@@ -204,7 +204,7 @@ def _no_help_words(tuned: Sequence[BackboneResult], lead: Figure) -> list[str]:
     return [f"TTD does not help {lead.label} on {', '.join(words)}."]
 
 
-def _below_before_words(tuned: Sequence[BackboneResult], lead: Figure) -> list[str]:
+def _below_before_words(tuned: Sequence[BackboneResult], lead: Metric) -> list[str]:
     """Backbones on which TTD beats the control, and yet all the training left them worse than they were."""
     sentences = []
     for backbone in tuned:
@@ -221,7 +221,7 @@ def _below_before_words(tuned: Sequence[BackboneResult], lead: Figure) -> list[s
     return sentences
 
 
-def _unsure_words(tuned: Sequence[BackboneResult], lead: Figure, changes: dict[str, Change | None]) -> list[str]:
+def _unsure_words(tuned: Sequence[BackboneResult], lead: Metric, changes: dict[str, Change | None]) -> list[str]:
     words = []
     known = [found for found in changes.values() if found is not None]
     if known and all(found.spread is None for found in known):
@@ -231,13 +231,13 @@ def _unsure_words(tuned: Sequence[BackboneResult], lead: Figure, changes: dict[s
     missing = [name for name, found in changes.items() if found is None]
     if missing:
         words.append(f"{_capital(lead.label)} is not defined in every arm of {', '.join(missing)}.")
-    without = [backbone.name for backbone in tuned if not backbone.figures.get("before")]
+    without = [backbone.name for backbone in tuned if not backbone.metrics.get("before")]
     if without:
         words.append(f"Before any training, {', '.join(without)} was not measured.")
     return words
 
 
-def _best_headline(comparison: Comparison, lead: Figure) -> str:
+def _best_headline(comparison: Comparison, lead: Metric) -> str:
     known = {b.name: value for b in comparison.backbones if (value := mean(b, "before", lead.key)) is not None}
     if not known:
         return f"{_capital(lead.label)} could not be measured"
@@ -250,7 +250,7 @@ def _best_headline(comparison: Comparison, lead: Figure) -> str:
 
 def _best_words(comparison: Comparison) -> list[str]:
     words = ["Nothing was fine-tuned: these are the backbones as they were loaded, and what TTD does is not shown."]
-    for figure in comparison.figures:
+    for figure in comparison.metrics:
         known = {b.name: value for b in comparison.backbones if (value := mean(b, "before", figure.key)) is not None}
         if figure.better is not None and len(known) > 1:
             first = sorted(known, key=known.__getitem__, reverse=figure.better == "higher")

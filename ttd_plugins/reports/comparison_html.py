@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ttd_plugins.comparison.results import ARMS, Arm, BackboneResult, Comparison, Figure, Picture, TagView, View
+from ttd_plugins.comparison.results import ARMS, Arm, BackboneResult, Comparison, Metric, Picture, TagView, View
 from ttd_plugins.errors import InputError
 from ttd_plugins.reports import page
 from ttd_plugins.reports.comparison_charts import (
@@ -103,10 +103,10 @@ def _about(comparison: Comparison) -> str:
     settings = comparison.settings
     data = settings.get("data")
     name = data.get("name") if isinstance(data, Mapping) else data
-    seeds = max((len(runs) for b in comparison.backbones for runs in b.figures.values()), default=0)
+    seeds = max((len(runs) for b in comparison.backbones for runs in b.metrics.values()), default=0)
     parts = ["ttd compare", page.plural(len(comparison.backbones), "backbone")]
     parts += [str(name)] if name else []
-    if any(backbone.figures.get("after") for backbone in comparison.backbones):
+    if any(backbone.metrics.get("after") for backbone in comparison.backbones):
         parts.append(page.plural(seeds, "seed"))
         parts += [f"{settings['steps']} steps"] if "steps" in settings else []
     return " · ".join(map(page.text, parts))
@@ -130,15 +130,15 @@ def _name(number: int, backbone: str) -> str:
 
 def _figures_section(comparison: Comparison) -> str:
     heads = [_head("Backbone", "text", "ascending"), _head("Arm", "arm", "ascending")]
-    for figure in comparison.figures:
+    for figure in comparison.metrics:
         first = "ascending" if figure.better == "lower" else "descending"
         heads.append(_head(figure.label, "number", first, {"higher": "↑", "lower": "↓"}.get(figure.better or "", "")))
     rows: list[str] = []
     begun: set[str] = set()
     for number, backbone in enumerate(comparison.backbones):
         for place, arm in enumerate(ARMS):
-            if backbone.figures.get(arm):
-                cells = "".join(_cell(backbone, arm, figure) for figure in comparison.figures)
+            if backbone.metrics.get(arm):
+                cells = "".join(_cell(backbone, arm, figure) for figure in comparison.metrics)
                 first = "" if backbone.name in begun else " first"
                 begun.add(backbone.name)
                 rows.append(
@@ -147,12 +147,12 @@ def _figures_section(comparison: Comparison) -> str:
                     f'<td class="arm" data-sort="{place}"><span class="swatch {arm}" aria-hidden="true"></span>'
                     f"{ARM_LABELS[arm]}</td>{cells}</tr>"
                 )
-    if not rows or not comparison.figures:
+    if not rows or not comparison.metrics:
         return _section("figures", "Figures", "<p>Nothing was measured.</p>")
     meanings = "".join(
         f"<div><dt>{page.text(figure.label)}{f', {figure.better} is better' if figure.better else ''}</dt>"
         f"<dd>{page.text(figure.meaning)}</dd></div>"
-        for figure in comparison.figures
+        for figure in comparison.metrics
     )
     return _section(
         "figures",
@@ -179,7 +179,7 @@ def _head(label: str, kind: str, first: str, arrow: str = "") -> str:
     )
 
 
-def _cell(backbone: BackboneResult, arm: Arm, figure: Figure) -> str:
+def _cell(backbone: BackboneResult, arm: Arm, figure: Metric) -> str:
     value = mean(backbone, arm, figure.key)
     if value is None:
         return '<td data-sort=""><span class="missing">n/a</span></td>'
@@ -218,7 +218,7 @@ def _trade_off_section(comparison: Comparison) -> str:
             "trade-off", "Trade-off", f"<p>No backbone has both figures of this plot, {page.text(keys)}.</p>"
         )
     up, cost = axes
-    arms = {arm for backbone in comparison.backbones for arm in ARMS if backbone.figures.get(arm)}
+    arms = {arm for backbone in comparison.backbones for arm in ARMS if backbone.metrics.get(arm)}
     legend = "".join(
         f'<li><svg class="icon" viewBox="0 0 16 16" aria-hidden="true">{mark}</svg> {label}</li>'
         for arm, mark, label in (

@@ -145,8 +145,8 @@ def _trade_off(drawing: Drawing, comparison: Comparison) -> bool:
 
 
 def _gains(drawing: Drawing, comparison: Comparison) -> bool:
-    judged = [figure for figure in comparison.figures if figure.better is not None]
-    tuned = [(n, backbone) for n, backbone in enumerate(comparison.backbones) if backbone.figures.get("after")]
+    judged = [figure for figure in comparison.metrics if figure.better is not None]
+    tuned = [(n, backbone) for n, backbone in enumerate(comparison.backbones) if backbone.metrics.get("after")]
     gains = {figure.key: [change(backbone, figure) for _, backbone in tuned] for figure in judged}
     judged = [figure for figure in judged if any(gains[figure.key])]
     if not judged:
