@@ -109,11 +109,13 @@ class View:
         caption: ``[rows, columns]`` float32 in 0 to 1, the caption's similarity map.
         tags: candidate tags, in the caption's order.
         iou: Caption IoU of this image; ``None`` without masks.
+        truncated: whether the caption is longer than the text tower's context, so that its end was not read.
     """
 
     caption: NDArray[np.float32]
     tags: Sequence[TagView]
     iou: float | None = None
+    truncated: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class Picture:
         truth: true tag to ``[height, width]`` bool mask; empty without ground truth.
         views: name of the backbone to arm to view, of the first seed.
         why: why the image is shown, as in "largest gain" or "largest loss".
+        absent: tags of the caption that the image is known not to show.
     """
 
     key: str
@@ -135,6 +138,7 @@ class Picture:
     truth: Mapping[str, NDArray[np.bool_]]
     views: Mapping[str, Mapping[Arm, View]]
     why: str = ""
+    absent: Sequence[str] = ()
 
 
 @dataclass
