@@ -10,7 +10,7 @@ import typer
 from ttd_plugins.errors import InputError
 
 if TYPE_CHECKING:
-    from ttd_plugins.reports.demo_html import DemoResult
+    from ttd_plugins.reports.demo import DemoResult
 
 ROWS = {
     "tag_ap": "tag AP (pixel score)",

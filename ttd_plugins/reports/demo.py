@@ -10,19 +10,21 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ttd_plugins.adapter import DenseAdapter
+from ttd_plugins.comparison.data import SCENE_FIGURES
+from ttd_plugins.comparison.results import BackboneResult, Comparison, Picture, TagView, View
 from ttd_plugins.embedded.scenes import ATTRIBUTION, Scene, Scenes
 from ttd_plugins.engine import TTD, CaptionMaps
 from ttd_plugins.evaluation.metrics import intersection_over_union, upsample_map
 from ttd_plugins.evaluation.scene_protocol import CAPTION_MAP_THRESHOLD, SceneMetrics, measure_on_scenes
 from ttd_plugins.plugins import load
-from ttd_plugins.reports.demo_html import DemoResult, GalleryItem, write_demo_report
+from ttd_plugins.reports.comparison_html import write_comparison_report
 from ttd_plugins.reports.heatmaps import draw_maps
 from ttd_plugins.training.loop import StepReport
 from ttd_plugins.training.scene_tuning import SceneTuning, tune_on_scenes
@@ -48,6 +50,65 @@ class DemoOptions:
     backbone: str = "open_clip:tiny"
     scenes: int = 512
     tuning: SceneTuning = field(default_factory=SceneTuning)
+
+
+@dataclass(frozen=True)
+class GalleryItem:
+    """A scene of the gallery, its maps in each arm, and its Caption IoU in each arm."""
+
+    scene: Scene
+    before: CaptionMaps
+    control: CaptionMaps
+    after: CaptionMaps
+    caption_iou: dict[str, float]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Settings, metrics of the three arms, training curves and gallery."""
+
+    settings: dict[str, Any]
+    before: dict[str, Any]
+    control: dict[str, Any]
+    after: dict[str, Any]
+    curves: dict[str, list[StepReport]]
+    gallery: list[GalleryItem]
+    attribution: str
+
+    def comparison(self, name: str) -> Comparison:
+        """The result as a comparison of one backbone."""
+        arms: dict[Any, dict[str, Any]] = {"before": self.before, "control": self.control, "after": self.after}
+        curves: dict[Any, list[StepReport]] = {"control": self.curves["control"], "after": self.curves["ttd"]}
+        backbone = BackboneResult(
+            name,
+            metrics={arm: [{m.key: found[m.key] for m in SCENE_FIGURES}] for arm, found in arms.items()},
+            bias={arm: [found["caption_map_in_tag"]] for arm, found in arms.items()},
+            curves={
+                arm: [[{"step": r.step, "loss": r.loss, **r.losses, **r.statistics} for r in reports]]
+                for arm, reports in curves.items()
+            },
+        )
+        gallery = [
+            Picture(
+                key=f"scene {number}",
+                image=item.scene.image,
+                caption=item.scene.caption,
+                truth={tag: item.scene.masks[tag] for tag in item.scene.true_tags},
+                absent=item.scene.absent_tags,
+                views={name: {arm: _view(getattr(item, arm), item.caption_iou[arm]) for arm in arms}},
+            )
+            for number, item in enumerate(self.gallery, start=1)
+        ]
+        return Comparison(self.settings, SCENE_FIGURES, [backbone], gallery, attribution=self.attribution)
+
+
+def _view(maps: CaptionMaps, iou: float) -> View:
+    rows = zip(maps.tags, maps.probabilities, maps.selected, maps.tag_maps_normalized, strict=True)
+    tags = [
+        TagView(text, maps.caption.lower().find(text.lower()), float(score), bool(selected), heat)
+        for text, score, selected, heat in rows
+    ]
+    return View(maps.caption_map_normalized, tags, iou, maps.truncated)
 
 
 def run_demo(out: Path, options: DemoOptions | None = None, *, stage: Stage | None = None) -> DemoResult:
@@ -90,7 +151,7 @@ def run_demo(out: Path, options: DemoOptions | None = None, *, stage: Stage | No
         gallery=gallery,
         attribution=ATTRIBUTION,
     )
-    write_demo_report(out / "report.html", result)
+    write_comparison_report(out / "report.html", result.comparison(options.backbone))
     return result
 
 
