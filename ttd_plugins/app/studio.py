@@ -107,7 +107,7 @@ class Studio:
 
     Args:
         backbones: names, in the order in which they are shown.
-        tuned: for some of them, where their tuned twin is; see :func:`ttd_plugins.training.tuned.load_tuned`.
+        tuned: for some of them, where their tuned twin is; see :func:`ttd_plugins.backbone_sources.load_tuned`.
         options: the engine's.
         device: where the models go.
 
@@ -124,7 +124,7 @@ class Studio:
         options: TTDOptions | None = None,
         device: str | None = None,
     ) -> None:
-        from ttd_plugins.training.tuned import untuned_name
+        from ttd_plugins.backbone_sources import untuned_name
 
         self.backbones = list(dict.fromkeys(backbones))
         self.tuned = dict(tuned or {})
@@ -224,7 +224,7 @@ class Studio:
         return BackboneView(name, before, after, kept.title, tuple(notes))
 
     def _load_tuned(self, name: str) -> DenseAdapter:
-        from ttd_plugins.training.tuned import load_tuned
+        from ttd_plugins.backbone_sources import load_tuned
 
         return load_tuned(name, self.tuned[name], device=self.device)
 
