@@ -26,7 +26,7 @@ from ttd_plugins.errors import InputError
 from ttd_plugins.training.scene_tuning import SceneTuning, tune_on_scenes
 
 FIGURES = ("tag_ap", "tag_ap_blind", "tag_f1", "caption_iou", "tag_iou", "tag_balance", "retrieval_r1")
-SMALL = replace(demo_options(seed=3, steps=2, scenes=24), batch_size=8)
+SMALL = replace(demo_options("open_clip:tiny", seed=3, steps=2, scenes=24), batch_size=8)
 TUNING = SceneTuning(steps=2, batch_size=8, seed=3)
 
 
@@ -208,7 +208,7 @@ def test_three_seeds_meet_the_bar(tmp_path: Path) -> None:
     root = Path(os.environ.get("TTD_DEMO_RUNS", tmp_path))
     runs = []
     for seed in range(3):
-        run_demo(root / f"seed{seed}", demo_options(seed=seed))
+        run_demo(root / f"seed{seed}", demo_options("open_clip:tiny", seed=seed))
         content = json.loads((root / f"seed{seed}" / "metrics.json").read_text())
         assert sum(content["seconds"].values()) < 600
         runs.append(content)

@@ -60,7 +60,7 @@ def open_backbone(name: str, *, seed: int = 0, device: str | None = None) -> Den
 
     Args:
         name: ``family:model@weights``; a source that names its backbone, such as the folder of a run; or a name and a
-            source joined by ``+``, such as ``open_clip:tiny+exported/lora``.
+            source joined by ``+``, such as ``family:model+exported/lora``.
         seed: decides the weights of a name that ends in ``@random``.
         device: device of the backbone; the library's default if ``None``.
 

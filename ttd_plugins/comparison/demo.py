@@ -25,7 +25,7 @@ LOSSES = ("tag", "distill", "contrastive")
 
 
 def demo_options(
-    backbone: str = "open_clip:tiny", *, seed: int = 0, steps: int = 200, scenes: int = 512, rank: int = 16
+    backbone: str, *, seed: int = 0, steps: int = 200, scenes: int = 512, rank: int = 16
 ) -> CompareOptions:
     """Return the options of the demo.
 
@@ -40,13 +40,13 @@ def demo_options(
 
 
 def run_demo(
-    out: Path, options: CompareOptions | None = None, *, stage: Stage = no_progress, command: str | None = None
+    out: Path, options: CompareOptions, *, stage: Stage = no_progress, command: str | None = None
 ) -> Comparison:
     """Run the demo: a comparison, plus ``heatmaps/*.png`` and a short ``metrics.json``.
 
     Args:
         out: folder for the results; it is created if it does not exist.
-        options: options from :func:`demo_options`, the default.
+        options: options from :func:`demo_options`.
         stage: progress callback.
         command: shell command that repeats the demo, for the report.
 
@@ -54,7 +54,6 @@ def run_demo(
         InputError: ``out`` cannot be written, or has the results of other options.
         TTDError: the backbone cannot be loaded, or a package that draws scenes is not installed.
     """
-    options = options or demo_options()
     if (out / METRICS).exists() and not (out / RESULTS).exists():
         # A folder of version 0.1: its results are computed again, and those of other settings are left alone.
         ExperimentRecord(out / METRICS, _settings(options))

@@ -86,7 +86,7 @@ def compare(
 
     Example::
 
-        comparison = compare(["open_clip:tiny", "siglip:tiny"], out="runs/compare", seeds=1, steps=50)
+        comparison = compare(["family:model", "runs/mine"], out="runs/compare", seeds=1, steps=50)
         print(comparison.backbones[0].mean("after", "caption_iou"))
     """
     names = (backbones,) if isinstance(backbones, str) else tuple(backbones)
