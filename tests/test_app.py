@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 from ttd_plugins import cli
 from ttd_plugins.app import studio as studio_module
 from ttd_plugins.app.studio import Studio, TuningStoppedError, embedded_backbones, is_embedded
+from ttd_plugins.backbone_sources import load_tuned, source_kind
 from ttd_plugins.cli.app import parse_tuned
 from ttd_plugins.engine import TTD
 from ttd_plugins.errors import BackboneNameError, InputError, TTDError
 from ttd_plugins.plugins import load, temporary_plugin
-from ttd_plugins.training.tuned import load_tuned, tuned_kind
 
 CAPTION = "a dog beside an umbrella"
 FAKE, TINY = "fake:small", "open_clip:tiny"
@@ -316,14 +316,14 @@ def test_every_form_of_a_tuned_backbone_is_loaded(tiny: str, tmp_path: Path) -> 
     for form, kind in (("lora", "lora"), ("weights", "weights"), ("native", "weights")):
         folder = tmp_path / form
         export_backbone(adapter, folder, form=form)  # type: ignore[arg-type]
-        assert tuned_kind(str(folder)) == kind
+        assert source_kind(str(folder)) == kind
         assert_same_maps(load_tuned(tiny, str(folder)), adapter)
     trained = {n: p.detach().contiguous() for n, p in adapter.model.named_parameters() if p.requires_grad}
     demo = tmp_path / "demo"
     (demo / "weights").mkdir(parents=True)
     save_file(trained, demo / "weights" / "after.safetensors")
     (demo / "metrics.json").write_text('{"settings": {"backbone": "open_clip:tiny"}}')
-    assert tuned_kind(str(demo)) == "demo"
+    assert source_kind(str(demo)) == "demo"
     assert_same_maps(load_tuned(tiny, str(demo)), adapter)
     assert_same_maps(load_tuned(tiny, str(demo / "weights" / "after.safetensors")), adapter)
     (demo / "metrics.json").write_text('{"settings": {"backbone": "siglip:tiny"}}')
@@ -331,7 +331,7 @@ def test_every_form_of_a_tuned_backbone_is_loaded(tiny: str, tmp_path: Path) -> 
         load_tuned(tiny, str(demo))
     half = dict(list(trained.items())[: len(trained) // 2])
     save_file(half, tmp_path / "half.safetensors")
-    with pytest.raises(InputError, match=r"lacks .* tensors of LoRA"):
+    with pytest.raises(InputError, match=r"lacks .* LoRA tensors"):
         load_tuned(tiny, str(tmp_path / "half.safetensors"))
     view = Studio([tiny], {tiny: str(tmp_path / "lora")}).view(*Studio.example(0), [tiny]).views[0]
     assert view.after is not None and view.after_title == f"after: {tmp_path / 'lora'}"
@@ -358,7 +358,7 @@ def test_a_run_is_loaded_and_a_run_of_another_backbone_refused(tiny: str, tmp_pa
         }
     )
     result = train_run(config, tmp_path / "run", loader=Pixels())
-    assert tuned_kind(str(tmp_path / "run")) == "run"
+    assert source_kind(str(tmp_path / "run")) == "run"
     assert_same_maps(load_tuned(tiny, str(tmp_path / "run")), result.backbone.eval())
     with pytest.raises(InputError, match="is a run of open_clip:tiny and not of siglip:tiny"):
         load_tuned("siglip:tiny", str(tmp_path / "run"))
@@ -368,7 +368,7 @@ def test_a_run_is_loaded_and_a_run_of_another_backbone_refused(tiny: str, tmp_pa
     ("make", "sentence"),
     [
         (lambda path: None, "does not exist"),
-        (lambda path: path.mkdir(), "holds no tuned backbone"),
+        (lambda path: path.mkdir(), "contains no tuned backbone"),
         (lambda path: path.write_text("x"), r"is a file and not \*\.safetensors"),
     ],
 )
@@ -400,7 +400,7 @@ def refused(*arguments: str) -> str:
 
 def test_a_wrong_command_line_is_one_sentence(fake: FakeFamily, tmp_path: Path) -> None:
     pytest.importorskip("gradio")
-    assert "not of the form NAME=PATH" in refused("--tuned", "open_clip:tiny")
+    assert "is not NAME=PATH" in refused("--tuned", "open_clip:tiny")
     assert "twice" in refused("--tuned", "a:b=x", "--tuned", "a:b=y")
     assert "empty name" in refused("--backbones", "fake:small,,")
     assert "1 to 65535" in refused("--port", "70000")

@@ -115,7 +115,7 @@ class Studio:
 
     Args:
         backbones: names, in the order in which the page shows them.
-        tuned: for some names, the path of a fine-tuned backbone; see :func:`ttd_plugins.training.tuned.load_tuned`.
+        tuned: for some names, the path of a fine-tuned backbone; see :func:`ttd_plugins.backbone_sources.load_tuned`.
         options: options of the engine.
         device: device of the models.
 
@@ -132,7 +132,7 @@ class Studio:
         options: TTDOptions | None = None,
         device: str | None = None,
     ) -> None:
-        from ttd_plugins.training.tuned import untuned_name
+        from ttd_plugins.backbone_sources import untuned_name
 
         self.backbones = list(dict.fromkeys(backbones))
         self.tuned = dict(tuned or {})
@@ -232,7 +232,7 @@ class Studio:
         return BackboneView(name, before, after, loaded.title, tuple(notes))
 
     def _load_tuned(self, name: str) -> DenseAdapter:
-        from ttd_plugins.training.tuned import load_tuned
+        from ttd_plugins.backbone_sources import load_tuned
 
         return load_tuned(name, self.tuned[name], device=self.device)
 
