@@ -60,7 +60,7 @@ def test_a_view_is_what_the_engine_says(fake: FakeFamily, picture: Path) -> None
     assert result.caption == CAPTION and result.tags == maps.tags == view.before.tags
     assert np.array_equal(view.before.caption_map, maps.caption_map)
     assert np.array_equal(view.before.scores, maps.scores) and np.array_equal(view.before.selected, maps.selected)
-    assert np.array_equal(result.picture, np.asarray(Image.open(picture)))
+    assert np.array_equal(result.image, np.asarray(Image.open(picture)))
 
 
 def test_a_backbone_is_loaded_when_asked_for_and_once(fake: FakeFamily, picture: Path) -> None:
@@ -109,7 +109,7 @@ def test_what_cannot_be_shown_is_one_sentence(
 def test_no_picture_and_no_image_are_one_sentence(fake: FakeFamily, tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("no picture")
     studio = Studio([FAKE])
-    for image, sentence in ((None, "no picture yet"), (tmp_path / "text.jpg", "'text.jpg' is not an image")):
+    for image, sentence in ((None, "no image yet"), (tmp_path / "text.jpg", "'text.jpg' is not an image")):
         with pytest.raises(InputError, match=sentence) as caught:
             studio.view(image, CAPTION, [FAKE])
         assert str(tmp_path) not in str(caught.value)
@@ -133,7 +133,7 @@ def test_pictures_as_people_have_them(fake: FakeFamily, tmp_path: Path) -> None:
     turned.save(tmp_path / "turned.jpg", exif=exif)
     Image.new("RGB", (3000, 900)).save(tmp_path / "wide.png")
     shapes = {
-        name: studio.view(tmp_path / name, CAPTION, [FAKE]).picture
+        name: studio.view(tmp_path / name, CAPTION, [FAKE]).image
         for name in ("grey.png", "clear.png", "turned.jpg", "wide.png")
     }
     assert shapes["grey.png"].shape == (20, 30, 3) and shapes["grey.png"][0, 0].tolist() == [156] * 3
@@ -181,7 +181,7 @@ def test_visitors_share_a_model_and_do_not_disturb_each_other(fake: FakeFamily, 
 
 def test_a_result_as_html_shows_every_tag_and_map_and_escapes_texts(fake: FakeFamily, picture: Path) -> None:
     pytest.importorskip("matplotlib")
-    from ttd_plugins.app.page import render_error, render_result
+    from ttd_plugins.app.rendering import render_error, render_result
 
     result = Studio([FAKE]).view(picture, 'dog <img src="x" onerror=alert(1)> umbrella', [FAKE])
     page = render_result(result)
@@ -189,9 +189,28 @@ def test_a_result_as_html_shows_every_tag_and_map_and_escapes_texts(fake: FakeFa
     assert 'src="x"' not in page and "&lt;img" in page
     view = result.views[0].before
     assert view is not None
-    assert page.count("<b>kept</b>") == int(view.selected.sum())
+    assert page.count("<b>selected</b>") == int(view.selected.sum())
     assert f"{float(view.scores[0]):.3f}" in page
     assert "<script" not in render_error("<script>")
+
+
+def test_a_result_has_the_layers_of_the_shared_overlay(fake: FakeFamily, picture: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from ttd_plugins.app.rendering import render_result
+    from ttd_plugins.reports.heat_overlay import heat_layer_uri
+
+    result = Studio([FAKE]).view(picture, CAPTION, [FAKE])
+    view = result.views[0].before
+    assert view is not None
+    page = render_result(result)
+    for heat in (view.caption_map_normalized, view.union, *view.tag_maps_normalized):
+        assert f'src="{heat_layer_uri(heat)}"' in page
+
+
+def test_the_old_name_of_the_image_works_and_warns(fake: FakeFamily, picture: Path) -> None:
+    result = Studio([FAKE]).view(picture, CAPTION, [FAKE])
+    with pytest.warns(FutureWarning, match=r"AppResult.picture is now AppResult.image"):
+        assert result.picture is result.image
 
 
 # Fine-tuning here ----------------------------------------------------------------------------------------------------
@@ -255,11 +274,11 @@ def test_who_waits_for_a_fine_tuning_can_stop_too_and_none_is_started_twice(tiny
             studio.tune(tiny, 2, "two")
         assert studio.stop("two")
         thread.join(10)
-    assert [str(error) for error in failures] == ["stopped before the first step; nothing was changed"]
+    assert [str(error) for error in failures] == ["stopped before the first step; nothing has changed"]
 
 
 def test_only_so_many_tuned_backbones_are_kept(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(studio_module, "MOST_TUNED", 2)
+    monkeypatch.setattr(studio_module, "MAX_TUNED", 2)
     studio = Studio([tiny])
     for visitor in "abc":
         studio.tune(tiny, 1, visitor, batch_size=2)

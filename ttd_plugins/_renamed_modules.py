@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from types import ModuleType
 
 RENAMED_MODULES = {
+    "ttd_plugins.app.layout": "ttd_plugins.app.gradio_page",
+    "ttd_plugins.app.page": "ttd_plugins.app.rendering",
     "ttd_plugins.comparison.backbones": "ttd_plugins.backbone_sources",
     "ttd_plugins.compiling": "ttd_plugins.utils.compiling",
     "ttd_plugins.data.keeping": "ttd_plugins.data.score_filter",

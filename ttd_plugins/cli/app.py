@@ -43,7 +43,7 @@ def command(
         raise InputError(f"--backbones {backbones!r} contains an empty name; separate names by single commas")
     if port is not None and not 1 <= port <= 65535:
         raise InputError(f"--port must be from 1 to 65535, not {port}")
-    from ttd_plugins.app.layout import import_gradio, serve
+    from ttd_plugins.app.gradio_page import import_gradio, serve
 
     # First, so that a missing package is reported at once.
     import_gradio()
@@ -59,7 +59,7 @@ def command(
     if names is None:
         names = list(sources) or sorted(embedded_backbones(), key=lambda name: name != maps.DEFAULT_BACKBONE)
     studio = Studio(list(dict.fromkeys([*names, *sources])), sources, options=options, device=device)
-    serve(studio, host=host, port=port, browser=not no_browser, said=typer.echo)
+    serve(studio, host=host, port=port, browser=not no_browser, announce=typer.echo)
 
 
 def parse_tuned(given: list[str] | None) -> dict[str, str]:
