@@ -19,7 +19,7 @@ from ttd_plugins import cli
 from ttd_plugins.adapter import Calibration
 from ttd_plugins.cli.train import FLAGS
 from ttd_plugins.errors import InputError
-from ttd_plugins.training.config import TrainConfig, replaced
+from ttd_plugins.training.config import TrainConfig
 
 
 def write(folder: Path, text: str) -> Path:

@@ -18,8 +18,8 @@ from ttd_plugins.errors import InputError, TTDError
 from ttd_plugins.training import scene_tuning, strategies
 from ttd_plugins.training.config import OptimizerConfig
 from ttd_plugins.training.loop import StepReport, train_in_memory
-from ttd_plugins.training.step import learning_rate_factor
 from ttd_plugins.training.scene_tuning import SceneTuning, scene_batches, tune_on_scenes
+from ttd_plugins.training.step import learning_rate_factor
 
 QUICK = OptimizerConfig(learning_rate=0.02, weight_decay=0.0, warm_up=3)
 
