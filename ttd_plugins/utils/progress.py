@@ -29,7 +29,7 @@ def list_with_progress(items: Iterable[_T], advance: Advance) -> list[_T]:
 
 @contextmanager
 def progress_bars(
-    *, stderr: bool = True, width: int = 28, keep_finished: int | None = None
+    *, stderr: bool = True, width: int = 28, keep_finished: int | None = None, terminal_only: bool = False
 ) -> Iterator[Callable[[str, int | None], Advance]]:
     """Yield a :data:`Stage` that displays one bar per subtask in the terminal.
 
