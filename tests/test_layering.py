@@ -205,7 +205,8 @@ def test_importing_what_users_need_costs_little_more_than_torch() -> None:
     # Name by name rather than by the clock, which a busy machine would make unreliable.
     pydantic = {"pydantic", "pydantic_core", "annotated_types", "typing_inspection", "typing_extensions"}
     assert foreign <= {"numpy", "pluggy", "PIL", "safetensors", "__editable___ttd_plugins_0_1_0_finder"} | pydantic
-    assert len(more) < 0.05 * len(torch)
+    # pydantic validates options wherever they are made.
+    assert len(more) < 0.08 * len(torch)
 
 
 def test_importing_the_package_loads_nothing() -> None:
