@@ -35,6 +35,7 @@ LAYERS = (
     "ttd_plugins.plugins",
     "ttd_plugins.data.images",
     "ttd_plugins.method",
+    "ttd_plugins.options",
     "ttd_plugins.engine",
     "ttd_plugins.calibration",
     "ttd_plugins.embedded",
