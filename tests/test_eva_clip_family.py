@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 from ttd_eva_clip import plugin, tiny
 from ttd_eva_clip.family import EvaCLIPFamily
-from ttd_eva_clip.structure import refusal_of_config
+from ttd_eva_clip.recognition import unsupported_config_reason
 from ttd_eva_clip.tiny import EMBEDDED_FOLDER, build_tiny, load_tiny
 
 from ttd_plugins.adapter import Calibration
@@ -93,7 +93,7 @@ def test_every_listed_architecture_is_built_as_something_that_is_claimed(family:
         shell.visual.trunk = trunk
         shell.encode_image = shell.encode_text = lambda: None
         assert family.claims(shell) == (name in family.models()) == trunk_name.startswith("eva"), name
-        assert (refusal_of_config({"vision_cfg": vision}) is None) == trunk_name.startswith("eva")
+        assert (unsupported_config_reason({"vision_cfg": vision}) is None) == trunk_name.startswith("eva")
 
 
 def test_unknown_names_are_answered_with_suggestions(family: EvaCLIPFamily, architecture: str) -> None:

@@ -36,10 +36,10 @@ from helpers_siglip import (
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
-from ttd_siglip import plugin, structure, tiny
-from ttd_siglip.building import fresh_model
-from ttd_siglip.configs import KNOWN
+from ttd_siglip import plugin, recognition, tiny
+from ttd_siglip.architectures import KNOWN
 from ttd_siglip.family import SiglipFamily
+from ttd_siglip.fresh_model import fresh_model
 
 from ttd_plugins.adapter import Calibration
 from ttd_plugins.errors import BackboneNameError, InputError, MissingDependencyError, TTDError, UnsupportedModelError
@@ -287,7 +287,7 @@ def test_weights_that_are_missing_are_never_replaced_by_random_ones(family: Sigl
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
         TTDError,
-        match=r"1 tensors of the model are absent or of another shape, such as vision_model.head.probe",
+        match=r"1 weights are absent or of another shape, such as vision_model.head.probe",
     ):
         family.load(str(tmp_path), "own")
     (tmp_path / "model.safetensors").unlink()
@@ -446,7 +446,7 @@ def test_tiny_is_small_and_starts_as_siglip_does(family: SiglipFamily) -> None:
 
 
 def test_tiny_without_weights_says_so(family: SiglipFamily, tiny_folder: Path) -> None:
-    with pytest.raises(TTDError, match=r"model\.safetensors are not there; .*siglip:tiny@random") as caught:
+    with pytest.raises(TTDError, match=r"model\.safetensors are absent; .*siglip:tiny@random") as caught:
         family.load("tiny", "embedded")
     assert "\n" not in str(caught.value)
 
@@ -576,10 +576,10 @@ def test_models_of_other_families_are_not(family: SiglipFamily, build: Any) -> N
 
 
 def test_the_family_open_clip_claims_none_of_these() -> None:
-    other = pytest.importorskip("ttd_open_clip.structure")
+    other = pytest.importorskip("ttd_open_clip.recognition")
     for model in (tiny_transformers(), tiny_timm()):
         assert not other.is_native_vit_clip(model)
-        assert structure.is_siglip(model)
+        assert recognition.is_siglip(model)
 
 
 def test_wrapping_through_the_registry() -> None:
