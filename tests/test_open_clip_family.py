@@ -23,8 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
-from ttd_open_clip import family as family_module
-from ttd_open_clip import plugin, tiny
+from ttd_open_clip import plugin, recognition, tiny
 from ttd_open_clip.family import OpenCLIPFamily
 from ttd_open_clip.tiny import build_tiny, load_tiny
 
@@ -95,7 +94,7 @@ def test_every_listed_architecture_is_built_as_something_that_is_claimed(family:
         shell = nn.Module()
         shell.visual, shell.logit_scale = tower, nn.Parameter(torch.zeros(()))
         shell.encode_image = shell.encode_text = lambda: None
-        refused = family_module.unsupported_config_reason({"vision_cfg": vision})
+        refused = recognition.unsupported_config_reason({"vision_cfg": vision})
         assert (name in family.models()) == (refused is None)
         assert family.claims(shell) == (refused is None or "learned queries" in refused), name
 

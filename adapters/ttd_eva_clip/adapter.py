@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttd_eva_clip import recognition
 from ttd_eva_clip.eva_blocks import bias_is_added_outside, opaque_qkv_reason, rotary_embedding, run_last_block
-from ttd_eva_clip.recognition import import_open_clip, unsupported_reason
 from ttd_plugins.adapter import ImageFeatures, Tower
 from ttd_plugins.toolkit import text_tower
 from ttd_plugins.toolkit.attention import call_checkpointed
@@ -26,10 +26,7 @@ class EvaCLIPAdapter(OpenCLIPModelAdapter):
     export_failure = (
         "it passes only a trunk's name on to timm, and none of its own architectures has a trunk like this one"
     )
-    _import_open_clip = staticmethod(import_open_clip)
-
-    def _unsupported_reason(self, model: nn.Module) -> str | None:
-        return unsupported_reason(model)
+    recognition = recognition
 
     def _unsupported_mode_reason(self, mode: DenseMode) -> str | None:
         return opaque_qkv_reason(self._trunk.blocks[-1].attn) if mode.needs_explicit_qkv else None

@@ -24,7 +24,7 @@ def import_open_clip() -> Any:
     return import_library("open_clip", "EVA-CLIP backbones", distribution="open_clip_torch", install=install)
 
 
-def is_eva_clip(model: object) -> bool:
+def claims(model: object) -> bool:
     """Whether ``model`` is a CLIP model around a timm EVA trunk without attentional pooling."""
     trunk = getattr(getattr(model, "visual", None), "trunk", None)
     if trunk is None or not all(hasattr(model, name) for name in ("encode_image", "encode_text", "logit_scale")):
@@ -50,7 +50,7 @@ def unsupported_reason(model: object) -> str | None:
             "its image tower pools with learned queries (attentional pooling), so its patches have no place in the "
             "joint image-text space"
         )
-    if not is_eva_clip(model):
+    if not claims(model):
         return "its image tower is not built like timm's Eva (visual.trunk with rope, norm_pre, blocks, norm and head)"
     if trunk.global_pool not in POOLS:
         return _pool_reason(trunk.global_pool)

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ttd_open_clip import recognition
 from ttd_open_clip.model_config import read_config
 from ttd_open_clip.open_clip_blocks import is_plain_attention, opaque_qkv_reason, run_last_block
-from ttd_open_clip.recognition import import_open_clip, unsupported_reason
 from ttd_plugins.adapter import ImageFeatures, Tower
 from ttd_plugins.toolkit import text_tower
 from ttd_plugins.toolkit.attention import call_checkpointed
@@ -23,10 +23,7 @@ class OpenCLIPAdapter(OpenCLIPModelAdapter):
     """``open_clip.CLIP`` or ``CustomTextCLIP`` with open_clip's own vision transformer, or an object built alike."""
 
     family = "open_clip"
-    _import_open_clip = staticmethod(import_open_clip)
-
-    def _unsupported_reason(self, model: nn.Module) -> str | None:
-        return unsupported_reason(model)
+    recognition = recognition
 
     def _unsupported_mode_reason(self, mode: DenseMode) -> str | None:
         return opaque_qkv_reason(self._blocks[-1].attn) if mode.needs_explicit_qkv else None

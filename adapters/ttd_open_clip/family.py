@@ -5,24 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from ttd_open_clip.adapter import OpenCLIPAdapter
-from ttd_open_clip.recognition import import_open_clip, is_native_vit_clip, unsupported_config_reason
 from ttd_plugins.toolkit.open_clip_family import OpenCLIPModelFamily
 
 
 class OpenCLIPFamily(OpenCLIPModelFamily):
     """CLIP models with open_clip's native vision transformers."""
 
-    name = "open_clip"
     summary = "open_clip's native vision transformers (OpenCLIP, OpenAI, DataComp, MetaCLIP, ... weights)"
     api_version = 1
     adapter_class = OpenCLIPAdapter
-    tiny_module = "ttd_open_clip.tiny"
-    import_open_clip = staticmethod(import_open_clip)
-    unsupported_config_reason = staticmethod(unsupported_config_reason)
-
-    def claims(self, model: object) -> bool:
-        """Whether ``model`` is a CLIP model with open_clip's native vision transformer, batch first."""
-        return is_native_vit_clip(model)
 
     def _architecture(self, open_clip: Any, name: str, weights: str) -> str:
         """The architecture with the activation function that the pretrained tag was trained with.

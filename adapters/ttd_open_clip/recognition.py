@@ -29,7 +29,7 @@ def import_open_clip() -> Any:
     return import_library("open_clip", "open_clip backbones", distribution="open_clip_torch", install=install)
 
 
-def is_native_vit_clip(model: object) -> bool:
+def claims(model: object) -> bool:
     """Whether ``model`` is a CLIP model around open_clip's own vision transformer, batch first."""
     visual = getattr(model, "visual", None)
     if visual is None or not all(hasattr(model, name) for name in ("encode_image", "encode_text", "logit_scale")):
@@ -52,7 +52,7 @@ def unsupported_reason(model: object) -> str | None:
         return "its image tower is a timm trunk, and this family supports only open_clip's native vision transformers"
     if hasattr(visual, "attnpool") or hasattr(visual, "layer4"):
         return "its image tower is a ResNet, and this family supports only vision transformers"
-    if not is_native_vit_clip(model):
+    if not claims(model):
         return "it is not built like open_clip's native vision transformer (batch first, visual.transformer.resblocks)"
     if getattr(visual, "attn_pool", None) is not None:
         return ATTENTIONAL_POOLING

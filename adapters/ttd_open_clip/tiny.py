@@ -7,6 +7,7 @@ The folder holds ``open_clip_config.json`` (``model_cfg`` and ``preprocess_cfg``
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,4 @@ def build_tiny(folder_or_config: str | Path | Mapping[str, Any]) -> nn.Module:
     return build_from_config(folder_or_config, CONFIG_FILE, build, needs)
 
 
-def load_tiny(folder: str | Path, *, weights: bool = True) -> tuple[nn.Module, TinyTokenizer]:
-    """Load model and tokenizer of a folder; see :func:`ttd_plugins.toolkit.tiny_models.load_tiny_model`."""
-    return load_tiny_model(folder, build_tiny, TinyTokenizer, name="open_clip:tiny", weights=weights)
+load_tiny = partial(load_tiny_model, build=build_tiny, tokenizer_class=TinyTokenizer, name="open_clip:tiny")

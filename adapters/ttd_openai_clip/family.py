@@ -40,10 +40,9 @@ class OpenAICLIPFamily(CLIPFamily):
     ``maskclip``, and ``value_only`` for ResNets, which have no other.
     """
 
-    name = "openai_clip"
     summary = "OpenAI's CLIP in transformers (CLIPModel) or in the original clip package, ResNets included"
     api_version = 1
-    tiny_module = "ttd_openai_clip.tiny"
+    adapter_class = OpenAICLIPAdapter
 
     def models(self) -> list[str]:
         """``tiny``, and the names of OpenAI's vision transformers on the hub."""

@@ -54,23 +54,19 @@ class OriginalCLIPAdapter(OpenAICLIPAdapter):
 
     @property
     def _context_length(self) -> int:
-        positions: Any = self.model.positional_embedding
-        return int(positions.shape[0])
+        return int(self.model.positional_embedding.shape[0])
 
     @property
     def _vocabulary(self) -> int:
-        embedding: Any = self.model.token_embedding
-        return int(embedding.weight.shape[0])
+        return int(self.model.token_embedding.weight.shape[0])
 
     @property
     def _text_width(self) -> int:
-        projection: Any = self.model.text_projection
-        return int(projection.shape[1])
+        return int(self.model.text_projection.shape[1])
 
     @property
     def _text_blocks(self) -> Any:
-        transformer: Any = self.model.transformer
-        return transformer.resblocks
+        return self.model.transformer.resblocks
 
     @property
     def _text_needs_full_context(self) -> bool:
@@ -80,7 +76,7 @@ class OriginalCLIPAdapter(OpenAICLIPAdapter):
         return ids.argmax(dim=-1)
 
     def _encode_text(self, ids: Tensor) -> Tensor:
-        model: Any = self.model
+        model = self.model
         length = ids.shape[1]
         x = model.token_embedding(ids).to(self._dtype) + model.positional_embedding[:length].to(self._dtype)
         x = x.transpose(0, 1)
@@ -102,8 +98,7 @@ class OriginalCLIPAdapter(OpenAICLIPAdapter):
 
     def set_grad_checkpointing(self, enabled: bool = True) -> None:
         """Set the attribute ``grad_checkpointing``, since the package has no switch of its own; see the contract."""
-        model: Any = self.model
-        for part in (model.transformer, getattr(model.visual, "transformer", model.visual)):
+        for part in (self.model.transformer, getattr(self._visual, "transformer", self._visual)):
             part.grad_checkpointing = enabled
 
     def lora_layers(self) -> Mapping[type[nn.Module], type[nn.Module]]:

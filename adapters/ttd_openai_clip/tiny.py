@@ -7,6 +7,7 @@ The folder holds ``config.json`` (transformers' ``CLIPConfig``), ``model.safeten
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,6 @@ EMBEDDED_FOLDER = model_folder("openai_clip_tiny")
 CONFIG_FILE = "config.json"
 
 
-def load_tiny(folder: str | Path, *, weights: bool = True) -> tuple[nn.Module, TinyTokenizer]:
-    """Load model and tokenizer of a folder; see :func:`ttd_plugins.toolkit.tiny_models.load_tiny_model`."""
-    name = "openai_clip:tiny"
-    return load_tiny_model(folder, _build, TinyTokenizer, name=name, weights=weights, sizes=text_sizes)
-
-
 def _build(folder: Path) -> nn.Module:
     transformers = import_transformers()
 
@@ -38,3 +33,8 @@ def _build(folder: Path) -> nn.Module:
         return transformers.CLIPModel(transformers.CLIPConfig.from_dict(config)).float()
 
     return build_from_config(folder, CONFIG_FILE, build, "a configuration of transformers' CLIPModel")
+
+
+load_tiny = partial(
+    load_tiny_model, build=_build, tokenizer_class=TinyTokenizer, name="openai_clip:tiny", sizes=text_sizes
+)

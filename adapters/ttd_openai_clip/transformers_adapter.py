@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,13 +9,14 @@ from torch import Tensor
 
 from ttd_openai_clip.adapter import OpenAICLIPAdapter
 from ttd_openai_clip.recognition import import_transformers
-from ttd_plugins.adapter import ExportedModel, ImageFeatures, Tower
-from ttd_plugins.errors import TTDError, UnsupportedModelError
+from ttd_plugins.adapter import ImageFeatures, Tower
+from ttd_plugins.errors import UnsupportedModelError
 from ttd_plugins.toolkit.attention import call_checkpointed, has_hooks, is_checkpointed
 from ttd_plugins.toolkit.dense_modes import QUERIES_AND_KEYS, DenseMode
 from ttd_plugins.toolkit.last_block import last_block, last_block_at
 from ttd_plugins.toolkit.lora_targets import base_layer
 from ttd_plugins.toolkit.position_embeddings import embedded_patches
+from ttd_plugins.toolkit.transformers_adapter import TransformersModelAdapter
 from ttd_plugins.toolkit.transformers_blocks import (
     ATTENTION_PARTS,
     MLP_PARTS,
@@ -26,9 +26,6 @@ from ttd_plugins.toolkit.transformers_blocks import (
     layer_runs_in_parts,
     text_sizes,
 )
-from ttd_plugins.toolkit.transformers_export import export_transformers
-from ttd_plugins.toolkit.transformers_models import LazyTokenizer
-from ttd_plugins.toolkit.transforms import image_processor
 
 LEGACY_END = 2
 """Configurations from before transformers 4.31 name this id as the end token, and pool at the largest id instead."""
@@ -37,34 +34,23 @@ MASKABLE = (None, "eager", "sdpa")
 """Attention implementations that take an additive mask."""
 
 
-class TransformersCLIPAdapter(OpenAICLIPAdapter):
+class TransformersCLIPAdapter(OpenAICLIPAdapter, TransformersModelAdapter):
     """transformers' ``CLIPModel``.
 
     All layers but the last run as the library runs them. The parts of the last one run here; for texts only at the end
     token. A text tower with hooks, or whose attention takes no mask, runs through the library.
     """
 
+    processor_class = "CLIPImageProcessor"
+    _import_transformers = staticmethod(import_transformers)
     tower_prefixes = {  # noqa: RUF012
         "image": ("vision_model.", "visual_projection."),
         "text": ("text_model.", "text_projection."),
     }
 
-    @property
-    def _vision(self) -> Any:
-        return self.model.vision_model
-
-    @property
-    def _text(self) -> Any:
-        return self.model.text_model
-
     def _embedding_widths(self) -> tuple[int, int]:
-        image, text = (base_layer(p) for p in (self.model.visual_projection, self.model.text_projection))  # type: ignore[arg-type]
+        image, text = (base_layer(p) for p in (self.model.visual_projection, self.model.text_projection))
         return int(image.out_features), int(text.out_features)  # type: ignore[arg-type]
-
-    @property
-    def _patch_size(self) -> tuple[int, int]:
-        height, width = self._vision.embeddings.patch_embedding.kernel_size
-        return height, width
 
     @property
     def _grid(self) -> tuple[int, int]:
@@ -78,10 +64,6 @@ class TransformersCLIPAdapter(OpenAICLIPAdapter):
                 f"grid of {rows} x {columns} patches and a class token"
             )
         return rows, columns
-
-    @property
-    def _context_length(self) -> int:
-        return text_sizes(self.model)[0]
 
     @property
     def _vocabulary(self) -> int:
@@ -114,7 +96,7 @@ class TransformersCLIPAdapter(OpenAICLIPAdapter):
             x = call_layer(vision.encoder, layer, x)
         switch = _checkpoint_switch(vision.encoder, last)
         trained, patches = call_checkpointed(switch, last_block, layer_parts(last), x, self.dense, grid)
-        project: Any = self.model.visual_projection
+        project = self.model.visual_projection
         dense = project(vision.post_layernorm(patches)).unflatten(1, grid)
         return ImageFeatures(dense, project(vision.post_layernorm(trained[:, 0])) if pooled else None)
 
@@ -148,47 +130,19 @@ class TransformersCLIPAdapter(OpenAICLIPAdapter):
         positions = self._end_positions(ids).clamp_min(0)
         switch = _checkpoint_switch(text.encoder, last)
         pooled = call_checkpointed(switch, last_block_at, layer_parts(last), x, positions, mask)
-        project: Any = self.model.text_projection
+        project = self.model.text_projection
         return project(text.final_layer_norm(pooled))
 
     def _library_text(self, ids: Tensor) -> Tensor:
-        model: Any = self.model
-        out = model.get_text_features(input_ids=ids)
+        out = self.model.get_text_features(input_ids=ids)
         if isinstance(out, Tensor):
             return out
         # Version 5 returns an output object, or a plain tuple if its configuration says so.
         return out[1] if isinstance(out, tuple) else out.pooler_output
 
-    def export(self, folder: Path) -> ExportedModel:
-        """Write a ``save_pretrained`` folder of transformers: model, image processor, and the tokenizer if known.
-
-        Raises:
-            UnsupportedModelError: transformers has no such class.
-            MissingDependencyError: transformers is not installed.
-        """
-        transformers = import_transformers()
-        own = image_processor(self._preprocess)
-        if not hasattr(own, "save_pretrained"):
-            height, width = self.description.image_size
-            own = transformers.CLIPImageProcessor(
-                size={"shortest_edge": max(height, width)},
-                crop_size={"height": height, "width": width},
-                image_mean=list(self._normalisation.mean),
-                image_std=list(self._normalisation.std),
-                resample=2 if self._normalisation.interpolation == "bilinear" else 3,
-            )
-        tokenizer, notes = self.tokenizer, []
-        if isinstance(tokenizer, LazyTokenizer):
-            try:
-                tokenizer = tokenizer.load()
-            except TTDError as error:
-                tokenizer = None
-                notes.append(f"The tokenizer could not be loaded ({error}).")
-        return export_transformers(
-            self, folder, transformers=transformers, tokenizer=tokenizer, processor=own, notes=tuple(notes)
-        )
-
-    # Training ------------------------------------------------------------------------------------------------------
+    def _processor_sizes(self) -> dict[str, Any]:
+        height, width = self.description.image_size
+        return {"size": {"shortest_edge": max(height, width)}, "crop_size": {"height": height, "width": width}}
 
     def lora_targets(self, tower: Tower) -> list[str]:
         """The projections of attention and both matrices of the MLP in every block.

@@ -12,6 +12,7 @@ from ttd_plugins.adapter import Calibration, ImageFeatures, Tokens
 from ttd_plugins.toolkit.clip_adapter import CLIPAdapter
 from ttd_plugins.toolkit.dense_modes import diagonal_mask
 from ttd_plugins.toolkit.last_block import BlockParts
+from ttd_plugins.toolkit.text_tower import check_token_ids
 from ttd_plugins.toolkit.transforms import Normalisation
 from ttd_siglip import siglip_tokenizing
 from ttd_siglip.normalisation import read_normalisation
@@ -98,6 +99,10 @@ class SiglipAdapter(CLIPAdapter):
         """Tokens ``[B, P, W]`` mapped to the joint space one by one, ``[B, P, D]``, by the dense mode."""
 
     @abstractmethod
+    def _encode_text(self, ids: Tensor) -> Tensor:
+        """Text embeddings of ids of the full context."""
+
+    @abstractmethod
     def _unsupported_head_reason(self, head: str) -> str | None:
         """Why the pooling head cannot use this mode now, as the end of a sentence; ``None`` where it can."""
 
@@ -164,6 +169,18 @@ class SiglipAdapter(CLIPAdapter):
     def _dense_and_pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`_dense_features` and :meth:`_pool` of the same tokens."""
         return self._dense_features(x), self._pool(x)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """Text embeddings ``[N, D]``, not L2-normalised; padding is attended to, as in training.
+
+        Args:
+            ids: int64 ``[N, L]`` with L the context length.
+
+        Raises:
+            InputError: L is another length.
+        """
+        check_token_ids(ids, self._context_length, needs_full_context=True)
+        return self._encode_text(ids)
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Tokenise with the model's tokenizer at the full context, padded at the right, as SigLIP was trained.

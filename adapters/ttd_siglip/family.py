@@ -26,12 +26,9 @@ from ttd_siglip.architectures import KNOWN
 from ttd_siglip.fresh_model import initialise_logits
 from ttd_siglip.normalisation import HALF
 from ttd_siglip.recognition import (
-    import_open_clip,
     import_transformers,
-    is_siglip,
     is_timm_siglip,
     is_transformers_siglip,
-    unsupported_open_clip_config_reason,
     unsupported_reason,
     unsupported_transformers_config_reason,
 )
@@ -48,15 +45,12 @@ class SiglipFamily(OpenCLIPModelFamily):
     transformers saved.
     """
 
-    name = "siglip"
     summary = "SigLIP and SigLIP 2 (transformers' SiglipModel, open_clip's SigLIP architectures with timm)"
     api_version = 1
-    tiny_module = "ttd_siglip.tiny"
+    adapter_class = TimmSiglipAdapter
     name_hint = "ORG/NAME on transformers' hub, the path of a folder, hf-hub:ORG/NAME and local-dir:PATH are taken too"
     # open_clip knows the preprocessing for its tags only, and uses OpenAI's for checkpoint files.
     preprocessing = {"mean": HALF, "std": HALF, "interpolation": "bicubic", "resize_mode": "squash"}  # noqa: RUF012
-    import_open_clip = staticmethod(import_open_clip)
-    unsupported_config_reason = staticmethod(unsupported_open_clip_config_reason)
 
     def models(self) -> list[str]:
         """``tiny``, the known models of transformers' hub and, where open_clip is installed, its architectures."""
@@ -135,10 +129,6 @@ class SiglipFamily(OpenCLIPModelFamily):
 
     def _prepare_tokenizer(self, tokenizer: Any) -> None:
         pad_right(tokenizer)
-
-    def claims(self, model: object) -> bool:
-        """Whether ``model`` has an image tower that pools with one learned probe, as SigLIP's towers do."""
-        return is_siglip(model)
 
     def wrap(  # type: ignore[override]
         self,

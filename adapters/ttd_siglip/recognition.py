@@ -58,7 +58,7 @@ def is_timm_siglip(model: object) -> bool:
     )
 
 
-def is_siglip(model: object) -> bool:
+def claims(model: object) -> bool:
     """Whether ``model`` is a SigLIP model of either library."""
     return is_transformers_siglip(model) or is_timm_siglip(model)
 
@@ -89,7 +89,7 @@ def _unsupported_trunk_reason(trunk: Any) -> str | None:
     return None
 
 
-def unsupported_open_clip_config_reason(config: Mapping[str, Any]) -> str | None:
+def unsupported_config_reason(config: Mapping[str, Any]) -> str | None:
     """The same for a ``model_cfg`` of open_clip, before anything is built."""
     vision = config.get("vision_cfg", {})
     name = vision.get("timm_model_name")

@@ -17,8 +17,8 @@ from ttd_plugins.toolkit.lora_targets import base_layer, linear_layers_of_blocks
 from ttd_plugins.toolkit.open_clip_adapter import OpenCLIPModelAdapter
 from ttd_plugins.toolkit.position_embeddings import embedded_patches, resampled_positions
 from ttd_plugins.toolkit.tokenizing import accepts_parameter
+from ttd_siglip import recognition
 from ttd_siglip.adapter import SiglipAdapter
-from ttd_siglip.recognition import import_open_clip
 from ttd_siglip.siglip_modes import attend
 
 
@@ -31,7 +31,7 @@ class TimmSiglipAdapter(SiglipAdapter, OpenCLIPModelAdapter):
 
     default_context_length = 64
     default_resize_mode = "squash"
-    _import_open_clip = staticmethod(import_open_clip)
+    recognition = recognition
 
     @property
     def _trunk(self) -> Any:
@@ -143,16 +143,7 @@ class TimmSiglipAdapter(SiglipAdapter, OpenCLIPModelAdapter):
             return None
         return f"last_block='value' needs a block that takes a mask, and {type(block).__name__} takes none"
 
-    def encode_text(self, ids: Tensor) -> Tensor:
-        """Text embeddings ``[N, D]``, not L2-normalised; padding is attended to, as in training.
-
-        Args:
-            ids: int64 ``[N, L]`` with L the context length.
-
-        Raises:
-            InputError: L is another length.
-        """
-        text_tower.check_token_ids(ids, self._context_length, needs_full_context=True)
+    def _encode_text(self, ids: Tensor) -> Tensor:
         return text_tower.encode_text(self.model, ids)
 
     def lora_targets(self, tower: Tower) -> list[str]:

@@ -6,6 +6,7 @@ BPE of the ``tokenizers`` library) and ``ttd.json`` (dense mode and calibration)
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -20,12 +21,6 @@ EMBEDDED_FOLDER = model_folder("siglip_tiny")
 CONFIG_FILE = "config.json"
 
 
-def load_tiny(folder: str | Path, *, weights: bool = True) -> tuple[nn.Module, TinyTokenizer]:
-    """Load model and tokenizer of a folder; see :func:`ttd_plugins.toolkit.tiny_models.load_tiny_model`."""
-    name = "siglip:tiny"
-    return load_tiny_model(folder, _build, TinyTokenizer, name=name, weights=weights, sizes=text_sizes)
-
-
 def _build(folder: Path) -> nn.Module:
     needs = "text_config and vision_config of transformers' SiglipConfig"
     return build_from_config(
@@ -34,3 +29,6 @@ def _build(folder: Path) -> nn.Module:
         lambda config: fresh_model({key: config[key] for key in ("text_config", "vision_config")}),
         needs,
     )
+
+
+load_tiny = partial(load_tiny_model, build=_build, tokenizer_class=TinyTokenizer, name="siglip:tiny", sizes=text_sizes)

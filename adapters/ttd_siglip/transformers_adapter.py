@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ttd_plugins.adapter import ExportedModel, ImageTransform, Tower
-from ttd_plugins.toolkit import text_tower
+from ttd_plugins.adapter import ImageTransform, Tower
 from ttd_plugins.toolkit.attention import (
     attention_dropout,
     call_checkpointed,
@@ -22,15 +20,14 @@ from ttd_plugins.toolkit.attention import (
 )
 from ttd_plugins.toolkit.last_block import BlockParts, last_block_at
 from ttd_plugins.toolkit.lora_targets import base_layer
+from ttd_plugins.toolkit.transformers_adapter import TransformersModelAdapter
 from ttd_plugins.toolkit.transformers_blocks import (
     ATTENTION_PARTS,
     MLP_PARTS,
     call_layer,
     layer_parts,
     layer_runs_in_parts,
-    text_sizes,
 )
-from ttd_plugins.toolkit.transformers_export import export_transformers
 from ttd_plugins.toolkit.transforms import callable_transform, image_processor
 from ttd_siglip.adapter import SiglipAdapter
 from ttd_siglip.recognition import import_transformers
@@ -39,23 +36,12 @@ from ttd_siglip.siglip_modes import attend
 TOWERS: dict[Tower, str] = {"image": "vision_model", "text": "text_model"}
 
 
-class TransformersSiglipAdapter(SiglipAdapter):
+class TransformersSiglipAdapter(SiglipAdapter, TransformersModelAdapter):
     """``SiglipModel`` of transformers; position embeddings are resampled by the model's own method."""
 
+    processor_class = "SiglipImageProcessor"
+    _import_transformers = staticmethod(import_transformers)
     tower_prefixes = {tower: (f"{name}.",) for tower, name in TOWERS.items()}  # noqa: RUF012
-
-    @property
-    def _vision(self) -> Any:
-        return self.model.vision_model
-
-    @property
-    def _text(self) -> Any:
-        return self.model.text_model
-
-    @property
-    def _patch_size(self) -> tuple[int, int]:
-        height, width = self._vision.embeddings.patch_embedding.kernel_size
-        return int(height), int(width)
 
     @property
     def _input_size(self) -> tuple[int, int]:
@@ -65,10 +51,6 @@ class TransformersSiglipAdapter(SiglipAdapter):
     def _embedding_widths(self) -> tuple[int, int | None]:
         head: Any = base_layer(self._text.head)
         return int(self._vision.head.probe.shape[-1]), int(head.out_features)
-
-    @property
-    def _context_length(self) -> int:
-        return text_sizes(self.model)[0]
 
     def _own_preprocessing(self) -> Mapping[str, Any] | None:
         return None
@@ -149,16 +131,7 @@ class TransformersSiglipAdapter(SiglipAdapter):
             "attn_implementation='sdpa'"
         )
 
-    def encode_text(self, ids: Tensor) -> Tensor:
-        """Text embeddings ``[N, D]``, not L2-normalised; padding is attended to, as in training.
-
-        Args:
-            ids: int64 ``[N, L]`` with L the context length.
-
-        Raises:
-            InputError: L is another length.
-        """
-        text_tower.check_token_ids(ids, self._context_length, needs_full_context=True)
+    def _encode_text(self, ids: Tensor) -> Tensor:
         text = self._text
         *layers, last = text.encoder.layers
         parts = self._parts(last)
@@ -176,38 +149,15 @@ class TransformersSiglipAdapter(SiglipAdapter):
         own = image_processor(self._preprocess)
         return callable_transform(self._own_processor() if own is None else own)
 
-    def _own_processor(self) -> Any:
-        """transformers' image processor for SigLIP, with this model's size and normalisation."""
-        from transformers import SiglipImageProcessor
-
+    def _processor_sizes(self) -> dict[str, Any]:
         height, width = self._input_size
-        return SiglipImageProcessor(
-            size={"height": height, "width": width},
-            image_mean=list(self._normalisation.mean),
-            image_std=list(self._normalisation.std),
-            resample=2 if self._normalisation.interpolation == "bilinear" else 3,
-        )
+        return {"size": {"height": height, "width": width}}
 
-    def export(self, folder: Path) -> ExportedModel:
-        """Write a ``save_pretrained`` folder of transformers: model, image processor, and the tokenizer if known.
-
-        Raises:
-            UnsupportedModelError: transformers has no such class.
-            MissingDependencyError: transformers is not installed.
-        """
-        own = image_processor(self._preprocess)
-        note = (
+    def _export_notes(self) -> list[str]:
+        return [
             f'Tokenise with padding="max_length", max_length={self._context_length}, truncation=True and '
             'padding_side="right": the text tower attends to every position and pools the last.'
-        )
-        return export_transformers(
-            self,
-            folder,
-            transformers=import_transformers(),
-            tokenizer=self.tokenizer,
-            processor=own if hasattr(own, "save_pretrained") else self._own_processor(),
-            notes=(note,),
-        )
+        ]
 
     def lora_targets(self, tower: Tower) -> list[str]:
         """The four projections and both matrices of the MLP in every encoder layer.

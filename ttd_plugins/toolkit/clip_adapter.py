@@ -29,6 +29,7 @@ class CLIPAdapter(DenseAdapter):
         tower_prefixes: what the names of each tower's parameters begin with.
     """
 
+    model: Any
     family: ClassVar[str]
     modes: ClassVar[Mapping[str, Any]] = PRESETS
     default_mode: ClassVar[str] = "maskclip"

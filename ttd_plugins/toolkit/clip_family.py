@@ -12,6 +12,7 @@ from torch import nn
 from ttd_plugins.adapter import AdapterFamily, Calibration, DenseAdapter
 from ttd_plugins.embedded.folder import read_settings
 from ttd_plugins.errors import BackboneNameError, choices_sentence
+from ttd_plugins.toolkit.clip_adapter import CLIPAdapter
 
 TINY = "tiny"
 EMBEDDED, OWN_WEIGHTS, RANDOM = "embedded", "own", "random"
@@ -22,13 +23,19 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 class CLIPFamily(AdapterFamily):
     """A family of CLIP models; subclasses say which models there are and how they are loaded.
 
+    The module ``tiny`` in the package of the subclass has ``EMBEDDED_FOLDER`` and ``load_tiny`` of the embedded model.
+
     Attributes:
-        adapter_class: class of the adapter; families with several override :meth:`_adapt`.
-        tiny_module: name of the module with ``EMBEDDED_FOLDER`` and ``load_tiny`` of the embedded model.
+        adapter_class: class of the adapter, which states the name of the family; families with several classes override
+            :meth:`_adapt`.
     """
 
-    adapter_class: ClassVar[type[DenseAdapter]]
-    tiny_module: ClassVar[str]
+    adapter_class: ClassVar[type[CLIPAdapter]]
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The part before ``:`` in ``family:model@weights``."""
+        return self.adapter_class.family
 
     def default_weights(self, model: str) -> str | None:
         """``embedded`` for ``tiny``, ``own`` for a model that bundles its weights; otherwise there is no default."""
@@ -88,7 +95,7 @@ class CLIPFamily(AdapterFamily):
         """
         if weights not in (EMBEDDED, RANDOM):
             raise BackboneNameError(choices_sentence(f"weights of {self.name}:tiny", weights, [EMBEDDED, RANDOM]))
-        tiny = importlib.import_module(self.tiny_module)
+        tiny = importlib.import_module(f"{type(self).__module__.rpartition('.')[0]}.tiny")
         model, own_tokenizer = tiny.load_tiny(tiny.EMBEDDED_FOLDER, weights=weights == EMBEDDED)
         settings = read_settings(tiny.EMBEDDED_FOLDER)
         return self._adapt(

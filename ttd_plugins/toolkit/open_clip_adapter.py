@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -29,20 +29,21 @@ class OpenCLIPModelAdapter(CLIPAdapter):
     context]``.
 
     Attributes:
+        recognition: the module with ``claims(model)``, ``unsupported_reason(model)``,
+            ``unsupported_config_reason(model_cfg)`` and ``import_open_clip()``.
         default_context_length: positions of a text tower that does not state them and has no tokenizer.
         default_resize_mode: open_clip's name for how images of other aspect ratios are resized, where the model does
             not say.
         export_failure: why open_clip may be unable to rebuild a model, for messages.
     """
 
+    recognition: ModuleType
     default_context_length: ClassVar[int] = text_tower.DEFAULT_CONTEXT_LENGTH
     default_resize_mode: ClassVar[str] = "shortest"
     export_failure: ClassVar[str] = "none of its architectures is this model"
 
-    @staticmethod
-    @abstractmethod
-    def _import_open_clip() -> Any:
-        """Return the module ``open_clip``, or raise MissingDependencyError."""
+    def _unsupported_reason(self, model: nn.Module) -> str | None:
+        return self.recognition.unsupported_reason(model)
 
     @property
     def _visual(self) -> Any:
@@ -97,7 +98,7 @@ class OpenCLIPModelAdapter(CLIPAdapter):
         """The caller's ``preprocess``, or open_clip's evaluation preprocessing for this model, which may crop."""
         if self._preprocess is not None:
             return NativeTransform(self._preprocess)
-        transform = self._import_open_clip().transform
+        transform = self.recognition.import_open_clip().transform
         settings = {
             "resize_mode": self.default_resize_mode,
             **(getattr(self._visual, "preprocess_cfg", None) or {}),
@@ -122,7 +123,7 @@ class OpenCLIPModelAdapter(CLIPAdapter):
         return export_open_clip(
             self,
             folder,
-            open_clip=self._import_open_clip(),
+            open_clip=self.recognition.import_open_clip(),
             tokenizer=self.tokenizer,
             normalisation=self._normalisation,
             inferred=self._inferred_config(),

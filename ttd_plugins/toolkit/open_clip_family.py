@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from ttd_plugins.adapter import Calibration, DenseAdapter
 from ttd_plugins.toolkit.clip_family import TINY, CLIPFamily
+from ttd_plugins.toolkit.open_clip_adapter import OpenCLIPModelAdapter
 from ttd_plugins.toolkit.open_clip_models import FOLDER, HUB, OpenCLIPModels, bundles_weights
 
 
@@ -21,32 +21,26 @@ class OpenCLIPModelFamily(CLIPFamily):
     - ``tiny``, the embedded model.
 
     Attributes:
+        adapter_class: class of the adapter, whose ``recognition`` says which models are supported.
         name_hint: further names, for messages about unknown models.
         preprocessing: open_clip's preprocessing settings for models whose tag or folder does not bring any.
     """
 
+    adapter_class: ClassVar[type[OpenCLIPModelAdapter]]
     name_hint: ClassVar[str] = f"{HUB}ORG/NAME and {FOLDER}PATH are taken too"
     preprocessing: ClassVar[Mapping[str, Any] | None] = None
 
-    @staticmethod
-    @abstractmethod
-    def import_open_clip() -> Any:
-        """Return the module ``open_clip``.
-
-        Raises:
-            MissingDependencyError: it is absent or broken.
-        """
-
-    @staticmethod
-    @abstractmethod
-    def unsupported_config_reason(config: Mapping[str, Any]) -> str | None:
-        """Why a model with this ``model_cfg`` of open_clip cannot be adapted, as the end of a sentence, or ``None``."""
-
     def _open_clip_models(self) -> OpenCLIPModels:
-        return OpenCLIPModels(self.import_open_clip(), self.name, self.unsupported_config_reason, self.preprocessing)
+        recognition = self.adapter_class.recognition
+        unsupported = recognition.unsupported_config_reason
+        return OpenCLIPModels(recognition.import_open_clip(), self.name, unsupported, self.preprocessing)
 
     def _bundles_weights(self, model: str) -> bool:
         return bundles_weights(model)
+
+    def claims(self, model: object) -> bool:
+        """Whether the family supports ``model``, by its structure; see the module ``recognition`` of the adapter."""
+        return self.adapter_class.recognition.claims(model)
 
     def models(self) -> list[str]:
         """``tiny``, and the architectures of open_clip that this family supports.

@@ -44,11 +44,11 @@ def build_from_config(
 
 def load_tiny_model(
     folder: str | Path,
+    *,
     build: Callable[[Path], nn.Module],
     tokenizer_class: Callable[..., Any],
-    *,
     name: str,
-    weights: bool,
+    weights: bool = True,
     sizes: Callable[[Any], tuple[int, int]] = lambda model: (model.context_length, model.vocab_size),
 ) -> tuple[nn.Module, Any]:
     """Build the model of a folder, in evaluation mode and float32, and its tokenizer.
