@@ -48,7 +48,6 @@ from helpers_openai_clip import (
 )
 from PIL import Image
 from torch import nn
-from ttd_openai_clip import plugin
 from ttd_openai_clip.family import OpenAICLIPFamily
 
 from ttd_plugins.adapter import Calibration, DenseAdapter
@@ -98,7 +97,7 @@ def test_cells_of_a_resnet(grid: tuple[int, int]) -> None:
 def test_version_4_of_transformers() -> None:
     new = transformers_clip()
     old = OldModel(new)
-    assert plugin.adapter_for_model(old) == "openai_clip"
+    assert OpenAICLIPFamily().claims(old)
     with torch.no_grad():
         one, other = FAMILY.wrap(new), FAMILY.wrap(old)
         torch.testing.assert_close(one.encode_image(pixels()).pooled, other.encode_image(pixels()).pooled)

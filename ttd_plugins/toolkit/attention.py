@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ttd_plugins.toolkit._deprecated_names import deprecated_names
+from ttd_plugins.utils.deprecation import renamed_names
 
 
 def is_plain_attention(attention: nn.Module) -> bool:
@@ -111,4 +111,4 @@ def project_out(attention: Any, mixed: Tensor) -> Tensor:
     return attention.project_out(mixed) if hasattr(attention, "project_out") else attention.out_proj(mixed)
 
 
-__getattr__ = deprecated_names(__name__, {"run_blocks": "call_checkpointed", "project_some": "project_with_queries"})
+__getattr__ = renamed_names(__name__, {"run_blocks": "call_checkpointed", "project_some": "project_with_queries"})

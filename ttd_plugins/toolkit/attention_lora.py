@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ttd_plugins.errors import TTDError, UnsupportedModelError
 from ttd_plugins.toolkit.attention import attention_dropout, is_plain_attention, split_heads, split_projection
+from ttd_plugins.utils.deprecation import RenamedAttribute
 
 PROJECTIONS = ("q", "k", "v", "out")
 
@@ -172,14 +173,7 @@ class LoRASelfAttention(nn.Module, LoraLayer):
             v = v + self._lora_path(adapter, "v", dropped).to(v.dtype)
         return q, k, v
 
-    def project_some(self, asking: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Deprecated name of :meth:`project_with_queries`."""
-        warnings.warn(
-            "project_some is now project_with_queries; the old name goes with the next minor release",
-            FutureWarning,
-            stacklevel=2,
-        )
-        return self.project_with_queries(asking, x)
+    project_some = RenamedAttribute("project_with_queries")
 
     def project_out(self, context: Tensor) -> Tensor:
         """Output projection of the mixed values ``[..., E]``, LoRA included."""

@@ -7,7 +7,6 @@ The final LayerNorm and the projection after the block are the backbone's own.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttd_plugins.errors import InputError, choices_sentence
+from ttd_plugins.utils.deprecation import RenamedAttribute
 
 AttentionKind = Literal["value", "plain", "qq", "kk", "qq+kk", "kk+window"]
 """``value``: each patch attends to itself alone; ``plain``: softmax(q k) as trained; ``qq``, ``kk``: softmax of query
@@ -49,15 +49,7 @@ class DenseMode:
         """Whether the mode needs queries, keys and values outside the attention module's own forward."""
         return self.attention not in ("value", "plain")
 
-    @property
-    def by_hand(self) -> bool:
-        """Deprecated name of :attr:`needs_explicit_qkv`."""
-        warnings.warn(
-            "DenseMode.by_hand is now DenseMode.needs_explicit_qkv; the old name goes with the next minor release",
-            FutureWarning,
-            stacklevel=2,
-        )
-        return self.needs_explicit_qkv
+    by_hand = RenamedAttribute("needs_explicit_qkv")
 
     @property
     def is_block_unchanged(self) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.errors import TTDError, UnsupportedModelError
-from ttd_plugins.toolkit._deprecated_names import deprecated_names
+from ttd_plugins.utils.deprecation import renamed_names
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Largest relative difference of embeddings between a model and the one that its library loads, by dtype."""
@@ -140,7 +140,7 @@ def save_tokenizer(tokenizer: Any, folder: Path, advice: str) -> str | None:
     return None
 
 
-__getattr__ = deprecated_names(
+__getattr__ = renamed_names(
     __name__,
     {
         "WAY_OUT": "ALTERNATIVES",

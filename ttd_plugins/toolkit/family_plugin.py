@@ -29,14 +29,3 @@ def family_plugin(module: str, family: str) -> Callable[[Callable[[AdapterFamily
         register(getattr(importlib.import_module(module), family)())
 
     return register_adapters
-
-
-def family_claims(module: str, family: str) -> Callable[[object], str | None]:
-    """Return an implementation of the hook ``adapter_for_model`` that repeats the family's ``claims``."""
-
-    @hookimpl
-    def adapter_for_model(model: object) -> str | None:
-        claimant = getattr(importlib.import_module(module), family)()
-        return claimant.name if claimant.claims(model) else None
-
-    return adapter_for_model

@@ -9,7 +9,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ttd_plugins.errors import BackboneNameError, TTDError, UnsupportedModelError, choices_sentence
-from ttd_plugins.toolkit._deprecated_names import deprecated_names
 from ttd_plugins.toolkit.clip_family import OWN_WEIGHTS, RANDOM
 from ttd_plugins.toolkit.hub import (
     SMALL_FILES,
@@ -22,6 +21,7 @@ from ttd_plugins.toolkit.hub import (
     quiet_root_logger,
 )
 from ttd_plugins.toolkit.tokenizing import MissingTokenizer
+from ttd_plugins.utils.deprecation import renamed_names
 
 HUB, FOLDER = "hf-hub:", "local-dir:"
 CONFIG = "open_clip_config.json"
@@ -229,4 +229,4 @@ def _alternative(model: str, *, checkpoint: bool) -> str:
     return "give the path of a checkpoint file after an architecture's name and @"
 
 
-__getattr__ = deprecated_names(__name__, {"is_whole": "bundles_weights"})
+__getattr__ = renamed_names(__name__, {"is_whole": "bundles_weights"})

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ttd_plugins.errors import InputError
-from ttd_plugins.toolkit._deprecated_names import deprecated_names
 from ttd_plugins.toolkit.attention import call_checkpointed, is_plain_attention
 from ttd_plugins.toolkit.last_block import last_block_at
 from ttd_plugins.toolkit.lora_targets import base_layer, linear_layers_of_blocks
 from ttd_plugins.toolkit.residual_blocks import block_parts, residual_block_targets, runs_in_parts
+from ttd_plugins.utils.deprecation import renamed_names
 
 DEFAULT_CONTEXT_LENGTH = 77
 BLOCK_PARTS = ("ln_1", "ls_1", "ln_2", "ls_2", "mlp")
@@ -215,4 +215,4 @@ def lora_targets(model: Any, is_plain: Callable[[nn.Module], bool] = is_plain_at
     return residual_block_targets(blocks, f"{name_prefix(model)}transformer.resblocks", is_plain)
 
 
-__getattr__ = deprecated_names(__name__, {"prefix": "name_prefix"})
+__getattr__ = renamed_names(__name__, {"prefix": "name_prefix"})

@@ -13,7 +13,7 @@ from torch import Tensor
 from ttd_plugins.adapter import Tokens
 from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.toolkit import text_tower
-from ttd_plugins.toolkit._deprecated_names import deprecated_names
+from ttd_plugins.utils.deprecation import renamed_names
 
 
 class MissingTokenizer:
@@ -196,4 +196,4 @@ class RowTokenizer:
         return int(known if known is not None else getattr(text_tower.text_module(self.model), "pad_id", 0))
 
 
-__getattr__ = deprecated_names(__name__, {"takes_parameter": "accepts_parameter"})
+__getattr__ = renamed_names(__name__, {"takes_parameter": "accepts_parameter"})
