@@ -42,7 +42,7 @@ from ttd_plugins.errors import (
     listed,
     one_sentence,
 )
-from ttd_plugins.hookspecs import PROJECT_NAME
+from ttd_plugins.hookspecs import DEPRECATED_HOOKS, PROJECT_NAME
 from ttd_plugins.tags import TagExtractor
 
 DEFAULT_PLUGINS = ("ttd_plugins.tags",)
@@ -82,6 +82,11 @@ class PluginInfo:
     families: tuple[str, ...]
     tag_extractors: tuple[str, ...]
     error: str | None
+
+    @property
+    def deprecated_hooks(self) -> tuple[str, ...]:
+        """Those of :attr:`hooks` that are accepted and ignored."""
+        return tuple(hook for hook in self.hooks if hook in DEPRECATED_HOOKS)
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,11 @@ class _Plugin:
     tag_extractors: list[tuple[str, TagExtractorFactory]] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def deprecated_hooks(self) -> tuple[str, ...]:
+        """The implemented hooks that are accepted and ignored."""
+        return tuple(hook for hook in self.hooks if hook in DEPRECATED_HOOKS)
 
     @property
     def owner(self) -> str:
@@ -235,6 +245,13 @@ class _Registry:
                 raise
             raise PluginError(f"could not be registered: {one_sentence(error)}") from error
         self.plugins.append(plugin)
+        if plugin.deprecated_hooks:
+            warnings.warn(
+                f"{plugin.owner} implements the hook {', '.join(plugin.deprecated_hooks)}, which is ignored, because "
+                "AdapterFamily.claims alone decides; delete it: the next minor release refuses the hook",
+                FutureWarning,
+                stacklevel=2,
+            )
 
     def unregister(self, plugin: _Plugin) -> None:
         """Take a registered plugin out again."""
@@ -690,10 +707,9 @@ def family_for_model(model: object) -> str:
 
 
 def _claimant(model: object) -> tuple[_Plugin, AdapterFamily]:
-    """The one family that takes a model object.
+    """Return the one family whose ``claims`` accepts a model object, with its plugin.
 
-    The hook is asked of each plugin alone, so every claimant is heard and none wins by its place in the order; the
-    families that kept silent are then asked through :meth:`~ttd_plugins.adapter.AdapterFamily.claims`.
+    Every family is asked, so that the order of plugins never decides.
     """
     what = _class_name(model)
     if isinstance(model, str):
@@ -701,48 +717,29 @@ def _claimant(model: object) -> tuple[_Plugin, AdapterFamily]:
     if isinstance(model, DenseAdapter):
         raise UnsupportedModelError(f"{what} is an adapter already; wrap() takes the backbone's own model object")
     registry = _registry()
-    claimants: dict[str, _Plugin] = {}
-    silent: dict[str, _Plugin] = {}
-    failed: list[Exception] = []
-    for plugin in registry.plugins:
-        if "adapter_for_model" in plugin.hooks:
-            try:
-                with _blame(plugin.owner, f"say whether it takes {what}"):
-                    caller = registry.alone("adapter_for_model", registry.manager.get_plugin(plugin.name))
-                    answer = caller(model=model)
-                    if answer is not None and answer not in registry.known_families():
-                        raise PluginError(
-                            f"{plugin.owner} answers adapter_for_model with {answer!r}, which is no registered family"
-                        )
-                    if answer is not None:
-                        claimants[registry.family(answer)[1].name] = plugin
-            except PluginError as error:
-                failed.append(error)
-    for name, family in families().items():
-        owner = registry.family(name)[0]
+    claimants: list[tuple[_Plugin, AdapterFamily]] = []
+    failed: list[PluginError] = []
+    for name in sorted(families()):
+        plugin, family = registry.family(name)
         try:
-            with _blame(owner.owner, f"say whether family {name!r} takes {what}"):
-                if name not in claimants and family.claims(model):
-                    silent[name] = owner
+            with _blame(plugin.owner, f"decide whether family {name!r} claims {what}"):
+                if family.claims(model):
+                    claimants.append((plugin, family))
         except PluginError as error:
             failed.append(error)
-    if len(claimants) == 1 and not silent:
-        for problem in failed:
-            warnings.warn(f"{problem}; it was passed over", PluginWarning, stacklevel=3)
-        return registry.family(next(iter(claimants)))
-    both = claimants | silent
-    if claimants:
-        claims = " and by ".join(f"family {name!r} of {plugin.owner}" for name, plugin in sorted(both.items()))
+    if len(claimants) > 1:
+        claims = " and by ".join(f"family {family.name!r} of {plugin.owner}" for plugin, family in claimants)
         raise AdapterConflictError(
-            f"{what} is claimed by {claims}; uninstall one, or say which plugins to load in {LOAD_PLUGINS_VARIABLE}"
+            f"{what} is claimed by {claims}; uninstall one, or name the plugins to load in {LOAD_PLUGINS_VARIABLE}"
         )
+    if claimants:
+        for problem in failed:
+            warnings.warn(f"{problem}; it was skipped", PluginWarning, stacklevel=3)
+        return claimants[0]
     if failed:
-        raise PluginError(f"no adapter takes {what}, and {failed[0]}") from failed[0]
-    if silent:
-        name, plugin = next(iter(silent.items()))
-        raise PluginError(f"family {name!r} takes {what}, but {plugin.owner} does not answer adapter_for_model for it")
+        raise PluginError(f"no family claims {what}, and {failed[0]}") from failed[0]
     raise UnsupportedModelError(
-        f"no adapter takes an object of class {what}; families: {listed(families())}; {ADAPTER_GUIDE} tells how to "
+        f"no family claims an object of class {what}; families: {listed(families())}; {ADAPTER_GUIDE} describes how to "
         f"write an adapter{registry.left_out()}"
     )
 

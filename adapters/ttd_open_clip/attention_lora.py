@@ -1,17 +1,17 @@
-"""LoRA for open_clip's own attention module; ``nn.MultiheadAttention`` has its layer in the toolkit. Needs peft."""
+"""LoRA for open_clip's own attention module; needs peft. The toolkit has the layer for ``nn.MultiheadAttention``."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from ttd_open_clip.dense import is_plain_attention
+from ttd_open_clip.open_clip_blocks import is_plain_attention
 from ttd_plugins.errors import UnsupportedModelError
 from ttd_plugins.toolkit.attention_lora import LoRASelfAttention
 
 
 class LoRAOpenClipAttention(LoRASelfAttention):
-    """The layer for open_clip's own ``Attention`` (custom blocks, and every block of open_clip 4)."""
+    """LoRA for open_clip's own ``Attention`` (custom blocks, and every block of open_clip 4)."""
 
     @staticmethod
     def takes(module: nn.Module) -> bool:
@@ -24,7 +24,7 @@ class LoRAOpenClipAttention(LoRASelfAttention):
         """Self-attention over ``[N, L, E]`` with an additive mask ``[L, L]`` or ``[N * heads, L, L]``.
 
         Raises:
-            UnsupportedModelError: keys or values of another tensor, or a boolean mask (whose sense differs between
+            UnsupportedModelError: keys or values from another tensor, or a boolean mask (whose meaning differs between
                 versions of open_clip).
         """
         if any(other is not None and other is not x for other in (k_x, v_x)):

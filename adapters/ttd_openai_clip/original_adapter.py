@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,43 +11,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttd_openai_clip.adapter import OpenAICLIPAdapter
+from ttd_openai_clip.original_export import export_original
 from ttd_plugins.adapter import ExportedModel, ImageFeatures, Tower
-from ttd_plugins.errors import UnsupportedModelError
 from ttd_plugins.toolkit.attention import (
-    attention_dropout,
-    has_hooks,
+    call_checkpointed,
     is_plain_attention,
-    project_out,
-    project_some,
-    run_blocks,
+    opaque_attention_reason,
+    split_heads,
 )
-from ttd_plugins.toolkit.dense_modes import PRESETS, DenseMode, diagonal_mask
-from ttd_plugins.toolkit.last_block import BlockParts, last_block, last_block_at
+from ttd_plugins.toolkit.dense_modes import PRESETS, DenseMode
+from ttd_plugins.toolkit.last_block import BlockCalls, last_block, last_block_at, last_block_with_mask
 from ttd_plugins.toolkit.lora_targets import base_layer
+from ttd_plugins.toolkit.position_embeddings import embedded_patches, with_class_token
+from ttd_plugins.toolkit.residual_blocks import block_parts, feed_forward, residual_block_targets, runs_in_parts
 
 RESNET_STRIDE = 32
 
 
 class OriginalCLIPAdapter(OpenAICLIPAdapter):
-    """What the original package's two kinds of models share: the text tower, with the sequence first."""
+    """Common to the original package's vision transformers and ResNets: the text tower, with the sequence first."""
 
-    _tower_prefixes = {  # noqa: RUF012
+    tower_prefixes = {  # noqa: RUF012
         "image": ("visual.",),
         "text": ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection"),
     }
 
-    def __init__(self, model: nn.Module, **options: Any) -> None:
-        """Adapt ``model`` without changing it; the options are those of :class:`OpenAICLIPAdapter`.
-
-        Raises:
-            UnsupportedModelError: the model is a TorchScript archive, or as the base class says.
-        """
+    def _unsupported_reason(self, model: nn.Module) -> str | None:
         if isinstance(model, torch.jit.ScriptModule):
-            raise UnsupportedModelError(
-                "this model is a TorchScript archive, whose parts cannot be run one by one; load it with "
-                "clip.load(NAME, jit=False)"
+            return (
+                "it is a TorchScript archive, whose parts cannot be run one by one; load it with clip.load(NAME, "
+                "jit=False)"
             )
-        super().__init__(model, **options)
+        return None
 
     @property
     def _visual(self) -> Any:
@@ -60,85 +54,75 @@ class OriginalCLIPAdapter(OpenAICLIPAdapter):
 
     @property
     def _context_length(self) -> int:
-        positions: Any = self.model.positional_embedding
-        return int(positions.shape[0])
+        return int(self.model.positional_embedding.shape[0])
 
     @property
     def _vocabulary(self) -> int:
-        embedding: Any = self.model.token_embedding
-        return int(embedding.weight.shape[0])
+        return int(self.model.token_embedding.weight.shape[0])
 
     @property
     def _text_width(self) -> int:
-        projection: Any = self.model.text_projection
-        return int(projection.shape[1])
+        return int(self.model.text_projection.shape[1])
 
     @property
     def _text_blocks(self) -> Any:
-        transformer: Any = self.model.transformer
-        return transformer.resblocks
+        return self.model.transformer.resblocks
 
     @property
-    def _text_after_end_matters(self) -> bool:
+    def _text_needs_full_context(self) -> bool:
         return any(block.attn_mask is None or block.attn_mask.ndim != 2 for block in self._text_blocks)
 
     def _end_positions(self, ids: Tensor) -> Tensor:
         return ids.argmax(dim=-1)
 
     def _encode_text(self, ids: Tensor) -> Tensor:
-        model: Any = self.model
+        model = self.model
         length = ids.shape[1]
         x = model.token_embedding(ids).to(self._dtype) + model.positional_embedding[:length].to(self._dtype)
         x = x.transpose(0, 1)
         *blocks, last = self._text_blocks
         for block in blocks:
-            x = run_blocks(model.transformer, _run_block, block, x, _text_mask(block, x))
+            x = call_checkpointed(model.transformer, _run_block, block, x, _text_mask(block, x))
         mask = _text_mask(last, x)
-        run: Any = _run_last_block if _in_parts(last) and (mask is None or mask.ndim == 2) else _run_whole_block
-        pooled = run_blocks(model.transformer, run, last, x, mask, ids.argmax(dim=-1))
+        in_parts = runs_in_parts(last) and (mask is None or mask.ndim == 2)
+        run = _run_last_block if in_parts else _run_last_block_as_module
+        pooled = call_checkpointed(model.transformer, run, last, x, mask, ids.argmax(dim=-1))
         return model.ln_final(pooled).to(self._dtype) @ model.text_projection
 
     def _text_targets(self) -> list[str]:
-        return [
-            f"transformer.resblocks.{index}.{name}"
-            for index in range(len(self._text_blocks))
-            for name in ("attn", "mlp.c_fc", "mlp.c_proj")
-        ]
+        return residual_block_targets(self._text_blocks, "transformer.resblocks", _wraps_whole)
 
     def tower_blocks(self, tower: Tower) -> list[nn.Module]:
-        """Those of images. Of texts none: each holds the mask of the full context, so that its parts are called."""
+        """The image blocks. A text block stores the mask of the full context, so its parts are called instead."""
         return [] if tower == "text" else super().tower_blocks(tower)
 
     def set_grad_checkpointing(self, enabled: bool = True) -> None:
-        """Set the attribute that stands for the switch which the package lacks; see the contract."""
-        model: Any = self.model
-        for part in (model.transformer, getattr(model.visual, "transformer", model.visual)):
+        """Set the attribute ``grad_checkpointing``, since the package has no switch of its own; see the contract."""
+        for part in (self.model.transformer, getattr(self._visual, "transformer", self._visual)):
             part.grad_checkpointing = enabled
 
     def lora_layers(self) -> Mapping[type[nn.Module], type[nn.Module]]:
-        """Our own LoRA layer for ``nn.MultiheadAttention``, which leaves the base weights alone; needs peft."""
+        """The toolkit's LoRA layer for ``nn.MultiheadAttention``, which never writes a base weight; needs peft."""
         from ttd_plugins.toolkit.attention_lora import LoRAMultiheadAttention
 
         return {nn.MultiheadAttention: LoRAMultiheadAttention}
 
     def export(self, folder: Path) -> ExportedModel:
-        """Write a state dict that the original package's ``build_model`` takes, as safetensors.
+        """Write a state dict for the original package's ``build_model``, as safetensors.
 
-        ``build_model`` reads sizes off the tensors, takes heads of 64 channels for granted, and casts most weights to
-        float16; what it takes for granted is checked here.
+        ``build_model`` reads sizes from the tensors, assumes heads of 64 channels, and casts most weights to float16.
+        Its assumptions are checked first.
 
         Raises:
-            UnsupportedModelError: ``build_model`` would build another model.
+            UnsupportedModelError: ``build_model`` would build a different model.
         """
-        from ttd_openai_clip.original_export import export_original
-
         return export_original(self, folder)
 
 
 class OriginalViTAdapter(OriginalCLIPAdapter):
-    """The original package's ``CLIP`` around a vision transformer.
+    """The original package's ``CLIP`` with a vision transformer.
 
-    Its blocks take tokens with the sequence first; here only the calls of its modules do.
+    Its blocks take tokens with the sequence first; here only calls of its modules do.
     """
 
     def _embedding_widths(self) -> tuple[int, int]:
@@ -155,34 +139,28 @@ class OriginalViTAdapter(OriginalCLIPAdapter):
         height, width = self._patch_size
         return self._visual.input_resolution // height, self._visual.input_resolution // width
 
-    def _refusal_of_mode(self, mode: DenseMode) -> str | None:
+    def _unsupported_mode_reason(self, mode: DenseMode) -> str | None:
         attention = self._visual.transformer.resblocks[-1].attn
-        if not mode.by_hand or is_plain_attention(attention) or hasattr(attention, "project_qkv"):
+        if not mode.needs_explicit_qkv or is_plain_attention(attention) or hasattr(attention, "project_qkv"):
             return None
-        kind = type(attention)
-        return (
-            f"the last block's attention is {kind.__module__}.{kind.__qualname__}, whose queries and keys cannot be "
-            "had without losing what it adds to them"
-        )
+        return opaque_attention_reason(attention)
 
     def _encode_image(self, pixels: Tensor, grid: tuple[int, int], pooled: bool) -> ImageFeatures:
         visual = self._visual
         *blocks, last = visual.transformer.resblocks
         x = self._embed(pixels, grid).transpose(0, 1)
         for block in blocks:
-            x = run_blocks(visual.transformer, block, x)
-        run: Any = last_block if _in_parts(last) or self.dense.by_hand else _whole
-        block = _parts(last) if run is last_block else last
-        trained, patches = run_blocks(visual.transformer, run, block, x.transpose(0, 1), self.dense, grid)
+            x = call_checkpointed(visual.transformer, block, x)
+        x = x.transpose(0, 1)
+        trained, patches = call_checkpointed(visual.transformer, _run_last_image_block, last, x, self.dense, grid)
         dense = self._project(visual.ln_post(patches)).unflatten(1, grid)
         return ImageFeatures(dense, self._project(visual.ln_post(trained[:, 0])) if pooled else None)
 
     def _embed(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens ``[B, 1 + P, W]`` that enter the first block, the class token first."""
         visual = self._visual
-        x = visual.conv1(pixels.to(self._dtype)).flatten(2).transpose(1, 2)
-        class_token = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
-        x = torch.cat([class_token, x], dim=1) + self._positions(visual.positional_embedding, grid).to(x.dtype)
+        positions = self._positions(visual.positional_embedding, grid)
+        x = with_class_token(embedded_patches(visual.conv1, pixels), visual.class_embedding, positions)
         return visual.ln_pre(x)
 
     def _project(self, tokens: Tensor) -> Tensor:
@@ -192,30 +170,25 @@ class OriginalViTAdapter(OriginalCLIPAdapter):
     def lora_targets(self, tower: Tower) -> list[str]:
         """Attention (whole) and both matrices of the MLP in every block.
 
-        Where the dense mode leaves out the FFN, so does this for the last image block's.
+        The MLP of the last image block is left out where the dense mode leaves out the FFN.
         """
         if tower == "text":
             return self._text_targets()
-        targets = []
-        depth = len(self._visual.transformer.resblocks)
-        for index in range(depth):
-            prefix = f"visual.transformer.resblocks.{index}"
-            targets.append(f"{prefix}.attn")
-            if self.dense.ffn or index < depth - 1:
-                targets += [f"{prefix}.mlp.c_fc", f"{prefix}.mlp.c_proj"]
-        return targets
+        blocks = self._visual.transformer.resblocks
+        return residual_block_targets(blocks, "visual.transformer.resblocks", _wraps_whole, last_mlp=self.dense.ffn)
 
 
 class OriginalResNetAdapter(OriginalCLIPAdapter):
-    """The original package's ``CLIP`` around a modified ResNet.
+    """The original package's ``CLIP`` with a modified ResNet.
 
     Dense features are the value path of the attention pool, cell by cell and without its position embedding, as in
-    MaskCLIP (arXiv 2112.01071). The trunk is run here, part by part, with batch norms at their running statistics in
-    either mode: images do not see each other and no buffer changes, while weights and biases are trained as ever.
+    MaskCLIP (arXiv 2112.01071). The parts of the trunk run one by one. Batch norms use their running statistics in
+    train mode too: images do not influence each other and no buffer changes, while weights and biases are trained as
+        usual.
     """
 
-    default_dense = "value_only"
-    # The original hands the weights of its attention pool to a function.
+    default_mode = "value_only"
+    # The original passes the weights of its attention pool to a function.
     lora_needs_adapter = True
 
     def _embedding_widths(self) -> tuple[int, int]:
@@ -231,16 +204,16 @@ class OriginalResNetAdapter(OriginalCLIPAdapter):
         side = self._visual.input_resolution // RESNET_STRIDE
         return side, side
 
-    def _refusal_of_mode(self, mode: DenseMode) -> str | None:
+    def _unsupported_mode_reason(self, mode: DenseMode) -> str | None:
         if mode == PRESETS["value_only"]:
             return None
         return (
-            "the image tower is a ResNet, whose attention pool has the value path alone: its cells were never trained "
-            "to ask for one another, and it has no skip and no feed-forward network"
+            "the image tower is a ResNet, whose attention pool has only the value path: its cells were never trained "
+            "to attend to each other, and it has no residual connection and no feed-forward network"
         )
 
     def tower_blocks(self, tower: Tower) -> list[nn.Module]:
-        """None: the trunk too is run part by part."""
+        """None: the trunk runs part by part too."""
         return []
 
     def _encode_image(self, pixels: Tensor, grid: tuple[int, int], pooled: bool) -> ImageFeatures:
@@ -254,39 +227,39 @@ class OriginalResNetAdapter(OriginalCLIPAdapter):
         visual = self._visual
         x = pixels.to(self._dtype)
         for number in (1, 2, 3):
-            # Releases of the package differ in whether there is one activation or one for each convolution.
+            # Some releases of the package have one activation, others one for each convolution.
             activation = getattr(visual, f"relu{number}", None) or visual.relu
             x = activation(_batch_norm(getattr(visual, f"bn{number}"), getattr(visual, f"conv{number}")(x)))
         x = visual.avgpool(x)
         for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
             for bottleneck in layer:
-                x = run_blocks(visual, _run_bottleneck, bottleneck, x)
+                x = call_checkpointed(visual, _run_bottleneck, bottleneck, x)
         return x
 
     def _pool(self, cells: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The pooled embedding ``[B, D]``: the mean of the cells attends to itself and to all of them.
+        """The pooled embedding ``[B, D]``: the mean of the cells attends to itself and to all cells.
 
-        The projections are called as modules, where the original hands their weights to a function, so that LoRA is
-        part of the result.
+        The projections are called as modules, so that LoRA is included; the original passes their weights to a
+        function.
         """
         pool = self._visual.attnpool
         tokens = torch.cat([cells.mean(dim=1, keepdim=True), cells], dim=1)
         tokens = tokens + self._positions(pool.positional_embedding, grid).to(tokens.dtype)
         q, k, v = pool.q_proj(tokens[:, :1]), pool.k_proj(tokens), pool.v_proj(tokens)
-        q, k, v = (t.unflatten(-1, (pool.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (split_heads(part, pool.num_heads) for part in (q, k, v))
         return pool.c_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)[:, 0])
 
     def lora_targets(self, tower: Tower) -> list[str]:
         """The value and output projections of the attention pool; attention (whole) and the MLP of every text block.
 
-        The pool's queries and keys act on the pooled embedding alone, so they are no targets; neither is the
+        The pool's queries and keys affect only the pooled embedding, so they are no targets; neither is the
         convolutional trunk.
         """
         return self._text_targets() if tower == "text" else ["visual.attnpool.v_proj", "visual.attnpool.c_proj"]
 
 
 def _run_block(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
-    """A block of the original package, ``x`` being ``[L, N, W]``, with a mask of its own length."""
+    """Output of a block of the original package for ``x`` ``[L, N, W]``, with a mask ``[L, L]``."""
     normed = block.ln_1(x)
     x = x + block.attn(normed, normed, normed, need_weights=False, attn_mask=mask)[0]
     return x + block.mlp(block.ln_2(x))
@@ -299,45 +272,34 @@ def _text_mask(block: Any, x: Tensor) -> Tensor | None:
 
 
 def _run_last_block(block: Any, x: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
-    """Tokens ``[N, W]`` of a block at one position each."""
-    return last_block_at(_parts(block), x.transpose(0, 1), positions, mask)
+    """Output tokens ``[N, W]`` of a block for ``x`` ``[L, N, W]``, at one position per row."""
+    return last_block_at(block_parts(block), x.transpose(0, 1), positions, mask)
 
 
-def _run_whole_block(block: Any, x: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
-    """The same by a call of the block's own attention."""
+def _run_last_block_as_module(block: Any, x: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
+    """:func:`_run_last_block` by a call of the block's own attention."""
     return _run_block(block, x, mask).transpose(0, 1)[torch.arange(x.shape[1], device=x.device), positions]
 
 
-def _in_parts(block: Any) -> bool:
-    """Whether the block may be run part by part: nothing in it is wrapped unknown, and nobody watches its calls."""
-    attention = block.attn
-    return (is_plain_attention(attention) or hasattr(attention, "project_qkv")) and not has_hooks(block, attention)
+def _run_last_image_block(block: Any, x: Tensor, mode: DenseMode, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """:func:`ttd_plugins.toolkit.last_block.last_block` for ``x`` ``[B, 1 + P, W]``."""
+    if mode.needs_explicit_qkv or runs_in_parts(block):
+        return last_block(block_parts(block), x, mode, grid)
+
+    def attention_branch(tokens: Tensor, mask: Tensor | None) -> Tensor:
+        normed = block.ln_1(tokens).transpose(0, 1)
+        return block.attn(normed, normed, normed, need_weights=False, attn_mask=mask)[0].transpose(0, 1)
+
+    calls = BlockCalls(attention_branch, feed_forward=lambda tokens: feed_forward(block, tokens))
+    return last_block_with_mask(calls, x, mode)
 
 
-def _parts(block: Any) -> BlockParts:
-    attention = block.attn
-    return BlockParts(
-        norm=block.ln_1,
-        project=partial(project_some, attention),
-        finish=lambda mixed, _: project_out(attention, mixed),
-        feed_forward=lambda tokens: block.mlp(block.ln_2(tokens)),
-        dropout=attention_dropout(attention),
-    )
-
-
-def _whole(block: Any, x: Tensor, mode: DenseMode, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The same by a call of the block's own attention, the value modes with a mask."""
-    normed = block.ln_1(x).transpose(0, 1)
-    mask = diagonal_mask(len(normed), normed) if mode.attention == "value" else None
-    branch = block.attn(normed, normed, normed, need_weights=False, attn_mask=mask)[0].transpose(0, 1)
-    trained = x[:, :1] + branch[:, :1]
-    patches = branch[:, 1:] + x[:, 1:] if mode.residual else branch[:, 1:]
-    trained = trained + block.mlp(block.ln_2(trained))
-    return trained, patches + block.mlp(block.ln_2(patches)) if mode.ffn else patches
+def _wraps_whole(attention: nn.Module) -> bool:
+    return True
 
 
 def _batch_norm(norm: Any, x: Tensor) -> Tensor:
-    """Batch norm at its running statistics, in float32 where the map is in half precision and the norm is not."""
+    """Batch norm with its running statistics; computed in the dtype of the norm, returned in the dtype of ``x``."""
     out = F.batch_norm(
         x.to(norm.weight.dtype), norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
     )
@@ -345,7 +307,7 @@ def _batch_norm(norm: Any, x: Tensor) -> Tensor:
 
 
 def _run_bottleneck(block: Any, x: Tensor) -> Tensor:
-    """A bottleneck of the modified ResNet: strides are average pools before the last convolution and the shortcut."""
+    """A bottleneck of the modified ResNet, strided by average pools before the last convolution and the shortcut."""
     out = _activation(block, 1)(_batch_norm(block.bn1, block.conv1(x)))
     out = _activation(block, 2)(_batch_norm(block.bn2, block.conv2(out)))
     out = _batch_norm(block.bn3, block.conv3(block.avgpool(out)))

@@ -1,7 +1,7 @@
-"""LoRA for EVA attention that keeps its biases apart from its fused projection; needs peft.
+"""LoRA for EVA attention whose biases are not part of its fused projection; needs peft.
 
-timm's attention multiplies by ``qkv.weight`` there and never calls ``qkv``, so that a LoRA layer in the place of
-``qkv`` would be trained on nothing and do nothing. This layer wraps the whole module instead.
+There timm's attention multiplies by ``qkv.weight`` and never calls ``qkv``, so a LoRA layer that replaces ``qkv`` would
+have no effect. This layer wraps the whole attention module instead.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ttd_eva_clip.dense import bias_is_added_outside, finish_attention, fused_projection, queries_keys_values
+from ttd_eva_clip.eva_blocks import bias_is_added_outside, finish_attention, fused_projection, queries_keys_values
 from ttd_plugins.toolkit.attention import attention_dropout
 from ttd_plugins.toolkit.attention_lora import LoRASelfAttention
 
@@ -41,12 +41,12 @@ class LoRAEvaAttention(LoRASelfAttention):
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """Self-attention over ``[B, N, E]``, as timm's.
+        """Self-attention over ``[B, N, E]``, with the signature of timm's attention.
 
         Args:
             x: tokens, class and register tokens first.
             rope: rotary position embedding of the patches, or ``None``.
-            attn_mask: what ``scaled_dot_product_attention`` takes, or ``None``.
+            attn_mask: as in ``scaled_dot_product_attention``, or ``None``.
             is_causal: as in ``scaled_dot_product_attention``.
         """
         q, k, v = queries_keys_values(self, x, rope)

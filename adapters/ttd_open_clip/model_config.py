@@ -1,6 +1,6 @@
-"""The ``model_cfg`` of open_clip that a model was built from, read off its modules.
+"""The ``model_cfg`` of open_clip that a model was built from, read from its modules.
 
-What cannot be read is left at open_clip's default; whoever uses it has to compare embeddings.
+Settings that cannot be read keep open_clip's defaults, so a caller must compare embeddings.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def read_config(model: Any) -> dict[str, Any] | None:
     if hasattr(model, "text"):
         config["custom_text"] = True
     if getattr(model, "logit_bias", None) is not None:
-        # Its value is in the weights; this only says that there is one.
+        # The value is in the weights; the setting only makes open_clip create the parameter.
         config["init_logit_bias"] = 0.0
     if model.logit_scale.ndim:
         config["nonscalar_logit_scale"] = True
@@ -80,7 +80,7 @@ def _norm(norm: Any) -> dict[str, float] | None:
 
 
 def _tower(transformer: Any, width: int) -> dict[str, Any]:
-    """What image and text tower are told alike."""
+    """Settings that both towers have."""
     block = transformer.resblocks[0]
     scale = getattr(block.ls_1, "gamma", None)
     approximate = getattr(block.mlp.gelu, "approximate", "none")

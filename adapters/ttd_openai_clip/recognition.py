@@ -1,15 +1,18 @@
-"""Which container an object of OpenAI's CLIP is in, and what cannot be served; by attribute names, nothing is imported.
+"""Which library built a CLIP model of OpenAI, by attribute names alone, and the import of transformers.
 
-Three containers hold these models: transformers' ``CLIPModel``, and the original ``clip`` package's ``CLIP`` around a
-vision transformer or around a modified ResNet. open_clip's models have most names of the original in common. What
-tells them apart: the original's blocks run with the sequence first and carry their mask in an attribute
-``attn_mask``; open_clip's blocks have layer scales ``ls_1`` and ``ls_2`` and no ``attn_mask``. That is looked up in
-the text tower too, since both packages have ResNets with an ``attnpool``.
+Three kinds of objects are supported: transformers' ``CLIPModel``, and the original ``clip`` package's ``CLIP`` with a
+vision transformer or with a modified ResNet. Models of open_clip share most names with the original. They differ in
+their blocks: the original's run with the sequence first and have an attribute ``attn_mask``; open_clip's have layer
+scales ``ls_1`` and ``ls_2`` and no ``attn_mask``. The text tower is checked too, because both packages have ResNets
+with an ``attnpool``.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
+
+from ttd_plugins.toolkit.optional_library import import_library
+from ttd_plugins.toolkit.transformers_blocks import ATTENTION_PARTS
 
 Container = Literal["transformers", "original_vit", "original_resnet"]
 
@@ -17,7 +20,6 @@ TRANSFORMERS_PARTS = ("vision_model", "text_model", "visual_projection", "text_p
 TRANSFORMERS_VISION = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
 TRANSFORMERS_EMBEDDINGS = ("class_embedding", "patch_embedding", "position_embedding")
 TRANSFORMERS_LAYER = ("layer_norm1", "self_attn", "layer_norm2", "mlp")
-TRANSFORMERS_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 ORIGINAL_PARTS = ("visual", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection",
                   "logit_scale", "encode_image", "encode_text")  # fmt: skip
 ORIGINAL_BLOCK = ("ln_1", "attn", "ln_2", "mlp", "attn_mask")
@@ -27,8 +29,20 @@ ORIGINAL_RESNET = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "avgpool", "l
 ATTENTION_POOL = ("positional_embedding", "q_proj", "k_proj", "v_proj", "c_proj", "num_heads")
 
 
+def import_transformers() -> Any:
+    """Return the module ``transformers``, or raise MissingDependencyError."""
+    return import_library(
+        "transformers",
+        "openai_clip backbones by name",
+        distribution="transformers",
+        install="'ttd-plugins[openai_clip]'",
+        # The package imports its parts late, so a broken one shows when a class is accessed.
+        attributes=("CLIPConfig", "CLIPModel"),
+    )
+
+
 def container(model: object) -> Container | None:
-    """The container that ``model`` is in; ``None`` for every object of another family."""
+    """The kind of object that ``model`` is; ``None`` for every object of another family."""
     if is_transformers_clip(model):
         return "transformers"
     if not (_has(model, ORIGINAL_PARTS) and _runs_sequence_first(getattr(model, "transformer", None))):
@@ -44,8 +58,8 @@ def container(model: object) -> Container | None:
 def is_transformers_clip(model: object) -> bool:
     """Whether ``model`` is built as transformers' ``CLIPModel``, of version 4 or 5.
 
-    Relatives have the same image tower: ``config.model_type`` is ``"clip"`` for CLIP itself, and MetaCLIP 2 (another
-    rule for the end token), Chinese CLIP and AltCLIP (other text towers) have names of their own.
+    Other models have the same image tower. ``config.model_type`` is ``"clip"`` for CLIP itself; MetaCLIP 2 (another
+    rule for the end token), Chinese CLIP and AltCLIP (other text towers) have other types.
     """
     if not _has(model, TRANSFORMERS_PARTS):
         return False
@@ -57,13 +71,13 @@ def is_transformers_clip(model: object) -> bool:
     layers: Any = getattr(getattr(vision, "encoder", None), "layers", None)
     if not _filled(layers) or not _has(layers[-1], TRANSFORMERS_LAYER):
         return False
-    if not _has(layers[-1].self_attn, TRANSFORMERS_ATTENTION):
+    if not _has(layers[-1].self_attn, ATTENTION_PARTS):
         return False
     return getattr(getattr(model, "config", None), "model_type", "clip") == "clip"
 
 
 def _runs_sequence_first(transformer: Any) -> bool:
-    """Whether a transformer is the original package's: masks in its blocks, no layer scale, sequence first."""
+    """Whether a transformer is the original package's: masks stored in its blocks, no layer scale, sequence first."""
     blocks: Any = getattr(transformer, "resblocks", None)
     if not _filled(blocks) or getattr(transformer, "batch_first", False):
         return False

@@ -1,18 +1,16 @@
-"""Dense features from the pooling head: which patches a probe mixes, and what the last block mixes before it.
+"""Dense modes of SigLIP: which patches the pooling head mixes for a patch, and which the last block mixes before it.
 
-The pooled embedding of SigLIP (arXiv 2303.15343) is the head's answer to one learnt probe: attention over the patches,
-output projection, then an MLP with its norm and a skip around it. A patch is put into the joint space by giving it the
-same treatment with another attention row in the place of the probe's. Of a single patch every row is the same, so an
-image of one patch has pooled equal to dense, in every mode.
+The pooled embedding of SigLIP (arXiv 2303.15343) is the output of a pooling head for one learned probe: attention over
+the patches, output projection, then an MLP with its norm and a residual connection. A patch enters the joint space
+through the same head, with another row of attention weights than the probe's. For an image of one patch all rows are
+equal, so there pooled equals dense in every mode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,22 +19,22 @@ from ttd_plugins.toolkit.dense_modes import DenseMode
 from ttd_plugins.toolkit.last_block import BlockParts, last_block
 
 HeadMode = Literal["value", "token_probe", "query_query"]
-"""``value``: each patch answers with its own value; ``token_probe``: each patch is the probe, softmax(q k), as FG-CLIP
-2 (arXiv 2510.10921) has it; ``query_query``: softmax(q q), as in DeCLIP (2505.04410), but with the skip around the
-head's MLP as it was trained, where DeCLIP takes it after the norm."""
+"""``value``: each patch attends to itself alone; ``token_probe``: each patch is the probe, softmax(q k), as in FG-CLIP
+2 (arXiv 2510.10921); ``query_query``: softmax(q q), as in DeCLIP (2505.04410), but with the residual connection around
+the head's MLP as trained, where DeCLIP's starts after the norm."""
 
 LastBlock = Literal["plain", "value"]
-"""``plain``: the last encoder block as trained; ``value``: each patch of it attends to itself alone, skip and FFN kept
-(MaskCLIP, arXiv 2112.01071)."""
+"""``plain``: the last encoder block as trained; ``value``: each of its patches attends to itself alone, with residual
+connection and FFN (MaskCLIP, arXiv 2112.01071)."""
 
 
 @dataclass(frozen=True)
 class SiglipMode:
-    """How dense features are made: two independent choices.
+    """How dense features are computed: two independent choices.
 
     Attributes:
-        head: what a patch mixes in the pooling head.
-        last_block: what a patch mixes in the last encoder block.
+        head: which values a patch mixes in the pooling head.
+        last_block: which values a patch mixes in the last encoder block.
     """
 
     head: HeadMode = "value"
@@ -50,7 +48,7 @@ class SiglipMode:
 
     @property
     def name(self) -> str:
-        """The head's mode, followed by ``,last_block=value`` where the last block is not as trained."""
+        """The mode of the head, followed by ``,last_block=value`` where the last block is not as trained."""
         return self.head if self.last_block == "plain" else f"{self.head},last_block={self.last_block}"
 
 
@@ -63,7 +61,7 @@ MODES: dict[str, SiglipMode] = {
 
 
 def siglip_mode(dense: str | SiglipMode, last_block: str | None = None) -> SiglipMode:
-    """Return the mode that a name or a mode means, with ``last_block`` in the place of its own where that is given.
+    """Return the mode with this name, or the mode itself, with its ``last_block`` replaced where one is given.
 
     Raises:
         InputError: one of the names is unknown.
@@ -75,23 +73,11 @@ def siglip_mode(dense: str | SiglipMode, last_block: str | None = None) -> Sigli
     return dense if last_block is None else SiglipMode(dense.head, last_block)  # type: ignore[arg-type]
 
 
-def self_mask(tokens: int, like: Tensor) -> Tensor:
-    """Additive mask ``[tokens, tokens]`` under which each patch sees itself alone: 0 on the diagonal, else -inf."""
-    mask = torch.full((tokens, tokens), float("-inf"), dtype=like.dtype, device=like.device)
-    return mask.fill_diagonal_(0)
-
-
 def value_block(parts: BlockParts, x: Tensor, pooled: bool) -> tuple[Tensor, Tensor]:
-    """Patches of the last block as trained (none unless ``pooled``), and with each attending to itself alone."""
+    """Patches of the last block as trained (none unless ``pooled``), and with each patch attending to itself alone."""
     return last_block(parts, x, DenseMode("value"), (1, x.shape[1]), prefix=0, averaged=pooled)
 
 
 def attend(probes: Tensor, keys: Tensor, values: Tensor, dropout: float = 0.0) -> Tensor:
     """Scaled dot-product attention over heads: three times ``[B, heads, P, W / heads]`` to ``[B, P, W]``."""
     return F.scaled_dot_product_attention(probes, keys, values, dropout_p=dropout).transpose(1, 2).flatten(2)
-
-
-def mode_names(heads: Iterable[str], last_blocks: Iterable[str]) -> tuple[str, ...]:
-    """Names of the modes with one of ``heads`` and one of ``last_blocks``."""
-    heads, last_blocks = set(heads), set(last_blocks)
-    return tuple(name for name, mode in MODES.items() if mode.head in heads and mode.last_block in last_blocks)

@@ -1,8 +1,8 @@
 """Architectures of the SigLIP models on transformers' hub, so that they can be built with fresh weights offline.
 
-From the checkpoints' published configurations: base, large and so400m are SigLIP (arXiv 2303.15343) and SigLIP 2
-(2502.14786), giant-opt is SigLIP 2 alone. Loading pretrained weights never uses this table but the model's own
-``config.json``.
+The numbers are from the checkpoints' published configurations: base, large and so400m are SigLIP (arXiv 2303.15343) and
+SigLIP 2 (2502.14786), giant-opt is SigLIP 2 only. Pretrained weights are loaded with the model's own ``config.json``,
+never with this table.
 """
 
 from __future__ import annotations
