@@ -1,4 +1,4 @@
-"""Print the lower bound of every dependency of a pyproject.toml as a pin (`name==bound`), for `pip install --constraint`.
+"""Print the lower bound of every dependency of a pyproject.toml as a pin (`name==bound`), for `pip -c`.
 
     python .ci/lower_bounds.py pyproject.toml
 

@@ -1,4 +1,4 @@
-"""Prose is plain ML English: phrases that readers have to translate stay out of docstrings, comments, messages and pages."""
+"""Prose is plain ML English: odd phrases stay out of docstrings, comments, messages and pages."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RULES = (
     (r"wait(?:s|ing|ed)? (?:for|until) the device", "host synchronisation"),
     (r"(?:computed|computes|compute|asked) (?:twice|again|a second time)", "activation checkpointing, recomputed"),
     (r"what (?:is|was) kept|remember(?:s|ed|ing)?|forgotten|forgets?", "cache, store, snapshot; evict, free"),
-    (r"(?:kept|dropped) tags?|tags? (?:is|are|was|were) (?:kept|dropped)|kept (?:and|or) dropped", "selected, rejected"),
+    (r"(?:kept|dropped) tags?|tags? (?:is|are|was|were) (?:kept|dropped)|kept (?:and|or) dropped", "selected"),
     (r"for ever", "always, permanently"),
     (r"(?:the )?better of (?:two|the two|both|before)", "gain is after TTD minus control"),
     (r"less the control", "minus the control"),
@@ -178,7 +178,7 @@ def test_the_worst_sentences_are_noticed(sentence: str) -> None:
     [
         "Use `@random` for random weights.",
         "Figure 3 of the paper, and `run.pictures` or ``of what`` as code; run.pictures in a message",
-        "Returns only loss tensors, so that DDP sees no unused outputs. Encode text first, so that backward frees images.",
+        "Returns only loss tensors, so that DDP sees no unused outputs. Encode text first.",
         "The image-blind baseline selects tags without the image.",
         "a list of tags, of course",
     ],
