@@ -19,9 +19,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ttd_plugins.comparison.options import CompareOptions
 from ttd_plugins.comparison.results import Comparison
-from ttd_plugins.comparison.running import CompareOptions, run_comparison
-from ttd_plugins.comparison.tables import gain, number
+from ttd_plugins.comparison.running import run_comparison
+from ttd_plugins.comparison.tables import format_number, gain
 
 
 def ranking(comparison: Comparison) -> list[tuple[str, float, float]]:
@@ -65,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> Comparison:
     for name, up, cost in ranking(comparison):
         (backbone,) = (one for one in comparison.backbones if one.name == name)
         before = backbone.mean("before", comparison.trade_off[0])
-        table.add_row(name, number(before, None), number(up, None, sign=True), number(cost, None, sign=True))
+        table.add_row(
+            name, format_number(before, None), format_number(up, None, sign=True), format_number(cost, None, sign=True)
+        )
     console.print(table)
     for name, reason in comparison.failures.items():
         console.print(f"{name} is left out: {reason}", markup=False)

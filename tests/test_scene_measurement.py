@@ -14,7 +14,7 @@ from toy_backbone import MEAN, SIDE, STD, ToyAdapter, toy
 
 from ttd_plugins.embedded.scenes import NOUNS, Scene, kind_of_noun
 from ttd_plugins.engine import TTD
-from ttd_plugins.evaluation import scenes as measuring
+from ttd_plugins.evaluation import scene_protocol as measuring
 from ttd_plugins.evaluation.scene_protocol import SceneMetrics, measure_on_scenes, scene_pixels
 
 # Words that name nothing are candidates too. The caption that comes twice has none: equal scores of one tag differ in

@@ -3,13 +3,14 @@ const root = document.documentElement;
 root.classList.add("js");
 const all = (selector, within = document) => [...within.querySelectorAll(selector)];
 
+// Headings sort: best first, then worst first, then in the original order.
 for (const table of all("table.sortable")) {
   const body = table.tBodies[0];
   const original = [...body.rows];
   const heads = all("thead th", table);
   const value = (row, column, kind) => {
-    const held = row.cells[column].dataset.sort;
-    return kind === "text" ? held : held === "" ? null : Number(held);
+    const stored = row.cells[column].dataset.sort;
+    return kind === "text" ? stored : stored === "" ? null : Number(stored);
   };
   heads.forEach((head, column) => {
     head.querySelector("button").addEventListener("click", () => {
@@ -25,18 +26,19 @@ for (const table of all("table.sortable")) {
         rows.sort((one, two) => {
           const a = value(one, column, head.dataset.kind);
           const b = value(two, column, head.dataset.kind);
-          // What is not known comes last, whatever the direction.
+          // Unknown values come last in both directions.
           if (a === null || b === null) return (a === null) - (b === null);
           return sign * (head.dataset.kind === "text" ? a.localeCompare(b) : a - b);
         });
       }
       body.append(...rows);
       document.getElementById("sorted").textContent =
-        next === "none" ? "In the order of the comparison" : `Sorted by ${head.dataset.label}, ${next}`;
+        next === "none" ? "In the original order" : `Sorted by ${head.dataset.label}, ${next}`;
     });
   });
 }
 
+// One training curve at a time.
 const curve = document.getElementById("curve");
 if (curve) {
   const show = () => all(".part").forEach((part) => { part.hidden = part.dataset.part !== curve.value; });
@@ -44,15 +46,16 @@ if (curve) {
   show();
 }
 
+// The gallery: opacity, true regions, control, backbones, and the map of each image. A reloaded page keeps its settings.
 const opacity = document.getElementById("opacity");
 if (opacity) {
   const output = document.getElementById("opacity-value");
-  const set = () => {
+  const setOpacity = () => {
     root.style.setProperty("--heat", opacity.value / 100);
     output.textContent = `${opacity.value} %`;
   };
-  opacity.addEventListener("input", set);
-  set();
+  opacity.addEventListener("input", setOpacity);
+  setOpacity();
   for (const [id, act] of [
     ["outline", (on) => root.classList.toggle("no-outline", !on)],
     ["control", (on) => root.classList.toggle("control", on)],
@@ -60,7 +63,6 @@ if (opacity) {
     const box = document.getElementById(id);
     if (!box) continue;
     box.addEventListener("change", () => act(box.checked));
-    // A reloaded page keeps what its controls were set to.
     act(box.checked);
   }
   const boxes = all("input.backbone");
@@ -70,7 +72,7 @@ if (opacity) {
     document.getElementById("shown").textContent = `${shown.size} of ${boxes.length}`;
   };
   boxes.forEach((box) => box.addEventListener("change", choose));
-  choose();
+  if (boxes.length) choose();
   for (const article of all("#gallery article")) {
     const pick = () => {
       const map = article.querySelector(".maps input:checked").value;
