@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ttd_plugins.comparison.results import Arm, BackboneResult, Comparison, Metric, Picture, TagView, View
+from ttd_plugins.comparison.results import Arm, BackboneResult, Comparison, GalleryImage, Metric, TagView, View
 
 HOSTILE = (
     """<script>alert("x")</script> 'q' & <img src=http://evil.example/x onerror=alert(1)> $x^{ 狗 🐶 \x00 \ud83d"""
@@ -114,7 +114,7 @@ def make_picture(
     size: tuple[int, int] = (64, 64),
     grid: tuple[int, int] = (8, 8),
     ious: Sequence[float] = (0.3, 0.4, 0.5),
-) -> Picture:
+) -> GalleryImage:
     """An image of a dog on grass; ``ious`` are those of the arms on the first backbone."""
     rng = np.random.default_rng(number)
     height, width = size
@@ -129,7 +129,7 @@ def make_picture(
         for n, name in enumerate(names)
     }
     image = np.linspace(60, 200, height, dtype=np.uint8)[:, None, None] + rng.integers(0, 9, (*size, 3), dtype=np.uint8)
-    return Picture(f"scene-{number:04d}", image, caption, {"dog": dog, "grass": grass}, views, "largest gain")
+    return GalleryImage(f"scene-{number:04d}", image, caption, {"dog": dog, "grass": grass}, views, "largest gain")
 
 
 def make_comparison(names: Sequence[str] = NAMES, pictures: int = 3, **changes: Any) -> Comparison:

@@ -121,6 +121,11 @@ def test_a_visitor_sees_tags_and_maps_before_and_after(browser: Any, address: st
     assert box["height"] > 100 and abs(box["width"] - box["height"]) < 2
 
     assert shown_map(tab) == {"caption"}
+    pressed, other = (
+        tab.locator(f".ttd-chip[aria-pressed={on}]").first.evaluate("e => getComputedStyle(e).backgroundColor")
+        for on in ("true", "false")
+    )
+    assert pressed != other
     tab.locator(".ttd-chip", has_text=re.compile(f"^{words[1]}$")).click()
     assert shown_map(tab) == {"tag-1"}
     assert tab.locator('button[aria-pressed="true"]').count() == 3  # the chip, and the tag of both tables

@@ -401,3 +401,5 @@ def test_the_old_names_of_metrics_work_and_warn() -> None:
         assert comparison.backbones[0].figures is comparison.backbones[0].metrics
     with pytest.warns(FutureWarning, match="Figure is now Metric"):
         assert results.Figure is Metric
+    with pytest.warns(FutureWarning, match="Picture is now GalleryImage"):
+        assert results.Picture is results.GalleryImage

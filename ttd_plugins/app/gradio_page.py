@@ -223,7 +223,7 @@ def launch_page(
     gr = import_gradio()
     files = resources.files("ttd_plugins.app")
     layout, script = (files.joinpath(name).read_text(encoding="utf-8") for name in ("app.css", "app.js"))
-    css = stylesheet("heat_overlay.css", dark=".dark") + layout
+    css = str(stylesheet("heat_overlay.css", dark=".dark")) + layout
     fonts = {"font": ["system-ui", "-apple-system", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     try:
         _, address, _ = page.queue(max_size=64).launch(

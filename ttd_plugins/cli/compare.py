@@ -79,7 +79,7 @@ def command(
     """
     from ttd_plugins.comparison.options import CompareOptions, default_jobs
     from ttd_plugins.comparison.running import run_comparison
-    from ttd_plugins.training.run import TrainingStoppedError
+    from ttd_plugins.training.stop_signals import TrainingStoppedError
     from ttd_plugins.utils.progress import progress_bars
 
     options = CompareOptions(

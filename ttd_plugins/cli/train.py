@@ -29,7 +29,7 @@ FLAGS = {
     "warm_up": "optimizer.warm_up",
     "evaluate": "evaluation.data",
     "evaluate_every": "evaluation.every",
-    "evaluate_most": "evaluation.most",
+    "evaluate_most": "evaluation.limit",
     "seed": "run.seed",
     "precision": "run.mixed_precision",
     "grad_checkpointing": "run.gradient_checkpointing",
@@ -99,7 +99,7 @@ def command(
     changes += change or []
     from ttd_plugins.fine_tuning import fine_tune
     from ttd_plugins.training.config import TrainConfig
-    from ttd_plugins.training.run import TrainingStoppedError
+    from ttd_plugins.training.stop_signals import TrainingStoppedError
 
     if config is None and resume and (out / "config.yaml").is_file():
         config = out / "config.yaml"
@@ -110,7 +110,7 @@ def command(
     except TrainingStoppedError as stopped:
         typer.echo(str(stopped), err=True)
         raise typer.Exit(stopped.status) from stopped
-    from ttd_plugins.training.run import is_main_process
+    from ttd_plugins.training.processes import is_main_process
 
     if is_main_process():
         print_summary(result)
@@ -127,7 +127,7 @@ def _image_size(text: str | None) -> Any:
 
 def print_summary(result: TrainResult) -> None:
     """Say what came out, what it means, and where it is."""
-    figures = result.figures
+    figures = result.metrics
     typer.echo(f"{result.step} steps on {result.backbone.description.name}; last figures:")
     for name, meaning in MEANINGS.items():
         if name in figures:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ttd_plugins.comparison.data_interface import Sample
-from ttd_plugins.comparison.results import Arm, Picture, TagView, View
+from ttd_plugins.comparison.results import Arm, GalleryImage, TagView, View
 from ttd_plugins.engine import TTD
 from ttd_plugins.evaluation.metrics import mask_overlap, upsample_map
 from ttd_plugins.evaluation.scene_protocol import CAPTION_MAP_THRESHOLD
@@ -48,7 +48,7 @@ def compute_view(ttd: TTD, sample: Sample) -> View:
     return View(maps.caption_map_normalized.astype(np.float32), tags, iou, bool(maps.truncated))
 
 
-def choose_gallery(samples: Sequence[Sample], views: Views, count: int) -> list[Picture]:
+def choose_gallery(samples: Sequence[Sample], views: Views, count: int) -> list[GalleryImage]:
     """Choose ``count`` images, evenly spaced in the ranking by gain, so that the best and the worst are included.
 
     The gain is the Caption IoU after TTD minus that of the control, averaged over backbones. Without trained arms,
@@ -69,7 +69,7 @@ def choose_gallery(samples: Sequence[Sample], views: Views, count: int) -> list[
         sample = samples[index]
         rank = "largest" if place == 0 else "smallest" if place == len(ranking) - 1 else f"rank {place + 1} by"
         chosen.append(
-            Picture(
+            GalleryImage(
                 key=sample.key,
                 image=_shrunk(sample.image),
                 caption=sample.caption,

@@ -119,7 +119,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Picture:
+class GalleryImage:
     """An image of the gallery, with the views of every backbone.
 
     Attributes:
@@ -159,7 +159,7 @@ class Comparison:
     settings: dict[str, Any]
     metrics: Sequence[Metric]
     backbones: Sequence[BackboneResult]
-    gallery: Sequence[Picture] = ()
+    gallery: Sequence[GalleryImage] = ()
     trade_off: tuple[str, str] = ("caption_iou", "retrieval_r1")
     attribution: str = ""
     failures: Mapping[str, str] = field(default_factory=dict)
@@ -177,7 +177,8 @@ def _warn_renamed(old: str, new: str) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Figure":
-        _warn_renamed("Figure", "Metric")
-        return Metric
+    renamed = {"Figure": Metric, "Picture": GalleryImage}
+    if name in renamed:
+        _warn_renamed(name, renamed[name].__name__)
+        return renamed[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ttd_plugins.comparison.results import ARMS, Arm, Comparison, Picture, TagView, View
+from ttd_plugins.comparison.results import ARMS, Arm, Comparison, GalleryImage, TagView, View
 from ttd_plugins.errors import InputError
 from ttd_plugins.reports.comparison_charts import ARM_LABELS
 from ttd_plugins.reports.comparison_findings import TIE
@@ -41,7 +41,7 @@ def gallery_view(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _image_view(number_of_image: int, image: Picture, names: Sequence[str]) -> dict[str, Any]:
+def _image_view(number_of_image: int, image: GalleryImage, names: Sequence[str]) -> dict[str, Any]:
     tags = _all_tags(image)
     kinds = {text: _kind(text, image) for text, _ in tags}
     height, width = image.image.shape[:2]
@@ -65,7 +65,7 @@ def _image_view(number_of_image: int, image: Picture, names: Sequence[str]) -> d
     }
 
 
-def _all_tags(image: Picture) -> list[tuple[str, int]]:
+def _all_tags(image: GalleryImage) -> list[tuple[str, int]]:
     """Text and place of every tag that some backbone has, in the caption's order."""
     found = {
         (tag.text, tag.start): None for views in image.views.values() for view in views.values() for tag in view.tags
@@ -77,7 +77,7 @@ def _folded(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def _kind(text: str, image: Picture) -> str:
+def _kind(text: str, image: GalleryImage) -> str:
     """``true`` if the image shows the tag, ``absent`` if it is known not to, else ``other``."""
     if _folded(text) in map(_folded, image.truth):
         return "true"
@@ -106,7 +106,7 @@ def _iou_change(views: Mapping[Arm, View]) -> float | None:
     return None if first is None or last is None else last - first
 
 
-def _badges(image: Picture) -> list[tuple[str, str]]:
+def _badges(image: GalleryImage) -> list[tuple[str, str]]:
     """Kind and words: on how many backbones Caption IoU rises and falls, and on how many it is poor."""
     last = [views.get("after") or views.get("before") for views in image.views.values()]
     ious = [view.iou for view in last if view is not None and view.iou is not None]
@@ -214,7 +214,7 @@ def _note(
 # True regions ---------------------------------------------------------------------------------------------------------
 
 
-def _outlines(image: Picture, tags: Sequence[tuple[str, int]]) -> dict[str, str]:
+def _outlines(image: GalleryImage, tags: Sequence[tuple[str, int]]) -> dict[str, str]:
     """For each map the CSS image of the outline of its true region, or ``none``."""
     shape = image.image.shape[:2]
     for tag, region in image.truth.items():

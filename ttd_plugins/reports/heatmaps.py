@@ -223,7 +223,7 @@ def _draw_panel(figure: Figure, panel: _Panel, left: float, above: float, panel_
     axes.imshow(panel.image, interpolation="bilinear")
     axes.grid(visible=False)
     for spine in axes.spines.values():
-        spine.set(edgecolor=panel.frame, linewidth=2.0 if panel.frame == _SELECTED else 1.0)
+        spine.set(visible=True, edgecolor=panel.frame, linewidth=2.0 if panel.frame == _SELECTED else 1.0)
         spine.set_linestyle((0, (3, 2)) if panel.dashed else "-")
 
 
