@@ -259,7 +259,7 @@ def test_a_background_class_is_the_plane_and_is_not_named(tmp_path: Path) -> Non
     assert run["none"].settings["names"]["background"] == ["background"]
     assert "sky" in run["words"].settings["names"]["background"]
     assert run["words"].settings["options"]["threshold"] == 0.40
-    with pytest.raises(InputError, match="unknown background 'sky'"):
+    with pytest.raises(InputError, match="unknown value of background 'sky'"):
         evaluate_segment(toy(), data, SegmentProtocol(background="sky"))  # type: ignore[arg-type]
 
 
@@ -454,7 +454,7 @@ def test_json_stands_alone_and_ranks_come_from_the_environment(
     monkeypatch.setenv("WORLD_SIZE", "2")
     half = json.loads(ttd(*arguments, "--out", tmp_path / "out").stdout)
     assert half["figures"] is None and half["done"] == 2
-    assert "other processes have images to do" in ttd(*arguments[:-1], "--out", tmp_path / "out").stdout
+    assert "other processes are not done" in ttd(*arguments[:-1], "--out", tmp_path / "out").stdout
     full = json.loads(ttd(*arguments, "--out", tmp_path / "out", "--rank", "0").stdout)
     assert full["figures"] == pytest.approx(found["figures"])
 

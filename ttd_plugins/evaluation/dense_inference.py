@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import torch
@@ -21,15 +21,13 @@ from torch import Tensor
 
 from ttd_plugins.adapter import Calibration, DenseAdapter, image_features, image_pixels
 from ttd_plugins.errors import InputError, choices_sentence
-from ttd_plugins.evaluation.pamr import DILATIONS, ITERATIONS, pamr
+from ttd_plugins.evaluation.pamr import pamr
+from ttd_plugins.evaluation.protocol_options import DenseOptions, MapActivation
 from ttd_plugins.method import similarity
 from ttd_plugins.method.text_embeddings import encode_texts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-Resize = Literal["square", "short"]
-Activation = Literal["probability", "minmax", "cosine"]
 
 
 @cache
@@ -75,59 +73,6 @@ def class_embeddings(
     if not parts:
         return encode_texts(adapter, [])[0]
     return similarity.normalize(torch.cat(parts).reshape(len(names), len(templates), -1).mean(1))
-
-
-@dataclass(frozen=True)
-class DenseOptions:
-    """How a picture is looked at.
-
-    Attributes:
-        size: side in pixels at scale one, rounded to whole patches.
-        resize: ``"square"`` resizes the whole picture to a square of that side, ``"short"`` its short side.
-        scales: factors of the size; maps are averaged over them on the finest grid.
-        flip: whether the mirrored picture is looked at too.
-        window: side in pixels of sliding windows, rounded to whole patches, or ``None`` for the whole picture at once.
-        stride: step of the windows in pixels; ``None`` means half a window.
-        refine: whether maps are refined by PAMR at the size of scale one.
-        iterations, dilations: of PAMR.
-        batch: windows that go through the backbone at once, those of both orientations counted.
-    """
-
-    size: int = 448
-    resize: Resize = "square"
-    scales: tuple[float, ...] = (1.0,)
-    flip: bool = False
-    window: int | None = None
-    stride: int | None = None
-    refine: bool = False
-    iterations: int = ITERATIONS
-    dilations: tuple[int, ...] = DILATIONS
-    batch: int = 16
-
-    def __post_init__(self) -> None:
-        if self.resize not in get_args(Resize):
-            raise InputError(choices_sentence("resize", self.resize, get_args(Resize)))
-        if self.size < 1 or not self.scales or not all(scale > 0 for scale in self.scales):
-            raise InputError(f"size and scales must be positive, not {self.size} and {list(self.scales)}")
-        if self.batch < 1:
-            raise InputError(f"batch must be 1 or more, not {self.batch}")
-        if (self.window is not None and self.window < 1) or (self.stride is not None and self.stride < 1):
-            raise InputError(f"window and stride must be positive, not {self.window} and {self.stride}")
-        if self.iterations < 1 or not self.dilations or not all(step > 0 for step in self.dilations):
-            raise InputError(
-                f"PAMR needs iterations and dilations of 1 or more, not {self.iterations} and {self.dilations}"
-            )
-
-    def input_size(self, adapter: DenseAdapter, width: int, height: int, scale: float = 1.0) -> tuple[int, int]:
-        """Height and width in pixels at which a picture of ``width`` by ``height`` enters at a scale."""
-        rows, columns = adapter.description.patch_size
-        short = min(width, height) if self.resize == "short" else 0
-        factor = (height / short, width / short) if short else (1.0, 1.0)
-
-        def whole(pixels: float, patch: int) -> int:
-            return max(int(pixels / patch + 0.5), 1) * patch
-
-        return whole(self.size * scale * factor[0], rows), whole(self.size * scale * factor[1], columns)
 
 
 @dataclass
@@ -254,7 +199,7 @@ def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
-def activate(cosines: Tensor, activation: Activation, calibration: Calibration) -> Tensor:
+def activate(cosines: Tensor, activation: MapActivation, calibration: Calibration) -> Tensor:
     """Maps ``[K, H, W]`` in [0, 1]: calibrated probabilities, min-max over each map, or the cosines as they are.
 
     Raises:
@@ -265,7 +210,7 @@ def activate(cosines: Tensor, activation: Activation, calibration: Calibration) 
     if activation == "minmax":
         return similarity.minmax_normalize(cosines.flatten(1)).reshape(cosines.shape)
     if activation != "cosine":
-        raise InputError(choices_sentence("activation", activation, get_args(Activation)))
+        raise InputError(choices_sentence("activation", activation, get_args(MapActivation)))
     return cosines
 
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DILATIONS = (1, 2, 4, 8, 12, 24)
-ITERATIONS = 10
+from ttd_plugins.evaluation.protocol_options import PAMR_DILATIONS, PAMR_ITERATIONS
+
 _RING = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0))
 
 
@@ -28,7 +28,7 @@ def _shifted(planes: Tensor, dilation: int) -> list[Tensor]:
     ]
 
 
-def affinity(picture: Tensor, dilations: tuple[int, ...] = DILATIONS, sharpness: float = 0.1) -> Tensor:
+def affinity(picture: Tensor, dilations: tuple[int, ...] = PAMR_DILATIONS, sharpness: float = 0.1) -> Tensor:
     """How much each neighbour weighs: ``[8 * len(dilations), H, W]``, adding to one over neighbours.
 
     Args:
@@ -58,8 +58,8 @@ def pamr(
     planes: Tensor,
     picture: Tensor,
     *,
-    iterations: int = ITERATIONS,
-    dilations: tuple[int, ...] = DILATIONS,
+    iterations: int = PAMR_ITERATIONS,
+    dilations: tuple[int, ...] = PAMR_DILATIONS,
     sharpness: float = 0.1,
 ) -> Tensor:
     """Refine score planes along the edges of a picture.

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
-from ttd_plugins.adapter import Calibration, DenseAdapter
+from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.data.images import read_image
 from ttd_plugins.engine import evaluation_mode
 from ttd_plugins.errors import InputError, choices_sentence
 from ttd_plugins.evaluation.datasets import SegmentationData
 from ttd_plugins.evaluation.dense_inference import (
-    Activation,
-    DenseOptions,
     activate,
     class_embeddings,
     dense_features,
@@ -27,67 +25,10 @@ from ttd_plugins.evaluation.dense_inference import (
     templates_by_name,
 )
 from ttd_plugins.evaluation.metrics import IGNORE, class_counts, class_figures
+from ttd_plugins.evaluation.protocol_options import THRESHOLDS, Background, SegmentProtocol
 from ttd_plugins.evaluation.protocols.running import EvaluationResult, Record, describe_backbone, run_protocol
-from ttd_plugins.evaluation.protocols.text import PAPER_SCALES
 from ttd_plugins.evaluation.protocols.zero_shot import shown_hits, zero_shot_figures
 from ttd_plugins.utils.progress import Stage, no_progress
-
-Background = Literal["constant", "auto", "words", "none"]
-
-BACKGROUND_WORDS = (
-    "ground", "land", "grass", "tree", "building", "wall", "sky", "lake", "water", "river", "sea", "railway",
-    "railroad", "keyboard", "helmet", "cloud", "house", "mountain", "ocean", "road", "rock", "street", "valley",
-    "bridge", "sign",
-)  # fmt: skip
-"""Words for what VOC calls background, as Lin et al. (CVPR 2023) list them; those that name a class are left out."""
-
-
-@dataclass(frozen=True)
-class SegmentProtocol:
-    """How every pixel gets its class.
-
-    Attributes:
-        dense: how a picture is looked at.
-        activation: what is compared with the background plane: ``"probability"`` (calibrated, as in TCL),
-            ``"minmax"`` or ``"cosine"``.
-        templates: ``"imagenet"`` (80), ``"photo"`` or ``"none"``.
-        aliases: whether a class has the usual aliases beside its name; its score is the best of them.
-        background: ``"constant"``: a plane of ``threshold`` takes part, which is class background where the data set
-            has one, and no class elsewhere; ``"auto"``: that plane where the data set has a background, and none
-            elsewhere; ``"words"``: ``background_words`` in its place; ``"none"``: neither, and a class named
-            background is a class like others.
-        threshold: the constant plane; ``None`` means the paper's for the data set (:data:`THRESHOLDS`).
-        background_words: names of the background for ``"words"``.
-        calibration: for the activation ``"probability"``; ``None`` means the backbone's own.
-    """
-
-    dense: DenseOptions = field(
-        default_factory=lambda: DenseOptions(size=448, scales=PAPER_SCALES, flip=True, refine=True)
-    )
-    activation: Activation = "probability"
-    templates: str = "imagenet"
-    aliases: bool = True
-    background: Background = "constant"
-    threshold: float | None = None
-    background_words: tuple[str, ...] = BACKGROUND_WORDS
-    calibration: Calibration | None = None
-
-
-THRESHOLDS = {
-    "voc": 0.40, "cityscapes": 0.40, "coco_stuff": 0.40, "coco_object": 0.45, "ade20k": 0.45, "context59": 0.45,
-    "context60": 0.45,
-}  # fmt: skip
-"""Constant background planes of the paper's commands; 0.40 for other data sets."""
-
-SEGMENT_PRESETS: dict[str, SegmentProtocol] = {
-    "paper": SegmentProtocol(),
-    # TCL's own evaluation: short side 448, windows of 448 every 224 pixels, one scale, no flip.
-    "tcl": SegmentProtocol(
-        dense=DenseOptions(size=448, resize="short", window=448, stride=224, refine=True), background="auto"
-    ),
-    "fast": SegmentProtocol(dense=DenseOptions(size=224), templates="photo", background="auto"),
-}
-"""``"paper"``: 448 pixels, scales 1, 0.5, 1.5, 2, flip, PAMR, 80 templates, a constant plane on every data set."""
 
 
 def evaluate_segment(

@@ -8,21 +8,22 @@ take all nouns. Beside them stand retrieval and zero-shot classification, which 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ttd_plugins.adapter import Calibration, DenseAdapter
+from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.data.images import read_image
 from ttd_plugins.engine import TTDOptions, evaluation_mode
 from ttd_plugins.errors import InputError
 from ttd_plugins.evaluation.datasets import CaptionData
-from ttd_plugins.evaluation.dense_inference import DenseOptions, class_embeddings, dense_features, templates_by_name
+from ttd_plugins.evaluation.dense_inference import class_embeddings, dense_features, templates_by_name
 from ttd_plugins.evaluation.metrics import SelectionCounts, average_precision, retrieval_recalls, selection_counts
+from ttd_plugins.evaluation.protocol_options import TagProtocol
 from ttd_plugins.evaluation.protocols.running import (
     EvaluationResult,
     Record,
@@ -35,50 +36,13 @@ from ttd_plugins.evaluation.protocols.zero_shot import shown_hits, zero_shot_fig
 from ttd_plugins.evaluation.true_tags import label_candidates
 from ttd_plugins.method import selection
 from ttd_plugins.method.text_embeddings import TextEmbeddingCache
-from ttd_plugins.options import Rule, Score
+from ttd_plugins.options import Score
 from ttd_plugins.tags import fold, split_words
 from ttd_plugins.utils.progress import Stage
 
 REMEMBERED_TEXTS = 20_000
 """Words come again and again over a data set, and so are not encoded anew for each picture."""
 SCORES: tuple[Score, ...] = ("pixel", "image", "text")
-
-
-@dataclass(frozen=True)
-class TagProtocol:
-    """How tags are scored and selected.
-
-    Attributes:
-        dense: how a picture is looked at; the score of a tag is the maximum of its map averaged over views.
-        extractor, extractor_options: the tag extractor by name, and its options.
-        template: what a tag is put into before it is encoded.
-        rule, threshold: the selection rule (:func:`~ttd_plugins.method.selection.select_tags`), for every score.
-        calibration: for the rule ``"probability"``; ``None`` means the backbone's own.
-        nouns: whether the baseline of all nouns is measured, which needs Stanza.
-        nouns_options: options of the extractor ``stanza``.
-        retrieval: whether image-text retrieval is measured with the captions.
-        zero_shot: templates of class names for zero-shot classification, as ``"photo"``, ``"imagenet"`` or ``"none"``;
-            ``None`` leaves it out, as do data sets that label no classes.
-    """
-
-    dense: DenseOptions = field(default_factory=lambda: DenseOptions(size=224, flip=True))
-    extractor: str = "words"
-    extractor_options: Mapping[str, Any] = field(default_factory=dict)
-    template: str = "{}"
-    rule: Rule = "minmax"
-    threshold: float = 0.5
-    calibration: Calibration | None = None
-    nouns: bool = False
-    nouns_options: Mapping[str, Any] = field(default_factory=dict)
-    retrieval: bool = True
-    zero_shot: str | None = "photo"
-
-
-TAG_PRESETS: dict[str, TagProtocol] = {
-    "paper": TagProtocol(),
-    "fast": TagProtocol(dense=DenseOptions(size=224)),
-}
-"""``"paper"``: 224 pixels, one scale, flip averaged. The selection rule is unpublished; the engine's default here."""
 
 
 def evaluate_tags(

@@ -7,21 +7,19 @@ one aggregation, and which one is not published. Tag balance is the mean over ca
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ttd_plugins.adapter import Calibration, DenseAdapter
+from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.data.images import read_image
 from ttd_plugins.engine import evaluation_mode
 from ttd_plugins.errors import InputError
 from ttd_plugins.evaluation.datasets import CaptionData
 from ttd_plugins.evaluation.dense_inference import (
-    Activation,
-    DenseOptions,
     activate,
     class_embeddings,
     dense_features,
@@ -30,38 +28,9 @@ from ttd_plugins.evaluation.dense_inference import (
     templates_by_name,
 )
 from ttd_plugins.evaluation.metrics import Overlap, mask_overlap, mean_overlap, tag_balance
+from ttd_plugins.evaluation.protocol_options import TextProtocol
 from ttd_plugins.evaluation.protocols.running import EvaluationResult, Record, describe_backbone, run_protocol
 from ttd_plugins.utils.progress import Stage
-
-PAPER_SCALES = (1.0, 0.5, 1.5, 2.0)
-
-
-@dataclass(frozen=True)
-class TextProtocol:
-    """How a caption's map is made and thresholded.
-
-    Attributes:
-        dense: how a picture is looked at.
-        activation: how the map is brought into [0, 1]: ``"minmax"`` or ``"probability"``.
-        threshold: the constant background plane; what is above it is the caption's region.
-        templates: texts around the caption, by name: ``"none"``, ``"photo"`` or ``"imagenet"``.
-        calibration: for the activation ``"probability"``; ``None`` means the backbone's own.
-    """
-
-    dense: DenseOptions = field(
-        default_factory=lambda: DenseOptions(size=448, scales=PAPER_SCALES, flip=True, refine=True)
-    )
-    activation: Activation = "minmax"
-    threshold: float = 0.40
-    templates: str = "none"
-    calibration: Calibration | None = None
-
-
-TEXT_PRESETS: dict[str, TextProtocol] = {
-    "paper": TextProtocol(),
-    "fast": TextProtocol(dense=DenseOptions(size=224)),
-}
-"""``"paper"``: 448 pixels, scales 1, 0.5, 1.5, 2, flip, PAMR, background 0.40. Min-max before the threshold is ours."""
 
 
 def evaluate_text(
