@@ -38,7 +38,7 @@ from ttd_plugins.adapter import Calibration, DenseAdapter
 from ttd_plugins.calibration import fit_calibration
 from ttd_plugins.data import open_pairs
 from ttd_plugins.data.images import read_image
-from ttd_plugins.data.pairs import ReadNow, StreamSource
+from ttd_plugins.data.pair_source import ReadNow, StreamSource
 from ttd_plugins.embedded.tokenizer import TinyTokenizer, train_bpe
 from ttd_plugins.evaluation.datasets import open_captions
 from ttd_plugins.evaluation.dense_inference import DenseOptions

@@ -23,7 +23,7 @@ from ttd_plugins.evaluation.datasets import (
     open_captions,
     open_segmentation,
 )
-from ttd_plugins.evaluation.datasets.masks import annotation_mask, decode_counts, polygon_mask, rle_mask
+from ttd_plugins.evaluation.datasets.coco_masks import annotation_mask, decode_counts, polygon_mask, rle_mask
 from ttd_plugins.evaluation.datasets.segmentation import voc_palette
 from ttd_plugins.evaluation.metrics import IGNORE
 

@@ -366,9 +366,9 @@ def test_stateful_metrics_agree_over_two_processes(tmp_path: Path) -> None:
 
 def test_the_absence_of_torchmetrics_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
-    monkeypatch.delitem(sys.modules, "ttd_plugins.evaluation.stateful", raising=False)
+    monkeypatch.delitem(sys.modules, "ttd_plugins.evaluation.torchmetrics_classes", raising=False)
     with pytest.raises(MissingDependencyError, match=r"stateful metrics need torchmetrics .*pip install torchmetrics"):
-        importlib.import_module("ttd_plugins.evaluation.stateful")
+        importlib.import_module("ttd_plugins.evaluation.torchmetrics_classes")
 
 
 def test_overlap_is_a_plain_value() -> None:

@@ -38,7 +38,7 @@ def command(
 
     Stopped and started again, it goes on. The scores are used by keep=FILE with a threshold or a quantile.
     """
-    from ttd_plugins.data.opening import open_pairs
+    from ttd_plugins.data.source_detection import open_pairs
 
     options: dict[str, Any] = maps.parse_settings(data_option)
     source = open_pairs(spec, images=images, image_column=image_column, caption_column=caption_column, **options)
@@ -46,7 +46,7 @@ def command(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ttd_plugins.data.pairs import MapSource
+    from ttd_plugins.data.pair_source import MapSource
     from ttd_plugins.data.pruning import quantiles, require_scores_file, score_pairs
     from ttd_plugins.plugins import load
 

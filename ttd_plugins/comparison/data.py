@@ -220,8 +220,8 @@ class CaptionedData:
     attribution = ""
 
     def __init__(self, options: CompareOptions) -> None:
+        from ttd_plugins.evaluation.captioned_images import as_trained, open_labelled, preset_protocols
         from ttd_plugins.evaluation.datasets import CAPTIONS
-        from ttd_plugins.evaluation.labelled import as_trained, open_labelled, preset_protocols
 
         self.options = options
         if options.data not in CAPTIONS:

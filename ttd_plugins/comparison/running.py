@@ -28,7 +28,7 @@ from ttd_plugins.comparison.tables import summary, write_csv, write_markdown
 from ttd_plugins.engine import TTD, TTDOptions
 from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.evaluation.metrics import mask_overlap, upsample_map
-from ttd_plugins.evaluation.protocols.running import weights_hash
+from ttd_plugins.evaluation.protocols.runner import weights_hash
 from ttd_plugins.evaluation.scene_protocol import CAPTION_MAP_THRESHOLD
 from ttd_plugins.training.stages import StageRecord, keep_weights, timed, versions
 from ttd_plugins.utils.progress import Stage, no_progress

@@ -1,7 +1,7 @@
 """Metrics of dense image-text alignment, as pure functions of arrays.
 
 Each figure is made in two steps where sums suffice: counts, which add up over images and processes, and figures of
-counts. :mod:`ttd_plugins.evaluation.stateful` has a torchmetrics twin of each, built on the same functions.
+counts. :mod:`ttd_plugins.evaluation.torchmetrics_classes` has a torchmetrics twin of each, built on the same functions.
 """
 
 from __future__ import annotations

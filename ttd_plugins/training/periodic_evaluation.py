@@ -95,8 +95,8 @@ class CaptionedSet(LabelledSet):
     """Annotated photographs, by the protocols of tag selection and text-level segmentation."""
 
     def __init__(self, options: EvaluationConfig, name: str, root: str, folder: Path) -> None:
+        from ttd_plugins.evaluation.captioned_images import open_labelled, preset_protocols
         from ttd_plugins.evaluation.datasets import CAPTIONS
-        from ttd_plugins.evaluation.labelled import open_labelled, preset_protocols
 
         if name not in CAPTIONS:
             raise InputError(choices_sentence("labelled set of evaluation.data", name, [SCENES, *CAPTIONS]))
@@ -115,7 +115,7 @@ class CaptionedSet(LabelledSet):
                 shutil.rmtree(kept, ignore_errors=True)
 
     def measure(self, ttd: TTD, step: int, stage: Stage) -> dict[str, float]:
-        from ttd_plugins.evaluation.labelled import as_trained
+        from ttd_plugins.evaluation.captioned_images import as_trained
         from ttd_plugins.evaluation.protocols import evaluate_tags, evaluate_text
 
         tag_options, text_options = as_trained((self.tags, self.text), ttd.options)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ttd_plugins.errors import InputError, choices_sentence
-from ttd_plugins.evaluation.datasets.base import (
+from ttd_plugins.evaluation.datasets.coco_captions import CocoCaptions
+from ttd_plugins.evaluation.datasets.reader import (
     CaptionData,
     CaptionedImage,
     CaptionTruth,
@@ -18,7 +19,6 @@ from ttd_plugins.evaluation.datasets.base import (
     DatasetError,
     SegmentationData,
 )
-from ttd_plugins.evaluation.datasets.coco import CocoCaptions
 from ttd_plugins.evaluation.datasets.segmentation import (
     ADE20K,
     Cityscapes,

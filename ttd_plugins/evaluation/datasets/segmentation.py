@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ttd_plugins.errors import InputError
-from ttd_plugins.evaluation.datasets.base import (
+from ttd_plugins.evaluation.datasets.coco_masks import annotation_mask
+from ttd_plugins.evaluation.datasets.reader import (
     IGNORE,
     PICTURES,
     ClassNames,
@@ -36,7 +37,6 @@ from ttd_plugins.evaluation.datasets.base import (
     read_indices,
     read_json,
 )
-from ttd_plugins.evaluation.datasets.masks import annotation_mask
 
 Pairs = dict[str, tuple[Path, Path]]
 _SPLITS = {"val": ("val", "validation"), "train": ("train", "training"), "trainval": ("trainval",), "test": ("test",)}

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ttd_plugins.errors import InputError
-from ttd_plugins.evaluation.datasets.base import (
+from ttd_plugins.evaluation.datasets.reader import (
     PICTURES,
     CaptionData,
     CaptionedImage,

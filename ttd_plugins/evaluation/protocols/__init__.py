@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ttd_plugins.evaluation.protocols.running import EvaluationResult, process_place
+from ttd_plugins.evaluation.protocols.runner import EvaluationResult, process_place
 from ttd_plugins.evaluation.protocols.segment import SEGMENT_PRESETS, SegmentProtocol, evaluate_segment
 from ttd_plugins.evaluation.protocols.tags import TAG_PRESETS, TagProtocol, evaluate_tags
 from ttd_plugins.evaluation.protocols.text import TEXT_PRESETS, TextProtocol, evaluate_text

@@ -27,7 +27,7 @@ from ttd_plugins.evaluation.dense_inference import (
     templates_by_name,
 )
 from ttd_plugins.evaluation.metrics import IGNORE, class_counts, class_figures
-from ttd_plugins.evaluation.protocols.running import EvaluationResult, Record, describe_backbone, run_protocol
+from ttd_plugins.evaluation.protocols.runner import EvaluationResult, Record, describe_backbone, run_protocol
 from ttd_plugins.evaluation.protocols.text import PAPER_SCALES
 from ttd_plugins.evaluation.protocols.zero_shot import shown_hits, zero_shot_figures
 from ttd_plugins.utils.progress import Stage, no_progress

@@ -23,7 +23,7 @@ from ttd_plugins.errors import InputError
 from ttd_plugins.evaluation.datasets import CaptionData
 from ttd_plugins.evaluation.dense_inference import DenseOptions, class_embeddings, dense_features, templates_by_name
 from ttd_plugins.evaluation.metrics import SelectionCounts, average_precision, retrieval_recalls, selection_counts
-from ttd_plugins.evaluation.protocols.running import (
+from ttd_plugins.evaluation.protocols.runner import (
     EvaluationResult,
     Record,
     describe_backbone,
@@ -101,7 +101,7 @@ def evaluate_tags(
         adapter: the backbone; in evaluation mode for the time being.
         data: the reader of the data set.
         options: a preset of :data:`TAG_PRESETS`, or settings of one's own.
-        out, rank, world, stage: see :func:`~ttd_plugins.evaluation.protocols.running.run_protocol`.
+        out, rank, world, stage: see :func:`~ttd_plugins.evaluation.protocols.runner.run_protocol`.
 
     Raises:
         InputError, DatasetError: an option is wrong, or the data set is.

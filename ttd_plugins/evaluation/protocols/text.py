@@ -30,7 +30,7 @@ from ttd_plugins.evaluation.dense_inference import (
     templates_by_name,
 )
 from ttd_plugins.evaluation.metrics import Overlap, mask_overlap, mean_overlap, tag_balance
-from ttd_plugins.evaluation.protocols.running import EvaluationResult, Record, describe_backbone, run_protocol
+from ttd_plugins.evaluation.protocols.runner import EvaluationResult, Record, describe_backbone, run_protocol
 from ttd_plugins.utils.progress import Stage
 
 PAPER_SCALES = (1.0, 0.5, 1.5, 2.0)
