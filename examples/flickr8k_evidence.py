@@ -43,7 +43,7 @@ from ttd_plugins.embedded.tokenizer import TinyTokenizer, train_bpe
 from ttd_plugins.evaluation.datasets import open_captions
 from ttd_plugins.evaluation.dense_inference import DenseOptions
 from ttd_plugins.evaluation.protocols import TagProtocol, TextProtocol, evaluate_tags, evaluate_text
-from ttd_plugins.evaluation.scene_protocol import picture_pixels
+from ttd_plugins.evaluation.scene_protocol import normalized_pixels
 
 SIDE, VOCABULARY, CONTEXT = 128, 4096, 32
 MODEL = {
@@ -98,7 +98,7 @@ def build(work: Path, calibration: Calibration | None = None) -> DenseAdapter:
 def held_out_recall(adapter: DenseAdapter, pairs: Pairs) -> float:
     """R@1 of pictures by their first captions."""
     pictures, captions = pairs
-    batches = (picture_pixels(pictures[start : start + 64], adapter) for start in range(0, len(pictures), 64))
+    batches = (normalized_pixels(pictures[start : start + 64], adapter) for start in range(0, len(pictures), 64))
     return retrieval(adapter, batches, [own[0] for own in captions])
 
 
@@ -121,7 +121,7 @@ def pretrained(work: Path, train: Pairs, held_out: Pairs, options: argparse.Name
         batch[mirrored] = batch[mirrored, :, ::-1]
         # Two captions of each: a picture costs several times what a caption does.
         chosen = [[captions[row][number] for number in rng.permutation(len(captions[row]))[:2]] for row in rows]
-        return picture_pixels(batch, adapter), [[own[turn % len(own)] for own in chosen] for turn in range(2)]
+        return normalized_pixels(batch, adapter), [[own[turn % len(own)] for own in chosen] for turn in range(2)]
 
     found = pretrain(
         adapter, work, options, draw=draw, recall=lambda: held_out_recall(adapter, held_out), precision=torch.float32
@@ -154,8 +154,8 @@ def measure(adapter: DenseAdapter, masks: Path, held_out: Pairs, out: Path) -> d
     data = open_captions("coco_captions", masks)
     dense = DenseOptions(size=SIDE, resize="square", flip=True)
     results = {
-        "tags": evaluate_tags(adapter, data, TagProtocol(dense=dense), out=out / "tags").figures,
-        "text": evaluate_text(adapter, data, TextProtocol(dense=dense), out=out / "text").figures,
+        "tags": evaluate_tags(adapter, data, TagProtocol(dense=dense), out=out / "tags").metrics,
+        "text": evaluate_text(adapter, data, TextProtocol(dense=dense), out=out / "text").metrics,
         "retrieval_r1": held_out_recall(adapter, held_out),
     }
     figures = {}

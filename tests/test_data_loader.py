@@ -448,7 +448,9 @@ def killing(_: Image.Image) -> Tensor:
 
 def test_a_worker_that_is_killed_is_told() -> None:
     loader = PairLoader(Listed([1] * 4, set()), killing, batch_size=2, workers=1)
-    with pytest.raises(TTDError, match=r"a worker process that decodes images of .* was killed .* fewer workers") as caught:
+    with pytest.raises(
+        TTDError, match=r"a worker process that decodes images of .* was killed .* fewer workers"
+    ) as caught:
         list(loader.epoch(0))
     assert "\n" not in str(caught.value)
 

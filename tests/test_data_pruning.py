@@ -125,7 +125,7 @@ def test_scores_that_are_there_are_read_and_those_of_others_are_left_alone(tmp_p
     again = score_pairs(source, backbone, out, on_batch=calls.append)
     assert not calls and again.skipped == first.skipped and by_stem(again.scores) == by_stem(first.scores)
     other = open_pairs(as_coco(tmp_path / "e", make_pairs(4)))
-    with pytest.raises(InputError, match="contains scores with another setting .spec: "):
+    with pytest.raises(InputError, match=r"contains scores with another setting \(spec: "):
         score_pairs(other, backbone, out)
     assert out.read_bytes() == before
 

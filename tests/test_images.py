@@ -163,7 +163,9 @@ def test_a_decompression_bomb_is_refused_undecoded(
     picture.save(tmp_path / "bomb.png")
     cut(tmp_path / "bomb.png", 0.9)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(InputError, match=r"bomb\.png' (has 40 x 24 pixels, more than the limit of 900|is refused: Image size)"):
+    with pytest.raises(
+        InputError, match=r"bomb\.png' (has 40 x 24 pixels, more than the limit of 900|is refused: Image size)"
+    ):
         read_image(tmp_path / "bomb.png")
 
 

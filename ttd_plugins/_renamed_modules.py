@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -70,8 +71,10 @@ class _RenamedModuleFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         new_modules = [importlib.import_module(name) for name in new_names]
 
         def find(name: str) -> object:
-            module = next((module for module in new_modules if hasattr(module, name)), new_modules[0])
-            return getattr(module, name)
+            for module in new_modules:
+                with contextlib.suppress(AttributeError):
+                    return getattr(module, name)
+            raise AttributeError(f"module {spec.name!r} has no attribute {name!r}")
 
         stand_in.__getattr__ = find  # type: ignore[method-assign]
         return stand_in

@@ -263,8 +263,8 @@ class CaptionedData:
             return stage(f"{title}: {name}", steps)
 
         # Records of an interrupted measurement are taken up.
-        tags = evaluate_tags(backbone, self.reader, self.tags, out=folder / "tags", stage=named).figures or {}
-        text = evaluate_text(backbone, self.reader, self.text, out=folder / "text", stage=named).figures or {}
+        tags = evaluate_tags(backbone, self.reader, self.tags, out=folder / "tags", stage=named).metrics or {}
+        text = evaluate_text(backbone, self.reader, self.text, out=folder / "text", stage=named).metrics or {}
         found = {
             "caption_iou": text["caption_iou"],
             "caption_fpr": text["mfpr"],

@@ -124,8 +124,8 @@ class CaptionedSet(LabelledSet):
         def named(name: str, steps: int) -> Any:
             return stage(f"evaluate: {name.removesuffix(': images')}", steps)
 
-        tags = evaluate_tags(ttd.backbone, self.reader, tag_options, out=out / "tags", stage=named).figures or {}
-        text = evaluate_text(ttd.backbone, self.reader, text_options, out=out / "text", stage=named).figures or {}
+        tags = evaluate_tags(ttd.backbone, self.reader, tag_options, out=out / "tags", stage=named).metrics or {}
+        text = evaluate_text(ttd.backbone, self.reader, text_options, out=out / "text", stage=named).metrics or {}
         # They hold every embedding; results.json has what came of them.
         for records in out.glob("*/images-*.jsonl"):
             records.unlink()
