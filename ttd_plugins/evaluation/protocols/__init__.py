@@ -10,7 +10,7 @@ from ttd_plugins.evaluation.protocol_options import (
     TagProtocol,
     TextProtocol,
 )
-from ttd_plugins.evaluation.protocols.running import EvaluationResult, process_place
+from ttd_plugins.evaluation.protocols.runner import EvaluationResult, process_place
 from ttd_plugins.evaluation.protocols.segment import evaluate_segment
 from ttd_plugins.evaluation.protocols.tags import evaluate_tags
 from ttd_plugins.evaluation.protocols.text import evaluate_text
