@@ -22,7 +22,6 @@ from rich.table import Table
 from ttd_plugins import TTD, TTDOptions, load
 from ttd_plugins.embedded.scenes import Scenes
 from ttd_plugins.evaluation.scene_protocol import SceneMetrics, measure_on_scenes
-from ttd_plugins.training.loop import OptimizerOptions
 from ttd_plugins.training.scene_tuning import SceneTuning, tune_on_scenes
 
 COLUMNS = ("tag_ap", "tag_ap_blind", "tag_f1", "caption_iou", "tag_iou", "tag_balance", "retrieval_r1")
@@ -98,7 +97,7 @@ def main() -> None:
     finished = {(row["arm"], row["seed"], row["steps"]) for row in done}
     wanted = [name for name in args.only.split(",") if name]
     scenes = Scenes("validation", args.scenes, seed=1)
-    base = SceneTuning(steps=args.steps, seed=args.seed, ttd=TTDOptions(), optimizer=OptimizerOptions())
+    base = SceneTuning(steps=args.steps, seed=args.seed, ttd=TTDOptions())
     console = Console()
     if ("before", args.seed, args.steps) not in finished:
         done.append(_row("before", args, measure_on_scenes(TTD(load(args.backbone)), scenes), 0.0))

@@ -98,8 +98,9 @@ class CaptionedData:
         self, backbone: DenseAdapter, seed: int, ttd: TTDOptions, folder: Path, stage: Stage
     ) -> tuple[Curve, list[str]]:
         from ttd_plugins.training.config import TrainConfig
-        from ttd_plugins.training.records import Lines
-        from ttd_plugins.training.run import Reporter, train_run
+        from ttd_plugins.training.jsonl_log import JsonlLog
+        from ttd_plugins.training.reporting import Reporter
+        from ttd_plugins.training.run import train_run
 
         options = self.options
         tower = "lora" if options.rank else "full"
@@ -124,16 +125,16 @@ class CaptionedData:
         )
 
         class Bar(Reporter):
-            def started(self, steps: int, done: int) -> None:
+            def on_start(self, steps: int, done: int) -> None:
                 self.advance = stage("train", steps)
                 self.advance(done)
 
-            def stepped(self, step: int, loss: float) -> None:
+            def on_step(self, step: int, loss: float) -> None:
                 self.advance(1)
 
         result = train_run(replace(config, ttd=ttd), folder, backbone=backbone, resume=True, reporter=Bar())
         backbone.to(options.device or "cpu").eval()
-        lines = [line for line in Lines(folder / "log.jsonl").read() if "loss" in line]
+        lines = [line for line in JsonlLog(folder / "log.jsonl").read() if "loss" in line]
         curve = [{k: v for k, v in line.items() if _belongs_in_curve(k, v)} for line in lines]
         return curve, result.warnings
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from ttd_plugins.comparison.options import SCENES, CompareOptions
 from ttd_plugins.embedded.scenes import ATTRIBUTION, Scene, Scenes
 from ttd_plugins.engine import TTD, TTDOptions
 from ttd_plugins.evaluation.scene_protocol import check_scenes_fit, measure_on_scenes
-from ttd_plugins.training.loop import OptimizerOptions
-from ttd_plugins.training.scene_tuning import KeptScenes, SceneTuning, training_scenes, tune_on_scenes
-from ttd_plugins.training.watch import CollapseWatch, Window
+from ttd_plugins.training.collapse_watch import CollapseWatch, MetricAverager
+from ttd_plugins.training.config import OptimizerConfig
+from ttd_plugins.training.scene_tuning import SCENE_OPTIMIZER, KeptScenes, SceneTuning, training_scenes, tune_on_scenes
 from ttd_plugins.utils.progress import Stage, list_with_progress
 
 DEFAULT_COUNT = 512
@@ -46,10 +47,10 @@ class SceneData:
         self._tuning(seed=0, ttd=options.ttd)
 
     @property
-    def optimizer(self) -> OptimizerOptions:
+    def optimizer(self) -> OptimizerConfig:
         """Optimizer of the fine-tuning."""
         rate = self.options.learning_rate
-        return OptimizerOptions() if rate is None else OptimizerOptions(learning_rate=rate)
+        return SCENE_OPTIMIZER if rate is None else replace(SCENE_OPTIMIZER, learning_rate=rate)
 
     def describe(self) -> dict[str, Any]:
         names = ("learning_rate", "weight_decay", "warm_up", "clip_norm")
@@ -114,10 +115,10 @@ class SceneData:
 
 def collapse_warnings(curve: Sequence[Mapping[str, float]]) -> list[str]:
     """Return the warnings of the collapse watch, on means over windows of :data:`WINDOW` steps."""
-    watch, window, warnings = CollapseWatch(), Window(), []
+    watch, window, warnings = CollapseWatch(), MetricAverager(), []
     for row in curve:
         window.add(row)
         if row["step"] % WINDOW == 0:
-            warnings += [f"step {row['step']}: {sentence}" for sentence in watch.look(window.means())]
-            window = Window()
+            warnings += [f"step {row['step']}: {sentence}" for sentence in watch.check(window.means())]
+            window = MetricAverager()
     return warnings

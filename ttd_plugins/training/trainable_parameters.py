@@ -1,4 +1,4 @@
-"""What of a backbone is trained: LoRA, all weights or nothing of each tower, and how weight decay treats it."""
+"""Trainable parameters of a backbone: LoRA, all weights or none of each tower, and their weight decay."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ttd_plugins.training.config import OptimizerConfig, TowersConfig, TrainConf
 
 
 def build_backbone(config: TrainConfig, backbone: DenseAdapter | None = None) -> DenseAdapter:
-    """The backbone of a run as it is before the first step; the seed decides weights that are made anew.
+    """Return the backbone of a run before its first step; the seed decides fresh weights.
 
     Args:
-        config: the run's.
-        backbone: used in place of the one that the configuration names; changed in place.
+        config: the configuration of the run.
+        backbone: replaces the one that the configuration names; changed in place.
 
     Raises:
         InputError: there is neither an object nor a name.
-        TTDError: it cannot be loaded, or not tuned as asked for.
+        TTDError: the backbone cannot be loaded, or cannot be tuned as configured.
     """
     with torch.random.fork_rng(devices=[]):
         if backbone is None:
@@ -39,10 +39,10 @@ def build_backbone(config: TrainConfig, backbone: DenseAdapter | None = None) ->
 
 
 def prepare_towers(backbone: DenseAdapter, towers: TowersConfig) -> None:
-    """Put LoRA in and set ``requires_grad`` of every parameter, in place.
+    """Add LoRA and set ``requires_grad`` of every parameter, in place.
 
     Raises:
-        TTDError: the backbone has LoRA already, a tower takes none, or weights of half precision would be trained.
+        TTDError: the backbone has LoRA already, a tower supports none, or half-precision weights would be trained.
     """
     with_lora = [tower for tower in TOWERS if getattr(towers, tower) == "lora"]
     if backbone.has_lora:
@@ -65,14 +65,14 @@ def prepare_towers(backbone: DenseAdapter, towers: TowersConfig) -> None:
     for name, parameter in trained:
         if parameter.dtype in (torch.float16, torch.bfloat16):
             raise TTDError(
-                f"{name} is kept in {str(parameter.dtype).removeprefix('torch.')}, in which small steps are lost; load "
+                f"{name} has dtype {str(parameter.dtype).removeprefix('torch.')}, which rounds small steps away; load "
                 "the backbone in float32 and set run.mixed_precision, or tune by LoRA"
             )
         parameter.requires_grad_(True)
 
 
 def train_mode(backbone: DenseAdapter) -> None:
-    """Training mode, but evaluation mode for batch normalisation whose weights are frozen: its averages stay."""
+    """Set training mode, but keep frozen batch normalisation in evaluation mode, so that its averages stay."""
     backbone.train()
     for module in backbone.model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -82,7 +82,7 @@ def train_mode(backbone: DenseAdapter) -> None:
 
 
 def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    """What is trained, in two groups for AdamW: matrices with weight decay; vectors, norms and biases without."""
+    """Return two parameter groups for AdamW: matrices with weight decay; vectors, norms and biases without."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.ndim > 1]
     rest = [parameter for parameter in trained if parameter.ndim < 2]
