@@ -131,7 +131,7 @@ def test_plugins_are_listed(fake: FakeFamily) -> None:
     result = ttd("plugins")
     assert result.exit_code == 0
     assert f"stanza  ttd-plugins {__version__}\n  tag extractors: stanza\n" in result.stdout
-    assert "fake_plugin\n  families: fake\n  hooks: adapter_for_model, register_adapters\n" in result.stdout
+    assert "fake_plugin\n  families: fake\n  hooks: register_adapters\n" in result.stdout
 
 
 def test_plugins_as_json(fake: FakeFamily) -> None:
