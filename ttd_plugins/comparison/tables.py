@@ -110,4 +110,4 @@ def write_csv(path: Path, comparison: Comparison) -> None:
     write_atomic(path, text.getvalue())
 
 
-__getattr__ = renamed_names(__name__, {"number": "format_number"}, globals())
+__getattr__ = renamed_names(__name__, {"number": "format_number"})
