@@ -25,6 +25,7 @@ from ttd_plugins.lora.attach import attach_lora
 from ttd_plugins.lora.handle import TOWERS as TOWERS
 from ttd_plugins.lora.handle import LoRAHandle
 from ttd_plugins.lora.handle import Tower as Tower
+from ttd_plugins.options import Calibration
 from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_keyword, renamed_names, warn_renamed
 
 if TYPE_CHECKING:
@@ -43,26 +44,6 @@ if not TYPE_CHECKING:
     __getattr__ = renamed_names(__name__, {"SPOKEN_API_VERSIONS": "SUPPORTED_API_VERSIONS"})
 
 Size = int | tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """An affine map from cosine to probability, ``sigmoid(scale * cosine + shift)``.
-
-    Cosines of different families live on different scales, so a threshold that suits one is wrong for another. The
-    default is TCL's initialisation (10, -2.5), under which a cosine of 0.25 means one half.
-    """
-
-    scale: float = 10.0
-    shift: float = -2.5
-
-    def logit(self, cosine: Tensor) -> Tensor:
-        """``scale * cosine + shift``; any shape in, the same shape and dtype out."""
-        return self.scale * cosine + self.shift
-
-    def probability(self, cosine: Tensor) -> Tensor:
-        """``sigmoid(scale * cosine + shift)``; any shape in, the same shape and dtype out, values in (0, 1)."""
-        return torch.sigmoid(self.logit(cosine))
 
 
 @renamed_keyword("text_after_end_matters", "text_needs_full_context")

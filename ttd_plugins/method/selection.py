@@ -7,16 +7,13 @@ results are consistent with two rules, and both are here. All functions take the
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from ttd_plugins.adapter import Calibration
 from ttd_plugins.errors import InputError
-
-Score = Literal["pixel", "image", "text"]
-Rule = Literal["minmax", "absolute", "probability"]
+from ttd_plugins.options import Calibration, Rule
 
 
 def pixel_scores(tag_maps: Tensor) -> Tensor:
