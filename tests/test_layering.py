@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from layers import LAYERS, UPWARD_ON_PURPOSE
 
 import ttd_plugins
 
@@ -18,42 +19,6 @@ ROOT = Path(__file__).resolve().parents[1]
 CORE = ROOT / "ttd_plugins"
 ADAPTERS = ROOT / "adapters"
 
-# From the bottom up: a module imports its own layer and those before it. A longer name is more exact.
-LAYERS = (
-    "ttd_plugins._renamed_modules",
-    "ttd_plugins.errors",
-    "ttd_plugins.utils",
-    "ttd_plugins.hookspecs",
-    "ttd_plugins.tags",
-    "ttd_plugins.tag_extractors",
-    "ttd_plugins.adapter",
-    "ttd_plugins.utils.compiling",
-    "ttd_plugins.lora",
-    "ttd_plugins.toolkit",
-    "ttd_plugins.plugins",
-    "ttd_plugins.data.images",
-    "ttd_plugins.method",
-    "ttd_plugins.options",
-    "ttd_plugins.engine",
-    "ttd_plugins.calibration",
-    "ttd_plugins.embedded",
-    "ttd_plugins.data",
-    "ttd_plugins.evaluation",
-    "ttd_plugins.training",
-    "ttd_plugins.export",
-    "ttd_plugins.backbone_sources",
-    "ttd_plugins.comparison",
-    "ttd_plugins.reports",
-    "ttd_plugins.comparison.running",
-    "ttd_plugins.comparison.demo",
-    "ttd_plugins.fine_tuning",
-    "ttd_plugins.testing",
-    "ttd_plugins.benchmark",
-    "ttd_plugins.app",
-    "ttd_plugins.cli",
-)
-# The verb of the contract that is carried out by a module built on the contract.
-UPWARD_ON_PURPOSE = {("ttd_plugins.adapter", "ttd_plugins.lora")}
 NOT_FOR_ADAPTERS = (
     "engine", "calibration", "utils.compiling", "utils.distributed", "method", "training",
     "benchmark", "evaluation", "reports", "fine_tuning", "export", "backbone_sources", "testing", "comparison", "app",
