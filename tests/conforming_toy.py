@@ -233,7 +233,7 @@ class ConformingFamily(AdapterFamily):
 
 
 class ConformingPlugin:
-    """A plugin that brings families and answers for what they claim."""
+    """A plugin that registers families."""
 
     def __init__(self, *families: AdapterFamily) -> None:
         self.families = families or (ConformingFamily(),)
@@ -242,7 +242,3 @@ class ConformingPlugin:
     def register_adapters(self, register: Callable[[AdapterFamily], None]) -> None:
         for family in self.families:
             register(family)
-
-    @hookimpl
-    def adapter_for_model(self, model: nn.Module) -> str | None:
-        return next((family.name for family in self.families if family.claims(model)), None)

@@ -143,7 +143,7 @@ class FakeFamily(AdapterFamily):
 
 
 class FakePlugin:
-    """A plugin that brings families and answers for the objects that they claim."""
+    """A plugin that registers families."""
 
     def __init__(self, *families: AdapterFamily) -> None:
         self.families = families or (FakeFamily(),)
@@ -152,7 +152,3 @@ class FakePlugin:
     def register_adapters(self, register: Callable[[AdapterFamily], None]) -> None:
         for family in self.families:
             register(family)
-
-    @hookimpl
-    def adapter_for_model(self, model: nn.Module) -> str | None:
-        return next((family.name for family in self.families if family.claims(model)), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import json
+import multiprocessing
 import shutil
 import statistics
 import sys
@@ -143,6 +144,9 @@ def test_arms_side_by_side_give_the_figures_of_one_at_a_time_stopped_or_not(
                 patched.setattr(running._ComparisonRun, "_record", stopping)
                 with pytest.raises(KeyboardInterrupt):
                     run_comparison(tmp_path / "two", replace(small, jobs=2))
+            for worker in multiprocessing.active_children():
+                worker.join(10)
+            assert multiprocessing.active_children() == [], "no worker outlives an interruption"
             half = json.loads((tmp_path / "two" / "results.json").read_text())["backbones"][NAMES[0]]["figures"]
             assert sum(map(len, half.values())) < 5, "something is left to do"
 

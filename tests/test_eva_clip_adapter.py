@@ -23,7 +23,7 @@ from helpers_eva_clip import (
 )
 from helpers_open_clip import WordTokenizer, assert_unchanged, cosine_gap, pixels, snapshot, token_rows
 from ttd_eva_clip.adapter import EvaCLIPAdapter
-from ttd_eva_clip.lora import LoRAEvaAttention
+from ttd_eva_clip.attention_lora import LoRAEvaAttention
 
 from ttd_plugins.errors import ImageSizeError, InputError, TTDError, UnsupportedModelError
 from ttd_plugins.toolkit.dense_modes import PRESETS, DenseMode

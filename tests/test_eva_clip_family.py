@@ -20,14 +20,14 @@ from helpers_eva_clip import BASE, CONTEXT, EMBED, IMAGE, KINDS, VARIANTS, eva_c
 from helpers_open_clip import WordTokenizer, pixels, tiny_clip
 from safetensors.torch import save_file
 from torch import nn
-from ttd_eva_clip import plugin, tiny
+from ttd_eva_clip import tiny
 from ttd_eva_clip.family import EvaCLIPFamily
-from ttd_eva_clip.structure import refusal_of_config
+from ttd_eva_clip.recognition import unsupported_config_reason
 from ttd_eva_clip.tiny import EMBEDDED_FOLDER, build_tiny, load_tiny
 
 from ttd_plugins.adapter import Calibration
 from ttd_plugins.errors import BackboneNameError, InputError, MissingDependencyError, TTDError, UnsupportedModelError
-from ttd_plugins.plugins import load, wrap
+from ttd_plugins.plugins import family_for_model, load, wrap
 
 NAME = "tests-tiny-eva"
 
@@ -93,7 +93,7 @@ def test_every_listed_architecture_is_built_as_something_that_is_claimed(family:
         shell.visual.trunk = trunk
         shell.encode_image = shell.encode_text = lambda: None
         assert family.claims(shell) == (name in family.models()) == trunk_name.startswith("eva"), name
-        assert (refusal_of_config({"vision_cfg": vision}) is None) == trunk_name.startswith("eva")
+        assert (unsupported_config_reason({"vision_cfg": vision}) is None) == trunk_name.startswith("eva")
 
 
 def test_unknown_names_are_answered_with_suggestions(family: EvaCLIPFamily, architecture: str) -> None:
@@ -244,7 +244,7 @@ def test_a_tokenizer_of_another_model_is_noticed(folder: Path) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_eva_trunks_are_claimed_and_wrapped_as_they_are(family: EvaCLIPFamily, variant: str) -> None:
     model = eva_clip(VARIANTS[variant]).train()
-    assert family.claims(model) and plugin.adapter_for_model(model) == "eva_clip"
+    assert family.claims(model) and family_for_model(model) == "eva_clip"
     adapter = wrap(model, tokenizer=WordTokenizer(), preprocess={"mean": 0.5, "std": 0.5})
     assert adapter.model is model and model.training and adapter.training
     assert adapter.description.family == "eva_clip"
@@ -297,7 +297,6 @@ def perception_encoder() -> Any:
 def test_other_models_are_not_claimed(family: EvaCLIPFamily, build: Any) -> None:
     model = build()
     assert not family.claims(model)
-    assert plugin.adapter_for_model(model) is None
 
 
 def test_what_is_no_trunk_is_refused_when_asked_outright(family: EvaCLIPFamily) -> None:
@@ -319,7 +318,7 @@ def test_the_plugin_imports_nothing_heavy() -> None:
         "import sys, ttd_eva_clip.plugin as plugin; heavy = {'open_clip', 'torch', 'torchvision', 'peft', 'timm'};"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules);"
         "found = []; plugin.register_adapters(found.append); assert found[0].name == 'eva_clip';"
-        "from torch import nn; assert plugin.adapter_for_model(nn.Linear(2, 2)) is None;"
+        "from torch import nn; assert not found[0].claims(nn.Linear(2, 2));"
         "assert not (heavy - {'torch'}) & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -30,7 +30,7 @@ from helpers_full_size import (
     open_clip_siglip_stand_in,
     siglip_stand_in,
 )
-from ttd_siglip.configs import KNOWN
+from ttd_siglip.architectures import KNOWN
 from typer.testing import CliRunner
 
 from ttd_plugins import cli

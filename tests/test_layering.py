@@ -168,8 +168,10 @@ def test_importing_what_users_need_costs_little_more_than_torch() -> None:
     more = {name for name in ours - torch if not name.startswith("ttd_plugins")}
     foreign = {name.partition(".")[0] for name in more} - set(sys.stdlib_module_names)
     # Name by name rather than by the clock, which a busy machine would make unreliable.
-    assert foreign <= {"numpy", "pluggy", "PIL", "safetensors", "__editable___ttd_plugins_0_1_0_finder"}
-    assert len(more) < 0.05 * len(torch)
+    pydantic = {"pydantic", "pydantic_core", "annotated_types", "typing_inspection", "typing_extensions"}
+    assert foreign <= {"numpy", "pluggy", "PIL", "safetensors", "__editable___ttd_plugins_0_1_0_finder"} | pydantic
+    # pydantic validates options wherever they are made.
+    assert len(more) < 0.08 * len(torch)
 
 
 def test_importing_the_package_loads_nothing() -> None:

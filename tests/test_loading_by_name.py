@@ -216,7 +216,7 @@ FAULTS = {
     "broken": ({"*": 500}, ["HTTP status 500", "try again later"]),
     "no such repository": ({"api": 404}, ["HTTP status 404", "check the name"]),
     "not for everybody": ({"api": 401}, ["HTTP status 401", "hf auth login"]),
-    "gated weights": ({"*.safetensors": 403}, ["does not give", "HTTP status 403", "hf auth login"]),
+    "gated weights": ({"*.safetensors": 403}, ["refuses", "HTTP status 403", "hf auth login"]),
     "short weights": ({"*.safetensors": "short"}, ["did not send all of", "try again"]),
     "half of the weights": ({"*.safetensors": "half"}, ["did not send all of", "try again"]),
 }

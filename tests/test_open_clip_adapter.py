@@ -407,7 +407,7 @@ def test_towers_that_look_behind_the_end_get_the_whole_row(variant: str) -> None
     with torch.no_grad():
         expected = model.text(rows)[0] if variant == "class_token" else model.encode_text(rows, normalize=False)
         torch.testing.assert_close(adapter.encode_text(rows), expected)
-    with pytest.raises(InputError, match="looks at all 12 positions"):
+    with pytest.raises(InputError, match="attends to all 12 positions"):
         adapter.encode_text(rows[:, :5])
     assert adapter.tokenize(["one two"]).lengths.tolist() == [4]
 
@@ -534,7 +534,7 @@ def test_a_tokenizer_that_must_be_told_to_truncate() -> None:
     [
         (None, "without a tokenizer; pass tokenizer=open_clip.get_tokenizer"),
         (lambda texts: {"input_ids": [[1]]}, "not a dict"),
-        (lambda texts: torch.zeros(1, 77, dtype=torch.long), r"must give a tensor of shape \(1, 12\)"),
+        (lambda texts: torch.zeros(1, 77, dtype=torch.long), r"must return a tensor of shape \(1, 12\)"),
         (lambda texts: 1 / 0, "failed .ZeroDivisionError"),
     ],
 )
@@ -744,7 +744,7 @@ def shared_no_space() -> Any:
         (with_trunk, "is a timm trunk"),
         (attention_pooled, "learned queries .attentional pooling"),
         (lambda: tiny_clip(vision={"pool_type": "none"}), "no pooled embedding"),
-        (lambda: tiny_clip(text={"pool_type": "none"}), "text tower gives no pooled embedding"),
+        (lambda: tiny_clip(text={"pool_type": "none"}), "text tower returns no pooled embedding"),
         (shared_no_space, "share no space"),
         (lambda: nn.Linear(2, 2), "no image tower named visual"),
     ],

@@ -23,8 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
-from ttd_open_clip import family as family_module
-from ttd_open_clip import plugin, tiny
+from ttd_open_clip import recognition, tiny
 from ttd_open_clip.family import OpenCLIPFamily
 from ttd_open_clip.tiny import build_tiny, load_tiny
 
@@ -32,6 +31,7 @@ from ttd_plugins.adapter import Calibration
 from ttd_plugins.embedded.folder import read_settings
 from ttd_plugins.embedded.tokenizer import TinyTokenizer
 from ttd_plugins.errors import BackboneNameError, InputError, MissingDependencyError, TTDError, UnsupportedModelError
+from ttd_plugins.plugins import family_for_model
 
 NAME = "tests-tiny-vit"
 
@@ -95,7 +95,7 @@ def test_every_listed_architecture_is_built_as_something_that_is_claimed(family:
         shell = nn.Module()
         shell.visual, shell.logit_scale = tower, nn.Parameter(torch.zeros(()))
         shell.encode_image = shell.encode_text = lambda: None
-        refused = family_module.refusal_of_config({"vision_cfg": vision})
+        refused = recognition.unsupported_config_reason({"vision_cfg": vision})
         assert (name in family.models()) == (refused is None)
         assert family.claims(shell) == (refused is None or "learned queries" in refused), name
 
@@ -366,7 +366,7 @@ def test_tiny_with_random_weights(family: OpenCLIPFamily, tiny_folder: Path) -> 
     other = family.load("tiny", "random")
     assert torch.equal(one.model.visual.proj, same.model.visual.proj)
     assert not torch.equal(one.model.visual.proj, other.model.visual.proj)
-    with pytest.raises(TTDError, match=r"model\.safetensors cannot be loaded"):
+    with pytest.raises(TTDError, match=r"model\.safetensors are absent; make them with .*open_clip:tiny@random"):
         family.load("tiny", "embedded")
 
 
@@ -497,7 +497,7 @@ def open_clip_siglip() -> nn.Module:
 def test_native_models_are_claimed(family: OpenCLIPFamily) -> None:
     for model in (tiny_clip(), tiny_clip(custom_text=True), tiny_clip(vision={"block_type": "custom"})):
         assert family.claims(model)
-        assert plugin.adapter_for_model(model) == "open_clip"
+        assert family_for_model(model) == "open_clip"
 
 
 def test_models_with_learned_queries_are_claimed_and_then_refused_with_the_reason(family: OpenCLIPFamily) -> None:
@@ -523,7 +523,6 @@ def test_models_with_learned_queries_are_claimed_and_then_refused_with_the_reaso
 def test_models_of_other_families_are_not(family: OpenCLIPFamily, build: Any) -> None:
     model = build()
     assert not family.claims(model)
-    assert plugin.adapter_for_model(model) is None
 
 
 def test_attention_as_in_open_clip_4(family: OpenCLIPFamily) -> None:
@@ -560,7 +559,7 @@ def test_the_plugin_imports_nothing_heavy() -> None:
         "import sys, ttd_open_clip.plugin as plugin; heavy = {'open_clip', 'torch', 'torchvision', 'peft', 'timm'};"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules);"
         "found = []; plugin.register_adapters(found.append); assert found[0].name == 'open_clip';"
-        "from torch import nn; assert plugin.adapter_for_model(nn.Linear(2, 2)) is None;"
+        "from torch import nn; assert not found[0].claims(nn.Linear(2, 2));"
         "assert not (heavy - {'torch'}) & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -23,7 +23,7 @@ from helpers_open_clip import (
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from ttd_open_clip.adapter import OpenCLIPAdapter
-from ttd_open_clip.lora import LoRAOpenClipAttention
+from ttd_open_clip.attention_lora import LoRAOpenClipAttention
 
 from ttd_plugins.errors import InputError, MissingDependencyError, TTDError, UnsupportedModelError
 from ttd_plugins.lora import attach_lora

@@ -48,7 +48,6 @@ from helpers_openai_clip import (
 )
 from PIL import Image
 from torch import nn
-from ttd_openai_clip import plugin
 from ttd_openai_clip.family import OpenAICLIPFamily
 
 from ttd_plugins.adapter import Calibration, DenseAdapter
@@ -98,7 +97,7 @@ def test_cells_of_a_resnet(grid: tuple[int, int]) -> None:
 def test_version_4_of_transformers() -> None:
     new = transformers_clip()
     old = OldModel(new)
-    assert plugin.adapter_for_model(old) == "openai_clip"
+    assert OpenAICLIPFamily().claims(old)
     with torch.no_grad():
         one, other = FAMILY.wrap(new), FAMILY.wrap(old)
         torch.testing.assert_close(one.encode_image(pixels()).pooled, other.encode_image(pixels()).pooled)
@@ -805,9 +804,9 @@ def test_any_string_is_tokenised() -> None:
     [
         (None, "without a tokenizer; pass tokenizer=transformers.CLIPTokenizer"),
         (lambda texts: {"input_ids": [[1]]}, "not a dict"),
-        (lambda texts: torch.zeros(1, 77, dtype=torch.long), r"must give a tensor of shape \(1, 12\)"),
+        (lambda texts: torch.zeros(1, 77, dtype=torch.long), r"must return a tensor of shape \(1, 12\)"),
         (lambda texts: 1 / 0, "failed .ZeroDivisionError"),
-        (lambda texts: torch.full((1, CONTEXT), VOCABULARY), f"ids up to {VOCABULARY}, but the text tower knows"),
+        (lambda texts: torch.full((1, CONTEXT), VOCABULARY), f"ids up to {VOCABULARY}, but the text tower has"),
         (lambda texts: torch.ones(1, CONTEXT, dtype=torch.long), "rows without the end token"),
     ],
 )
@@ -841,7 +840,9 @@ def picture(width: int = 50, height: int = 30) -> Image.Image:
 def test_native_preprocessing_is_the_published_one(shape: tuple[int, int], side: int) -> None:
     """``clip.load`` gives this Compose; the model here is built for the side, which need not fit patches of 8."""
     transforms = pytest.importorskip("torchvision.transforms")
-    from ttd_openai_clip.preprocessing import OPENAI, ShortestSideCrop
+    from ttd_openai_clip.preprocessing import ShortestSideCrop
+
+    from ttd_plugins.toolkit.transforms import OPENAI_NORMALISATION
 
     published = transforms.Compose(
         [
@@ -849,17 +850,18 @@ def test_native_preprocessing_is_the_published_one(shape: tuple[int, int], side:
             transforms.CenterCrop(side),
             lambda image: image.convert("RGB"),
             transforms.ToTensor(),
-            transforms.Normalize(OPENAI.mean, OPENAI.std),
+            transforms.Normalize(OPENAI_NORMALISATION.mean, OPENAI_NORMALISATION.std),
         ]
     )
     image = picture(*shape)
-    torch.testing.assert_close(ShortestSideCrop((side, side), OPENAI)(image), published(image), atol=1e-6, rtol=1e-6)
+    ours = ShortestSideCrop((side, side), OPENAI_NORMALISATION)(image)
+    torch.testing.assert_close(ours, published(image), atol=1e-6, rtol=1e-6)
     if side == IMAGE:
         adapter = FAMILY.wrap(original_vit())
         torch.testing.assert_close(adapter.native_transform()(image), published(image), atol=1e-6, rtol=1e-6)
         given = FAMILY.wrap(original_vit(), preprocess=published)
         assert torch.equal(given.native_transform()(image), published(image))
-        assert given.description.mean == adapter.description.mean == OPENAI.mean
+        assert given.description.mean == adapter.description.mean == OPENAI_NORMALISATION.mean
 
 
 def test_native_preprocessing_is_transformers_own() -> None:

@@ -19,9 +19,10 @@ import torch
 from fakes import FakeAdapter, FakeFamily, FakeModel, FakePlugin, OtherModel
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
-from ttd_plugins import hookimpl, load, plugins, wrap
-from ttd_plugins.adapter import API_VERSION, AdapterFamily, DenseAdapter
+from ttd_plugins import cli, hookimpl, load, plugins, wrap
+from ttd_plugins.adapter import API_VERSION, DenseAdapter
 from ttd_plugins.errors import (
     AdapterConflictError,
     BackboneNameError,
@@ -35,6 +36,7 @@ from ttd_plugins.errors import (
 from ttd_plugins.plugins import (
     BackboneName,
     families,
+    family_for_model,
     get_family,
     list_backbones,
     list_plugins,
@@ -68,7 +70,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
 
     def use(*entries: Entry) -> None:
         monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: list(entries))
-        monkeypatch.setattr(plugins, "_loaded", None)
+        monkeypatch.setattr("ttd_plugins.plugins.discovery._loaded", None)
 
     monkeypatch.delenv("TTD_LOAD_PLUGINS", raising=False)
     use()
@@ -87,7 +89,7 @@ def quiet_listing() -> dict[str, plugins.PluginInfo]:
 def test_hook_register_adapters() -> None:
     with temporary_plugin(FakePlugin(), name="mine") as info:
         assert info.families == ("fake",)
-        assert info.hooks == ("adapter_for_model", "register_adapters")
+        assert info.hooks == ("register_adapters",)
         assert isinstance(get_family("fake"), FakeFamily)
         assert "fake" in families()
     assert "fake" not in families()
@@ -116,12 +118,42 @@ def test_hook_register_tag_extractors() -> None:
     assert "shout" not in tag_extractors()
 
 
-def test_hook_adapter_for_model() -> None:
+def test_hook_adapter_for_model_is_accepted_and_ignored_with_one_warning(install: Install) -> None:
+    class OldPlugin(FakePlugin):
+        @hookimpl
+        def adapter_for_model(self, model: object) -> str | None:
+            raise AssertionError("the hook is never called")
+
+    install(Entry("old", OldPlugin()), Entry("new", FakePlugin(FakeFamily("other", OtherModel))))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = FakeModel()
+        adapter = wrap(model)
+        assert family_for_model(OtherModel()) == "other"
+        list_plugins()
+    assert isinstance(adapter, FakeAdapter)
+    assert adapter.model is model
+    (warning,) = caught
+    assert warning.category is FutureWarning
+    assert str(warning.message).startswith(
+        "plugin 'old' (strange-dist 1.2) implements the hook adapter_for_model, which is ignored"
+    )
+    found = {plugin.name: plugin for plugin in list_plugins()}
+    assert found["old"].hooks == ("adapter_for_model", "register_adapters")
+    assert found["old"].deprecated_hooks == ("adapter_for_model",)
+    assert found["old"].error is None
+    assert found["new"].deprecated_hooks == ()
+    shown = CliRunner().invoke(cli.app, ["plugins"]).stdout
+    assert "hooks: adapter_for_model (deprecated, ignored), register_adapters\n" in shown
+
+
+def test_claims_decides_which_family_takes_an_object() -> None:
     model = FakeModel()
     with temporary_plugin(FakePlugin()):
         adapter = wrap(model)
         assert isinstance(adapter, FakeAdapter)
         assert adapter.model is model
+        assert family_for_model(model) == "fake"
     with pytest.raises(UnsupportedModelError):
         wrap(model)
 
@@ -244,9 +276,9 @@ def test_another_version_of_the_contract_isolates_the_family(install: Install, v
     install(Entry("both", FakePlugin(FakeFamily(), other)))
     found = quiet_listing()["both"]
     assert found.families == ("fake",)
-    assert f"speaks version {version}" in (found.error or "")
+    assert f"implements version {version}" in (found.error or "")
     assert "other" not in families()
-    with pytest.raises(PluginError, match=rf"plugin 'both' .*speaks version {API_VERSION}; install"):
+    with pytest.raises(PluginError, match=rf"plugin 'both' .*supports version {API_VERSION}; install"):
         load("other:small")
 
 
@@ -366,7 +398,7 @@ def distribution(tmp_path: Path) -> Path:
 def test_real_distributions_are_found(distribution: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(distribution))
     monkeypatch.delenv("TTD_LOAD_PLUGINS", raising=False)
-    monkeypatch.setattr(plugins, "_loaded", None)
+    monkeypatch.setattr("ttd_plugins.plugins.discovery._loaded", None)
     found = quiet_listing()
     assert (found["stranger"].distribution, found["stranger"].version) == ("stranger-ttd", "3.4")
     assert found["stranger"].families == ("fake",)
@@ -555,7 +587,7 @@ def test_what_a_family_raises_becomes_one_sentence_that_names_its_plugin(
         load("fake:small")
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     monkeypatch.setattr(fake, "load", lambda model, weights: FakeModel())
-    with pytest.raises(PluginError, match="returned a FakeModel where a DenseAdapter is due"):
+    with pytest.raises(PluginError, match="returned a FakeModel, not a DenseAdapter"):
         load("fake:small")
     monkeypatch.setattr(fake, "default_weights", broken)
     with pytest.raises(PluginError, match="plugin 'fake_plugin' failed to list the models"):
@@ -605,7 +637,7 @@ def test_an_object_that_nobody_takes_is_named_with_the_families(fake: FakeFamily
 
 
 @pytest.mark.parametrize(
-    ("thing", "said"), [("fake:small", "give the name 'fake:small' to load()"), (FakeAdapter(FakeModel()), "already")]
+    ("thing", "said"), [("fake:small", "pass the name 'fake:small' to load()"), (FakeAdapter(FakeModel()), "already")]
 )
 def test_wrap_tells_what_it_takes(thing: Any, said: str) -> None:
     with pytest.raises(UnsupportedModelError) as caught:
@@ -631,43 +663,15 @@ def test_two_families_of_one_plugin_that_claim_one_object_are_found() -> None:
             wrap(OtherModel())
 
 
-def test_a_family_that_claims_but_whose_plugin_does_not_answer_is_told() -> None:
-    class Silent:
-        @hookimpl
-        def register_adapters(self, register: Callable[[AdapterFamily], None]) -> None:
-            register(FakeFamily())
-
-    with (
-        temporary_plugin(Silent(), name="silent"),
-        pytest.raises(PluginError, match="does not answer adapter_for_model"),
-    ):
-        wrap(FakeModel())
-
-
-@pytest.mark.parametrize("answer", ["nobody", 3, True])
-def test_an_answer_that_is_no_family_is_told(answer: Any) -> None:
-    class Liar:
-        @hookimpl
-        def adapter_for_model(self, model: object) -> Any:
-            return answer
-
-    with (
-        temporary_plugin(Liar(), name="liar"),
-        pytest.raises(PluginError, match="'liar' answers adapter_for_model with"),
-    ):
-        wrap(OtherModel())
-
-
-def test_a_claim_that_raises_is_passed_over_where_another_takes_the_object(fake: FakeFamily) -> None:
-    class Raises:
-        @hookimpl
-        def adapter_for_model(self, model: object) -> str | None:
+def test_a_claim_that_raises_is_skipped_where_another_family_claims_the_object(fake: FakeFamily) -> None:
+    class Raising(FakeFamily):
+        def claims(self, model: object) -> bool:
             raise AttributeError("visual")
 
-    with temporary_plugin(Raises(), name="raises"):
-        with pytest.warns(PluginWarning, match="plugin 'raises' failed to say whether it takes .*: visual"):
+    with temporary_plugin(FakePlugin(Raising("raising")), name="raises"):
+        with pytest.warns(PluginWarning, match="'raises' failed to decide whether family 'raising' claims .*visual"):
             assert isinstance(wrap(FakeModel()), FakeAdapter)
-        with pytest.raises(PluginError, match=r"no adapter takes fakes.OtherModel, and plugin 'raises'") as caught:
+        with pytest.raises(PluginError, match=r"no family claims fakes.OtherModel, and plugin 'raises'") as caught:
             wrap(OtherModel())
         assert caught.value.__cause__ is not None
         assert isinstance(caught.value.__cause__.__cause__, AttributeError)

@@ -38,8 +38,8 @@ from helpers_siglip import (
 )
 from PIL import Image
 from torch import nn
-from ttd_siglip.dense import MODES, SiglipMode, siglip_mode
-from ttd_siglip.wrapping import adapt
+from ttd_siglip.family import adapt
+from ttd_siglip.siglip_modes import MODES, SiglipMode, siglip_mode
 
 from ttd_plugins.adapter import Calibration
 from ttd_plugins.errors import ImageSizeError, InputError, TTDError, UnsupportedModelError
@@ -387,8 +387,11 @@ def test_padding_is_part_of_the_text_and_cut_rows_are_refused(container: str) ->
     changed[:, -1] = 7
     with torch.no_grad():
         assert not torch.allclose(adapter.encode_text(rows()), adapter.encode_text(changed), atol=1e-3)
-    for length in (5, CONTEXT + 1):
-        with pytest.raises(InputError, match="pools the last"):
+    for length, message in (
+        (5, "attends to all 10 positions"),
+        (CONTEXT + 1, "11 positions, but the text tower has 10"),
+    ):
+        with pytest.raises(InputError, match=message):
             adapter.encode_text(torch.ones(2, length, dtype=torch.long))
     with pytest.raises(InputError, match="shape"):
         adapter.encode_text(torch.ones(CONTEXT, dtype=torch.long))
@@ -483,7 +486,7 @@ def test_any_string_is_tokenised() -> None:
     [
         (None, "without a tokenizer; pass tokenizer=transformers.AutoTokenizer"),
         (lambda texts: {"input_ids": [[1]]}, "not a dict"),
-        (lambda texts: torch.zeros(1, 77, dtype=torch.long), r"must give ids of shape \(1, 10\)"),
+        (lambda texts: torch.zeros(1, 77, dtype=torch.long), r"must return a tensor of shape \(1, 10\)"),
         (lambda texts: 1 / 0, "failed .ZeroDivisionError"),
     ],
 )
@@ -709,14 +712,14 @@ def test_a_wrapped_pooling_head_is_refused() -> None:
     adapter = adapt(model)
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["out_proj"]), model)
     with pytest.raises(
-        UnsupportedModelError, match=r"pooling head holds a peft.*leave vision_model.head.attention out"
+        UnsupportedModelError, match=r"pooling head contains a peft.*leave vision_model.head.attention out"
     ):
         adapter.encode_image(pixels())
     with pytest.raises(UnsupportedModelError, match="dense mode 'value' cannot be used"):
         adapt(model)
     model = tiny_transformers()
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["head.attention"]), model)
-    with pytest.raises(UnsupportedModelError, match="pooling head holds a peft"):
+    with pytest.raises(UnsupportedModelError, match="pooling head contains a peft"):
         adapt(model)
 
 

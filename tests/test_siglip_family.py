@@ -36,13 +36,14 @@ from helpers_siglip import (
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
-from ttd_siglip import plugin, structure, tiny
-from ttd_siglip.building import fresh_model
-from ttd_siglip.configs import KNOWN
+from ttd_siglip import recognition, tiny
+from ttd_siglip.architectures import KNOWN
 from ttd_siglip.family import SiglipFamily
+from ttd_siglip.fresh_model import fresh_model
 
 from ttd_plugins.adapter import Calibration
 from ttd_plugins.errors import BackboneNameError, InputError, MissingDependencyError, TTDError, UnsupportedModelError
+from ttd_plugins.plugins import family_for_model
 
 # open_clip would download a sentencepiece model for a name with siglip in it that states no tokenizer.
 NAME = "tests-tiny-map"
@@ -287,7 +288,7 @@ def test_weights_that_are_missing_are_never_replaced_by_random_ones(family: Sigl
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
         TTDError,
-        match=r"1 tensors of the model are absent or of another shape, such as vision_model.head.probe",
+        match=r"1 weights are absent or of another shape, such as vision_model.head.probe",
     ):
         family.load(str(tmp_path), "own")
     (tmp_path / "model.safetensors").unlink()
@@ -446,7 +447,7 @@ def test_tiny_is_small_and_starts_as_siglip_does(family: SiglipFamily) -> None:
 
 
 def test_tiny_without_weights_says_so(family: SiglipFamily, tiny_folder: Path) -> None:
-    with pytest.raises(TTDError, match=r"model\.safetensors are not there; .*siglip:tiny@random") as caught:
+    with pytest.raises(TTDError, match=r"model\.safetensors are absent; .*siglip:tiny@random") as caught:
         family.load("tiny", "embedded")
     assert "\n" not in str(caught.value)
 
@@ -549,7 +550,7 @@ def vision_alone() -> nn.Module:
 def test_siglip_models_are_claimed(family: SiglipFamily) -> None:
     for model in (tiny_transformers(), tiny_timm(), tiny_timm(trunk=tiny_trunk(reg_tokens=1))):
         assert family.claims(model)
-        assert plugin.adapter_for_model(model) == "siglip"
+        assert family_for_model(model) == "siglip"
 
 
 @pytest.mark.parametrize(
@@ -572,14 +573,13 @@ def test_siglip_models_are_claimed(family: SiglipFamily) -> None:
 def test_models_of_other_families_are_not(family: SiglipFamily, build: Any) -> None:
     model = build()
     assert not family.claims(model)
-    assert plugin.adapter_for_model(model) is None
 
 
 def test_the_family_open_clip_claims_none_of_these() -> None:
-    other = pytest.importorskip("ttd_open_clip.structure")
+    other = pytest.importorskip("ttd_open_clip.recognition")
     for model in (tiny_transformers(), tiny_timm()):
-        assert not other.is_native_vit_clip(model)
-        assert structure.is_siglip(model)
+        assert not other.claims(model)
+        assert recognition.claims(model)
 
 
 def test_wrapping_through_the_registry() -> None:
@@ -632,7 +632,7 @@ def test_the_plugin_imports_nothing_heavy() -> None:
         "heavy = {'transformers', 'open_clip', 'torch', 'torchvision', 'peft', 'timm', 'huggingface_hub'};"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules);"
         "found = []; plugin.register_adapters(found.append); assert found[0].name == 'siglip';"
-        "from torch import nn; assert plugin.adapter_for_model(nn.Linear(2, 2)) is None;"
+        "from torch import nn; assert not found[0].claims(nn.Linear(2, 2));"
         "found[0].default_weights('google/siglip-base-patch16-224');"
         "assert not (heavy - {'torch'}) & set(sys.modules), heavy & set(sys.modules)"
     )

@@ -14,8 +14,8 @@ import torch
 from helpers_open_clip import assert_unchanged, snapshot
 from helpers_siglip import CONTAINERS, pixels, rows, siglip_like_tokenizer, tiny, tiny_timm
 from ttd_siglip.adapter import SiglipAdapter
-from ttd_siglip.dense import MODES
-from ttd_siglip.wrapping import adapt
+from ttd_siglip.family import adapt
+from ttd_siglip.siglip_modes import MODES
 
 from ttd_plugins.errors import TTDError
 

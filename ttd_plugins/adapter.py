@@ -212,20 +212,36 @@ class DenseAdapter(nn.Module, ABC):
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Tokenise as the backbone was trained; any string is taken, and one that is too long keeps its end token."""
 
-    @abstractmethod
     def dense_transform(self, size: Size | None = None) -> ImageTransform:
-        """Preprocessing for dense work: the whole image resized to ``size`` (height, width), nothing cropped away.
+        """Preprocessing for dense features: resize the whole image, antialiased, without a crop, and normalise it.
 
-        ``None`` means ``description.image_size``; an integer means a square.
+        Args:
+            size: (height, width) in pixels, or the side of a square; ``description.image_size`` by default.
+
+        Raises:
+            ImageSizeError: the size does not fit the patch grid.
         """
+        from ttd_plugins.toolkit.transforms import DenseTransform, Normalisation
+
+        description = self.description
+        if size is None:
+            size = description.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self.patch_grid(height, width)
+        normalisation = Normalisation(description.mean, description.std, description.interpolation)
+        return DenseTransform((height, width), normalisation)
 
     @abstractmethod
     def native_transform(self) -> ImageTransform:
         """The backbone's own evaluation preprocessing, which may crop."""
 
-    @abstractmethod
     def logit_scale(self) -> Tensor:
-        """The multiplier of cosines in the backbone's own loss (exponentiated), a scalar tensor with gradient."""
+        """Multiplier of cosines in the backbone's own loss (exponentiated), a scalar tensor with gradient.
+
+        By default ``exp`` of the model's parameter ``logit_scale``.
+        """
+        scale: Any = self.model.logit_scale
+        return scale.exp().reshape(())
 
     def logit_bias(self) -> Tensor | None:
         """The additive term of the backbone's own logits, a scalar tensor, or ``None`` where there is none."""
@@ -328,6 +344,16 @@ class DenseAdapter(nn.Module, ABC):
                 f"multiple of {columns} pixels, not {height} x {width}; resize with dense_transform((height, width))"
             )
         return height // rows, width // columns
+
+    def pixel_grid(self, pixels: Tensor) -> tuple[int, int]:
+        """Rows and columns of the patch grid of a batch of pixels ``[B, 3, height, width]``.
+
+        Raises:
+            ImageSizeError: the tensor has another shape, or the image size does not fit the patch grid.
+        """
+        if pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise ImageSizeError(f"pixels must have shape [images, 3, height, width], not {tuple(pixels.shape)}")
+        return self.patch_grid(pixels.shape[2], pixels.shape[3])
 
     def add_lora(
         self, rank: int = 8, *, alpha: float | None = None, dropout: float = 0.0, towers: Sequence[Tower] = TOWERS

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ttd_plugins import __version__
+from ttd_plugins._version import __version__
 from ttd_plugins.adapter import ExportedModel
 from ttd_plugins.errors import InputError, TTDError, choices_sentence, one_sentence
 from ttd_plugins.utils.settings import flatten

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 PROJECT_NAME = "ttd_plugins"
 
+DEPRECATED_HOOKS = ("adapter_for_model",)
+"""Hooks that a plugin may still implement, and that are ignored."""
+
 hookspec = pluggy.HookspecMarker(PROJECT_NAME)
 hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
 
@@ -26,7 +29,7 @@ def register_adapters(register: Callable[[AdapterFamily], None]) -> None:
 
 @hookspec(firstresult=True)
 def adapter_for_model(model: nn.Module) -> str | None:  # type: ignore[empty-body]
-    """Return the name of the registered family that takes this model object, or ``None``."""
+    """Deprecated and ignored: :meth:`~ttd_plugins.adapter.AdapterFamily.claims` decides which family takes a model."""
 
 
 @hookspec

@@ -1,6 +1,6 @@
 """The published architectures of OpenAI's vision transformers, as configurations of transformers' ``CLIPModel``.
 
-They are here so that ``@random`` needs no network. Table 20 of the CLIP paper (arXiv 2103.00020) has the numbers.
+With them ``@random`` needs no network. The numbers are from table 20 of the CLIP paper (arXiv 2103.00020).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ SHORT_NAMES = {
     "ViT-L-14": "openai/clip-vit-large-patch14",
     "ViT-L-14-336": "openai/clip-vit-large-patch14-336",
 }
-"""Architectures as the paper calls them (``/`` may stand for the hyphens), and their names on the model hub."""
+"""Names of the architectures in the paper (``/`` may replace the hyphens), and on the model hub."""
 
 
 def _configuration(
@@ -56,5 +56,5 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 
 def hub_name(model: str) -> str:
-    """The hub name that a short name stands for; any other name as it is."""
+    """The hub name of a short name; any other name unchanged."""
     return SHORT_NAMES.get(model.replace("/", "-"), model)

@@ -1,4 +1,4 @@
-"""A model of the original ``clip`` package, written as the state dict that its ``build_model`` takes."""
+"""Export of a model of the original ``clip`` package as a state dict for the package's ``build_model``."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 
 from ttd_plugins.adapter import DenseAdapter, ExportedModel
 from ttd_plugins.errors import UnsupportedModelError
-from ttd_plugins.toolkit.exporting import WAY_OUT, write_weights
+from ttd_plugins.toolkit.exporting import ALTERNATIVES, write_weights
 
 WEIGHTS = "model.safetensors"
 HEAD_WIDTH = 64
 HALF = (
-    "clip's build_model keeps most weights in float16; where that is too coarse, model.float() and "
-    "model.load_state_dict(safetensors.torch.load_file('PATH/model.safetensors')) after it give every digit back."
+    "clip's build_model converts most weights to float16; for full precision call model.float() and then "
+    "model.load_state_dict(safetensors.torch.load_file('PATH/model.safetensors'))."
 )
 NOT_A_FILE = (
-    "clip.load takes files of torch.save: torch.save(safetensors.torch.load_file('PATH/model.safetensors'), FILE) "
-    "makes one, and brings clip's own preprocessing."
+    "clip.load, which also returns clip's preprocessing, reads files of torch.save: "
+    "torch.save(safetensors.torch.load_file('PATH/model.safetensors'), FILE) writes one."
 )
 
 
@@ -27,28 +27,29 @@ def export_original(adapter: DenseAdapter, folder: Path) -> ExportedModel:
     """Write ``model.safetensors`` for ``clip.model.build_model``.
 
     Raises:
-        UnsupportedModelError: ``build_model`` would build another model than this one.
+        UnsupportedModelError: ``build_model`` would build a different model.
         OSError, safetensors.SafetensorError: the folder cannot be written.
     """
-    reason = refusal_of_build_model(adapter.model)
+    reason = build_model_mismatch(adapter.model)
     if reason is not None:
         raise UnsupportedModelError(
-            f"{adapter.description.name} cannot be rebuilt by clip's build_model: {reason}; {WAY_OUT}"
+            f"{adapter.description.name} cannot be rebuilt by clip's build_model: {reason}; {ALTERNATIVES}"
         )
     write_weights(adapter.model, folder / WEIGHTS)
     load = f'model = clip.model.build_model(safetensors.torch.load_file("PATH/{WEIGHTS}"))'
     return ExportedModel("clip", load, notes=(HALF, NOT_A_FILE))
 
 
-def refusal_of_build_model(model: Any) -> str | None:
-    """What ``build_model`` takes for granted and this model has otherwise, as the end of a sentence."""
+def build_model_mismatch(model: Any) -> str | None:
+    """What ``build_model`` assumes and this model does not have, as the end of a sentence; ``None`` where all fits."""
     visual = model.visual
     blocks = list(model.transformer.resblocks)
     towers = [("text", blocks, int(model.ln_final.weight.shape[0]))]
     if hasattr(visual, "layer1"):
         width = int(visual.layer1[0].conv1.weight.shape[0])
-        if visual.attnpool.num_heads != width * 32 // HEAD_WIDTH:
-            return f"its attention pool has {visual.attnpool.num_heads} heads where {width * 32 // HEAD_WIDTH} are due"
+        heads = width * 32 // HEAD_WIDTH
+        if visual.attnpool.num_heads != heads:
+            return f"its attention pool has {visual.attnpool.num_heads} heads where build_model assumes {heads}"
         cells, resolution = len(visual.attnpool.positional_embedding) - 1, visual.input_resolution
         due = round(cells**0.5) * 32
     else:
@@ -56,12 +57,15 @@ def refusal_of_build_model(model: Any) -> str | None:
         cells, resolution = len(visual.positional_embedding) - 1, visual.input_resolution
         due = round(cells**0.5) * int(visual.conv1.weight.shape[-1])
     if resolution != due:
-        return f"its input resolution is {resolution} where its position embeddings make {due}"
+        return f"its input resolution is {resolution} where its position embeddings imply {due}"
     for tower, layers, width in towers:
         for block in layers:
             heads = width // HEAD_WIDTH
             if block.attn.num_heads != heads:
-                return f"the {tower} tower has {block.attn.num_heads} heads of {width} channels where {heads} are due"
+                return (
+                    f"the {tower} tower has {block.attn.num_heads} heads of {width} channels where build_model assumes "
+                    f"{heads}"
+                )
             if tuple(block.mlp.c_fc.weight.shape) != (4 * width, width):
                 return f"the MLP of the {tower} tower is not four times as wide as the tower"
             x = torch.linspace(-4, 4, 33, device=block.mlp.c_fc.weight.device)

@@ -1,79 +1,67 @@
-"""The family ``siglip``: what can be loaded by name, and how; no backbone library is imported before that."""
+"""The family ``siglip``: models by name and as objects; backbone libraries are imported only when they are needed."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from ttd_plugins.adapter import AdapterFamily, Calibration
-from ttd_plugins.errors import BackboneNameError, MissingDependencyError, TTDError, choices_sentence
-from ttd_plugins.toolkit.open_clip_models import OWN_WEIGHTS, RANDOM, OpenCLIPModels, is_whole
-from ttd_siglip.configs import KNOWN
-from ttd_siglip.hub import load_from_transformers
-from ttd_siglip.library import import_open_clip
-from ttd_siglip.structure import is_siglip, refusal_of_open_clip_config
-from ttd_siglip.tokens import pad_right
-from ttd_siglip.transforms import HALF
+from ttd_plugins.adapter import Calibration, DenseAdapter
+from ttd_plugins.errors import (
+    BackboneNameError,
+    InputError,
+    MissingDependencyError,
+    TTDError,
+    UnsupportedModelError,
+    choices_sentence,
+)
+from ttd_plugins.toolkit.clip_family import OWN_WEIGHTS, PRECISIONS, RANDOM, TINY
+from ttd_plugins.toolkit.open_clip_family import OpenCLIPModelFamily
+from ttd_plugins.toolkit.open_clip_models import bundles_weights
+from ttd_plugins.toolkit.tokenizing import MissingTokenizer
+from ttd_plugins.toolkit.transformers_models import TransformersModel
+from ttd_siglip.adapter import SiglipAdapter
+from ttd_siglip.architectures import KNOWN
+from ttd_siglip.fresh_model import initialise_logits
+from ttd_siglip.normalisation import HALF
+from ttd_siglip.recognition import (
+    import_transformers,
+    is_timm_siglip,
+    is_transformers_siglip,
+    unsupported_reason,
+    unsupported_transformers_config_reason,
+)
+from ttd_siglip.siglip_modes import SiglipMode
+from ttd_siglip.siglip_tokenizing import pad_right
+from ttd_siglip.timm_adapter import TimmSiglipAdapter
+from ttd_siglip.transformers_adapter import TransformersSiglipAdapter
 
-if TYPE_CHECKING:
-    from ttd_siglip.adapter import SiglipAdapter
-    from ttd_siglip.dense import SiglipMode
 
-TINY = "tiny"
-EMBEDDED = "embedded"
-HINT = "ORG/NAME on transformers' hub, the path of a folder, hf-hub:ORG/NAME and local-dir:PATH are taken too"
-# What every SigLIP was trained with; open_clip knows it for its tags only, and gives OpenAI's to checkpoints on disk.
-PREPROCESSING = {"mean": HALF, "std": HALF, "interpolation": "bicubic", "resize_mode": "squash"}
-
-
-class SiglipFamily(AdapterFamily):
+class SiglipFamily(OpenCLIPModelFamily):
     """SigLIP and SigLIP 2 of fixed resolution, by name or as objects, from transformers or from open_clip.
 
-    Names: ``ORG/NAME`` on transformers' hub, or the path of a folder that transformers saved; an architecture of
-    open_clip with one of its pretrained tags, a path to a checkpoint, or ``random``; ``hf-hub:ORG/NAME`` and
-    ``local-dir:PATH`` in open_clip's format; and ``tiny``, which comes with the package.
+    Beside the names of :class:`OpenCLIPModelFamily`: ``ORG/NAME`` on transformers' hub, or the path of a folder that
+    transformers saved.
     """
 
-    name = "siglip"
     summary = "SigLIP and SigLIP 2 (transformers' SiglipModel, open_clip's SigLIP architectures with timm)"
     api_version = 1
-
-    # Names ---------------------------------------------------------------------------------------------------------
+    adapter_class = TimmSiglipAdapter
+    name_hint = "ORG/NAME on transformers' hub, the path of a folder, hf-hub:ORG/NAME and local-dir:PATH are taken too"
+    # open_clip knows the preprocessing for its tags only, and uses OpenAI's for checkpoint files.
+    preprocessing = {"mean": HALF, "std": HALF, "interpolation": "bicubic", "resize_mode": "squash"}  # noqa: RUF012
 
     def models(self) -> list[str]:
-        """``tiny``, the known models of transformers' hub, and, where it is installed, open_clip's architectures."""
+        """``tiny``, the known models of transformers' hub and, where open_clip is installed, its architectures."""
         try:
-            named = self._named().architectures()
+            architectures = self._open_clip_models().architectures()
         except MissingDependencyError:
-            named = []
-        return [TINY, *KNOWN, *named]
+            architectures = []
+        return [TINY, *KNOWN, *architectures]
 
-    def weights(self, model: str) -> list[str]:
-        """Names of the weights of ``model``; a path to a checkpoint of an architecture is taken as well.
-
-        Raises:
-            BackboneNameError: the model is unknown.
-            UnsupportedModelError: open_clip knows the model, but this adapter cannot serve it.
-            MissingDependencyError: it can only be an architecture of open_clip, which is not installed.
-        """
-        default = self.default_weights(model)
-        if default is not None:
-            return [default]
-        named = self._named()
-        return named.tags(named.architecture(model, self.models(), HINT))
-
-    def default_weights(self, model: str) -> str | None:
-        """``embedded`` for ``tiny``, ``own`` for hub models and folders; open_clip's architectures have no default."""
-        if model == TINY:
-            return EMBEDDED
-        return OWN_WEIGHTS if is_whole(model) or _is_path_or_hub_name(model) else None
-
-    def _named(self) -> OpenCLIPModels:
-        return OpenCLIPModels(import_open_clip(), self.name, refusal_of_open_clip_config, PREPROCESSING)
-
-    # Loading -------------------------------------------------------------------------------------------------------
+    def _bundles_weights(self, model: str) -> bool:
+        return bundles_weights(model) or _is_path_or_hub_name(model)
 
     def load(  # type: ignore[override]
         self,
@@ -86,88 +74,61 @@ class SiglipFamily(AdapterFamily):
         tokenizer: Any = None,
         precision: str = "fp32",
         cache_dir: str | None = None,
-    ) -> SiglipAdapter:
-        """Build a model, load its weights, and wrap it, in evaluation mode and on the CPU.
+    ) -> DenseAdapter:
+        """Build a model, load its weights and wrap it; further arguments and errors as in :class:`OpenCLIPModelFamily`.
 
         Args:
             model: ``tiny``, ``ORG/NAME``, the path of a folder, an architecture of open_clip, ``hf-hub:ORG/NAME`` or
                 ``local-dir:PATH``.
-            weights: ``own`` or ``random``; for an architecture of open_clip a pretrained tag, a path to a checkpoint,
+            weights: ``own`` or ``random``; for an architecture of open_clip a pretrained tag, the path of a checkpoint,
                 or ``random``.
-            dense: the dense mode, a name or a ``SiglipMode``; by default what suits the model.
-            last_block: ``"plain"`` or ``"value"``; by default what the dense mode says.
-            calibration: map from cosine to probability; by default the model's.
-            tokenizer: instead of the model's own.
-            precision: ``fp32``, ``bf16`` or ``fp16``; for open_clip any of its names.
-            cache_dir: where downloads are kept; the library's own place by default.
-
-        Raises:
-            BackboneNameError: a part of the name is unknown; the message lists the choices.
-            InputError: an option is unknown.
-            UnsupportedModelError: this adapter cannot serve the model, with the reason.
-            MissingDependencyError: the library that the model needs is not installed.
-            TTDError: the weights cannot be read or downloaded.
+            dense: the dense mode, a name or a ``SiglipMode``; by default that of the model.
+            last_block: ``"plain"`` or ``"value"``; by default that of the dense mode.
+            calibration: map from cosine to probability; by default that of the model.
+            tokenizer: replaces the model's own.
+            precision: ``fp32``, ``bf16`` or ``fp16``; for models of open_clip any of its names.
+            cache_dir: folder for downloads; the library's own by default.
         """
+        options: dict[str, Any] = {"dense": dense, "last_block": last_block, "calibration": calibration}
         if model == TINY:
-            return self._load_tiny(
-                weights, dense=dense, last_block=last_block, calibration=calibration, tokenizer=tokenizer
-            )
+            return self._load_tiny(weights, tokenizer=tokenizer, **options)
+        if bundles_weights(model) or not _is_path_or_hub_name(model):
+            return self._load_open_clip(model, weights, options, tokenizer, precision, cache_dir)
+        _require_folder(model)
+        if weights not in (OWN_WEIGHTS, RANDOM):
+            raise BackboneNameError(choices_sentence(f"weights of siglip:{model}", weights, [OWN_WEIGHTS, RANDOM]))
+        if precision not in PRECISIONS:
+            raise InputError(choices_sentence("precision", precision, PRECISIONS))
+        folder = Path(model).expanduser()
+        source = TransformersModel(
+            import_transformers,
+            f"siglip:{model}@{weights}",
+            str(folder) if folder.is_dir() else model,
+            "Siglip",
+            unsupported_transformers_config_reason,
+            initialise=initialise_logits,
+            cache_dir=cache_dir,
+        )
         processor = None
-        if not is_whole(model) and _is_path_or_hub_name(model):
-            _require_folder(model)
-            built, tokenizer, processor = load_from_transformers(
-                model, weights, tokenizer=tokenizer, precision=precision, cache_dir=cache_dir
-            )
+        if weights == RANDOM and model in KNOWN and not source.is_folder:
+            built = source.build(KNOWN[model])
         else:
-            named = self._named()
-            if not is_whole(model):
-                model = named.architecture(model, self.models(), HINT)
-            given = tokenizer
-            built, tokenizer = named.load(model, weights, tokenizer=given, precision=precision, cache_dir=cache_dir)
-            if given is None:
-                pad_right(tokenizer)
-        return self._adapt(
-            built,
-            tokenizer=tokenizer,
-            preprocess=processor,
-            dense=dense,
-            last_block=last_block,
-            calibration=calibration,
-            name=model,
-            weights=weights,
-        )
+            built, processor = source.load(weights=weights == OWN_WEIGHTS)
+        if tokenizer is None:
+            tokenizer = self._tokenizer(source, required=weights == OWN_WEIGHTS)
+        built = built.to(PRECISIONS[precision])
+        return self._adapt(built, tokenizer=tokenizer, preprocess=processor, name=model, weights=weights, **options)
 
-    def _load_tiny(
-        self,
-        weights: str,
-        *,
-        dense: str | SiglipMode | None,
-        last_block: str | None,
-        calibration: Calibration | None,
-        tokenizer: Any,
-    ) -> SiglipAdapter:
-        from ttd_plugins.embedded.folder import read_settings
-        from ttd_siglip.tiny import EMBEDDED_FOLDER, load_tiny
+    def _tokenizer(self, source: TransformersModel, *, required: bool) -> Any:
+        try:
+            return source.load_tokenizer()
+        except TTDError as error:
+            if required:
+                raise
+            return MissingTokenizer(str(error))
 
-        if weights not in (EMBEDDED, RANDOM):
-            raise BackboneNameError(choices_sentence("weights of siglip:tiny", weights, [EMBEDDED, RANDOM]))
-        built, own_tokenizer = load_tiny(EMBEDDED_FOLDER, weights=weights == EMBEDDED)
-        settings = read_settings(EMBEDDED_FOLDER)
-        return self._adapt(
-            built,
-            tokenizer=tokenizer if tokenizer is not None else own_tokenizer,
-            dense=dense if dense is not None else settings.dense_mode,
-            last_block=last_block,
-            calibration=calibration if calibration is not None else settings.calibration,
-            name=TINY,
-            weights=weights,
-        )
-
-    # Wrapping ------------------------------------------------------------------------------------------------------
-
-    def claims(self, model: object) -> bool:
-        """Whether ``model`` has an image tower that pools with one learnt probe, as SigLIP's do."""
-        return is_siglip(model)
+    def _prepare_tokenizer(self, tokenizer: Any) -> None:
+        pad_right(tokenizer)
 
     def wrap(  # type: ignore[override]
         self,
@@ -178,21 +139,17 @@ class SiglipFamily(AdapterFamily):
         dense: str | SiglipMode | None = None,
         last_block: str | None = None,
         calibration: Calibration | None = None,
-    ) -> SiglipAdapter:
-        """Adapt a model that the caller already has, without changing it.
+    ) -> DenseAdapter:
+        """Adapt a model that the caller already has, without changing it; see :class:`CLIPFamily`.
 
         Args:
             model: transformers' ``SiglipModel``, or open_clip's ``CustomTextCLIP`` around a SigLIP trunk of timm.
-            tokenizer: the model's tokenizer or processor; it may be left out where no text is going to be tokenised.
+            tokenizer: the model's tokenizer or processor; it may be left out where no text is tokenised.
             preprocess: the model's image processor, processor or ``preprocess_val``, or a mapping with ``mean`` and
                 ``std``; by default what the model says itself, or else SigLIP's.
             dense: the dense mode, a name or a ``SiglipMode``; ``value`` by default.
-            last_block: ``"plain"`` or ``"value"``; by default what the dense mode says.
+            last_block: ``"plain"`` or ``"value"``; by default that of the dense mode.
             calibration: map from cosine to probability; by default from the model's own logits.
-
-        Raises:
-            UnsupportedModelError: a part of the model cannot be served, with the reason.
-            InputError: an option is unknown.
         """
         return self._adapt(
             model,
@@ -203,10 +160,21 @@ class SiglipFamily(AdapterFamily):
             calibration=calibration,
         )
 
-    def _adapt(self, model: nn.Module, *, dense: str | SiglipMode | None, **options: Any) -> SiglipAdapter:
-        from ttd_siglip.wrapping import adapt
+    def _adapt(self, model: nn.Module, **options: Any) -> SiglipAdapter:
+        return adapt(model, **options)
 
-        return adapt(model, dense="value" if dense is None else dense, **options)
+
+def adapt(model: nn.Module, **options: Any) -> SiglipAdapter:
+    """Wrap ``model`` in the adapter of its library; ``options`` are those of :class:`SiglipAdapter`.
+
+    Raises:
+        UnsupportedModelError: no adapter fits, or a part of the model is not supported, with the reason.
+    """
+    if is_transformers_siglip(model):
+        return TransformersSiglipAdapter(model, **options)
+    if is_timm_siglip(model):
+        return TimmSiglipAdapter(model, **options)
+    raise UnsupportedModelError(f"this {type(model).__name__} cannot be adapted: {unsupported_reason(model)}")
 
 
 def _is_path_or_hub_name(model: str) -> bool:

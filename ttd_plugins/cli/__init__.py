@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ttd_plugins import __version__
+from ttd_plugins._version import __version__
 from ttd_plugins.cli import app as page
 from ttd_plugins.cli import (
     backbones,

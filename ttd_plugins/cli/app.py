@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ttd_plugins.cli import maps
+from ttd_plugins.cli import image_maps
 from ttd_plugins.errors import InputError
 
 
@@ -26,11 +26,11 @@ def command(
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for the network.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option("--port", help="Port.  [default: the first free one from 7860]")] = None,
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Do not open the browser.")] = False,
-    tags: maps.TagsOption = "words",
-    tags_option: maps.TagsSettings = None,
-    rule: maps.RuleOption = None,
-    threshold: maps.ThresholdOption = None,
-    device: maps.DeviceOption = None,
+    tags: image_maps.TagsOption = "words",
+    tags_option: image_maps.TagsSettings = None,
+    rule: image_maps.RuleOption = None,
+    threshold: image_maps.ThresholdOption = None,
+    device: image_maps.DeviceOption = None,
 ) -> None:
     """Open a local web page for your own images.
 
@@ -53,11 +53,11 @@ def command(
     changes = {"rule": rule, "threshold": threshold}
     options = TTDOptions(
         extractor=tags,
-        extractor_options=maps.parse_settings(tags_option),
+        extractor_options=image_maps.parse_settings(tags_option),
         **{name: value for name, value in changes.items() if value is not None},  # type: ignore[arg-type]
     )
     if names is None:
-        names = list(sources) or sorted(embedded_backbones(), key=lambda name: name != maps.DEFAULT_BACKBONE)
+        names = list(sources) or sorted(embedded_backbones(), key=lambda name: name != image_maps.DEFAULT_BACKBONE)
     studio = Studio(list(dict.fromkeys([*names, *sources])), sources, options=options, device=device)
     serve(studio, host=host, port=port, browser=not no_browser, announce=typer.echo)
 

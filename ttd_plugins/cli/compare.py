@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ttd_plugins.cli import maps
+from ttd_plugins.cli import image_maps
 from ttd_plugins.cli.command_line import command_line
 
 if TYPE_CHECKING:
@@ -55,10 +55,10 @@ def command(
     ] = None,
     gallery: Annotated[int, typer.Option("--gallery", help="Images in the report.")] = 12,
     preset: Annotated[str, typer.Option("--preset", help="Protocols on a data set: fast or paper.")] = "fast",
-    tags: maps.TagsOption = "words",
-    tags_option: maps.TagsSettings = None,
-    rule: maps.RuleOption = None,
-    threshold: maps.ThresholdOption = None,
+    tags: image_maps.TagsOption = "words",
+    tags_option: image_maps.TagsSettings = None,
+    rule: image_maps.RuleOption = None,
+    threshold: image_maps.ThresholdOption = None,
     option: Annotated[
         list[str] | None,
         typer.Option("--ttd", metavar="KEY=VALUE", help="Any other option of TTD, as distill_weight=5; repeatable."),
@@ -70,7 +70,7 @@ def command(
             "--jobs", help="Arms trained at a time on scenes.  [default: one per core, at most 4, on the CPU]"
         ),
     ] = None,
-    device: maps.DeviceOption = None,
+    device: image_maps.DeviceOption = None,
 ) -> None:
     """Compare backbones before and after TTD, with a control.
 
@@ -111,10 +111,10 @@ def ttd_options(
     from ttd_plugins.engine import TTDOptions
     from ttd_plugins.errors import InputError, choices_sentence
 
-    changes: dict[str, Any] = {"extractor": tags, "extractor_options": maps.parse_settings(tags_option)}
+    changes: dict[str, Any] = {"extractor": tags, "extractor_options": image_maps.parse_settings(tags_option)}
     changes |= {name: value for name, value in (("rule", rule), ("threshold", threshold)) if value is not None}
     known = set(TTDOptions.__dataclass_fields__) - {"calibration"}
-    for name, value in maps.parse_settings(option).items():
+    for name, value in image_maps.parse_settings(option).items():
         if name not in known:
             raise InputError(choices_sentence("option of TTD", name, known))
         changes[name] = value

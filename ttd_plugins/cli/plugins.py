@@ -25,10 +25,11 @@ def command(
     for plugin in found:
         origin = f"  {plugin.distribution} {plugin.version}" if plugin.distribution else ""
         typer.echo(f"{plugin.name}{origin}")
+        hooks = [hook + (" (deprecated, ignored)" if hook in plugin.deprecated_hooks else "") for hook in plugin.hooks]
         for label, names in (
             ("families", plugin.families),
             ("tag extractors", plugin.tag_extractors),
-            ("hooks", plugin.hooks),
+            ("hooks", hooks),
         ):
             if names:
                 typer.echo(f"  {label}: {', '.join(names)}")

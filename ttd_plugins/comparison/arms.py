@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Generator, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -153,6 +154,7 @@ class ProcessExecutor:
         advance = self.stage(f"train and measure, {count} at a time", len(jobs))
         threads = max(1, (os.cpu_count() or 1) // count)
         context = multiprocessing.get_context("spawn")
+        others = set(multiprocessing.active_children())
         with ProcessPoolExecutor(count, context, _start_worker, (self.options, threads)) as pool:
             futures = {pool.submit(_run_in_worker, job): job for job in jobs}
             try:
@@ -164,6 +166,9 @@ class ProcessExecutor:
                     yield futures[future], future.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                # Otherwise this process could not end before the running arms are complete.
+                for worker in set(multiprocessing.active_children()) - others:
+                    worker.terminate()
                 raise
         yield from self.fallback.run(failed)
 
@@ -173,10 +178,18 @@ _worker: dict[str, Any] = {}
 
 
 def _start_worker(options: CompareOptions, threads: int) -> None:
-    # On Ctrl-C the main process stops its workers.
+    # On Ctrl-C the main process stops its workers; if it is killed, they stop by themselves.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _worker.update(options=options, data=open_data(options))
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run_in_worker(job: ArmJob) -> ArmResult:

@@ -154,6 +154,7 @@ class _ComparisonRun:
         self.record = ExperimentRecord(
             out / RESULTS, self._settings(), figures=metrics, backbones={}, failures={}, pictures=[]
         )
+        self.record.content["figures"] = metrics
         # A failed backbone is tried again.
         self.failures: dict[str, str] = {}
         self.record.content["failures"] = self.failures

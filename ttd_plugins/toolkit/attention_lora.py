@@ -1,8 +1,8 @@
-"""LoRA for self-attention with a fused input projection, without touching the base weights; needs peft.
+"""LoRA for self-attention with a fused input projection; the base weights are never written. Needs peft.
 
-peft's own wrapper of ``nn.MultiheadAttention`` adds the LoRA weights to the base weights and subtracts them again at
-every forward, so the base weights drift and dropout has no effect. The layers here compute each projection as the
-base product plus the LoRA path (arXiv 2106.09685) and never write a base weight outside ``merge`` and ``unmerge``.
+peft's own wrapper of ``nn.MultiheadAttention`` adds the LoRA weights to the base weights and subtracts them again in
+every forward pass, so the base weights drift and dropout has no effect. The layers here compute each projection as the
+base product plus the LoRA path (arXiv 2106.09685). Only ``merge`` and ``unmerge`` write a base weight.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ttd_plugins.errors import TTDError, UnsupportedModelError
-from ttd_plugins.toolkit.attention import attention_dropout, is_plain_attention
+from ttd_plugins.toolkit.attention import attention_dropout, is_plain_attention, split_heads, split_projection
+from ttd_plugins.utils.deprecation import RenamedAttribute
 
 PROJECTIONS = ("q", "k", "v", "out")
 
@@ -27,8 +28,8 @@ class LoRASelfAttention(nn.Module, LoraLayer):
     """LoRA on the query, key, value and output projections, each with its own pair of matrices.
 
     ``lora_A_q[adapter]`` is ``Linear(E, r)`` and ``lora_B_q[adapter]`` is ``Linear(r, E)``; likewise for ``k``, ``v``
-    and ``out``. peft's state-dict helpers want the adapter's name right before ``weight``, hence the flat names. The
-    subclasses differ in the signature of ``forward``, and in where the base module keeps its projections.
+    and ``out``. The names are flat because peft's state-dict helpers need the adapter's name right before ``weight``.
+    Subclasses differ in the signature of ``forward``, and in where the base module stores its projections.
     """
 
     adapter_layer_names = (
@@ -45,8 +46,8 @@ class LoRASelfAttention(nn.Module, LoraLayer):
         """Wrap ``base_layer``, which stays as it is; called by peft.
 
         Raises:
-            UnsupportedModelError: the module is not plain self-attention, or the configuration asks for a variant of
-                LoRA that this layer does not compute.
+            UnsupportedModelError: the module is not plain self-attention, or the configuration selects a variant of
+                LoRA that this layer does not implement.
         """
         super().__init__()
         if not self.takes(base_layer):
@@ -64,7 +65,7 @@ class LoRASelfAttention(nn.Module, LoraLayer):
 
     @staticmethod
     def takes(module: nn.Module) -> bool:
-        """Whether this layer computes what ``module`` does; a subclass for another module class says so itself."""
+        """Whether this layer can replace ``module``; subclasses for other attention classes override it."""
         return is_plain_attention(module)
 
     @staticmethod
@@ -86,7 +87,8 @@ class LoRASelfAttention(nn.Module, LoraLayer):
             raise UnsupportedModelError(f"{type(self).__name__} computes plain LoRA only: no DoRA and no bias")
         if config.init_lora_weights not in (True, False):
             raise UnsupportedModelError(
-                f"{type(self).__name__} knows no initialisation {config.init_lora_weights!r}; leave it at its default"
+                f"{type(self).__name__} does not implement the initialisation {config.init_lora_weights!r}; leave it "
+                "at its default"
             )
         weight, _ = self.in_projection(self.base_layer)
         factory: dict[str, Any] = {"bias": False, "device": weight.device, "dtype": weight.dtype}
@@ -106,7 +108,7 @@ class LoRASelfAttention(nn.Module, LoraLayer):
             getattr(self, f"lora_B_{name}")[adapter_name] = up
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    # What a library's blocks read of an attention module ----------------------------------------------------------
+    # Attributes that blocks of a library read from attention -------------------------------------------------------
 
     @property
     def embed_dim(self) -> int:
@@ -125,14 +127,14 @@ class LoRASelfAttention(nn.Module, LoraLayer):
 
     @property
     def dropout(self) -> float:
-        """Probability with which attention weights are dropped while training."""
+        """Dropout probability of the attention weights in training mode."""
         own = getattr(self.base_layer, "attn_drop", None)
         return float(self.base_layer.dropout if own is None else own.p)
 
     # The computation -----------------------------------------------------------------------------------------------
 
     def _live_adapters(self) -> list[str]:
-        """Adapters whose LoRA path is to be computed: active, and not folded into the base weights."""
+        """Adapters whose LoRA path is computed: active, and not merged into the base weights."""
         if self.disable_adapters or self.merged:
             return []
         return [name for name in self.active_adapters if name in self.r]
@@ -159,21 +161,19 @@ class LoRASelfAttention(nn.Module, LoraLayer):
             v = v + self._lora_path(adapter, "v", dropped).to(v.dtype)
         return q, k, v
 
-    def project_some(self, asking: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of ``asking`` ``[..., M, E]``, keys and values of ``x`` ``[..., L, E]``, LoRA included."""
+    def project_with_queries(self, query_tokens: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of ``query_tokens`` ``[..., M, E]``, keys and values of ``x`` ``[..., L, E]``, LoRA included."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        weight, bias = self.in_projection(self.base_layer)
-        parts = [self._embed_dim, 2 * self._embed_dim]
-        (for_q, for_kv), biases = weight.split(parts), (None, None) if bias is None else bias.split(parts)
-        q = F.linear(asking, for_q, biases[0])
-        k, v = F.linear(x, for_kv, biases[1]).chunk(2, dim=-1)
+        q, k, v = split_projection(*self.in_projection(self.base_layer), query_tokens, x)
         for adapter in self._live_adapters():
             dropped = self._lora_input(adapter, x)
-            q = q + self._lora_path(adapter, "q", self._lora_input(adapter, asking)).to(q.dtype)
+            q = q + self._lora_path(adapter, "q", self._lora_input(adapter, query_tokens)).to(q.dtype)
             k = k + self._lora_path(adapter, "k", dropped).to(k.dtype)
             v = v + self._lora_path(adapter, "v", dropped).to(v.dtype)
         return q, k, v
+
+    project_some = RenamedAttribute("project_with_queries")
 
     def project_out(self, context: Tensor) -> Tensor:
         """Output projection of the mixed values ``[..., E]``, LoRA included."""
@@ -184,27 +184,27 @@ class LoRASelfAttention(nn.Module, LoraLayer):
         return out
 
     def attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Self-attention over ``[N, L, E]`` with a mask that ``scaled_dot_product_attention`` takes."""
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.project_qkv(x))
+        """Self-attention over ``[N, L, E]``; a mask is ``[L, L]`` or ``[N * heads, L, L]``, boolean or additive."""
+        q, k, v = (split_heads(part, self.num_heads) for part in self.project_qkv(x))
         if mask is not None and mask.ndim == 3:
             mask = mask.unflatten(0, (-1, self.num_heads))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=attention_dropout(self))
         return self.project_out(mixed.transpose(1, 2).flatten(2))
 
-    # Folding in and out --------------------------------------------------------------------------------------------
+    # Merging and unmerging -----------------------------------------------------------------------------------------
 
     def _delta(self, adapter: str, name: str) -> Tensor:
         down, up = (matrix.weight for matrix in self._matrices(adapter, name))
-        # Half-precision products would lose what training gained in small steps.
+        # A half-precision product would lose small updates from training.
         dtype = torch.promote_types(up.dtype, torch.float32)
         return (up.to(dtype) @ down.to(dtype)) * self.scaling[adapter]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What merging adds to ``in_proj_weight``: ``[3 E, E]`` in float32 or better, queries, keys, values."""
+        """The update that merging adds to ``in_proj_weight``: ``[3 E, E]``, at least float32."""
         return torch.cat([self._delta(adapter, name) for name in ("q", "k", "v")])
 
     def get_out_delta_weight(self, adapter: str) -> Tensor:
-        """What merging adds to ``out_proj.weight``: ``[E, E]`` in float32 or better."""
+        """The update that merging adds to ``out_proj.weight``: ``[E, E]``, at least float32."""
         return self._delta(adapter, "out")
 
     @torch.no_grad()
@@ -220,13 +220,13 @@ class LoRASelfAttention(nn.Module, LoraLayer):
         """Add LoRA to the base weights, in place.
 
         Raises:
-            TTDError: ``safe_merge`` is set and LoRA holds values that are not finite; nothing is changed then.
+            TTDError: ``safe_merge`` is set and LoRA has values that are not finite; nothing is changed then.
         """
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.r:
                 continue
             if safe_merge and not self._is_finite(adapter):
-                raise TTDError(f"LoRA {adapter!r} holds values that are not finite and was not merged")
+                raise TTDError(f"LoRA {adapter!r} has values that are not finite and was not merged")
             self._add(adapter, 1)
             self.merged_adapters.append(adapter)
 
@@ -243,7 +243,7 @@ class LoRASelfAttention(nn.Module, LoraLayer):
 
 
 class LoRAMultiheadAttention(LoRASelfAttention):
-    """The layer for ``nn.MultiheadAttention`` used as self-attention without returned weights."""
+    """LoRA for ``nn.MultiheadAttention`` used as self-attention without returned attention weights."""
 
     def forward(
         self,
@@ -264,7 +264,7 @@ class LoRAMultiheadAttention(LoRASelfAttention):
                 ``[N * heads, L, L]``.
 
         Raises:
-            UnsupportedModelError: something else is asked for.
+            UnsupportedModelError: an argument selects something else.
         """
         reason = None
         if key is not query or value is not query:
@@ -274,7 +274,7 @@ class LoRAMultiheadAttention(LoRASelfAttention):
         elif need_weights:
             reason = "attention weights are not returned: pass need_weights=False"
         elif key_padding_mask is not None:
-            reason = "key_padding_mask is not taken: put padding into attn_mask"
+            reason = "key_padding_mask is not supported: put padding into attn_mask"
         elif is_causal and attn_mask is None:
             reason = "is_causal is a hint only: pass the causal mask as attn_mask"
         if reason is not None:

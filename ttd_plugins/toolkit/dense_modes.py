@@ -1,8 +1,8 @@
-"""Dense features from the last block of a vision transformer: three independent choices and the published presets.
+"""Dense modes: how the last block of a vision transformer computes patch features, and the published presets.
 
-``attention`` says what the patches of the last block mix, ``residual`` whether the skip around attention stays, and
-``ffn`` whether the feed-forward network, with its own skip, stays. Everything after the block (final LayerNorm and
-projection) is the backbone's own.
+A mode is three independent choices: which values a patch mixes (``attention``), whether the residual connection around
+attention stays (``residual``), and whether the feed-forward network with its own residual connection stays (``ffn``).
+The final LayerNorm and the projection after the block are the backbone's own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttd_plugins.errors import InputError, choices_sentence
+from ttd_plugins.utils.deprecation import RenamedAttribute
 
 AttentionKind = Literal["value", "plain", "qq", "kk", "qq+kk", "kk+window"]
 """``value``: each patch attends to itself alone; ``plain``: softmax(q k) as trained; ``qq``, ``kk``: softmax of query
@@ -23,13 +24,13 @@ AttentionKind = Literal["value", "plain", "qq", "kk", "qq+kk", "kk+window"]
 
 @dataclass(frozen=True)
 class DenseMode:
-    """How the last block makes dense features.
+    """How the last block computes dense features.
 
     Attributes:
-        attention: what a patch of the last block mixes.
-        residual: whether the block's input is added to the attention's output.
+        attention: which values a patch of the last block mixes, and with which weights.
+        residual: whether the block's input is added to the output of attention.
         ffn: whether the feed-forward network of the block follows.
-        window_std: standard deviation in patches of the window of ``"kk+window"``.
+        window_std: standard deviation, in patches, of the Gaussian window of ``"kk+window"``.
     """
 
     attention: AttentionKind = "value"
@@ -44,13 +45,20 @@ class DenseMode:
             raise InputError(f"window_std must be a positive number of patches, not {self.window_std}")
 
     @property
-    def by_hand(self) -> bool:
-        """Whether queries, keys and values are needed one by one, outside the attention module's own forward."""
+    def needs_explicit_qkv(self) -> bool:
+        """Whether the mode needs queries, keys and values outside the attention module's own forward."""
         return self.attention not in ("value", "plain")
+
+    by_hand = RenamedAttribute("needs_explicit_qkv")
+
+    @property
+    def is_block_unchanged(self) -> bool:
+        """Whether patches are those of the block as trained."""
+        return self.attention == "plain" and self.residual and self.ffn
 
     @property
     def name(self) -> str:
-        """The preset's name, or the choices spelt out, such as ``"qq,residual"``."""
+        """The name of the preset, or the choices written out, such as ``"qq,residual"``."""
         for name, mode in PRESETS.items():
             if mode == self:
                 return name
@@ -68,11 +76,21 @@ PRESETS: dict[str, DenseMode] = {
 }
 """Published modes: ``maskclip`` MaskCLIP (arXiv 2112.01071) and TCL (2212.00785), the one that TTD (2404.00384)
 trains; ``clearclip`` ClearCLIP (2407.12442); ``sclip`` SCLIP (2312.01597); ``naclip`` NACLIP (2404.08181), window of
-std 5 patches; ``plain`` the tokens as trained. ``value_only`` is the value path without skip and FFN."""
+std 5 patches; ``plain`` the tokens as trained. ``value_only`` is the value path without residual connection and FFN."""
+
+QUERIES_AND_KEYS: dict[str, tuple[str, ...]] = {
+    "value": (),
+    "plain": ("q", "k"),
+    "qq": ("q",),
+    "kk": ("k",),
+    "qq+kk": ("q", "k"),
+    "kk+window": ("k",),
+}
+"""Which of queries (``q``) and keys (``k``) of the last block the patch features depend on, by kind of attention."""
 
 
 def dense_mode(dense: str | DenseMode) -> DenseMode:
-    """Return the mode that a preset's name or a mode means.
+    """Return the mode with this name, or the mode itself.
 
     Raises:
         InputError: no preset has that name.
@@ -84,21 +102,21 @@ def dense_mode(dense: str | DenseMode) -> DenseMode:
     return PRESETS[dense]
 
 
-def diagonal_mask(tokens: int, like: Tensor) -> Tensor:
-    """Additive mask ``[tokens, tokens]`` under which each patch sees itself alone and the class token sees all.
+def diagonal_mask(tokens: int, like: Tensor, prefix: int = 1) -> Tensor:
+    """Additive mask ``[tokens, tokens]`` under which a patch attends to itself alone and a prefix token to all tokens.
 
-    It is 0 on the diagonal and in row 0, and -inf elsewhere.
+    It is 0 on the diagonal and in the first ``prefix`` rows (class and register tokens), and -inf elsewhere.
     """
     mask = torch.full((tokens, tokens), float("-inf"), dtype=like.dtype, device=like.device)
     mask.fill_diagonal_(0)
-    mask[0] = 0
+    mask[:prefix] = 0
     return mask
 
 
 def gaussian_window(grid: tuple[int, int], std: float, like: Tensor) -> Tensor:
     """NACLIP's additive bonus for near patches, ``exp(-distance**2 / (2 std**2))``, ``[P, 1 + P]``.
 
-    Distances are in patches. Column 0, the class token, has no place in the grid and gets none.
+    Distances are in patches. Column 0 belongs to the class token, which has no position in the grid; it is 0.
     """
     rows, columns = (torch.arange(side, device=like.device, dtype=torch.float32) for side in grid)
     row_part = torch.exp(-((rows[:, None] - rows[None]) ** 2) / (2 * std**2))

@@ -1,8 +1,8 @@
-"""What stands between a name and its weights on disk: a hub that may be out of reach, and a library's logging.
+"""Downloads from a model hub, with one clear reason where they fail.
 
-Files are fetched here first, every one of them or with the reason why not; the libraries then read the download cache
-alone (:func:`hub_offline`). Left to themselves they go on without a file that a failing hub did not send, or repeat
-for minutes what cannot succeed.
+Adapters fetch all files of a model first; the libraries then read only the download cache (:func:`hub_offline`). On
+their own the libraries continue without a file that a failing hub did not send, or retry for minutes what cannot
+succeed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import http.client
 import json
 import logging
-import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +17,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from tempfile import NamedTemporaryFile
 from typing import Any
 from urllib.parse import urlsplit
 
 from ttd_plugins.errors import one_sentence
+from ttd_plugins.utils.files import atomic_path
 
 CONFIG = "config.json"
 LOG_IN = "check the name, or run `hf auth login` where the repository is private or gated"
@@ -30,19 +29,19 @@ CONNECT = "connect to the network once, or set HF_HUB_OFFLINE=1 where the downlo
 AGAIN = "try again"
 
 Choice = Callable[[Sequence[str]], list[str]]
-"""Which files of a repository are wanted; raises :class:`LookupError` with the reason where one is not there."""
+"""Selects files from a repository's listing; raises :class:`LookupError` with the reason where a file is absent."""
 
 
 @dataclass(frozen=True)
 class HubProblem:
-    """Why files could not be fetched, as the middle of a sentence, and what to do about it."""
+    """Why files could not be fetched, as the middle of a sentence, and what the user can do."""
 
     reason: str
     advice: str = CONNECT
 
 
 def first_of(*names: str) -> Choice:
-    """The first of some files that a repository has."""
+    """Select the first of these files that the repository has."""
 
     def choose(files: Sequence[str]) -> list[str]:
         for name in names:
@@ -54,7 +53,7 @@ def first_of(*names: str) -> Choice:
 
 
 def matching(*patterns: str) -> Choice:
-    """All files, folders apart, whose names fit a pattern; there need be none."""
+    """Select all top-level files whose names match a pattern, possibly none."""
 
     def choose(files: Sequence[str]) -> list[str]:
         return [name for name in files if "/" not in name and any(fnmatchcase(name, one) for one in patterns)]
@@ -63,7 +62,7 @@ def matching(*patterns: str) -> Choice:
 
 
 def transformers_weights(files: Sequence[str]) -> list[str]:
-    """The weights that transformers reads, whole or in parts, safetensors before others."""
+    """Select the weights that transformers reads, in one file or in shards; safetensors take precedence."""
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         if stem + suffix in files:
             return [stem + suffix]
@@ -78,17 +77,17 @@ SMALL_FILES = matching("*.json", "*.txt", "*.model", "*.jinja")
 
 
 def fetch(repository: str, *choices: Choice, cache_dir: str | None = None) -> HubProblem | None:
-    """Bring files of a repository into the download cache, in the order of ``choices``.
+    """Download files of a repository into the cache, in the order of ``choices``.
 
-    Put the weights last: a cache that holds them then holds what belongs to them too.
+    Select the weights last: a cache that has them then also has the files that belong to them.
 
     Args:
         repository: ``ORG/NAME`` on the hub.
         choices: which files.
-        cache_dir: where downloads are kept; the hub client's own place by default.
+        cache_dir: folder for downloads; the hub client's own by default.
 
     Returns:
-        Why not all of them could be had from the hub, in which case the cache may still do, or ``None``.
+        The reason where not all files could be downloaded (the cache may still have them), or ``None``.
     """
     import huggingface_hub
     from huggingface_hub import constants
@@ -104,7 +103,7 @@ def fetch(repository: str, *choices: Choice, cache_dir: str | None = None) -> Hu
             for name in choose(files):
                 huggingface_hub.hf_hub_download(repository, name, cache_dir=cache_dir)
         if CONFIG not in files:
-            _remember_absence(repository, cache_dir)
+            _cache_absence_of_config(repository, cache_dir)
     except LookupError as error:
         return HubProblem(f"the repository {repository} on the model hub {error.args[0]}", "check the name")
     except Exception as error:  # what the client raises differs from version to version
@@ -112,8 +111,8 @@ def fetch(repository: str, *choices: Choice, cache_dir: str | None = None) -> Hu
     return None
 
 
-def _remember_absence(repository: str, cache_dir: str | None) -> None:
-    """Let the cache know that there is no configuration, which transformers asks for first, tokenizers included."""
+def _cache_absence_of_config(repository: str, cache_dir: str | None) -> None:
+    """Record in the cache that there is no configuration; transformers asks for it first, even for a tokenizer."""
     from huggingface_hub import errors, hf_hub_download
 
     with suppress(errors.EntryNotFoundError):
@@ -123,13 +122,13 @@ def _remember_absence(repository: str, cache_dir: str | None) -> None:
 def fetch_transformers_model(
     repository: str, check: Callable[[dict[str, Any]], None], *, weights: bool, cache_dir: str | None
 ) -> HubProblem | None:
-    """Bring a model as transformers saves it into the download cache: :func:`fetch`, the configuration first.
+    """Download a model that transformers saved into the cache, the configuration first; returns as :func:`fetch`.
 
     Args:
         repository: ``ORG/NAME`` on the hub.
-        check: called with the content of ``config.json`` before anything large is fetched; may raise.
-        weights: whether the weights are wanted too.
-        cache_dir: where downloads are kept; the hub client's own place by default.
+        check: called with the content of ``config.json`` before any large file is downloaded; may raise.
+        weights: whether to download the weights too.
+        cache_dir: folder for downloads; the hub client's own by default.
     """
     from huggingface_hub import hf_hub_download
 
@@ -142,20 +141,20 @@ def fetch_transformers_model(
 
 
 def _problem(repository: str, file: str | None, error: Exception) -> HubProblem:
-    """Say what went wrong with the hub, by what its client raised."""
+    """Describe a failure of the hub, from the exception of its client."""
     from huggingface_hub import constants, errors
 
     hub = f"the model hub {constants.ENDPOINT}"
     if isinstance(error, errors.HFValidationError):
-        return HubProblem(f"{repository!r} is no name of a repository on a model hub", "it must be ORG/NAME")
-    # The client wraps an answer that it takes for a fault of the network.
+        return HubProblem(f"{repository!r} is not the name of a repository on a model hub", "it must be ORG/NAME")
+    # The client wraps an HTTP response that it takes for a network error.
     wrapped: BaseException | None = error
     while wrapped is not None and getattr(wrapped, "response", None) is None:
         wrapped = wrapped.__cause__
     status = getattr(getattr(wrapped, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError) or status in (401, 403, 404):
         thing = f"{file} of {repository}" if file else repository
-        return HubProblem(f"{hub} does not give {thing} (HTTP status {status})", LOG_IN)
+        return HubProblem(f"{hub} refuses {thing} (HTTP status {status})", LOG_IN)
     if status is not None:
         return HubProblem(f"{hub} answers with HTTP status {status}", f"{AGAIN} later, or {CONNECT}")
     if file is not None:
@@ -165,10 +164,16 @@ def _problem(repository: str, file: str | None, error: Exception) -> HubProblem:
 
 
 def fetch_url(url: str, folder: str | None) -> HubProblem | None:
-    """Bring the file behind a URL into a folder under its own name, whole or not at all; one that is there stays.
+    """Download the file behind a URL into a folder under its own name, completely or not at all.
+
+    A file that exists is not downloaded again.
+
+    Args:
+        url: URL of the file.
+        folder: target folder; ``~/.cache/clip`` by default.
 
     Returns:
-        Why it could not be had, or ``None``.
+        The reason where the file could not be downloaded, or ``None``.
     """
     from huggingface_hub import constants
 
@@ -179,44 +184,61 @@ def fetch_url(url: str, folder: str | None) -> HubProblem | None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with (
             urllib.request.urlopen(url, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as source,
-            NamedTemporaryFile(dir=target.parent, suffix=".incomplete", delete=False) as part,
+            atomic_path(target) as part,
         ):
-            try:
-                size = 0
-                while block := source.read(1 << 20):
-                    size += part.write(block)
-                due = source.headers.get("Content-Length")
-                if due is not None and int(due) != size:
-                    raise OSError(f"{size} of {due} bytes")
-                os.replace(part.name, target)
-            finally:
-                Path(part.name).unlink(missing_ok=True)
+            _copy(source, part)
     except urllib.error.HTTPError as error:
         return HubProblem(f"{url} answers with HTTP status {error.code}", f"{AGAIN} later")
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = f"{type(error).__name__}: {one_sentence(error, 160)}"
+    except (OSError, ValueError, http.client.HTTPException, _ConnectionLostError) as error:
+        cause = error.__cause__ if isinstance(error, _ConnectionLostError) and error.__cause__ else error
+        reason = f"{type(cause).__name__}: {one_sentence(cause, 160)}"
         return HubProblem(f"{url} cannot be downloaded ({reason})", f"connect to the network, and {AGAIN}")
     return None
 
 
+class _ConnectionLostError(Exception):
+    """The connection failed during a download."""
+
+
+def _copy(source: Any, path: Path) -> None:
+    """Write an HTTP response to a file.
+
+    Raises:
+        _ConnectionLostError: the response ended early; it is no error of the file.
+    """
+    size = 0
+    with path.open("wb") as part:
+        while True:
+            try:
+                block = source.read(1 << 20)
+            except (OSError, http.client.HTTPException) as error:
+                raise _ConnectionLostError from error
+            if not block:
+                break
+            size += part.write(block)
+    due = source.headers.get("Content-Length")
+    if due is not None and int(due) != size:
+        raise _ConnectionLostError from OSError(f"{size} of {due} bytes")
+
+
 def cannot_load(what: str, problem: HubProblem | None, error: BaseException, otherwise: str) -> str:
-    """One sentence on what failed and what to do.
+    """One sentence on what failed and what the user can do.
 
     Args:
         what: the backbone, or a part of it.
-        problem: why files could not be fetched.
-        error: what the library raised.
-        otherwise: another way out, such as the path of a file in the place of the name.
+        problem: why files could not be downloaded.
+        error: the exception of the library.
+        otherwise: an alternative, such as the path of a file instead of the name.
     """
     if problem is None:
         return f"{what} cannot be loaded ({type(error).__name__}: {one_sentence(error)}); {otherwise}"
-    missing = "and the download cache does not hold all of it"
+    missing = "and the download cache does not have all of it"
     return f"{what} cannot be loaded: {problem.reason}, {missing}; {problem.advice}, or {otherwise}"
 
 
 @contextmanager
 def hub_offline(offline: bool = True) -> Iterator[None]:
-    """Let the hub's client look into its cache only, as ``HF_HUB_OFFLINE=1`` does, where ``offline`` is set."""
+    """Make the hub's client read only its cache, as ``HF_HUB_OFFLINE=1`` does, where ``offline`` is set."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -229,13 +251,13 @@ def hub_offline(offline: bool = True) -> Iterator[None]:
 
 @contextmanager
 def quiet_root_logger(package: str) -> Iterator[None]:
-    """Keep the records that modules of ``package`` write to the root logger off it: what fails is raised."""
+    """Filter log records of ``package`` from the root logger; failures are raised as exceptions instead."""
 
     def from_elsewhere(record: logging.LogRecord) -> bool:
         return package not in Path(record.pathname).parts
 
     root = logging.getLogger()
-    # Without a handler there, logging would configure the whole program for the first record.
+    # Without a handler, logging would configure the root logger of the whole program at the first record.
     handler = logging.NullHandler()
     root.addFilter(from_elsewhere)
     root.addHandler(handler)

@@ -1,4 +1,4 @@
-"""Finding the modules that LoRA may wrap."""
+"""Names of the modules that LoRA may wrap."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ def base_layer(module: nn.Module) -> nn.Module:
 
 
 def linear_layers_of_blocks(tower: nn.Module, prefix: str) -> list[str]:
-    """Names of the linear layers that lie in a numbered block; poolers outside of them may be unused."""
+    """Names of the linear layers inside numbered blocks; a pooler outside of them may be unused.
+
+    Args:
+        tower: the module to search.
+        prefix: name of ``tower`` in the model, which starts every returned name.
+    """
     named = tower.named_modules(prefix=prefix)
     return [
         name

@@ -1,4 +1,4 @@
-"""Models of open_clip by name, for the families that take some of them; the module itself is passed in."""
+"""Models of open_clip by name: look-up, download and loading. The module ``open_clip`` is passed in."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ttd_plugins.errors import BackboneNameError, TTDError, UnsupportedModelError, choices_sentence
+from ttd_plugins.toolkit.clip_family import OWN_WEIGHTS, RANDOM
 from ttd_plugins.toolkit.hub import (
     SMALL_FILES,
     HubProblem,
@@ -20,28 +21,28 @@ from ttd_plugins.toolkit.hub import (
     quiet_root_logger,
 )
 from ttd_plugins.toolkit.tokenizing import MissingTokenizer
+from ttd_plugins.utils.deprecation import renamed_names
 
 HUB, FOLDER = "hf-hub:", "local-dir:"
-OWN_WEIGHTS, RANDOM = "own", "random"
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
-def is_whole(model: str) -> bool:
-    """Whether a name is that of a repository or a folder, which bring weights of their own."""
+def bundles_weights(model: str) -> bool:
+    """Whether a name is that of a repository or folder, which bundles configuration and weights."""
     return model.startswith((HUB, FOLDER))
 
 
 @dataclass(frozen=True)
 class OpenCLIPModels:
-    """What a family loads through open_clip.
+    """The models that a family loads through open_clip.
 
     Attributes:
         open_clip: the module.
         family: name of the family, for messages.
-        refusal: why a model with this ``model_cfg`` cannot be served, or ``None``.
-        preprocessing: what open_clip should say of the pixels where neither a tag nor a folder says it.
+        refusal: from a ``model_cfg`` to the reason why the model cannot be adapted, or ``None`` where it can.
+        preprocessing: open_clip's preprocessing settings for models whose tag or folder does not bring any.
     """
 
     open_clip: Any
@@ -52,35 +53,35 @@ class OpenCLIPModels:
     # Names ---------------------------------------------------------------------------------------------------------
 
     def architectures(self) -> list[str]:
-        """Names of the architectures that the family takes."""
+        """Names of the architectures that the family supports."""
         known = self.open_clip.list_models()
         return [name for name in known if self.refusal(self.open_clip.get_model_config(name)) is None]
 
     def architecture(self, model: str, choices: list[str], hint: str) -> str:
-        """The name under which open_clip knows an architecture that the family takes.
+        """Resolve the name of an architecture that the family supports to open_clip's spelling.
 
         Raises:
             BackboneNameError: open_clip does not know it; the message lists ``choices`` and ends with ``hint``.
-            UnsupportedModelError: open_clip knows it, but it cannot be served, with the reason.
+            UnsupportedModelError: open_clip knows it, but the family does not support it, with the reason.
         """
         name = model.replace("/", "-")
         config = self.open_clip.get_model_config(name) if name in self.open_clip.list_models() else None
         if config is None:
             raise BackboneNameError(f"{choices_sentence(f'{self.family} model', model, choices)}; {hint}")
-        self._require_served(f"{self.family}:{model}", config)
+        self._require_supported(f"{self.family}:{model}", config)
         return name
 
     def tags(self, architecture: str) -> list[str]:
         """Names of the pretrained weights of an architecture."""
         return list(self.open_clip.list_pretrained_tags_by_model(architecture))
 
-    def _require_served(self, full: str, config: Mapping[str, Any]) -> None:
+    def _require_supported(self, full: str, config: Mapping[str, Any]) -> None:
         reason = self.refusal(config)
         if reason is not None:
             raise UnsupportedModelError(f"{full} cannot be adapted: {reason}")
 
     def _weight_source(self, name: str, weights: str) -> str | None:
-        """What open_clip calls ``pretrained``: a tag, the path of a file, or nothing for random weights."""
+        """open_clip's argument ``pretrained``: a tag, the path of a file, or ``None`` for random weights."""
         if weights == RANDOM:
             return None
         if self.open_clip.get_pretrained_cfg(name, weights):
@@ -97,24 +98,24 @@ class OpenCLIPModels:
     def load(
         self, model: str, weights: str, *, tokenizer: Any, precision: str, cache_dir: str | None
     ) -> tuple[Any, Any]:
-        """Model and tokenizer, the model in evaluation mode and on the CPU.
+        """Load model and tokenizer, the model in evaluation mode and on the CPU.
 
-        With random weights a tokenizer that cannot be had is missed only once texts are tokenised.
+        With random weights a tokenizer that cannot be loaded raises only when texts are tokenised.
 
         Args:
-            model: an architecture as :meth:`architecture` gives it, ``hf-hub:ORG/NAME`` or ``local-dir:PATH``.
-            weights: a pretrained tag, a path to a checkpoint or ``random``; ``own`` or ``random`` for the other two.
-            tokenizer: instead of the model's own.
+            model: an architecture as :meth:`architecture` returns it, ``hf-hub:ORG/NAME`` or ``local-dir:PATH``.
+            weights: a pretrained tag, the path of a checkpoint or ``random``; ``own`` or ``random`` for the other two.
+            tokenizer: replaces the model's own.
             precision: open_clip's name of the number format.
-            cache_dir: where downloads are kept; open_clip's own place by default.
+            cache_dir: folder for downloads; open_clip's own by default.
 
         Raises:
             BackboneNameError: the weights are unknown; the message lists the choices.
-            UnsupportedModelError: the model cannot be served, with the reason.
+            UnsupportedModelError: the family does not support the model, with the reason.
             TTDError: something cannot be read or downloaded.
         """
         full = f"{self.family}:{model}@{weights}"
-        if is_whole(model):
+        if bundles_weights(model):
             if weights not in (OWN_WEIGHTS, RANDOM):
                 what = choices_sentence(f"weights of {self.family}:{model}", weights, [OWN_WEIGHTS, RANDOM])
                 raise BackboneNameError(what)
@@ -122,20 +123,20 @@ class OpenCLIPModels:
         else:
             source = self._weight_source(model, weights)
         on_disk = source is not None and Path(source).is_file()
-        says_its_own = is_whole(model) or (source is not None and not on_disk)
+        brings_preprocessing = bundles_weights(model) or (source is not None and not on_disk)
         problem: HubProblem | None = None
         with quiet_root_logger("open_clip"):
             try:
                 if model.startswith(HUB):
                     problem = fetch(model.removeprefix(HUB), first_of(CONFIG), cache_dir=cache_dir)
                 config = self._configuration(model, cache_dir)
-                if is_whole(model):
-                    self._require_served(full, config)
+                if bundles_weights(model):
+                    self._require_supported(full, config)
                 if weights != RANDOM and not on_disk:
                     problem = self._fetch_weights(model, source, cache_dir, full) or problem
                 text_tower = config.get("text_cfg", {}).get("hf_model_name")
                 if text_tower and not Path(text_tower).is_dir():
-                    # open_clip asks for it without a cache_dir.
+                    # open_clip reads it without a cache_dir.
                     problem = fetch(text_tower, first_of("config.json")) or problem
                 with hub_offline():
                     built = self.open_clip.create_model(
@@ -145,20 +146,20 @@ class OpenCLIPModels:
                         pretrained_text=False,
                         require_pretrained=weights != RANDOM,
                         precision=precision,
-                        force_preprocess_cfg=None if says_its_own else self.preprocessing,
+                        force_preprocess_cfg=None if brings_preprocessing else self.preprocessing,
                         cache_dir=cache_dir,
                     )
             except TTDError:
                 raise
             except Exception as error:  # open_clip and the libraries below it raise nearly anything
-                way_out = _way_out(model, checkpoint=on_disk)
-                raise TTDError(cannot_load(full, problem, error, way_out)) from error
+                alternative = _alternative(model, checkpoint=on_disk)
+                raise TTDError(cannot_load(full, problem, error, alternative)) from error
             if tokenizer is None:
                 tokenizer = self._tokenizer(model, weights, config, cache_dir)
         return built.eval(), tokenizer
 
     def _configuration(self, model: str, cache_dir: str | None) -> dict[str, Any]:
-        """The ``model_cfg`` of a model; whatever open_clip and the hub's client raise comes through."""
+        """The ``model_cfg`` of a model; errors of open_clip and of the hub's client are not caught."""
         if model.startswith(HUB):
             from huggingface_hub import hf_hub_download
 
@@ -181,9 +182,9 @@ class OpenCLIPModels:
         if not place.get("hf_hub"):
             problem = fetch_url(place["url"], cache_dir) if place.get("url") else None
             if problem is not None:
-                # open_clip would download it itself, and leave the half of a file that it got where it looks first.
-                way_out = _way_out(model, checkpoint=False)
-                raise TTDError(f"{full} cannot be loaded: {problem.reason}; {problem.advice}, or {way_out}")
+                # open_clip would download it itself, and leave a partial file where it looks first.
+                alternative = _alternative(model, checkpoint=False)
+                raise TTDError(f"{full} cannot be loaded: {problem.reason}; {problem.advice}, or {alternative}")
             return None
         # "ORG/NAME/" means open_clip's usual names, "ORG/NAME/FILE" a file, a safetensors twin of which comes first.
         repository, _, file = place["hf_hub"].rpartition("/")
@@ -206,10 +207,26 @@ class OpenCLIPModels:
             return MissingTokenizer(reason)
 
 
-def _way_out(model: str, *, checkpoint: bool) -> str:
-    """The end of a sentence about a model that cannot be loaded, by where its weights come from."""
+def set_preprocessing(open_clip: Any, model: Any, settings: Mapping[str, Any]) -> None:
+    """Store preprocessing settings in a model, as open_clip does for the models that it builds by name.
+
+    Args:
+        open_clip: the module.
+        model: a model with ``visual.image_size``.
+        settings: ``mean``, ``std``, ``interpolation`` and ``resize_mode``; open_clip's defaults where absent.
+    """
+    transform = open_clip.transform
+    merged = transform.merge_preprocess_dict(transform.PreprocessCfg(), dict(settings))
+    open_clip.model.set_model_preprocess_cfg(model, {**merged, "size": model.visual.image_size})
+
+
+def _alternative(model: str, *, checkpoint: bool) -> str:
+    """What the user can do about a model that cannot be loaded, by where its weights come from."""
     if checkpoint:
         return f"give a safetensors file or a state dict of tensors that was saved for open_clip's {model}"
     if model.startswith(FOLDER):
         return f"give a folder with {CONFIG} and a weights file, as open_clip saves them"
     return "give the path of a checkpoint file after an architecture's name and @"
+
+
+__getattr__ = renamed_names(__name__, {"is_whole": "bundles_weights"})

@@ -1,4 +1,4 @@
-"""Learnt position embeddings at other grids than they were trained at."""
+"""Learned position embeddings at grids other than the trained one."""
 
 from __future__ import annotations
 
@@ -8,23 +8,35 @@ from torch import Tensor
 
 
 def resampled_positions(own: Tensor, source: tuple[int, int], grid: tuple[int, int], *, prefix: int) -> Tensor:
-    """Position embedding of a grid: the model's own, or resampled from it (bicubic, antialiased).
+    """Position embeddings for a grid: the model's own, or resampled from them (bicubic, antialiased).
 
     Args:
         own: ``[prefix + source rows * source columns, W]``.
-        source: rows and columns that ``own`` was trained at.
-        grid: rows and columns that are wanted.
-        prefix: how many rows of ``own`` belong to class and register tokens, which have no place in the grid.
+        source: rows and columns of the grid that ``own`` was trained at.
+        grid: rows and columns of the wanted grid.
+        prefix: number of leading rows of ``own`` for class and register tokens, which have no position in the grid.
 
     Returns:
         ``own`` itself where the grids are equal, else ``[prefix + P, W]`` in at least float32.
     """
     if tuple(grid) == tuple(source):
         return own
-    # Not in half precision, for which antialiased resampling has no kernel on every device.
+    # Some devices have no half-precision kernel for antialiased resampling.
     own = own.to(torch.promote_types(own.dtype, torch.float32))
     image = own[prefix:].unflatten(0, tuple(source)).permute(2, 0, 1)[None]
-    # Where one column is wanted, torch (2.15) gets it wrong unless each axis is resampled on its own.
+    # For a single column torch (2.15) is wrong unless each axis is resampled on its own.
     for size in [grid] if grid[1] > 1 else [(grid[0], source[1]), grid]:
         image = F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([own[:prefix], image[0].flatten(1).T])
+
+
+def with_class_token(patches: Tensor, class_embedding: Tensor, positions: Tensor) -> Tensor:
+    """Put a class token before patch tokens ``[B, P, W]`` and add position embeddings ``[1 + P, W]``."""
+    class_token = class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+    return torch.cat([class_token, patches], dim=1) + positions.to(patches.dtype)
+
+
+def embedded_patches(convolution: torch.nn.Module, pixels: Tensor) -> Tensor:
+    """Patch tokens ``[B, P, W]`` of pixels ``[B, 3, height, width]``, which are cast to the convolution's dtype."""
+    weight: Tensor = convolution.weight  # type: ignore[assignment]
+    return convolution(pixels.to(weight.dtype)).flatten(2).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Models of transformers, written as the folder that ``save_pretrained`` makes; the module itself is passed in."""
+"""Export of models of transformers as a ``save_pretrained`` folder. The module ``transformers`` is passed in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from ttd_plugins.adapter import DenseAdapter, ExportedModel
 from ttd_plugins.errors import TTDError, UnsupportedModelError, one_sentence
-from ttd_plugins.toolkit.exporting import WAY_OUT, require_same, save_tokenizer, state_of
+from ttd_plugins.toolkit.exporting import ALTERNATIVES, exportable_state_dict, require_same_embeddings, save_tokenizer
 
 
 def export_transformers(
@@ -21,18 +21,18 @@ def export_transformers(
     processor: Any,
     notes: tuple[str, ...] = (),
 ) -> ExportedModel:
-    """Write model, tokenizer and image processor, and load the model again to see that the embeddings are the same.
+    """Write model, tokenizer and image processor, then load the model again and check that its embeddings are the same.
 
     Args:
-        adapter: its model is one of transformers, with no LoRA in it.
+        adapter: adapter of a model of transformers without LoRA.
         folder: an empty folder.
         transformers: the module.
-        tokenizer: one with a ``save_pretrained``; any other is left out, and a note says so.
+        tokenizer: saved if it has a ``save_pretrained``; otherwise a note says that it is absent.
         processor: an image processor of transformers.
         notes: further notes for the result.
 
     Raises:
-        UnsupportedModelError: the model is of no class of transformers, or what is loaded again differs.
+        UnsupportedModelError: transformers has no such class, or the model that it loads differs.
         OSError, safetensors.SafetensorError: the folder cannot be written.
     """
     model: Any = adapter.model
@@ -41,11 +41,11 @@ def export_transformers(
     if own_class is None or not isinstance(model, own_class):
         raise UnsupportedModelError(
             f"{name} cannot be exported for transformers: it is a {type(model).__module__}.{kind}, which transformers "
-            f"does not have; {WAY_OUT}"
+            f"does not have; {ALTERNATIVES}"
         )
     try:
         with _quiet(transformers):
-            model.save_pretrained(str(folder), state_dict=state_of(model))
+            model.save_pretrained(str(folder), state_dict=exportable_state_dict(model))
             rebuilt, report = own_class.from_pretrained(str(folder), local_files_only=True, output_loading_info=True)
     except TTDError:
         raise
@@ -53,27 +53,27 @@ def export_transformers(
         if getattr(error, "errno", None) is not None or type(error).__name__ == "SafetensorError":
             raise
         raise UnsupportedModelError(
-            f"{name} cannot be exported: transformers does not save and load it ({one_sentence(error)}); {WAY_OUT}"
+            f"{name} cannot be exported: transformers cannot save and load it ({one_sentence(error)}); {ALTERNATIVES}"
         ) from error
     absent = sorted(map(str, report["missing_keys"]))
     if absent:
         raise UnsupportedModelError(
-            f"{name} cannot be exported: transformers leaves out {len(absent)} tensors when it loads it again, such as "
-            f"{absent[0]}; {WAY_OUT}"
+            f"{name} cannot be exported: transformers omits {len(absent)} tensors when it loads the model again, such "
+            f"as {absent[0]}; {ALTERNATIVES}"
         )
-    require_same(adapter, rebuilt.to(next(model.parameters()).dtype), "transformers")
+    require_same_embeddings(adapter, rebuilt.to(next(model.parameters()).dtype), "transformers")
     processor.save_pretrained(str(folder))
     more = ['processor = transformers.AutoImageProcessor.from_pretrained("PATH")']
-    missing = save_tokenizer(tokenizer, folder, "take the one that the model was trained with")
+    missing = save_tokenizer(tokenizer, folder, "use the one that the model was trained with")
     more += [] if missing else ['tokenizer = transformers.AutoTokenizer.from_pretrained("PATH")']
     load = f'model = transformers.{kind}.from_pretrained("PATH")'
-    back = f"{adapter.description.family}:PATH"
-    return ExportedModel("transformers", load, tuple(more), back, (*([missing] if missing else []), *notes))
+    own_name = f"{adapter.description.family}:PATH"
+    return ExportedModel("transformers", load, tuple(more), own_name, (*([missing] if missing else []), *notes))
 
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Neither progress bars nor warnings of transformers, as long as the context lasts."""
+    """Silence progress bars and warnings of transformers."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

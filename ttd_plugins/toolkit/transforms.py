@@ -1,4 +1,4 @@
-"""From a PIL image of any mode to normalised pixels; plain classes, so that data-loader workers can be sent one."""
+"""Preprocessing of PIL images of any mode to normalised pixels; the classes can be pickled for data-loader workers."""
 
 from __future__ import annotations
 
@@ -14,24 +14,32 @@ from torch import Tensor
 from ttd_plugins.errors import InputError
 
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+BILINEAR = ("bilinear", int(Image.Resampling.BILINEAR))
+"""How torchvision, open_clip and PIL (in image processors of transformers) say bilinear."""
 
 
 @dataclass(frozen=True)
 class Normalisation:
-    """What a backbone wants of its pixels: mean and std of RGB in [0, 1], and the name of a resampling filter."""
+    """How a backbone's pixels are prepared: mean and std of RGB in [0, 1], and the name of the resampling filter."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: str
 
 
+OPENAI_NORMALISATION = Normalisation(
+    (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), "bicubic"
+)
+"""The normalisation of OpenAI's CLIP, which is open_clip's default."""
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to 8-bit RGB.
 
-    16-bit greys are scaled to 8 bits, where ``convert`` alone would clip nearly all of them to white.
+    16-bit grey values are scaled to 8 bits; ``convert`` alone would clip nearly all of them to white.
 
     Raises:
-        InputError: the image holds floating-point values, whose range nothing tells.
+        InputError: the image has floating-point or 32-bit values, whose range is unknown.
     """
     if image.mode == "F":
         raise InputError("an image of floating-point values (mode F) has no known range; scale it to 8-bit RGB first")
@@ -41,6 +49,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
             raise InputError("an image of 32-bit integers (mode I) has no known range; scale it to 8-bit RGB first")
         image = Image.fromarray((values // 257).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def normalised_pixels(image: Image.Image, normalisation: Normalisation) -> Tensor:
+    """Float32 pixels ``[3, height, width]`` of an RGB image, scaled to [0, 1] and normalised by mean and std."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (normalisation.mean, normalisation.std))
+    return (pixels - mean) / std
 
 
 @dataclass(frozen=True)
@@ -53,16 +68,14 @@ class DenseTransform:
     def __call__(self, image: Image.Image) -> Tensor:
         """Return float32 pixels ``[3, height, width]``."""
         height, width = self.size
-        # PIL widens the filter's support when it shrinks an image, which is antialiasing.
+        # PIL antialiases: it widens the filter's support when it shrinks an image.
         resized = to_rgb(image).resize((width, height), FILTERS[self.normalisation.interpolation])
-        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.normalisation.mean, self.normalisation.std))
-        return (pixels - mean) / std
+        return normalised_pixels(resized, self.normalisation)
 
 
 @dataclass(frozen=True)
 class NativeTransform:
-    """The backbone's own preprocessing, given RGB."""
+    """The backbone's own preprocessing, called with an RGB image."""
 
     preprocess: Callable[[Image.Image], Any]
 
@@ -71,11 +84,33 @@ class NativeTransform:
         return self.preprocess(to_rgb(image))
 
 
+@dataclass(frozen=True)
+class ProcessorTransform:
+    """An image processor of transformers as a function of one image."""
+
+    processor: Any
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return float32 pixels ``[3, height, width]``."""
+        return torch.as_tensor(self.processor(images=image, return_tensors="pt")["pixel_values"][0]).float()
+
+
+def image_processor(preprocess: Any) -> Any:
+    """The image processor inside a transformers processor; anything else unchanged."""
+    inner = getattr(preprocess, "image_processor", None)
+    return preprocess if inner is None else inner
+
+
+def callable_transform(preprocess: Any) -> NativeTransform:
+    """The caller's preprocessing, a callable or an image processor of transformers, as a transform of any image."""
+    return NativeTransform(ProcessorTransform(preprocess) if hasattr(preprocess, "image_mean") else preprocess)
+
+
 def three_channels(values: Any) -> tuple[float, float, float]:
-    """Three numbers, one a channel, from three or from one.
+    """Three numbers, one per channel, from three or from one.
 
     Raises:
-        InputError: there are other than three.
+        InputError: ``values`` is a sequence of another length.
     """
     numbers = [float(value) for value in (values if isinstance(values, (list, tuple)) else [values] * 3)]
     if len(numbers) != 3:
@@ -83,15 +118,29 @@ def three_channels(values: Any) -> tuple[float, float, float]:
     return numbers[0], numbers[1], numbers[2]
 
 
+def normalisation_from(settings: Mapping[str, Any], default: Normalisation) -> Normalisation:
+    """Build a normalisation from ``mean``, ``std`` and ``interpolation``; ``default`` fills in what is absent.
+
+    Raises:
+        InputError: mean or std has neither one nor three numbers.
+    """
+    interpolation = settings.get("interpolation", default.interpolation)
+    return Normalisation(
+        mean=three_channels(settings.get("mean", default.mean)),
+        std=three_channels(settings.get("std", default.std)),
+        interpolation="bilinear" if getattr(interpolation, "value", interpolation) in BILINEAR else "bicubic",
+    )
+
+
 def read_normalisation(visual: Any, preprocess: Any, default: Normalisation, advice: str) -> Normalisation:
     """Find out how pixels are normalised.
 
-    The ``preprocess`` that the caller gives decides (a torchvision ``Compose`` with a ``Normalize`` in it, or a
-    mapping with ``mean``, ``std`` and ``interpolation``), then the mapping ``visual.preprocess_cfg``, then
-    ``visual.image_mean`` and ``visual.image_std``, then ``default``.
+    Sources in order of precedence: the caller's ``preprocess`` (a torchvision ``Compose`` with a ``Normalize``, or a
+    mapping with ``mean``, ``std`` and ``interpolation``), the mapping ``visual.preprocess_cfg``, the attributes
+    ``visual.image_mean`` and ``visual.image_std``, ``default``.
 
     Raises:
-        InputError: ``preprocess`` is neither, or it does not normalise; the message says ``advice``.
+        InputError: ``preprocess`` is neither, or it does not normalise; the message contains ``advice``.
     """
     found = dict(getattr(visual, "preprocess_cfg", None) or {})
     for key, attribute in (("mean", "image_mean"), ("std", "image_std")):
@@ -100,15 +149,17 @@ def read_normalisation(visual: Any, preprocess: Any, default: Normalisation, adv
     if isinstance(preprocess, Mapping):
         found.update({key: value for key, value in preprocess.items() if value is not None})
     elif preprocess is not None:
-        found.update(_read_compose(preprocess, advice))
-    return Normalisation(
-        mean=three_channels(found.get("mean", default.mean)),
-        std=three_channels(found.get("std", default.std)),
-        interpolation="bilinear" if found.get("interpolation", default.interpolation) == "bilinear" else "bicubic",
-    )
+        advice = f"pass {advice}, another torchvision Compose with a Normalize in it, or a mapping with mean and std"
+        found.update(read_compose(preprocess, advice))
+    return normalisation_from(found, default)
 
 
-def _read_compose(preprocess: Any, advice: str) -> dict[str, Any]:
+def read_compose(preprocess: Any, advice: str) -> dict[str, Any]:
+    """``mean``, ``std`` and ``interpolation`` of a torchvision ``Compose``.
+
+    Raises:
+        InputError: it has no ``Normalize``; the message ends with ``advice``.
+    """
     found: dict[str, Any] = {}
     for step in getattr(preprocess, "transforms", [preprocess]):
         if hasattr(step, "mean") and hasattr(step, "std"):
@@ -116,8 +167,5 @@ def _read_compose(preprocess: Any, advice: str) -> dict[str, Any]:
         if hasattr(step, "interpolation"):
             found["interpolation"] = getattr(step.interpolation, "value", step.interpolation)
     if "mean" not in found:
-        raise InputError(
-            f"the preprocess given does not say how it normalises: pass {advice}, another torchvision Compose with a "
-            "Normalize in it, or a mapping with mean and std"
-        )
+        raise InputError(f"the given preprocess does not say how it normalises: {advice}")
     return found

@@ -212,7 +212,7 @@ class TrainConfig:
         if not configurations.has_only_joint_mistakes(cls, values):
             cls.from_dict(values, where=where)
         if not isinstance(changes, Mapping):
-            changes = dict(_parse_change(change) for change in changes)
+            changes = dict(parse_change(change) for change in changes)
         for path, value in changes.items():
             values = _with_value(values, path.split("."), value)
         return cls.from_dict(values, where=f"{where} and the flags" if file is not None and changes else where)
@@ -249,7 +249,7 @@ def _read_file(file: Path) -> dict[str, Any]:
     return values or {}
 
 
-def _parse_change(change: str) -> tuple[str, Any]:
+def parse_change(change: str) -> tuple[str, Any]:
     """Split ``section.key=value`` and read the value as YAML."""
     path, equals, text = change.partition("=")
     names = path.strip().split(".")

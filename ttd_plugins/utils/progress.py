@@ -28,7 +28,9 @@ def list_with_progress(items: Iterable[_T], advance: Advance) -> list[_T]:
 
 
 @contextmanager
-def progress_bars(*, stderr: bool = True, width: int = 28, keep_finished: int | None = None) -> Iterator[Stage]:
+def progress_bars(
+    *, stderr: bool = True, width: int = 28, keep_finished: int | None = None, terminal_only: bool = False
+) -> Iterator[Callable[[str, int | None], Advance]]:
     """Yield a :data:`Stage` that displays one bar per subtask in the terminal.
 
     Args:
@@ -36,14 +38,16 @@ def progress_bars(*, stderr: bool = True, width: int = 28, keep_finished: int | 
         width: characters reserved for names.
         keep_finished: number of newest bars that stay; older ones are removed when their subtask is finished. By
             default all stay.
+        terminal_only: whether nothing is displayed where the output is not a terminal, instead of the final bars.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(f"{{task.description:<{width}}}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bars = Progress(*columns, console=Console(stderr=stderr))
+    console = Console(stderr=stderr)
+    bars = Progress(*columns, console=console, disable=terminal_only and not console.is_terminal)
 
-    def stage(name: str, steps: int) -> Advance:
+    def stage(name: str, steps: int | None) -> Advance:
         # Not before: an error without any progress is then the only output.
         bars.start()
         if keep_finished is not None:

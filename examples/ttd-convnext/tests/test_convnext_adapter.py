@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from ttd_convnext.adapter import DEFAULT_CALIBRATION
 from ttd_convnext.family import ConvNeXtFamily
-from ttd_convnext.structure import refusal_of_config
+from ttd_convnext.recognition import unsupported_config_reason
 
 from ttd_plugins import TTD, load, wrap
 from ttd_plugins.adapter import Calibration
@@ -150,7 +150,7 @@ def test_attention_pooling_is_refused_with_the_reason() -> None:
     model.visual.head.pool = torch.nn.Identity()
     with pytest.raises(UnsupportedModelError, match="pools by attention"):
         wrap(model)
-    assert refusal_of_config({"vision_cfg": {"timm_model_name": "convnext_base", "timm_pool": "rot_attn"}})
+    assert unsupported_config_reason({"vision_cfg": {"timm_model_name": "convnext_base", "timm_pool": "rot_attn"}})
 
 
 def test_unknown_names_are_answered_with_suggestions(family: ConvNeXtFamily, architecture: str) -> None:
@@ -300,6 +300,9 @@ def test_open_clip_and_load_give_the_tuned_embeddings_of_the_exported_folder(arc
 
 
 def test_a_trunk_without_a_name_says_why_it_cannot_be_rebuilt(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"open_clip cannot rebuild convnext:tiny@random: it tells timm"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"open_clip cannot rebuild convnext:tiny@random: it passes only a trunk's name on to timm",
+    ):
         export_backbone(load("convnext:tiny@random"), tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,93 @@
+"""The ``model_cfg`` of open_clip that a model was built from, read from its modules.
+
+Settings that cannot be read keep open_clip's defaults, so a caller must compare embeddings.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ttd_plugins.toolkit import text_tower
+
+DEFAULT_EPS = 1e-5
+
+
+def read_config(model: Any) -> dict[str, Any] | None:
+    """Keyword arguments of ``CLIP`` or ``CustomTextCLIP``; ``None`` for blocks or text towers of other kinds."""
+    visual, text = model.visual, text_tower.text_module(model)
+    if not text_tower.is_native(model):
+        return None
+    if any(type(block).__name__ != "ResidualAttentionBlock" for block in (*_blocks(visual), *_blocks(text))):
+        return None
+    vision_cfg = _tower(visual.transformer, int(visual.conv1.out_channels)) | {
+        "head_width": int(visual.conv1.out_channels) // _heads(visual),
+        "patch_size": _side(visual.conv1.kernel_size),
+        "image_size": _side(visual.image_size),
+        "pool_type": getattr(visual, "pool_type", "tok"),
+        "no_ln_pre": isinstance(visual.ln_pre, nn.Identity),
+        "final_ln_after_pool": bool(getattr(visual, "final_ln_after_pool", False)),
+        "norm_kwargs": _norm(visual.ln_post),
+    }
+    projection = text.text_projection
+    width = int(text.token_embedding.embedding_dim)
+    text_cfg = _tower(text.transformer, width) | {
+        "heads": _heads(text),
+        "context_length": int(text.context_length),
+        "vocab_size": int(text.token_embedding.num_embeddings),
+        "pool_type": text_tower.pool_type(model) or "argmax",
+        "no_causal_mask": getattr(text, "attn_mask", None) is None,
+        "embed_cls": getattr(text, "cls_emb", None) is not None,
+        "pad_id": int(getattr(text, "pad_id", 0)),
+        "proj_type": "none" if projection is None else "linear",
+        "proj_bias": isinstance(projection, nn.Linear) and projection.bias is not None,
+        "final_ln_after_pool": bool(getattr(text, "final_ln_after_pool", False)),
+        "norm_kwargs": _norm(text.ln_final),
+    }
+    if text_cfg["pool_type"] == "eos":
+        text_cfg["eos_id"] = text_tower.end_id(model)
+    embed = visual.proj.shape[1] if getattr(visual, "proj", None) is not None else visual.conv1.out_channels
+    config: dict[str, Any] = {"embed_dim": int(embed), "vision_cfg": vision_cfg, "text_cfg": text_cfg}
+    activations = [block.mlp.gelu for block in (*_blocks(visual), *_blocks(text))]
+    if any(type(activation).__name__ == "QuickGELU" for activation in activations):
+        config["quick_gelu"] = True
+    if hasattr(model, "text"):
+        config["custom_text"] = True
+    if getattr(model, "logit_bias", None) is not None:
+        # The value is in the weights; the setting only makes open_clip create the parameter.
+        config["init_logit_bias"] = 0.0
+    if model.logit_scale.ndim:
+        config["nonscalar_logit_scale"] = True
+    return config
+
+
+def _blocks(tower: Any) -> list[Any]:
+    return list(tower.transformer.resblocks)
+
+
+def _heads(tower: Any) -> int:
+    return int(_blocks(tower)[0].attn.num_heads)
+
+
+def _side(size: Any) -> Any:
+    height, width = size
+    return int(height) if height == width else [int(height), int(width)]
+
+
+def _norm(norm: Any) -> dict[str, float] | None:
+    return {"eps": float(norm.eps)} if norm.eps != DEFAULT_EPS else None
+
+
+def _tower(transformer: Any, width: int) -> dict[str, Any]:
+    """Settings that both towers have."""
+    block = transformer.resblocks[0]
+    scale = getattr(block.ls_1, "gamma", None)
+    approximate = getattr(block.mlp.gelu, "approximate", "none")
+    return {
+        "layers": len(transformer.resblocks),
+        "width": width,
+        "mlp_ratio": block.mlp.c_fc.out_features / width,
+        "ls_init_value": None if scale is None else 1e-5,
+        "act_kwargs": None if approximate == "none" else {"approximate": approximate},
+    }
