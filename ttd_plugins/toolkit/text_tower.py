@@ -23,7 +23,7 @@ from ttd_plugins.toolkit.attention import call_checkpointed, is_plain_attention
 from ttd_plugins.toolkit.last_block import last_block_at
 from ttd_plugins.toolkit.lora_targets import base_layer, linear_layers_of_blocks
 from ttd_plugins.toolkit.residual_blocks import block_parts, residual_block_targets, runs_in_parts
-from ttd_plugins.utils.deprecation import renamed_names
+from ttd_plugins.utils.deprecation import renamed_keyword, renamed_names
 
 DEFAULT_CONTEXT_LENGTH = 77
 BLOCK_PARTS = ("ln_1", "ls_1", "ln_2", "ls_2", "mlp")
@@ -199,6 +199,7 @@ def _run_last_block(block: Any, x: Tensor, mask: Tensor | None, positions: Tenso
     return last_block_at(block_parts(block), x, positions, mask)
 
 
+@renamed_keyword("is_whole", "is_plain")
 def lora_targets(model: Any, is_plain: Callable[[nn.Module], bool] = is_plain_attention) -> list[str]:
     """Names of the modules of the text tower that LoRA may wrap: attention and both matrices of the MLP in every block.
 
