@@ -3,8 +3,8 @@
     python examples/ablation.py --backbone open_clip:tiny --out runs/ablation.jsonl
     python examples/ablation.py --backbone open_clip:tiny --out runs/ablation.jsonl --only rank
 
-Every arm runs the same steps on the same scenes; a finished arm is a line of the output and is not run again. The
-defaults of the package are chosen from these figures, and the test scenes are never touched here.
+Every arm runs the same steps on the same scenes. A finished arm is a line of the output and is not run again. The
+defaults of the package come from these metrics. Test scenes are not used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from rich.table import Table
 from ttd_plugins import TTD, TTDOptions, load
 from ttd_plugins.embedded.scenes import Scenes
 from ttd_plugins.evaluation.scene_protocol import SceneMetrics, measure_on_scenes
-from ttd_plugins.training.loop import OptimizerOptions
 from ttd_plugins.training.scene_tuning import SceneTuning, tune_on_scenes
 
 COLUMNS = ("tag_ap", "tag_ap_blind", "tag_f1", "caption_iou", "tag_iou", "tag_balance", "retrieval_r1")
@@ -31,7 +30,7 @@ Changes = dict[str, Any]
 
 
 def arms() -> dict[str, Changes]:
-    """Each arm's departures from the default settings, by name; a group is the part before the colon."""
+    """Changes of each arm against the default settings, by name; the part before the colon is the group."""
     return {
         "default": {},
         "control": {"tag_weight": 0.0, "distill_weight": 0.0},
@@ -61,7 +60,7 @@ def arms() -> dict[str, Changes]:
 
 
 def settings(base: SceneTuning, changes: Changes) -> SceneTuning:
-    """``base`` with an arm's changes; ``learning_rate`` multiplies the default."""
+    """Return ``base`` with the changes of an arm; ``learning_rate`` multiplies the default."""
     tuning, options = base, {}
     for name, value in changes.items():
         if name == "rank":
@@ -75,7 +74,7 @@ def settings(base: SceneTuning, changes: Changes) -> SceneTuning:
 
 
 def run_arm(backbone: str, tuning: SceneTuning, scenes: Scenes) -> tuple[SceneMetrics, float]:
-    """Fine-tune a fresh backbone and measure it with the arm's own selection; also the seconds that it took."""
+    """Fine-tune a fresh backbone and measure it with the arm's selection; returns metrics and seconds."""
     started = time.perf_counter()
     adapter = load(backbone)
     tune_on_scenes(adapter, tuning)
@@ -86,7 +85,7 @@ def run_arm(backbone: str, tuning: SceneTuning, scenes: Scenes) -> tuple[SceneMe
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", default="open_clip:tiny")
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines, one an arm")
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines, one per arm")
     parser.add_argument("--only", default="", help="names of arms or groups, comma-separated")
     parser.add_argument("--steps", type=int, default=SceneTuning.steps)
     parser.add_argument("--scenes", type=int, default=512, help="validation scenes")
@@ -98,7 +97,7 @@ def main() -> None:
     finished = {(row["arm"], row["seed"], row["steps"]) for row in done}
     wanted = [name for name in args.only.split(",") if name]
     scenes = Scenes("validation", args.scenes, seed=1)
-    base = SceneTuning(steps=args.steps, seed=args.seed, ttd=TTDOptions(), optimizer=OptimizerOptions())
+    base = SceneTuning(steps=args.steps, seed=args.seed, ttd=TTDOptions())
     console = Console()
     if ("before", args.seed, args.steps) not in finished:
         done.append(_row("before", args, measure_on_scenes(TTD(load(args.backbone)), scenes), 0.0))
@@ -113,8 +112,8 @@ def main() -> None:
 
     table = Table("arm", "seed", *COLUMNS, "seconds", title=f"{args.backbone}, {args.steps} steps, validation scenes")
     for row in done:
-        figures = [f"{row['metrics'][column]:.3f}" for column in COLUMNS]
-        table.add_row(row["arm"], str(row["seed"]), *figures, f"{row['seconds']:.0f}")
+        cells = [f"{row['metrics'][column]:.3f}" for column in COLUMNS]
+        table.add_row(row["arm"], str(row["seed"]), *cells, f"{row['seconds']:.0f}")
     console.print(table)
     console.print(f"every arm is a line of {args.out}")
 

@@ -1,9 +1,9 @@
-"""How much better a fitted calibration is than each backbone's default, on held-out scenes, as a table in markdown.
+"""Compare a fitted calibration with each backbone's default on held-out scenes; prints a Markdown table.
 
     python examples/calibration_table.py
     python examples/calibration_table.py open_clip:tiny siglip:google/siglip-base-patch16-224 --scenes 800
 
-Log-losses are in nats a word, 0.693 being a coin's; see docs/calibration.md.
+Log-losses are in nats per word; a coin flip scores 0.693. See docs/calibration.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COLUMNS = ("backbone", "logits", "default map", "its log-loss", "fitted map", "i
 
 
 def rows(backbones: Sequence[str], scenes: int, seed: int) -> Iterator[tuple[str, ...]]:
-    """The cells of one line for each backbone; a sentence in their place where one cannot be had or fitted."""
+    """Yield the cells of one row per backbone, or one sentence if the backbone cannot be loaded or fitted."""
     pairs = [(Image.fromarray(scene.image), scene.caption) for scene in Scenes("validation", scenes)]
     for name in backbones:
         try:
@@ -37,24 +37,24 @@ def rows(backbones: Sequence[str], scenes: int, seed: int) -> Iterator[tuple[str
 
 
 def cells(fit: CalibrationFit) -> tuple[str, ...]:
-    """What the table says of one fit."""
+    """Return the table cells of one fit."""
     counts = f"{fit.held_out_images}, {2 * fit.held_out_words}"
     fitted = f"**{fit.log_loss:.3f}**"
     return shown(fit.default), f"{fit.default_log_loss:.3f}", shown(fit.calibration), fitted, counts
 
 
 def shown(calibration: Calibration) -> str:
-    """``10.0 c - 2.50``, c being the cosine."""
+    """Format as ``10.0 c - 2.50``, where c is the cosine."""
     sign = "-" if calibration.shift < 0 else "+"
     return f"{calibration.scale:.1f} c {sign} {abs(calibration.shift):.2f}"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the table, a line as soon as it is known."""
+    """Print the table row by row."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("backbones", nargs="*", default=list(BACKBONES), help="family:model@weights")
-    parser.add_argument("--scenes", type=int, default=400, help="validation scenes; a quarter of them is held out")
-    parser.add_argument("--seed", type=int, default=0, help="decides what is held out and which words are borrowed")
+    parser.add_argument("--scenes", type=int, default=400, help="validation scenes; a quarter is held out")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split and of words from other captions")
     options = parser.parse_args(arguments)
     if options.scenes < 1:
         parser.error(f"--scenes must be 1 or more, not {options.scenes}")

@@ -1,13 +1,13 @@
-"""Compare backbones from Python and work with the figures: which one gains most from TTD, and what does it pay?
+"""Compare backbones from Python: which one gains most from TTD, and what does the gain cost in retrieval?
 
     python examples/compare_backbones.py open_clip:tiny siglip:tiny eva_clip:tiny --out runs/compare
     python examples/compare_backbones.py open_clip:ViT-B-16@openai siglip:google/siglip2-base-patch16-224 \\
         --masks coco/ --pairs pairs/ --out runs/compare
 
 ``ttd compare`` does the same from the command line. Without ``--masks`` backbones are tuned and measured on generated
-scenes of 48 to 128 pixels with exact truth; with it, tuned on pairs of your own and measured on COCO captions with
-masks. Each stands beside a control that takes the same steps with the contrastive term alone, so that more training is
-not mistaken for TTD. A program that was stopped and is started again goes on where it was.
+scenes of 48 to 128 pixels with exact ground truth. With ``--masks`` they are tuned on your own pairs and measured on
+COCO captions with masks. The control takes the same steps with only the contrastive term, so that the gain is due to
+TTD and not to more training. A stopped program resumes when it is started again.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ttd_plugins.comparison.options import CompareOptions
 from ttd_plugins.comparison.results import Comparison
-from ttd_plugins.comparison.running import CompareOptions, run_comparison
-from ttd_plugins.comparison.tables import gain, number
+from ttd_plugins.comparison.running import run_comparison
+from ttd_plugins.comparison.tables import format_number, gain
 
 
 def ranking(comparison: Comparison) -> list[tuple[str, float, float]]:
-    """Name, gain in Caption IoU and gain in retrieval R@1 of each backbone, after TTD less control, the best first."""
+    """Name, gain in Caption IoU and gain in R@1 of each backbone, best first; gain is after TTD minus control."""
     rows = []
     for backbone in comparison.backbones:
         up, cost = (gain(backbone, key) for key in comparison.trade_off)
@@ -36,11 +37,11 @@ def ranking(comparison: Comparison) -> list[tuple[str, float, float]]:
 
 def main(arguments: Sequence[str] | None = None) -> Comparison:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("backbones", nargs="+", help="as `ttd compare --backbones` takes them, see docs/comparing.md")
+    parser.add_argument("backbones", nargs="+", help="names as for `ttd compare --backbones`, see docs/comparing.md")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--masks", type=Path, help="COCO captions with masks to measure on, in place of scenes")
-    parser.add_argument("--pairs", help="what is tuned on beside --masks, as `ttd train --data` takes it")
-    parser.add_argument("--images", type=int, help="how many pictures are measured")
+    parser.add_argument("--masks", type=Path, help="measure on COCO captions with masks instead of scenes")
+    parser.add_argument("--pairs", help="training pairs for --masks, as for `ttd train --data`")
+    parser.add_argument("--images", type=int, help="number of images to measure")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=48)
@@ -65,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> Comparison:
     for name, up, cost in ranking(comparison):
         (backbone,) = (one for one in comparison.backbones if one.name == name)
         before = backbone.mean("before", comparison.trade_off[0])
-        table.add_row(name, number(before, None), number(up, None, sign=True), number(cost, None, sign=True))
+        table.add_row(
+            name, format_number(before, None), format_number(up, None, sign=True), format_number(cost, None, sign=True)
+        )
     console.print(table)
     for name, reason in comparison.failures.items():
         console.print(f"{name} is left out: {reason}", markup=False)

@@ -1,18 +1,18 @@
-"""TTD on photographs, from nothing: pre-train a small model on Flickr8k, tune it, and measure it on dense masks.
+"""TTD on photographs: pre-train a small model on Flickr8k, tune it, and measure it on dense masks.
 
     python examples/flickr8k_evidence.py --pairs ../shared/data/flickr8k --masks ../shared/data/coco_dense_a \\
         --work runs/flickr8k
 
-1. A small CLIP of open_clip's architecture is pre-trained on the pairs alone, contrastively; the checkpoint with the
-   best retrieval on held-out pairs is kept.
-2. It is tuned with LoRA on the same pairs twice: by the contrastive term alone (the control) and with TTD. With
-   ``--fitted`` TTD tunes it once more, with a calibration that is fitted to held-out pairs.
-3. All are measured by the protocols of tag selection and of text-level segmentation on other photographs, whose every
-   pixel is labelled (``--masks``, COCO captions with panoptic-style masks), and on a second such set, where there is
-   one to choose settings by (``--validation``).
+1. Pre-train a small CLIP of open_clip's architecture contrastively on the pairs. The checkpoint with the best retrieval
+   on held-out pairs is used.
+2. Tune it with LoRA on the same pairs twice: with only the contrastive term (the control), and with TTD. ``--fitted``
+   adds a run of TTD with a calibration that is fitted to held-out pairs.
+3. Measure all of them with the protocols of tag selection and text-level segmentation on other photographs with a label
+   for every pixel (``--masks``, COCO captions with panoptic-style masks). ``--validation`` is a second such set, for
+   choosing settings.
 
-Stopped and started again, it goes on. ``evidence.json`` and a table in ``evidence.md`` are left in the working folder.
-The model is weak: seven thousand pictures are sixty thousand times fewer than CLIP saw.
+A stopped script resumes when it is started again. It writes ``evidence.json`` and a table, ``evidence.md``, into the
+working folder. The model is weak: seven thousand images are sixty thousand times fewer than CLIP was trained on.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ MODEL = {
     },
     "text_cfg": {"context_length": CONTEXT, "vocab_size": VOCABULARY, "layers": 3, "width": 192, "heads": 6},
 }  # fmt: skip
-FIGURES = {
+METRICS = {
     "tag F1": "tags.pixel.f1",
     "precision": "tags.pixel.precision",
     "recall": "tags.pixel.recall",
@@ -68,58 +68,58 @@ FITTED = "after, calibration fitted"
 ARMS: dict[str, dict[str, float] | None] = {
     "before": None, "control": {"tag_weight": 0.0, "distill_weight": 0.0}, "after": {}, FITTED: {},
 }  # fmt: skip
-"""Options of TTD that each arm is tuned with; ``None`` for no tuning."""
+"""Options of TTD for each arm; ``None`` means no tuning."""
 Pairs = tuple[NDArray[np.uint8], list[list[str]]]
 
 
 def read_pairs(source: StreamSource, shards: Sequence[str], cache: Path) -> Pairs:
-    """Pictures ``[N, side, side, 3]`` and all captions of each; decoded once and kept in ``cache``."""
-    pictures, texts = cache.with_suffix(".npy"), cache.with_suffix(".json")
-    if not texts.exists():
+    """Images ``[N, side, side, 3]`` and all captions of each; decoded once and cached in ``cache``."""
+    image_file, caption_file = cache.with_suffix(".npy"), cache.with_suffix(".json")
+    if not caption_file.exists():
         images, captions = [], []
         for shard in track(shards, f"reading {cache.name}"):
             for pair in source.read_shard(shard, ReadNow()):
                 if pair.problem is None and isinstance(pair.image, bytes):
-                    picture = read_image(pair.image, pair.where).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-                    images.append(np.asarray(picture))
+                    image = read_image(pair.image, pair.where).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+                    images.append(np.asarray(image))
                     captions.append([text if isinstance(text, str) else text.decode() for text in pair.captions])
-        np.save(pictures, np.stack(images))
-        texts.write_text(json.dumps(captions))
-    return np.load(pictures), json.loads(texts.read_text())
+        np.save(image_file, np.stack(images))
+        caption_file.write_text(json.dumps(captions))
+    return np.load(image_file), json.loads(caption_file.read_text())
 
 
 def build(work: Path, calibration: Calibration | None = None) -> DenseAdapter:
-    """The model, with fresh weights, and the tokenizer of the working folder."""
+    """Build the model with random weights and the tokenizer of the working folder."""
     config = {"model_cfg": MODEL, "preprocess_cfg": {"resize_mode": "squash", "interpolation": "bicubic"}}
     tokenizer = TinyTokenizer(work / "tokenizer.json", CONTEXT)
     return wrap(build_tiny(config), tokenizer=tokenizer, dense="value_only", calibration=calibration)
 
 
 def held_out_recall(adapter: DenseAdapter, pairs: Pairs) -> float:
-    """R@1 of pictures by their first captions."""
-    pictures, captions = pairs
-    batches = (picture_pixels(pictures[start : start + 64], adapter) for start in range(0, len(pictures), 64))
+    """R@1 between images and their first captions."""
+    images, captions = pairs
+    batches = (picture_pixels(images[start : start + 64], adapter) for start in range(0, len(images), 64))
     return retrieval(adapter, batches, [own[0] for own in captions])
 
 
 def pretrained(work: Path, train: Pairs, held_out: Pairs, options: argparse.Namespace) -> dict[str, Any]:
-    """Pre-train, unless that was done, and report on it; the best weights are left in ``best.safetensors``."""
+    """Pre-train unless that is done; writes the best weights to ``best.safetensors`` and returns a report."""
     finished = work / "pretrained.json"
     if finished.exists():
         return json.loads(finished.read_text())
     torch.manual_seed(options.seed)
     adapter = build(work)
-    pictures, captions = train
+    images, captions = train
 
     def draw(step: int) -> tuple[Tensor, list[list[str]]]:
-        epoch, place = divmod(step * options.batch_size, len(pictures) - options.batch_size)
-        order = np.random.default_rng([options.seed, epoch]).permutation(len(pictures))
+        epoch, place = divmod(step * options.batch_size, len(images) - options.batch_size)
+        order = np.random.default_rng([options.seed, epoch]).permutation(len(images))
         rows = order[place : place + options.batch_size]
         rng = np.random.default_rng([options.seed, 1, step])
-        batch = pictures[rows]
+        batch = images[rows]
         mirrored = rng.random(len(rows)) < 0.5
         batch[mirrored] = batch[mirrored, :, ::-1]
-        # Two captions of each: a picture costs several times what a caption does.
+        # Two captions per image, because encoding an image costs several times more than encoding a caption.
         chosen = [[captions[row][number] for number in rng.permutation(len(captions[row]))[:2]] for row in rows]
         return picture_pixels(batch, adapter), [[own[turn % len(own)] for own in chosen] for turn in range(2)]
 
@@ -127,30 +127,30 @@ def pretrained(work: Path, train: Pairs, held_out: Pairs, options: argparse.Name
         adapter, work, options, draw=draw, recall=lambda: held_out_recall(adapter, held_out), precision=torch.float32
     )
     count = sum(parameter.numel() for parameter in adapter.model.parameters())
-    report = {"parameters": count, "pairs": len(pictures), **found}
+    report = {"parameters": count, "pairs": len(images), **found}
     finished.write_text(json.dumps(report, indent=1) + "\n")
     return report
 
 
 def fitted_calibration(work: Path, held_out: Pairs) -> Calibration:
     """The pre-trained model's map from cosine to probability, fitted once to the held-out pairs."""
-    kept = work / "calibration.json"
-    if not kept.exists():
+    file = work / "calibration.json"
+    if not file.exists():
         pairs = [(Image.fromarray(image), texts[0]) for image, texts in zip(*held_out, strict=True)]
         found = fit_calibration(load_pretrained(work), pairs).calibration
-        kept.write_text(json.dumps({"scale": found.scale, "shift": found.shift}) + "\n")
-    return Calibration(**json.loads(kept.read_text()))
+        file.write_text(json.dumps({"scale": found.scale, "shift": found.shift}) + "\n")
+    return Calibration(**json.loads(file.read_text()))
 
 
 def load_pretrained(work: Path, calibration: Calibration | None = None) -> DenseAdapter:
-    """The pre-trained model in evaluation mode, with the contract's default calibration unless told otherwise."""
+    """The pre-trained model in evaluation mode, by default with the calibration of the contract."""
     adapter = build(work, calibration)
     adapter.model.load_state_dict(load_file(work / "best.safetensors"))
     return adapter.eval()
 
 
 def measure(adapter: DenseAdapter, masks: Path, held_out: Pairs, out: Path) -> dict[str, float]:
-    """The figures of one arm."""
+    """Metrics of one arm, by their path in the results."""
     data = open_captions("coco_captions", masks)
     dense = DenseOptions(size=SIDE, resize="square", flip=True)
     results = {
@@ -158,29 +158,29 @@ def measure(adapter: DenseAdapter, masks: Path, held_out: Pairs, out: Path) -> d
         "text": evaluate_text(adapter, data, TextProtocol(dense=dense), out=out / "text").figures,
         "retrieval_r1": held_out_recall(adapter, held_out),
     }
-    figures = {}
-    for path in FIGURES.values():
+    metrics = {}
+    for path in METRICS.values():
         value: Any = results
         for part in path.split("."):
             value = value[part]
-        figures[path] = float(value)
-    return figures
+        metrics[path] = float(value)
+    return metrics
 
 
 def markdown(found: dict[str, dict[str, float]]) -> str:
-    """One line for each arm."""
-    lines = [f"| | {' | '.join(FIGURES)} |", f"|---|{'---|' * len(FIGURES)}"]
-    for arm, figures in found.items():
-        lines.append(f"| {arm} | {' | '.join(f'{figures[path]:.3f}' for path in FIGURES.values())} |")
+    """Markdown table with one row per arm."""
+    lines = [f"| | {' | '.join(METRICS)} |", f"|---|{'---|' * len(METRICS)}"]
+    for arm, metrics in found.items():
+        lines.append(f"| {arm} | {' | '.join(f'{metrics[path]:.3f}' for path in METRICS.values())} |")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", required=True, help="folder of shards; the first one is held out")
-    parser.add_argument("--masks", type=Path, required=True, help="captioned pictures with masks, in COCO's layout")
-    parser.add_argument("--validation", type=Path, help="a second set of these, to choose settings by")
-    parser.add_argument("--fitted", action="store_true", help="TTD once more, with a fitted calibration")
+    parser.add_argument("--masks", type=Path, required=True, help="captioned images with masks, in COCO's layout")
+    parser.add_argument("--validation", type=Path, help="a second such set, for choosing settings")
+    parser.add_argument("--fitted", action="store_true", help="also run TTD with a fitted calibration")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=128)
@@ -198,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     source = open_pairs(options.pairs)
     if not isinstance(source, StreamSource) or len(source.shards) < 2:
-        parser.error(f"{options.pairs} is no folder of two shards or more; one is held out")
+        parser.error(f"{options.pairs} must be a folder with two or more shards, because the first one is held out")
     train = read_pairs(source, source.shards[1:], work / "train")
     held_out = read_pairs(source, source.shards[:1], work / "held_out")
     if not (work / "tokenizer.json").exists():
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sets = {"figures": options.masks} | ({"validation": options.validation} if options.validation else {})
     found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in sets}
     if file.exists():
-        found |= {name: kept for name, kept in json.loads(file.read_text()).items() if name in sets}
+        found |= {name: arms for name, arms in json.loads(file.read_text()).items() if name in sets}
     for arm, ttd in ARMS.items():
         due = [name for name in sets if arm not in found[name]]
         if not due or (arm == FITTED and not options.fitted):
@@ -236,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = "\n\n".join(f"{sets[name]}:\n\n{markdown(arms)}" for name, arms in found.items()) + "\n"
     (work / "evidence.md").write_text(table)
     print(table)
-    print(f"figures: {file}   table: {work / 'evidence.md'}")
+    print(f"metrics: {file}   table: {work / 'evidence.md'}")
 
 
 if __name__ == "__main__":

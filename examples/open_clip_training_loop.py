@@ -1,9 +1,9 @@
-"""TTD inside a stock open_clip training loop: three lines are ours, marked (1), (2) and (3).
+"""TTD inside a stock open_clip training loop: the three added lines are marked (1), (2) and (3).
 
     python examples/open_clip_training_loop.py --captions captions.json --images images/ --model ViT-B-32 \\
         --pretrained laion2b_s34b_b79k --steps 200 --out tuned.pt
 
-``captions.json`` is in COCO's caption format. Without ``--pretrained`` the weights are random, which needs no network.
+``captions.json`` is in COCO's caption format. Without ``--pretrained`` the weights are random and no network is needed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ttd_plugins import TTD, wrap
 
 
 class CocoCaptions(Dataset):
-    """Pictures with one caption each from a file in COCO's caption format."""
+    """Images with one caption each, from a file in COCO's caption format."""
 
     def __init__(self, captions: Path, images: Path, transform: Callable[[Image.Image], torch.Tensor]) -> None:
         content = json.loads(captions.read_text(encoding="utf-8"))
@@ -43,12 +43,12 @@ class CocoCaptions(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
         path, caption = self.pairs[index]
-        with Image.open(path) as picture:
-            return self.transform(picture.convert("RGB")), caption
+        with Image.open(path) as image:
+            return self.transform(image.convert("RGB")), caption
 
 
 def endless(loader: DataLoader) -> Iterator[tuple[torch.Tensor, list[str]]]:
-    """Epoch after epoch."""
+    """Repeat the loader without end."""
     while True:
         for images, captions in loader:
             yield images, list(captions)
@@ -64,16 +64,19 @@ def train(
     rank: int = 8,
     learning_rate: float = 1e-3,
 ) -> tuple[list[float], Any]:
-    """Fine-tune ``model`` and give the loss of every step and the wrapped backbone.
+    """Fine-tune ``model``.
 
     Args:
         model: an open_clip model.
         tokenizer: open_clip's tokenizer for it.
-        dataset: makes a data set of (pixels, caption) from a transform of pictures.
-        steps: optimiser steps.
-        batch_size: pairs a step.
+        dataset: builds a dataset of (pixels, caption) from an image transform.
+        steps: optimizer steps.
+        batch_size: pairs per step.
         rank: rank of LoRA; 0 trains all weights.
-        learning_rate: of AdamW.
+        learning_rate: learning rate of AdamW.
+
+    Returns:
+        The loss of every step, and the wrapped backbone.
     """
     backbone = wrap(model, tokenizer=tokenizer, lora=rank or None)  # (1)
     ttd = TTD(backbone)  # (2)
@@ -100,12 +103,12 @@ def main(arguments: list[str] | None = None) -> list[float]:
     parser.add_argument("--captions", type=Path, required=True)
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--model", default="ViT-B-32")
-    parser.add_argument("--pretrained", help="a tag of open_clip; random weights without it")
+    parser.add_argument("--pretrained", help="a pretrained tag of open_clip  [default: random weights]")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--rank", type=int, default=8, help="of LoRA; 0 trains all weights")
+    parser.add_argument("--rank", type=int, default=8, help="rank of LoRA; 0 trains all weights")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--out", type=Path, help="where to save the tuned open_clip weights")
+    parser.add_argument("--out", type=Path, help="file for the tuned open_clip weights")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
 
@@ -125,7 +128,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}; peak memory {peak:.2f} GiB")
     if args.out:
-        # merge() folds LoRA in: the file loads in open_clip as any checkpoint does.
+        # merge() folds LoRA into the weights, so the file loads in open_clip like any checkpoint.
         torch.save(backbone.merge().state_dict(), args.out)
         print(f"weights written to {args.out}")
     return losses

@@ -1,10 +1,10 @@
-"""Pre-train an embedded model contrastively on scenes, as CLIP is pre-trained on the web; checkpoints and resumes.
+"""Pre-train an embedded model contrastively on scenes, with checkpoints from which it resumes.
 
     python examples/pretrain_tiny.py --backbone open_clip:tiny --work runs/open_clip_tiny
 
-Writes ``model.safetensors`` (float16) and ``recipe.json`` into the embedded model's folder, or into ``--out``. The end
-is set by a fixed number of steps; of the checkpoints, the one with the best retrieval on validation scenes is kept. No
-figure of single tag bias has a say.
+Writes ``model.safetensors`` (float16) and ``recipe.json`` into the embedded model's folder, or into ``--out``. The
+number of steps is fixed. The checkpoint with the best retrieval on validation scenes is selected; metrics of single tag
+bias play no part in the selection.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ HIDDEN_LAYER = re.compile(r"\.(resblocks|layers|blocks)\.\d+\.")
 
 @dataclass
 class Pool:
-    """Rendered training scenes: uint8 pictures ``[N, side, side, 3]``, and of each its bare and its full captions."""
+    """Rendered training scenes: uint8 images ``[N, side, side, 3]``, with bare and full captions for each."""
 
     images: NDArray[np.uint8]
     bare: list[list[str]]
@@ -74,25 +74,25 @@ def _render(job: tuple[int, int, int]) -> tuple[NDArray[np.uint8], list[list[str
 
 
 def render_pool(folder: Path, count: int, seed: int) -> Pool:
-    """Render ``count`` scenes with every core, once; a later run reads them from ``folder``."""
-    pictures, texts = folder / "pictures.npy", folder / "captions.json"
-    if not texts.exists():
+    """Render ``count`` scenes on all cores and cache them in ``folder``; later runs read the cache."""
+    image_file, caption_file = folder / "pictures.npy", folder / "captions.json"
+    if not caption_file.exists():
         jobs = [(start, count, seed) for start in range(0, count, CHUNK)]
         with ProcessPoolExecutor() as workers:
             parts = list(track(workers.map(_render, jobs), "rendering scenes", total=len(jobs)))
-        np.save(pictures, np.concatenate([images for images, _, _ in parts]))
+        np.save(image_file, np.concatenate([images for images, _, _ in parts]))
         captions = {
             "bare": [own for _, bare, _ in parts for own in bare],
             "sentences": [own for _, _, sentences in parts for own in sentences],
         }
-        texts.write_text(json.dumps(captions))
-    return Pool(np.load(pictures), **json.loads(texts.read_text()))
+        caption_file.write_text(json.dumps(captions))
+    return Pool(np.load(image_file), **json.loads(caption_file.read_text()))
 
 
 def draw_batch(pool: Pool, step: int, batch_size: int, seed: int) -> tuple[NDArray[np.uint8], list[list[str]]]:
-    """Pictures and three captions of each, two bare and a full one; a pure function of its arguments.
+    """Images and three captions of each, two bare and one full; a pure function of its arguments.
 
-    A picture costs several times what a caption does, so each is compared with the batch's captions three times over.
+    Encoding an image costs several times more than encoding a caption, so each image is used with three captions.
     """
     batches = len(pool.images) // batch_size
     epoch, position = divmod(step, batches)
@@ -108,13 +108,13 @@ def draw_batch(pool: Pool, step: int, batch_size: int, seed: int) -> tuple[NDArr
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by Newton-Schulz iterations (https://kellerjordan.github.io/posts/muon/), in float32.
 
-    torch.optim.Muon and timm's compute in bfloat16, which many CPUs only emulate; this one also takes the query, key
-    and value projections of a fused matrix as the three matrices that they are, and equal shapes in one batch.
+    torch.optim.Muon and timm's Muon compute in bfloat16, which many CPUs only emulate. This one also treats the query,
+    key and value projections of a fused matrix as three matrices, and batches equal shapes.
 
     Args:
         params: matrices ``[out, in]``.
         lr: step length, in units of the spectral norm.
-        momentum: of the Nesterov momentum.
+        momentum: coefficient of the Nesterov momentum.
     """
 
     COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -143,7 +143,7 @@ class Muon(torch.optim.Optimizer):
                     own.sub_(direction, alpha=length)
 
     def _orthogonal(self, matrices: torch.Tensor) -> torch.Tensor:
-        """Roughly the nearest semi-orthogonal matrices ``[N, out, in]``."""
+        """Approximate the nearest semi-orthogonal matrices ``[N, out, in]``."""
         a, b, c = self.COEFFICIENTS
         tall = matrices.shape[-2] > matrices.shape[-1]
         x = matrices.mT if tall else matrices
@@ -155,10 +155,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def prepare_image_tower(model: nn.Module, patch_dropout: float) -> None:
-    """Start positions as sines and cosines, and drop patches in training mode (arXiv 2212.00794).
+    """Initialise position embeddings as sines and cosines, and use patch dropout in training mode (arXiv 2212.00794).
 
-    Both help the patches to say what they show, rather than what the picture shows: neighbours are found at once, and
-    no patch can count on another.
+    Both make patch features local: neighbours are known from the start, and no patch can rely on another one.
     """
     visual = getattr(model, "visual", None)
     if visual is None:
@@ -174,7 +173,7 @@ def prepare_image_tower(model: nn.Module, patch_dropout: float) -> None:
         positions.copy_(POSITION_SCALE * table)
     drop = PatchDropout(patch_dropout, exclude_first_token=has_class_token)
     if visual is None:
-        # transformers has no patch dropout of its own; the module shares the tower's mode as a child of it.
+        # transformers has no patch dropout. As a child module it follows the tower's training mode.
         embeddings.add_module("patch_dropout", drop)
         embeddings.register_forward_hook(lambda module, inputs, output: drop(output))
     elif hasattr(visual, "trunk"):
@@ -184,7 +183,7 @@ def prepare_image_tower(model: nn.Module, patch_dropout: float) -> None:
 
 
 def pooled_embedding(model: nn.Module, pixels: Tensor) -> Tensor:
-    """The library's own pooled embedding ``[B, D]``; the adapters leave patch dropout out, for it leaves no grid."""
+    """The library's pooled embedding ``[B, D]``, with patch dropout, which the adapters skip."""
     if hasattr(model, "encode_image"):
         return model.encode_image(pixels)
     return model.get_image_features(pixel_values=pixels).pooler_output
@@ -192,7 +191,7 @@ def pooled_embedding(model: nn.Module, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def retrieval(adapter: DenseAdapter, batches: Iterable[Tensor], captions: Sequence[str]) -> float:
-    """R@1 of pictures, in batches of normalised pixels, by their captions; leaves the backbone in evaluation mode."""
+    """R@1 between images (batches of normalised pixels) and captions; switches the backbone to evaluation mode."""
     adapter.eval()
     images = [adapter.encode_image(pixels).pooled for pixels in batches]
     texts, _ = encode_texts(adapter, captions)
@@ -200,7 +199,7 @@ def retrieval(adapter: DenseAdapter, batches: Iterable[Tensor], captions: Sequen
 
 
 def schedule(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine to zero."""
+    """Learning-rate factor: linear warm-up, then cosine decay to zero."""
     warm = min(1.0, (step + 1) / WARM_UP)
     return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
@@ -208,7 +207,7 @@ def schedule(step: int, steps: int) -> float:
 def build_optimizers(
     model: nn.Module, muon_learning_rate: float, learning_rate: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of both towers' blocks, AdamW for all else."""
+    """Muon for the matrices in the blocks of both towers, AdamW for all other parameters."""
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and HIDDEN_LAYER.search(name)]
     rest = [p for name, p in model.named_parameters() if p.ndim != 2 or not HIDDEN_LAYER.search(name)]
     groups = [
@@ -227,18 +226,18 @@ def pretrain(
     recall: Callable[[], float],
     precision: torch.dtype = torch.float16,
 ) -> dict[str, Any]:
-    """Pre-train a backbone contrastively; the weights with the best recall are left in ``best.safetensors``.
+    """Pre-train a backbone contrastively; writes the weights with the best recall to ``best.safetensors``.
 
     Args:
-        adapter: with fresh weights.
-        work: folder of the checkpoint that a stopped run goes on from.
+        adapter: backbone with random weights.
+        work: folder for the checkpoint from which a stopped run resumes.
         options: ``steps``, ``every``, ``seed``, ``patch_dropout``, ``weight_decay`` and the two learning rates.
-        draw: normalised pixels and sets of captions of a step, a function of its number alone.
-        recall: retrieval R@1 of pairs that are not trained on.
-        precision: of the weights that are kept.
+        draw: returns normalised pixels and sets of captions for a step number, deterministically.
+        recall: returns retrieval R@1 on held-out pairs.
+        precision: dtype of the saved weights.
 
     Returns:
-        The step that was ``kept`` and its recall, the ``log``, and ``seconds``.
+        ``kept``, the selected step and its recall; ``log``; ``seconds``.
     """
     adapter.train()
     model = adapter.model
@@ -262,7 +261,7 @@ def pretrain(
             for group in optimizer.param_groups:
                 group["lr"] = rate * schedule(step, options.steps)
         pixels, caption_sets = draw(step)
-        # Which patches are dropped is a function of the step, so that a resumed run drops the same.
+        # Patch dropout depends only on the step, so that a resumed run drops the same patches.
         torch.manual_seed(options.seed * options.steps + step)
         pooled = pooled_embedding(model, pixels)
         loss = torch.stack(
@@ -294,8 +293,8 @@ def pretrain(
             print(json.dumps(log[-1]), flush=True)
             if found >= best["retrieval_r1"]:
                 best = {"step": step, "retrieval_r1": found}
-                kept = {name: value.to(precision).contiguous() for name, value in model.state_dict().items()}
-                save_file(kept, work / "best.safetensors")
+                weights = {name: value.to(precision).contiguous() for name, value in model.state_dict().items()}
+                save_file(weights, work / "best.safetensors")
             state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
             state |= {"step": step, "best": best, "seconds": seconds, "log": log}
             torch.save(state, checkpoint.with_suffix(".part"))
@@ -307,14 +306,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", default="open_clip:tiny")
     parser.add_argument("--work", type=Path, required=True, help="folder for rendered scenes, checkpoints and the log")
-    parser.add_argument("--out", type=Path, help="folder for the weights  [default: the embedded model's own]")
+    parser.add_argument("--out", type=Path, help="folder for the weights  [default: the embedded model's folder]")
     parser.add_argument("--scenes", type=int, default=40_000)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument(
-        "--muon-learning-rate", type=float, default=0.015, help="for the matrices of both towers' blocks"
+        "--muon-learning-rate", type=float, default=0.015, help="of Muon, for the matrices in the blocks of both towers"
     )
-    parser.add_argument("--learning-rate", type=float, default=8e-4, help="for all else, by AdamW")
+    parser.add_argument("--learning-rate", type=float, default=8e-4, help="of AdamW, for all other parameters")
     parser.add_argument("--weight-decay", type=float, default=0.05, help="of AdamW, for matrices")
     parser.add_argument("--patch-dropout", type=float, default=0.5, help="share of patches dropped in training")
     parser.add_argument("--seed", type=int, default=0)
@@ -333,8 +332,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     adapter = load(f"{args.backbone}@random")
 
     def draw(step: int) -> tuple[Tensor, list[list[str]]]:
-        pictures, caption_sets = draw_batch(pool, step, args.batch_size, args.seed)
-        return picture_pixels(pictures, adapter), caption_sets
+        images, caption_sets = draw_batch(pool, step, args.batch_size, args.seed)
+        return picture_pixels(images, adapter), caption_sets
 
     def recall() -> float:
         batches = (scene_pixels(validation[start : start + 64], adapter) for start in range(0, len(validation), 64))
@@ -350,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parameters = sum(p.numel() for p in adapter.model.parameters())
     recipe = {"settings": settings, "parameters": parameters, "kept": best, "log": found["log"]}
     (out / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
-    print(f"kept step {best['step']} with validation retrieval R@1 {best['retrieval_r1']:.3f}; written to {out}")
+    print(f"selected step {best['step']} with validation retrieval R@1 {best['retrieval_r1']:.3f}; written to {out}")
 
 
 if __name__ == "__main__":

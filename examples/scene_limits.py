@@ -1,11 +1,11 @@
-"""What an observer that knows every picture could reach on scenes: the bounds that the figures of a model are read by.
+"""Upper bounds for the metrics on scenes, from an oracle that knows every image.
 
     python examples/scene_limits.py --split validation --scenes 512
 
-The observer knows which noun each pixel shows. Its caption map gives a patch the weighted share of each named noun in
-it. ``likely`` weighs a noun by its log-odds, ``log p(named | pictured) / p(named | absent)``, counted on training
-captions: the optimum of a contrastive loss, which no training can leave less biased. ``even`` weighs all alike: the
-union that TTD teaches. Retrieval adds the same weights over the nouns of caption and picture.
+The oracle knows which noun each pixel shows. The value of a patch in its caption map is the weighted share of the named
+nouns in it. ``likely`` weights a noun by its log-odds ``log p(named | shown) / p(named | absent)``, counted on training
+captions. This is the optimum of a contrastive loss, so contrastive training cannot reach a lower bias. ``even`` weights
+all nouns equally, like the union that TTD teaches. Retrieval sums the same weights over the nouns of caption and image.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PATCH = 8
 
 @dataclass(frozen=True)
 class Limits:
-    """Figures of one observer, defined as in :class:`ttd_plugins.evaluation.scene_protocol.SceneMetrics`."""
+    """Metrics of one oracle, defined as in :class:`ttd_plugins.evaluation.scene_protocol.SceneMetrics`."""
 
     caption_iou: float
     tag_balance: float
@@ -39,23 +39,23 @@ class Limits:
 
 
 def log_odds(scenes: Sequence[Scene]) -> dict[str, float]:
-    """``log p(named | pictured) / p(named | absent)`` of every noun, with one half added to each count."""
-    pictured, named, in_vain = Counter[str](), Counter[str](), Counter[str]()
+    """``log p(named | shown) / p(named | absent)`` of every noun, with one half added to each count."""
+    shown, named, named_absent = Counter[str](), Counter[str](), Counter[str]()
     for scene in scenes:
-        pictured.update(scene.masks.keys())
+        shown.update(scene.masks.keys())
         named.update(scene.true_tags)
-        in_vain.update(scene.absent_tags)
+        named_absent.update(scene.absent_tags)
     return {
         noun: float(
-            np.log((named[noun] + 0.5) / (pictured[noun] + 1))
-            - np.log((in_vain[noun] + 0.5) / (len(scenes) - pictured[noun] + 1))
+            np.log((named[noun] + 0.5) / (shown[noun] + 1))
+            - np.log((named_absent[noun] + 0.5) / (len(scenes) - shown[noun] + 1))
         )
         for noun in NOUNS
     }
 
 
 def caption_map(scene: Scene, weights: Mapping[str, float], patch: int = PATCH) -> NDArray[np.float32]:
-    """The observer's caption map over patches, ``[side / patch, side / patch]`` in [0, 1]."""
+    """The oracle's caption map over patches, ``[side / patch, side / patch]`` in [0, 1]."""
     pixels = np.zeros(scene.image.shape[:2], np.float32)
     for tag in scene.true_tags:
         pixels[scene.masks[tag]] = weights[tag]
@@ -65,7 +65,7 @@ def caption_map(scene: Scene, weights: Mapping[str, float], patch: int = PATCH) 
 
 
 def retrieval(scenes: Sequence[Scene], weights: Mapping[str, float], seed: int = 0) -> float:
-    """R@1, the mean of both directions, identical captions both right; ties are broken by chance."""
+    """R@1, mean of both directions. Identical captions both count as correct; ties break at random."""
     scores = np.array(
         [
             [sum(weights[n] for n in (*text.true_tags, *text.absent_tags) if n in image.masks) for text in scenes]
@@ -79,7 +79,7 @@ def retrieval(scenes: Sequence[Scene], weights: Mapping[str, float], seed: int =
 
 
 def limits(scenes: Sequence[Scene], weights: Mapping[str, float], patch: int = PATCH) -> Limits:
-    """What an observer with these weights reaches on ``scenes``."""
+    """Metrics of an oracle with these weights on ``scenes``."""
     ious, balances = [], []
     for scene in scenes:
         heat = upsample_map(caption_map(scene, weights, patch), *scene.image.shape[:2])
@@ -94,8 +94,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Limits]:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--scenes", type=int, default=512)
-    parser.add_argument("--counted", type=int, default=20_000, help="training scenes that the log-odds are counted on")
-    parser.add_argument("--patch", type=int, default=PATCH, help="side of a patch in pixels; 1 for a map of pixels")
+    parser.add_argument("--counted", type=int, default=20_000, help="number of training scenes for the log-odds")
+    parser.add_argument("--patch", type=int, default=PATCH, help="side of a patch in pixels; 1 for one value per pixel")
     options = parser.parse_args(arguments)
     odds = log_odds(list(Scenes("train", options.counted, seed=1, bare_captions=0.0)))
     scenes = list(Scenes(options.split, options.scenes))
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Limits]:
         "likely": limits(scenes, odds, options.patch),
         "even": limits(scenes, dict.fromkeys(NOUNS, 1.0), options.patch),
     }
-    table = Table("observer", "caption IoU", "tag balance", "retrieval R@1", title=f"{options.scenes} scenes")
+    table = Table("oracle", "caption IoU", "tag balance", "retrieval R@1", title=f"{options.scenes} scenes")
     for name, own in found.items():
         table.add_row(name, *(f"{value:.3f}" for value in (own.caption_iou, own.tag_balance, own.retrieval_r1)))
     Console().print(table)

@@ -1,10 +1,10 @@
-"""TTD on a CLIPModel of transformers with its Trainer; what is ours is marked (1), (2) and (3).
+"""TTD on a CLIPModel of transformers with its Trainer; the added lines are marked (1), (2) and (3).
 
     python examples/transformers_training.py --pairs pairs.csv --model openai/clip-vit-base-patch16 --out tuned
 
-``pairs.csv`` has the columns ``image`` and ``caption``; a ``.jsonl`` file has objects with these keys. Pictures lie
-beside the file. ``--model`` is a name on the model hub or a folder. Trainer needs accelerate, which the extra ``lora``
-brings.
+``pairs.csv`` has the columns ``image`` and ``caption``; a ``.jsonl`` file has objects with these keys. Image paths are
+relative to the file. ``--model`` is a name on the model hub or a folder. Trainer needs accelerate, which the extra
+``lora`` installs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ttd_plugins.data.images import read_image
 
 
 class Pairs(Dataset):
-    """Pictures and captions named by a CSV or JSON-lines file."""
+    """Images and captions listed in a CSV or JSON-lines file."""
 
     def __init__(self, file: Path, transform: Callable[[Any], torch.Tensor]) -> None:
         with file.open(encoding="utf-8", newline="") as lines:
@@ -42,13 +42,13 @@ class Pairs(Dataset):
 
 
 def collate(pairs: list[tuple[torch.Tensor, str]]) -> dict[str, Any]:
-    """One batch: pixels and plain captions, which the engine tokenises itself, with the words found in them."""
+    """Batch pixels and plain captions; the engine tokenises captions and tags."""
     images, captions = zip(*pairs, strict=True)
     return {"images": torch.stack(images), "captions": list(captions)}
 
 
 class TTDTrainer(Trainer):
-    """Trainer with the engine as its model."""
+    """Trainer whose model is the engine."""
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         output = model(inputs["images"], inputs["captions"])  # (3)
@@ -64,15 +64,18 @@ def train(
     rank: int = 8,
     size: int | None = None,
 ) -> tuple[list[float], Any]:
-    """Fine-tune ``model`` and give the logged losses and the wrapped backbone.
+    """Fine-tune ``model``.
 
     Args:
-        model: the model, changed in place.
+        model: the model; changed in place.
         processor: its tokenizer and image processor.
-        pairs: file of pictures and captions.
-        arguments: Trainer's, with ``remove_unused_columns=False``.
+        pairs: file of images and captions.
+        arguments: arguments of Trainer, with ``remove_unused_columns=False``.
         rank: rank of LoRA; 0 trains all weights.
-        size: side of the square that pictures are resized to, in pixels; by default the model's own.
+        size: side of the square that images are resized to, in pixels; by default the model's input size.
+
+    Returns:
+        The logged losses, and the wrapped backbone.
     """
     backbone = wrap(  # (1)
         model, tokenizer=processor.tokenizer, preprocess=processor.image_processor, lora=rank or None
@@ -93,11 +96,11 @@ def main(arguments: list[str] | None = None) -> list[float]:
     parser.add_argument("--model", default="openai/clip-vit-base-patch16")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--rank", type=int, default=8, help="of LoRA; 0 trains all weights")
+    parser.add_argument("--rank", type=int, default=8, help="rank of LoRA; 0 trains all weights")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--size", type=int, help="side in pixels; the model's own by default")
+    parser.add_argument("--size", type=int, help="side in pixels  [default: the model's input size]")
     parser.add_argument("--out", type=Path, required=True, help="folder for the tuned model")
-    parser.add_argument("--cpu", action="store_true", help="leave accelerators alone")
+    parser.add_argument("--cpu", action="store_true", help="do not use accelerators")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
 
@@ -125,8 +128,8 @@ def main(arguments: list[str] | None = None) -> list[float]:
         rank=args.rank,
         size=args.size,
     )
-    # merge() folds LoRA in and gives the CLIPModel back: from_pretrained() loads the folder as any other.
-    # backbone.unload() instead would give it back bitwise as it was.
+    # merge() folds LoRA in and returns the CLIPModel, so from_pretrained() loads the folder like any other.
+    # backbone.unload() would return it bitwise as it was before.
     backbone.merge().save_pretrained(args.out)
     processor.save_pretrained(args.out)
     print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}; the tuned model is in {args.out}")

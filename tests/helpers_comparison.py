@@ -1,4 +1,4 @@
-"""Comparisons as a run of them would give, without running one."""
+"""Comparisons as a run would return them, without running one."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from ttd_plugins.comparison.results import Arm, BackboneResult, Comparison, Figure, Picture, TagView, View
+from ttd_plugins.comparison.results import Arm, BackboneResult, Comparison, GalleryImage, Metric, TagView, View
 
 HOSTILE = (
     """<script>alert("x")</script> 'q' & <img src=http://evil.example/x onerror=alert(1)> $x^{ 狗 🐶 \x00 \ud83d"""
 )
 
 FIGURES = (
-    Figure("caption_iou", "Caption IoU", "higher", "Overlap of the caption's map with what it names."),
-    Figure("caption_fpr", "Caption FPR", "lower", "Share that the map lights falsely."),
-    Figure("tag_f1", "tag F1", "higher", "F1 of the tags that are selected."),
-    Figure("retrieval_r1", "retrieval R@1", "higher", "What fine-tuning may cost."),
-    Figure("caption_map_spread", "map spread", None, "Near zero means collapse."),
+    Metric("caption_iou", "Caption IoU", "higher", "Overlap of the caption's map with what it names."),
+    Metric("caption_fpr", "Caption FPR", "lower", "Share that the map lights falsely."),
+    Metric("tag_f1", "tag F1", "higher", "F1 of the tags that are selected."),
+    Metric("retrieval_r1", "retrieval R@1", "higher", "What fine-tuning may cost."),
+    Metric("caption_map_spread", "map spread", None, "Near zero means collapse."),
 )
 START = {"caption_iou": 0.54, "caption_fpr": 0.31, "tag_f1": 0.93, "retrieval_r1": 0.22, "caption_map_spread": 0.4}
 NAMES = ("open_clip:tiny", "siglip:tiny", "eva_clip:tiny", "openai_clip:tiny")
@@ -35,7 +35,7 @@ def make_backbone(
     shift: float = 0.0,
     steps: int = 30,
 ) -> BackboneResult:
-    """A backbone whose figures after TTD are the control's and ``gains``, with ``noise`` between seeds."""
+    """A backbone whose metrics after TTD are the control's plus ``gains``, with ``noise`` between seeds."""
     rng = np.random.default_rng(abs(hash(name)) % 1000)
     gains = {"caption_iou": 0.09, "tag_f1": 0.01, "retrieval_r1": -0.012, "caption_fpr": -0.04} | (gains or {})
     before = {key: value + shift for key, value in START.items()}
@@ -75,6 +75,21 @@ def make_backbone(
     return BackboneResult(name, about, figures, curves, {"tune after 0": 31.0}, [])
 
 
+def make_curve(*, ttd: bool, steps: int = 60) -> list[dict[str, float]]:
+    """A training whose losses fall."""
+    losses = {"contrastive": 1.0} | ({"tag": 0.7, "distill": 0.6} if ttd else {})
+    return [
+        {
+            "step": float(step),
+            "loss": sum(losses.values()),
+            **{name: value / step**0.2 for name, value in losses.items()},
+            "caption_map_spread": 0.4,
+            "selected_per_caption": 2.0,
+        }
+        for step in range(1, steps + 1)
+    ]
+
+
 def make_view(
     seed: int, caption: str, tags: Sequence[str], *, grid: tuple[int, int] = (8, 8), iou: float | None = 0.5
 ) -> View:
@@ -98,8 +113,9 @@ def make_picture(
     tags: Sequence[str] = ("dog", "lion", "photo", "grass"),
     size: tuple[int, int] = (64, 64),
     grid: tuple[int, int] = (8, 8),
-) -> Picture:
-    """A picture of a dog on grass."""
+    ious: Sequence[float] = (0.3, 0.4, 0.5),
+) -> GalleryImage:
+    """An image of a dog on grass; ``ious`` are those of the arms on the first backbone."""
     rng = np.random.default_rng(number)
     height, width = size
     grass, dog = np.zeros(size, bool), np.zeros(size, bool)
@@ -107,13 +123,13 @@ def make_picture(
     dog[height // 4 : height // 2, width // 4 : width // 2] = True
     views = {
         name: {
-            arm: make_view(100 * number + 10 * n + m, caption, tags, grid=grid, iou=0.3 + 0.1 * m + 0.05 * n)
+            arm: make_view(100 * number + 10 * n + m, caption, tags, grid=grid, iou=ious[m] + 0.05 * n)
             for m, arm in enumerate(arms)
         }
         for n, name in enumerate(names)
     }
     image = np.linspace(60, 200, height, dtype=np.uint8)[:, None, None] + rng.integers(0, 9, (*size, 3), dtype=np.uint8)
-    return Picture(f"scene-{number:04d}", image, caption, {"dog": dog, "grass": grass}, views, "largest gain")
+    return GalleryImage(f"scene-{number:04d}", image, caption, {"dog": dog, "grass": grass}, views, "largest gain")
 
 
 def make_comparison(names: Sequence[str] = NAMES, pictures: int = 3, **changes: Any) -> Comparison:
@@ -124,7 +140,7 @@ def make_comparison(names: Sequence[str] = NAMES, pictures: int = 3, **changes: 
     ]
     comparison = Comparison(
         settings={"backbones": list(names), "data": {"name": "scenes", "images": 512}, "seeds": 3, "steps": 200},
-        figures=FIGURES,
+        metrics=FIGURES,
         backbones=backbones,
         gallery=[make_picture(n, names) for n in range(pictures)],
         attribution="Pictograms: OpenMoji, CC BY-SA 4.0",

@@ -16,7 +16,8 @@ from torch import Tensor
 from toy_backbone import ToyAdapter, toy, toy_images
 
 from ttd_plugins.training.config import TrainConfig
-from ttd_plugins.training.run import Reporter, TrainResult, train_run
+from ttd_plugins.training.reporting import Reporter
+from ttd_plugins.training.run import TrainResult, train_run
 
 WORDS = "dog cat kite owl grass sky tree boat lamp red blue old small".split()
 
@@ -107,7 +108,7 @@ def run_on_folder(pairs: Path, out: Path, *, slowly: float = 0.0) -> TrainResult
     """A toy tuned on a folder of pictures, on from where it stopped; ``slowly`` seconds go by after each step."""
 
     class Slow(Reporter):
-        def stepped(self, step: int, loss: float) -> None:
+        def on_step(self, step: int, loss: float) -> None:
             time.sleep(slowly)
 
     config = toy_config(
@@ -121,9 +122,9 @@ TIMES = {"images_per_second", "seconds_per_step", "data_seconds_per_step"}
 
 def log_of(out: Path) -> list[dict[str, Any]]:
     """The lines of the log without what a clock decides."""
-    from ttd_plugins.training.records import Lines
+    from ttd_plugins.training.jsonl_log import JsonlLog
 
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in Lines(out / "log.jsonl").read()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in JsonlLog(out / "log.jsonl").read()]
 
 
 def weights_of(result: TrainResult) -> dict[str, Tensor]:

@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 from ttd_plugins import cli
 from ttd_plugins.app import studio as studio_module
 from ttd_plugins.app.studio import Studio, TuningStoppedError, embedded_backbones, is_embedded
+from ttd_plugins.backbone_sources import load_tuned, source_kind
 from ttd_plugins.cli.app import parse_tuned
 from ttd_plugins.engine import TTD
 from ttd_plugins.errors import BackboneNameError, InputError, TTDError
 from ttd_plugins.plugins import load, temporary_plugin
-from ttd_plugins.training.tuned import load_tuned, tuned_kind
 
 CAPTION = "a dog beside an umbrella"
 FAKE, TINY = "fake:small", "open_clip:tiny"
@@ -60,7 +60,7 @@ def test_a_view_is_what_the_engine_says(fake: FakeFamily, picture: Path) -> None
     assert result.caption == CAPTION and result.tags == maps.tags == view.before.tags
     assert np.array_equal(view.before.caption_map, maps.caption_map)
     assert np.array_equal(view.before.scores, maps.scores) and np.array_equal(view.before.selected, maps.selected)
-    assert np.array_equal(result.picture, np.asarray(Image.open(picture)))
+    assert np.array_equal(result.image, np.asarray(Image.open(picture)))
 
 
 def test_a_backbone_is_loaded_when_asked_for_and_once(fake: FakeFamily, picture: Path) -> None:
@@ -109,7 +109,7 @@ def test_what_cannot_be_shown_is_one_sentence(
 def test_no_picture_and_no_image_are_one_sentence(fake: FakeFamily, tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("no picture")
     studio = Studio([FAKE])
-    for image, sentence in ((None, "no picture yet"), (tmp_path / "text.jpg", "'text.jpg' is not an image")):
+    for image, sentence in ((None, "no image yet"), (tmp_path / "text.jpg", "'text.jpg' is not an image")):
         with pytest.raises(InputError, match=sentence) as caught:
             studio.view(image, CAPTION, [FAKE])
         assert str(tmp_path) not in str(caught.value)
@@ -133,7 +133,7 @@ def test_pictures_as_people_have_them(fake: FakeFamily, tmp_path: Path) -> None:
     turned.save(tmp_path / "turned.jpg", exif=exif)
     Image.new("RGB", (3000, 900)).save(tmp_path / "wide.png")
     shapes = {
-        name: studio.view(tmp_path / name, CAPTION, [FAKE]).picture
+        name: studio.view(tmp_path / name, CAPTION, [FAKE]).image
         for name in ("grey.png", "clear.png", "turned.jpg", "wide.png")
     }
     assert shapes["grey.png"].shape == (20, 30, 3) and shapes["grey.png"][0, 0].tolist() == [156] * 3
@@ -181,7 +181,7 @@ def test_visitors_share_a_model_and_do_not_disturb_each_other(fake: FakeFamily, 
 
 def test_a_result_as_html_shows_every_tag_and_map_and_escapes_texts(fake: FakeFamily, picture: Path) -> None:
     pytest.importorskip("matplotlib")
-    from ttd_plugins.app.page import render_error, render_result
+    from ttd_plugins.app.rendering import render_error, render_result
 
     result = Studio([FAKE]).view(picture, 'dog <img src="x" onerror=alert(1)> umbrella', [FAKE])
     page = render_result(result)
@@ -189,9 +189,28 @@ def test_a_result_as_html_shows_every_tag_and_map_and_escapes_texts(fake: FakeFa
     assert 'src="x"' not in page and "&lt;img" in page
     view = result.views[0].before
     assert view is not None
-    assert page.count("<b>kept</b>") == int(view.selected.sum())
+    assert page.count("<b>selected</b>") == int(view.selected.sum())
     assert f"{float(view.scores[0]):.3f}" in page
     assert "<script" not in render_error("<script>")
+
+
+def test_a_result_has_the_layers_of_the_shared_overlay(fake: FakeFamily, picture: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from ttd_plugins.app.rendering import render_result
+    from ttd_plugins.reports.heat_overlay import heat_layer_uri
+
+    result = Studio([FAKE]).view(picture, CAPTION, [FAKE])
+    view = result.views[0].before
+    assert view is not None
+    page = render_result(result)
+    for heat in (view.caption_map_normalized, view.union, *view.tag_maps_normalized):
+        assert f'src="{heat_layer_uri(heat)}"' in page
+
+
+def test_the_old_name_of_the_image_works_and_warns(fake: FakeFamily, picture: Path) -> None:
+    result = Studio([FAKE]).view(picture, CAPTION, [FAKE])
+    with pytest.warns(FutureWarning, match=r"AppResult.picture is now AppResult.image"):
+        assert result.picture is result.image
 
 
 # Fine-tuning here ----------------------------------------------------------------------------------------------------
@@ -255,11 +274,11 @@ def test_who_waits_for_a_fine_tuning_can_stop_too_and_none_is_started_twice(tiny
             studio.tune(tiny, 2, "two")
         assert studio.stop("two")
         thread.join(10)
-    assert [str(error) for error in failures] == ["stopped before the first step; nothing was changed"]
+    assert [str(error) for error in failures] == ["stopped before the first step; nothing has changed"]
 
 
 def test_only_so_many_tuned_backbones_are_kept(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(studio_module, "MOST_TUNED", 2)
+    monkeypatch.setattr(studio_module, "MAX_TUNED", 2)
     studio = Studio([tiny])
     for visitor in "abc":
         studio.tune(tiny, 1, visitor, batch_size=2)
@@ -297,14 +316,14 @@ def test_every_form_of_a_tuned_backbone_is_loaded(tiny: str, tmp_path: Path) -> 
     for form, kind in (("lora", "lora"), ("weights", "weights"), ("native", "weights")):
         folder = tmp_path / form
         export_backbone(adapter, folder, form=form)  # type: ignore[arg-type]
-        assert tuned_kind(str(folder)) == kind
+        assert source_kind(str(folder)) == kind
         assert_same_maps(load_tuned(tiny, str(folder)), adapter)
     trained = {n: p.detach().contiguous() for n, p in adapter.model.named_parameters() if p.requires_grad}
     demo = tmp_path / "demo"
     (demo / "weights").mkdir(parents=True)
     save_file(trained, demo / "weights" / "after.safetensors")
     (demo / "metrics.json").write_text('{"settings": {"backbone": "open_clip:tiny"}}')
-    assert tuned_kind(str(demo)) == "demo"
+    assert source_kind(str(demo)) == "demo"
     assert_same_maps(load_tuned(tiny, str(demo)), adapter)
     assert_same_maps(load_tuned(tiny, str(demo / "weights" / "after.safetensors")), adapter)
     (demo / "metrics.json").write_text('{"settings": {"backbone": "siglip:tiny"}}')
@@ -312,7 +331,7 @@ def test_every_form_of_a_tuned_backbone_is_loaded(tiny: str, tmp_path: Path) -> 
         load_tuned(tiny, str(demo))
     half = dict(list(trained.items())[: len(trained) // 2])
     save_file(half, tmp_path / "half.safetensors")
-    with pytest.raises(InputError, match=r"lacks .* tensors of LoRA"):
+    with pytest.raises(InputError, match=r"lacks .* LoRA tensors"):
         load_tuned(tiny, str(tmp_path / "half.safetensors"))
     view = Studio([tiny], {tiny: str(tmp_path / "lora")}).view(*Studio.example(0), [tiny]).views[0]
     assert view.after is not None and view.after_title == f"after: {tmp_path / 'lora'}"
@@ -339,7 +358,7 @@ def test_a_run_is_loaded_and_a_run_of_another_backbone_refused(tiny: str, tmp_pa
         }
     )
     result = train_run(config, tmp_path / "run", loader=Pixels())
-    assert tuned_kind(str(tmp_path / "run")) == "run"
+    assert source_kind(str(tmp_path / "run")) == "run"
     assert_same_maps(load_tuned(tiny, str(tmp_path / "run")), result.backbone.eval())
     with pytest.raises(InputError, match="is a run of open_clip:tiny and not of siglip:tiny"):
         load_tuned("siglip:tiny", str(tmp_path / "run"))
@@ -349,7 +368,7 @@ def test_a_run_is_loaded_and_a_run_of_another_backbone_refused(tiny: str, tmp_pa
     ("make", "sentence"),
     [
         (lambda path: None, "does not exist"),
-        (lambda path: path.mkdir(), "holds no tuned backbone"),
+        (lambda path: path.mkdir(), "contains no tuned backbone"),
         (lambda path: path.write_text("x"), r"is a file and not \*\.safetensors"),
     ],
 )
@@ -381,7 +400,7 @@ def refused(*arguments: str) -> str:
 
 def test_a_wrong_command_line_is_one_sentence(fake: FakeFamily, tmp_path: Path) -> None:
     pytest.importorskip("gradio")
-    assert "not of the form NAME=PATH" in refused("--tuned", "open_clip:tiny")
+    assert "is not NAME=PATH" in refused("--tuned", "open_clip:tiny")
     assert "twice" in refused("--tuned", "a:b=x", "--tuned", "a:b=y")
     assert "empty name" in refused("--backbones", "fake:small,,")
     assert "1 to 65535" in refused("--port", "70000")

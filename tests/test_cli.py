@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from ttd_plugins import __version__, cli
-from ttd_plugins.cli import heatmap, maps
+from ttd_plugins.cli import heatmap, image_maps
 from ttd_plugins.errors import InputError, TTDError
 from ttd_plugins.plugins import list_backbones, list_plugins, temporary_plugin
 
@@ -91,7 +91,7 @@ def test_what_is_no_bug_has_no_traceback(
     def raise_it(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(maps, "compute_maps", raise_it)
+    monkeypatch.setattr(image_maps, "compute_maps", raise_it)
     result = ttd("tags", picture, "a dog")
     assert (result.exit_code, result.stderr) == (status, said)
 
@@ -100,7 +100,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, picture: Pat
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(maps, "compute_maps", broken)
+    monkeypatch.setattr(image_maps, "compute_maps", broken)
     assert isinstance(ttd("tags", picture, "a dog").exception, ZeroDivisionError)
 
 
@@ -332,12 +332,12 @@ def test_tags_by_stanza(fake: FakeFamily, picture: Path) -> None:
     ],
 )
 def test_settings_are_read_as_json_where_they_are(settings: list[str] | None, found: dict[str, Any]) -> None:
-    assert maps.parse_settings(settings) == found
+    assert image_maps.parse_settings(settings) == found
 
 
 @pytest.mark.parametrize(("text", "size"), [(None, None), ("224", 224), ("224x320", (224, 320))])
 def test_sizes_are_height_by_width(text: str | None, size: Any) -> None:
-    assert maps.parse_size(text) == size
+    assert image_maps.parse_size(text) == size
 
 
 # The embedded backbone -----------------------------------------------------------------------------------------------

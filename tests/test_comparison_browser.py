@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers_browser import BROWSER, NEEDS_BROWSER, SWITCHES
 from helpers_comparison import NAMES, make_backbone, make_comparison, make_picture
+from PIL import Image
+from test_one_backbone_report import make_result
 
 from ttd_plugins.reports.comparison_html import write_comparison_report
+from ttd_plugins.reports.heat_overlay import overlay
 
 pytest.importorskip("matplotlib")
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
@@ -26,7 +31,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     path = tmp_path_factory.mktemp("report") / "report.html"
     names = (*NAMES[:3], LONG)
     hole = make_backbone(LONG)
-    hole.figures["before"][0]["caption_iou"] = None
+    hole.metrics["before"][0]["caption_iou"] = None
     hole.warnings.append("x" * 300)
     comparison = make_comparison(names)
     comparison.backbones = [*comparison.backbones[:3], hole]
@@ -94,7 +99,7 @@ def test_headings_sort_by_the_keyboard(page: Any) -> None:
 
 
 def test_the_slider_sets_the_opacity_of_the_maps(page: Any) -> None:
-    slider, heat = page.locator("#opacity"), page.locator("img.heat").first
+    slider, heat = page.locator("#opacity"), page.locator("img.ttd-heat").first
     assert heat.evaluate("e => getComputedStyle(e).opacity") == "0.65"
     slider.focus()
     page.keyboard.press("Home")
@@ -112,48 +117,60 @@ def shown(page: Any, selector: str) -> list[int]:
 
 def test_backbones_are_chosen(page: Any) -> None:
     page.locator(".chooser summary").click()
-    assert shown(page, "#picture-1 .card") == [0, 1, 2, 3]
+    assert shown(page, "#image-1 .card") == [0, 1, 2, 3]
     page.locator("input.backbone").nth(1).uncheck()
-    assert shown(page, "#picture-1 .card") == shown(page, "#picture-2 .card") == [0, 2, 3]
+    assert shown(page, "#image-1 .card") == shown(page, "#image-2 .card") == [0, 2, 3]
     assert page.locator("#shown").inner_text() == "3 of 4"
     page.locator("input.backbone").nth(1).focus()
     page.keyboard.press("Space")
-    assert shown(page, "#picture-1 .card") == [0, 1, 2, 3]
+    assert shown(page, "#image-1 .card") == [0, 1, 2, 3]
     page.locator(".chooser summary").click()
 
 
 def test_maps_are_chosen_by_the_keyboard_with_their_truth(page: Any) -> None:
-    frame = page.locator("#picture-1 .frame.map").first
+    frame = page.locator("#image-1 .ttd-map").first
 
     def outline() -> str:
         return frame.evaluate("e => getComputedStyle(e, '::after').backgroundImage")
 
     whole = outline()
     assert whole.startswith('url("data:image/png')
-    page.locator("#picture-1 .maps input:checked").focus()
+    page.locator("#image-1 .maps input:checked").focus()
     page.keyboard.press("ArrowRight")
-    visible = page.locator("#picture-1 img.heat:visible")
+    visible = page.locator("#image-1 img.ttd-heat:visible")
     assert set(visible.evaluate_all("all => all.map((e) => e.dataset.map)")) == {"0"}
     # Before and after of four backbones.
     assert visible.count() == 8
     assert outline() not in (whole, "none")
-    assert page.locator("#picture-1 tr[aria-current] th").first.inner_text() == "dog"
+    assert page.locator("#image-1 tr[aria-current] th").first.inner_text() == "dog"
     page.keyboard.press("ArrowRight")
     # There is no lion.
     assert outline() == "none"
     # The other picture is left as it was.
-    assert page.locator('#picture-2 img.heat[data-map="caption"]:visible').count() == 8
-    page.locator("#picture-1 .maps input").first.check(force=True)
+    assert page.locator('#image-2 img.ttd-heat[data-map="caption"]:visible').count() == 8
+    page.locator("#image-1 .maps input").first.check(force=True)
     assert outline() == whole
 
 
+def test_the_union_of_the_selected_tags_is_shown_with_the_true_region_of_the_caption(page: Any) -> None:
+    frame = page.locator("#image-1 .ttd-map").first
+    outline = "e => getComputedStyle(e, '::after').backgroundImage"
+    whole = frame.evaluate(outline)
+    page.locator('#image-1 .maps input[value="union"]').check(force=True)
+    visible = page.locator("#image-1 img.ttd-heat:visible")
+    assert set(visible.evaluate_all("all => all.map((e) => e.dataset.map)")) == {"union"}
+    assert frame.evaluate(outline) == whole
+    assert "selected" in page.locator("#image-1 figure.after figcaption").first.inner_text()
+    page.locator("#image-1 .maps input").first.check(force=True)
+
+
 def test_the_control_and_the_true_region_can_be_switched(page: Any) -> None:
-    assert page.locator("#picture-1 figure.control:visible").count() == 0
+    assert page.locator("#image-1 figure.control:visible").count() == 0
     page.locator("#control").check()
-    assert page.locator("#picture-1 figure.control:visible").count() == 4
-    assert page.locator("#picture-1 .scores td.control:visible").count() == 16
+    assert page.locator("#image-1 figure.control:visible").count() == 4
+    assert page.locator("#image-1 .scores td.control:visible").count() == 16
     page.locator("#control").uncheck()
-    frame = page.locator("#picture-1 .frame.map").first
+    frame = page.locator("#image-1 .ttd-map").first
     page.locator("#outline").uncheck()
     assert frame.evaluate("e => getComputedStyle(e, '::after').backgroundImage") == "none"
     page.locator("#outline").check()
@@ -164,7 +181,8 @@ def test_one_curve_is_shown_at_a_time(page: Any) -> None:
     page.locator("#curve").select_option(label="Tag loss")
     assert shown(page, ".part") == [2]
     # The control has no tag loss.
-    assert page.locator(".part:visible polyline.control").count() == 0
+    assert page.locator(".part:visible .chart-mean.after").count() == 4
+    assert page.locator(".part:visible .chart-mean.control").count() == 0
     page.locator("#curve").select_option(index=0)
 
 
@@ -178,18 +196,18 @@ WIDE = """() => {
 }"""
 
 
-@pytest.mark.parametrize("width", [375, 768, 1280])
+@pytest.mark.parametrize("width", [375, 390, 768, 1280])
 def test_nothing_is_wider_than_the_window(page: Any, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 812})
     page.locator("#control").check()
     page.locator(".chooser").evaluate("e => { e.open = true; }")
     assert page.evaluate(WIDE) == []
     assert page.evaluate("document.documentElement.scrollWidth") == width
-    assert page.locator("svg.trade:visible").count() == 1
-    # Letters of the plot stay of a size that can be read.
-    scale = page.locator("svg.trade:visible").evaluate("e => e.getBoundingClientRect().width / e.viewBox.baseVal.width")
+    assert page.locator(".plot svg:visible").count() == 1
+    # Letters of the chart stay of a size that can be read.
+    scale = page.locator(".plot svg:visible").evaluate("e => e.getBoundingClientRect().width / e.viewBox.baseVal.width")
     assert scale > 0.85
-    if width == 375:
+    if width < 400:
         assert page.locator(".scroll").first.evaluate("e => e.scrollWidth > e.clientWidth")
     page.locator(".chooser").evaluate("e => { e.open = false; }")
     page.locator("#control").uncheck()
@@ -242,7 +260,7 @@ def test_labels_of_the_plot_do_not_overlap(page: Any) -> None:
     for width in (375, 1280):
         page.set_viewport_size({"width": width, "height": 812})
         boxes = page.eval_on_selector_all(
-            "svg.trade text.label",
+            ".plot .chart-label text",
             "all => all.filter((e) => e.checkVisibility()).map((e) => e.getBoundingClientRect().toJSON())",
         )
         assert len(boxes) == 4
@@ -261,10 +279,10 @@ def test_every_control_is_reached_by_tab_in_the_order_of_the_page(page: Any) -> 
         met.append(page.evaluate("document.activeElement.id || document.activeElement.className"))
     order = [met.index(name) for name in ("scroll", "curve", "opacity", "outline", "control")]
     assert order == sorted(order)
-    page.locator("#picture-1 .maps input").first.focus()
+    page.locator("#image-1 .maps input").first.focus()
     page.keyboard.press("Tab")
     # The maps of a picture are one stop, and arrows choose among them.
-    assert page.evaluate("document.activeElement.name") == "picture-2-map"
+    assert page.evaluate("document.activeElement.name") == "image-2-map"
 
 
 def test_printing_drops_the_controls_and_keeps_the_table(page: Any) -> None:
@@ -272,12 +290,13 @@ def test_printing_drops_the_controls_and_keeps_the_table(page: Any) -> None:
     assert not page.locator(".controls").is_visible()
     assert not page.locator("nav").is_visible()
     assert page.locator(".scroll").first.evaluate("e => getComputedStyle(e).overflowX") == "visible"
-    assert page.locator("#picture-1 img.heat:visible").count() == 8
+    assert page.locator("#image-1 img.ttd-heat:visible").count() == 8
 
 
 def test_all_pictures_are_drawn(page: Any) -> None:
     broken = page.evaluate("[...document.images].filter((e) => e.complete && !e.naturalWidth).length")
-    assert page.evaluate("document.images.length") == 2 * 4 * 3 * 5
+    # The caption, the union and four tags; there is no union where no tag is selected.
+    assert 2 * 4 * 3 * 5 < page.evaluate("document.images.length") <= 2 * 4 * 3 * 6
     assert broken == 0
 
 
@@ -290,5 +309,96 @@ def test_without_its_script_the_page_still_reads(page: Any, tmp_path: Path) -> N
     assert bare.locator(".part").last.is_visible()
     assert not bare.locator("#opacity").is_visible()
     assert bare.locator("figure.control").first.is_visible()
-    assert bare.locator("img.heat:visible").count() == 2 * 3
+    assert bare.locator("img.ttd-heat:visible").count() == 2 * 3
     context.close()
+
+
+# One backbone, as `ttd demo` shows it
+
+
+@pytest.fixture(scope="module")
+def one(page: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The page of one backbone, in a tab of its own; what goes wrong is kept in ``one.told``."""
+    path = tmp_path_factory.mktemp("one") / "report.html"
+    write_comparison_report(path, make_result())
+    opened = page.context.browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
+    opened.told = []
+    opened.on("console", lambda message: opened.told.append(message.text))
+    opened.on("pageerror", lambda error: opened.told.append(str(error)))
+    opened.goto(path.as_uri())
+    yield opened
+    assert opened.told == []
+    opened.close()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_of_one_backbone_fits_and_draws_everything(one: Any, width: int) -> None:
+    one.set_viewport_size({"width": width, "height": 900})
+    assert one.evaluate(WIDE) == []
+    assert one.evaluate("document.documentElement.scrollWidth") == width
+    assert one.evaluate("[...document.images].filter((e) => e.complete && !e.naturalWidth).length") == 0
+    flat = "all => all.filter((e) => e.checkVisibility() && e.getBoundingClientRect().height < 5).length"
+    assert one.eval_on_selector_all(".ttd-frame, svg, .tiles li", flat) == 0
+    assert one.locator(".tiles li").count() == 4
+    # Before, control and after of three images; six curves and the bias are seen without a choice.
+    assert one.locator("img.ttd-heat:visible").count() == 9
+    assert one.locator("#training svg:visible").count() == 6 and one.locator("#bias svg:visible").count() == 1
+    for selector, least in (("#bias svg", 0.85), ("#training svg", 0.8)):
+        box = "e => e.getBoundingClientRect().width / e.viewBox.baseVal.width"
+        assert one.locator(selector).first.evaluate(box) > least
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_of_the_page_of_one_backbone_has_contrast(one: Any, scheme: str) -> None:
+    one.emulate_media(color_scheme=scheme)
+    found = one.evaluate(CONTRAST)
+    assert found["looked"] > 150 and found["found"] == []
+    bar = one.locator("#bias .chart-bar.after path").first.evaluate("e => getComputedStyle(e).fill")
+    assert bar == {"light": "rgb(184, 67, 13)", "dark": "rgb(255, 151, 87)"}[scheme]
+    one.emulate_media(color_scheme="light")
+
+
+def test_the_page_of_one_backbone_answers_its_controls(one: Any) -> None:
+    slider = one.locator("#opacity")
+    slider.fill("30")
+    assert one.locator("img.ttd-heat").first.evaluate("e => getComputedStyle(e).opacity") == "0.3"
+    assert one.locator("#opacity-value").inner_text() == "30 %"
+    slider.fill("65")
+    one.locator("#control").uncheck()
+    assert one.locator("img.ttd-heat:visible").count() == 6
+    one.locator("#control").check()
+
+
+def test_on_paper_colours_are_light_and_nothing_is_blank(one: Any) -> None:
+    one.emulate_media(media="print", color_scheme="dark")
+    assert one.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert one.locator("h1").evaluate("e => getComputedStyle(e).color") == "rgb(31, 29, 26)"
+    for selector in (".ttd-frame", ".chip", ".swatch", ".ramp", "#bias svg"):
+        exact = one.locator(selector).first.evaluate("e => getComputedStyle(e).printColorAdjust")
+        assert exact == "exact", selector
+    for selector in ("article", ".panel", ".scroll", ".card"):
+        kept = one.locator(selector).first.evaluate("e => getComputedStyle(e).breakInside")
+        assert kept == "avoid", selector
+    arrows = one.eval_on_selector_all(".chart-arrow", "all => all.filter((e) => e.checkVisibility()).length")
+    assert arrows >= 1
+    one.emulate_media(media="screen", color_scheme="light")
+
+
+def test_a_heat_map_looks_the_same_in_the_page_and_in_a_file(one: Any) -> None:
+    """Pixels of the browser's stack of grey image and layer against the blend that PNGs have."""
+    comparison = make_result()
+    image = comparison.gallery[0]
+    view = image.views["open_clip:tiny"]["before"]
+    one.locator("#outline").uncheck()
+    frame = one.locator("#image-1 .ttd-map").first
+    frame.evaluate("e => { e.style.width = '256px'; e.style.borderRadius = 0; }")
+    with Image.open(io.BytesIO(frame.screenshot())) as shot:
+        drawn = np.asarray(shot.convert("RGB").resize((256, 256))).astype(int)
+    large = np.asarray(Image.fromarray(image.image).resize((256, 256), Image.Resampling.BILINEAR))
+    expected = overlay(large, view.caption).astype(int)
+    difference = np.abs(drawn - expected)[4:-4, 4:-4]
+    assert difference.mean() < 4 and np.quantile(difference, 0.99) < 16
+    # As a check of the check: another map of the same image is far from it.
+    other = overlay(large, image.views["open_clip:tiny"]["after"].caption).astype(int)
+    assert np.abs(drawn - other).mean() > 20
+    one.locator("#outline").check()

@@ -7,39 +7,28 @@ import io
 import re
 import sys
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers_comparison import FIGURES, HOSTILE, NAMES, make_backbone, make_comparison, make_picture
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from helpers_pages import Page, assert_self_contained
 from PIL import Image
-from test_reports import Page, assert_self_contained, contrast
 
-from ttd_plugins.comparison.results import BackboneResult, Comparison, Figure
+from ttd_plugins.comparison import results
+from ttd_plugins.comparison.results import BackboneResult, Comparison, Metric
 from ttd_plugins.errors import InputError, MissingDependencyError
-from ttd_plugins.reports import comparison_html
-from ttd_plugins.reports.comparison_charts import (
-    Box,
-    curve_keys,
-    mean_line,
-    place_labels,
-    shortened,
-    trade_off_chart,
-)
 from ttd_plugins.reports.comparison_findings import change, describe_comparison
 from ttd_plugins.reports.comparison_html import write_comparison_report
 from ttd_plugins.reports.comparison_plots import draw_comparison_plots
-from ttd_plugins.reports.heatmaps import colour_table
+from ttd_plugins.reports.heat_overlay import colour_table, heat_levels
 
 pytest.importorskip("matplotlib")
 
 IOU = FIGURES[0]
 FPR = FIGURES[1]
-RAISES, FREE = "TTD raises Caption IoU on", "at no sure cost in retrieval R@1"
+RAISES, FREE = "TTD raises Caption IoU on", "at no clear cost in retrieval R@1"
 
 
 def write(tmp_path: Path, comparison: Comparison) -> str:
@@ -54,7 +43,7 @@ def write(tmp_path: Path, comparison: Comparison) -> str:
 def backbone(before: float, control: list[float], after: list[float], key: str = "caption_iou") -> BackboneResult:
     return BackboneResult(
         "b",
-        figures={
+        metrics={
             "before": [{key: before}],
             "control": [{key: value} for value in control],
             "after": [{key: value} for value in after],
@@ -77,7 +66,7 @@ def backbone(before: float, control: list[float], after: list[float], key: str =
     ],
 )
 def test_a_change_is_taken_seed_by_seed_and_judged_by_its_spread(
-    control: list[float], after: list[float], figure: Figure, mean: float, spread: float | None, verdict: str
+    control: list[float], after: list[float], figure: Metric, mean: float, spread: float | None, verdict: str
 ) -> None:
     found = change(backbone(0.1, control, after, figure.key), figure)
     assert found is not None
@@ -88,7 +77,7 @@ def test_a_change_is_taken_seed_by_seed_and_judged_by_its_spread(
 
 def test_without_a_control_the_change_is_to_before() -> None:
     one = backbone(0.5, [], [0.6, 0.8])
-    found = change(replace(one, figures={arm: rows for arm, rows in one.figures.items() if rows}), IOU)
+    found = change(replace(one, metrics={arm: rows for arm, rows in one.metrics.items() if rows}), IOU)
     assert found is not None
     assert (found.mean, found.baseline) == (pytest.approx(0.2), "before")
     assert found.spread == pytest.approx(0.2 / 2**0.5)
@@ -97,7 +86,7 @@ def test_without_a_control_the_change_is_to_before() -> None:
 @pytest.mark.parametrize("hole", [None, float("nan")])
 def test_a_figure_that_is_not_defined_for_a_seed_has_no_change(hole: float | None) -> None:
     one = backbone(0.5, [0.5, 0.5], [0.6, 0.6])
-    one.figures["after"][1]["caption_iou"] = hole
+    one.metrics["after"][1]["caption_iou"] = hole
     assert change(one, IOU) is None
 
 
@@ -114,12 +103,13 @@ def headline(*gains: float, retrieval: float = -0.012) -> str:
     ("gains", "retrieval", "words"),
     [
         ((0.05, 0.09, 0.0), -0.012, f"{RAISES} 2 of 3 backbones, most on siglip:tiny, at a cost in retrieval R@1"),
-        ((0.05, 0.02), 0.0, f"{RAISES} both backbones, most on open_clip:tiny, at no sure cost in retrieval R@1"),
+        ((0.05, 0.02), 0.0, f"{RAISES} both backbones, most on open_clip:tiny, at no clear cost in retrieval R@1"),
         ((0.05, 0.02, 0.03), 0.03, f"{RAISES} all 3 backbones, most on open_clip:tiny, {FREE}"),
         ((0.05,), -0.1, "TTD raises Caption IoU of open_clip:tiny by 0.050, at a cost in retrieval R@1"),
         ((0.001, -0.09), -0.012, "TTD does not help here: Caption IoU worsens on 1 of 2 backbones"),
         ((-0.08, -0.09), -0.012, "TTD does not help here: Caption IoU worsens on both backbones"),
-        ((0.001, 0.0), -0.012, "TTD makes no sure difference to Caption IoU here"),
+        ((-0.08,), -0.012, "TTD does not help here: Caption IoU of open_clip:tiny worsens by 0.080"),
+        ((0.001, 0.0), -0.012, "TTD makes no clear difference to Caption IoU here"),
     ],
 )  # fmt: skip
 def test_the_headline_follows_the_figures(gains: tuple[float, ...], retrieval: float, words: str) -> None:
@@ -141,17 +131,21 @@ def test_the_sentences_name_the_best_the_cost_and_where_it_does_not_help() -> No
 def test_a_gain_smaller_than_the_spread_is_called_so() -> None:
     noisy = make_backbone("noisy", {"caption_iou": 0.03}, noise=0.05)
     told = describe_comparison(make_comparison(("noisy",), 0, backbones=[noisy]))
-    assert told.headline == "TTD makes no sure difference to Caption IoU here"
+    assert told.headline == "TTD makes no clear difference to Caption IoU here"
+    assert told.sentences[0].startswith("Caption IoU changes by +0.030 ± 0.050, which is within the spread over seeds:")
+    told = describe_comparison(make_comparison(("noisy", "n2"), 0, backbones=[noisy, replace(noisy, name="n2")]))
     assert told.sentences[1].startswith("Tag F1: no backbone gains 0.005 over the control and more than its spread")
     assert not any(sentence.startswith("Caption IoU:") for sentence in told.sentences)
-    assert "TTD does not help Caption IoU on noisy (+0.030 ± 0.050, within the spread)." in told.sentences
+    assert told.sentences[0].startswith(
+        "TTD does not help Caption IoU on noisy (+0.030 ± 0.050, within the spread), n2"
+    )
 
 
 def test_what_lies_below_before_is_told_although_it_beats_the_control() -> None:
     one = backbone(0.6, [0.4, 0.4], [0.5, 0.5])
     told = sentences(make_comparison(("b",), 0, backbones=[one]))
     assert (
-        "b beats its control, but its Caption IoU is still worse than before any training, 0.500 against 0.600" in told
+        "b gains over its control, but its Caption IoU is still worse than before training: 0.500 against 0.600" in told
     )
 
 
@@ -160,22 +154,22 @@ def test_what_is_not_known_is_told() -> None:
     assert "One seed was run, so the spread is unknown" in sentences(make_comparison(("one",), 0, backbones=[one]))
     bare = make_backbone("bare", arms=("before", "after"))
     told = sentences(make_comparison(("bare",), 0, backbones=[bare]))
-    assert "over the backbone before" in told
-    assert "Where no control was run, the gain may be that of any further training." in told
+    assert "over the backbone before training" in told
+    assert "Where no control was run, any further training may explain the gain." in told
     hole = make_backbone("hole")
-    hole.figures["after"][0]["caption_iou"] = None
+    hole.metrics["after"][0]["caption_iou"] = None
     told = sentences(make_comparison(("hole", "one"), 0, backbones=[hole, one]))
     assert "Caption IoU is not defined in every arm of hole." in told
     warned = replace(one, warnings=["the maps may be collapsing"])
     told = sentences(make_comparison(("one",), 0, backbones=[warned], failures={"gone": "no such weights"}))
     assert "1 backbone failed and was left out: gone." in told
-    assert "1 warning came with these figures" in told
+    assert "The run raised 1 warning; see the section Warnings." in told
 
 
 def test_without_fine_tuning_the_best_as_loaded_is_named() -> None:
     backbones = [make_backbone(name, arms=("before",), shift=0.1 * n) for n, name in enumerate(NAMES[:2])]
     finding = describe_comparison(make_comparison(NAMES[:2], 0, backbones=backbones))
-    assert finding.headline == "As they were loaded, siglip:tiny has the best Caption IoU: 0.640"
+    assert finding.headline == "As loaded, siglip:tiny has the best Caption IoU: 0.640"
     assert "Nothing was fine-tuned" in finding.sentences[0]
     assert "Caption FPR: open_clip:tiny 0.310 is best, siglip:tiny 0.410 is last." in finding.sentences
 
@@ -188,7 +182,7 @@ def test_the_page_is_well_formed_accessible_and_self_contained(tmp_path: Path) -
     page = Page(text)
     assert_self_contained(page, text)
     assert "default-src 'none'" in text
-    assert all(address.startswith("data:image/") for address in re.findall(r"url\(([^)]*)\)", text))
+    assert all(address.startswith(("data:image/", "#")) for address in re.findall(r"url\(([^)]*)\)", text))
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids))
     referenced = {a[name] for _, a in page.tags for name in ("aria-labelledby", "for") if name in a}
@@ -207,15 +201,16 @@ def test_the_page_shows_everything(tmp_path: Path) -> None:
     page = Page(text)
     assert page.text.index("TTD raises Caption IoU on 3 of 4 backbones") < page.text.index("Mean ± sample")
     for words in (
-        "0.633", "± 0.002", "+0.090 ± 0.002", "better", "worse", "no change", "Caption FPR", "Picture 3 of 3",
-        "Largest gain", "scene-0002", "True tags:", "whole caption", "no such weights", "3.4 M", "64 × 64",
+        "0.633", "± 0.002", "+0.090 ± 0.002", "better", "worse", "no change", "Caption FPR", "Image 3 of 3",
+        "Largest gain", "scene-0002", "True tags:", "union of selected tags", "no such weights", "3.4 M", "64 × 64",
         "results.json", "OpenMoji", "Distillation loss", "0123456789…",
     ):  # fmt: skip
         assert words in page.text, words
     assert len(page.all("article")) == 3
-    heat = [img for img in page.all("img") if img.get("class") == "heat"]
-    # Three pictures, four backbones, three arms, the caption and four tags.
-    assert len(heat) == 3 * 4 * 3 * (1 + 4)
+    heat = [img for img in page.all("img") if img.get("class") == "ttd-heat"]
+    # Three images, four backbones, three arms, the caption, the union and four tags; none where no tag is selected.
+    views = [v for image in make_comparison().gallery for arms in image.views.values() for v in arms.values()]
+    assert len(heat) == sum(5 + any(tag.selected for tag in view.tags) for view in views) > 3 * 4 * 3 * 5
     rows = re.findall(r'<tr class="(?:before|control|after)', text)
     assert len(rows) == 12
 
@@ -234,7 +229,7 @@ def test_every_value_of_the_table_can_be_sorted_by(tmp_path: Path) -> None:
     assert rows == expected
 
 
-def test_layers_hold_the_maps_at_the_patch_grid(tmp_path: Path) -> None:
+def test_layers_hold_the_maps_interpolated_before_they_are_coloured(tmp_path: Path) -> None:
     comparison = make_comparison()
     page = Page(write(tmp_path, comparison))
     sources = {img["alt"]: img["src"] for img in page.all("img")}
@@ -242,15 +237,17 @@ def test_layers_hold_the_maps_at_the_patch_grid(tmp_path: Path) -> None:
     wanted = {
         "After TTD: map of the caption by siglip:tiny, IoU 0.550": views["after"].caption,
         f"Control: map of “lion” by siglip:tiny, score {views['control'].tags[1].score:.2f}, "
-        f"{'kept' if views['control'].tags[1].selected else 'dropped'}": views["control"].tags[1].heat,
+        f"{'selected' if views['control'].tags[1].selected else 'rejected'}": views["control"].tags[1].heat,
+        "Before: union of the maps of the selected tags by siglip:tiny": np.max(
+            [tag.heat for tag in views["before"].tags if tag.selected], axis=0
+        ),
     }
     for alt, heat in wanted.items():
         uri = sources[alt]
         assert uri is not None
         drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB"))
-        assert drawn.shape == (8, 8, 3)
-        exact = colour_table()[np.round(heat * 255).astype(int)].astype(int)
-        assert np.abs(drawn - exact).max() <= 12
+        assert drawn.shape == (56, 56, 3)
+        assert np.abs(drawn - colour_table()[heat_levels(heat, 56, 56)].astype(int)).max() <= 12
 
 
 def test_tags_are_marked_where_they_start_and_selections_judged(tmp_path: Path) -> None:
@@ -259,11 +256,13 @@ def test_tags_are_marked_where_they_start_and_selections_judged(tmp_path: Path) 
     text = write(tmp_path, make_comparison(("b",), 0, backbones=[make_backbone("b")], gallery=[picture]))
     caption = re.search(r'<p class="caption">(.*?)</p>', text)
     assert caption is not None
-    assert caption[1] == ('“A &lt;<mark class="true">dog</mark>&gt; &amp; <mark class="filler">a dog</mark>”')
+    assert caption[1] == ('“A &lt;<mark class="true">dog</mark>&gt; &amp; <mark class="other">a dog</mark>”')
     for tag in picture.views["b"]["after"].tags:
-        verdict = ("kept" if tag.selected else "dropped") + ("" if tag.selected == (tag.text == "dog") else ", wrongly")
-        assert f"<b>{tag.score:.2f}</b>" in text
-        assert verdict in Page(text).text
+        verdict = "selected" if tag.selected else "rejected"
+        right = tag.selected == (tag.text == "dog")
+        assert (
+            f"{tag.score:.2f} {'✓' if tag.selected else '✗'} {'' if right else 'wrongly '}{verdict}" in Page(text).text
+        )
 
 
 @pytest.mark.parametrize("pictures", [0, 1])
@@ -278,7 +277,7 @@ def test_hostile_strings_are_escaped(tmp_path: Path, pictures: int) -> None:
         names,
         backbones=[one],
         gallery=[picture] * pictures,
-        figures=[Figure(key, HOSTILE, "higher", HOSTILE) for key in ("caption_iou", "retrieval_r1")],
+        metrics=[Metric(key, HOSTILE, "higher", HOSTILE) for key in ("caption_iou", "retrieval_r1")],
         settings={HOSTILE: {HOSTILE: HOSTILE}, "command": f"ttd {HOSTILE}"},
         failures={HOSTILE: HOSTILE},
         attribution=HOSTILE,
@@ -315,7 +314,7 @@ def test_missing_arms_are_no_error(tmp_path: Path, arms: tuple[Any, ...]) -> Non
     [
         {"gallery": []},
         {"backbones": [], "gallery": []},
-        {"figures": [], "gallery": []},
+        {"metrics": [], "gallery": []},
         {"settings": {}, "attribution": "", "gallery": []},
         {"trade_off": ("nothing", "retrieval_r1"), "gallery": []},
         {"gallery": [replace(make_picture(0), views={}, truth={}, why="")]},
@@ -327,7 +326,7 @@ def test_parts_that_are_missing_are_said_to_be_so(tmp_path: Path, changes: dict[
     assert len(page.all("h1")) == 1
 
 
-@pytest.mark.parametrize("changes", [{"backbones": []}, {"figures": []}])
+@pytest.mark.parametrize("changes", [{"backbones": []}, {"metrics": []}])
 def test_plots_without_data_are_left_out(tmp_path: Path, changes: dict[str, Any]) -> None:
     one = make_backbone("one", arms=("before",))
     assert draw_comparison_plots(tmp_path, make_comparison(**({"backbones": [one], "gallery": []} | changes))) == []
@@ -335,13 +334,13 @@ def test_plots_without_data_are_left_out(tmp_path: Path, changes: dict[str, Any]
 
 def test_figures_that_are_none_are_said_to_be_so(tmp_path: Path) -> None:
     one = make_backbone("one")
-    for rows in one.figures.values():
+    for rows in one.metrics.values():
         for row in rows:
             row["caption_iou"] = None
             row["tag_f1"] = float("nan")
     comparison = make_comparison(("one",), 0, backbones=[one])
     page = Page(write(tmp_path, comparison))
-    assert "What TTD does to Caption IoU could not be measured" in page.text
+    assert "The effect of TTD on Caption IoU could not be measured" in page.text
     assert page.text.count("n/a") >= 6
     assert "nan" not in page.text.lower().split()
     assert "trade-off.png" not in [path.name for path in draw_comparison_plots(tmp_path, comparison)]
@@ -378,7 +377,6 @@ def test_without_matplotlib_the_message_says_what_to_install(tmp_path: Path, mon
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     colour_table.cache_clear()
-    comparison_html._palette.cache_clear()
     for call in (
         lambda: draw_comparison_plots(tmp_path, make_comparison()),
         lambda: write_comparison_report(tmp_path / "report.html", make_comparison()),
@@ -386,8 +384,6 @@ def test_without_matplotlib_the_message_says_what_to_install(tmp_path: Path, mon
         with pytest.raises(MissingDependencyError, match=r"pip install 'ttd-plugins\[demo\]'"):
             call()
     assert not list(tmp_path.iterdir())
-    # Without pictures there is nothing that needs a colour map.
-    write_comparison_report(tmp_path / "report.html", make_comparison(gallery=[]))
 
 
 def test_unwritable_paths_are_one_sentence(tmp_path: Path) -> None:
@@ -397,64 +393,13 @@ def test_unwritable_paths_are_one_sentence(tmp_path: Path) -> None:
         draw_comparison_plots(tmp_path / "missing", make_comparison(pictures=0))
 
 
-def test_colours_have_contrast_in_light_and_dark() -> None:
-    files = resources.files("ttd_plugins.reports")
-    sheets = [files.joinpath(name).read_text(encoding="utf-8") for name in ("base.css", "comparison.css")]
-    themes: list[dict[str, str]] = [{}, {}]
-    for sheet in sheets:
-        for theme, block in zip(themes, re.findall(r":root \{(.*?)\}", sheet, re.S), strict=True):
-            theme.update(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
-    assert themes[0].keys() == themes[1].keys()
-    for theme in themes:
-        for number in range(8):
-            # Labels of the plot, and the number on a chip.
-            assert contrast(theme[f"c{number}"], theme["card"]) >= 4.5, number
-
-
-# Charts
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.floats(20, 730), st.floats(40, 380)), min_size=1, max_size=8))
-def test_labels_keep_within_the_plot_and_off_each_other(points: list[tuple[float, float]]) -> None:
-    area = Box(10, 30, 740, 360)
-    boxes = place_labels(points, [100.0] * len(points), 16, area, [Box(x - 7, y - 7, 14, 14) for x, y in points])
-    for n, box in enumerate(boxes):
-        assert area.left <= box.left and box.left + box.width <= area.left + area.width + 1e-6
-        assert area.top <= box.top and box.top + box.height <= area.top + area.height + 1e-6
-        assert all(box.overlap(other) == 0 for other in boxes[:n])
-
-
-def test_eight_backbones_at_one_point_have_labels_apart() -> None:
-    boxes = place_labels([(300.0, 200.0)] * 8, [150.0] * 8, 16, Box(50, 34, 690, 360), [])
-    assert all(one.overlap(two) == 0 for n, one in enumerate(boxes) for two in boxes[:n])
-
-
-def test_the_trade_off_has_arrows_to_after_and_a_dot_a_seed() -> None:
-    chart = trade_off_chart(make_comparison(), 760, 440, names=True)
-    assert len(re.findall('class="dot', chart)) == 4 * 2 * 3
-    assert len(re.findall('class="mark', chart)) == 4 * 3
-    assert len(re.findall('class="label', chart)) == 4
-    # The arrow of the backbone that hardly moves is left out only where marks touch.
-    assert 6 <= len(re.findall('class="head', chart)) <= 8
-    assert "open_clip:tiny: before 0.540 at 0.220, control 0.543 at 0.223, after ttd 0.633 at 0.211" in chart
-
-
-def test_curves_are_averaged_over_seeds_where_all_have_the_step() -> None:
-    assert mean_line([[(1, 2.0), (2, 4.0)], [(1, 4.0), (2, 0.0), (3, 9.0)]]) == [(1, 3.0), (2, 2.0)]
-    assert curve_keys(make_comparison()) == ["loss", "contrastive", "tag", "distill"]
-
-
-def test_long_names_keep_both_ends() -> None:
-    assert shortened("open_clip:ViT-B-16@laion2b_s34b_b88k", 20) == "open_clip…_s34b_b88k"
-    assert shortened("short") == "short"
-
-
-def test_plots_are_pictures_of_some_size(tmp_path: Path) -> None:
-    paths = draw_comparison_plots(tmp_path, make_comparison(pictures=0))
-    assert [path.name for path in paths] == ["trade-off.png", "gains.png", "curves.png"]
-    for path in paths:
-        with Image.open(path) as picture:
-            assert min(picture.size) > 300
-            # Something is drawn on the white.
-            assert len(picture.convert("RGB").getcolors(10**6) or []) > 20
+def test_the_old_names_of_metrics_work_and_warn() -> None:
+    comparison = make_comparison()
+    with pytest.warns(FutureWarning, match="Comparison.figures is now Comparison.metrics"):
+        assert comparison.figures is comparison.metrics
+    with pytest.warns(FutureWarning, match="BackboneResult.figures is now BackboneResult.metrics"):
+        assert comparison.backbones[0].figures is comparison.backbones[0].metrics
+    with pytest.warns(FutureWarning, match="Figure is now Metric"):
+        assert results.Figure is Metric
+    with pytest.warns(FutureWarning, match="Picture is now GalleryImage"):
+        assert results.Picture is results.GalleryImage

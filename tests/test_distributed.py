@@ -18,7 +18,7 @@ from helpers_training import MemoryPairs, free_port, join, log_of, run_toy, toy_
 from toy_backbone import toy, toy_images
 
 from ttd_plugins.engine import TTD, TTDOutput
-from ttd_plugins.training.run import TrainingStoppedError
+from ttd_plugins.training.stop_signals import TrainingStoppedError
 from ttd_plugins.utils import distributed
 
 CAPTIONS = ["a dog on grass", "red kite and blue sky", "the", "one owl", "", "cat boat lamp", "dog"]

@@ -175,7 +175,7 @@ def test_backbones_are_compared_and_ranked(
     out = capsys.readouterr().out
     assert all(name in out for name in names) and f"{rows[0][1]:+z.3f}" in out and "report.html" in out
     # Taken up, and not run again.
-    monkeypatch.setattr("ttd_plugins.comparison.data.SceneData.tune", None)
+    monkeypatch.setattr("ttd_plugins.comparison.scene_data.SceneData.tune", None)
     again = comparing.main([*names, "--out", str(tmp_path), *few])
     assert comparing.ranking(again) == rows
 

@@ -577,7 +577,7 @@ def test_the_card_says_what_is_known_and_nothing_else(tmp_path: Path) -> None:
 def test_a_run_is_exported_by_its_folder_and_step(text: str, tmp_path: Path) -> None:
     from ttd_plugins.training.checkpoints import Checkpoint, restore_backbone, write_checkpoint
     from ttd_plugins.training.config import TrainConfig
-    from ttd_plugins.training.towers import build_backbone
+    from ttd_plugins.training.trainable_parameters import build_backbone
 
     run = tmp_path / "run"
     values = {

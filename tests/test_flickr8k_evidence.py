@@ -78,7 +78,7 @@ def test_the_evidence_runs_end_to_end_and_goes_on_where_it_was_stopped(
     assert content["validation"] == content["figures"]
     assert {arm: content["figures"][arm] for arm in half} == half
     for figures in content["figures"].values():
-        assert set(figures) == set(evidence.FIGURES.values()) and all(0 <= value <= 1 for value in figures.values())
+        assert set(figures) == set(evidence.METRICS.values()) and all(0 <= value <= 1 for value in figures.values())
         assert figures["text.caption_iou"] + figures["text.mfpr"] + figures["text.mfnr"] == pytest.approx(1)
     assert content["figures"]["control"] != content["figures"]["after"] != content["figures"][evidence.FITTED]
     # Colours are learnt from pairs, and retrieval of four of them by chance is a quarter.

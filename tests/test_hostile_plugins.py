@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from ttd_plugins import cli, plugins
+from ttd_plugins import cli
 
 HEAD = """
 import sys
@@ -205,7 +205,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
             write_distribution(folder, name, code)
         monkeypatch.syspath_prepend(str(folder))
         monkeypatch.setenv("TTD_LOAD_PLUGINS", ",".join(["healthy", *codes]))
-        monkeypatch.setattr(plugins, "_loaded", None)
+        monkeypatch.setattr("ttd_plugins.plugins.discovery._loaded", None)
         return folder
 
     yield use

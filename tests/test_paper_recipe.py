@@ -248,4 +248,4 @@ def test_train_yaml_says_of_every_choice_whose_it_is() -> None:
     for unpublished in ("quantile", "rank", "alpha", "rule", "threshold", "distance", "contrastive_weight"):
         (line,) = (line for line in lines if line.strip().startswith(f"{unpublished}:"))
         assert "# ours" in line or "#   ours" in line, line
-    assert "optimizer:                           # all of it ours" in lines
+    assert "optimizer:                           # all ours" in lines

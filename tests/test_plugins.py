@@ -70,7 +70,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
 
     def use(*entries: Entry) -> None:
         monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: list(entries))
-        monkeypatch.setattr(plugins, "_loaded", None)
+        monkeypatch.setattr("ttd_plugins.plugins.discovery._loaded", None)
 
     monkeypatch.delenv("TTD_LOAD_PLUGINS", raising=False)
     use()
@@ -276,9 +276,9 @@ def test_another_version_of_the_contract_isolates_the_family(install: Install, v
     install(Entry("both", FakePlugin(FakeFamily(), other)))
     found = quiet_listing()["both"]
     assert found.families == ("fake",)
-    assert f"speaks version {version}" in (found.error or "")
+    assert f"implements version {version}" in (found.error or "")
     assert "other" not in families()
-    with pytest.raises(PluginError, match=rf"plugin 'both' .*speaks version {API_VERSION}; install"):
+    with pytest.raises(PluginError, match=rf"plugin 'both' .*supports version {API_VERSION}; install"):
         load("other:small")
 
 
@@ -398,7 +398,7 @@ def distribution(tmp_path: Path) -> Path:
 def test_real_distributions_are_found(distribution: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(distribution))
     monkeypatch.delenv("TTD_LOAD_PLUGINS", raising=False)
-    monkeypatch.setattr(plugins, "_loaded", None)
+    monkeypatch.setattr("ttd_plugins.plugins.discovery._loaded", None)
     found = quiet_listing()
     assert (found["stranger"].distribution, found["stranger"].version) == ("stranger-ttd", "3.4")
     assert found["stranger"].families == ("fake",)
@@ -587,7 +587,7 @@ def test_what_a_family_raises_becomes_one_sentence_that_names_its_plugin(
         load("fake:small")
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     monkeypatch.setattr(fake, "load", lambda model, weights: FakeModel())
-    with pytest.raises(PluginError, match="returned a FakeModel where a DenseAdapter is due"):
+    with pytest.raises(PluginError, match="returned a FakeModel, not a DenseAdapter"):
         load("fake:small")
     monkeypatch.setattr(fake, "default_weights", broken)
     with pytest.raises(PluginError, match="plugin 'fake_plugin' failed to list the models"):
@@ -637,7 +637,7 @@ def test_an_object_that_nobody_takes_is_named_with_the_families(fake: FakeFamily
 
 
 @pytest.mark.parametrize(
-    ("thing", "said"), [("fake:small", "give the name 'fake:small' to load()"), (FakeAdapter(FakeModel()), "already")]
+    ("thing", "said"), [("fake:small", "pass the name 'fake:small' to load()"), (FakeAdapter(FakeModel()), "already")]
 )
 def test_wrap_tells_what_it_takes(thing: Any, said: str) -> None:
     with pytest.raises(UnsupportedModelError) as caught:

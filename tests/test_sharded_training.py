@@ -24,7 +24,8 @@ from toy_backbone import toy
 from ttd_plugins.errors import InputError
 from ttd_plugins.training import sharding
 from ttd_plugins.training.checkpoints import checkpoint_folder, checkpoint_steps, read_checkpoint, restore_backbone
-from ttd_plugins.training.run import TrainingStoppedError, _accelerator
+from ttd_plugins.training.processes import start_accelerate
+from ttd_plugins.training.stop_signals import TrainingStoppedError
 from ttd_plugins.utils import distributed
 
 CASES: dict[str, dict[str, dict[str, Any]]] = {
@@ -56,7 +57,7 @@ def case_config(case: str, processes: int, **run: Any) -> Any:
 def gaze(ttd: Any, step: int) -> Mapping[str, float]:
     """What an evaluation finds, which needs the weights whole."""
     weights = list(ttd.backbone.model.parameters())
-    assert not any(sharding.is_shared_out(weight) for weight in weights)
+    assert not any(sharding.is_sharded(weight) for weight in weights)
     return {"sum": float(sum(weight.double().abs().sum() for weight in weights))}
 
 
@@ -172,7 +173,7 @@ def test_what_of_fsdp_is_not_carried_out_is_told(
     for name, value in ({"ACCELERATE_USE_FSDP": "true"} | given).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=said):
-        _accelerator(toy_config(run=run), tmp_path)
+        start_accelerate(toy_config(run=run), tmp_path)
     assert "\n" not in said
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,10 @@ from ttd_plugins import cli
 from ttd_plugins.adapter import Calibration
 from ttd_plugins.cli.train import FLAGS
 from ttd_plugins.errors import InputError
-from ttd_plugins.training.config import TrainConfig, first_difference, replaced
+from ttd_plugins.options import TTDOptions
+from ttd_plugins.training.config import TrainConfig
+from ttd_plugins.utils.configuration import field_information
+from ttd_plugins.utils.settings import flatten
 
 
 def write(folder: Path, text: str) -> Path:
@@ -72,22 +77,22 @@ def test_flags_win_over_the_file_and_leave_the_rest(tmp_path: Path) -> None:
         ("optimizer: {steps: 1.5}", "optimizer.steps must be a whole number or null, not 1.5"),
         ("optimizer: {steps: many}", "optimizer.steps must be a whole number or null, not the text 'many'"),
         ("optimizer: {steps: true}", "optimizer.steps must be a whole number or null, not true"),
-        ("optimizer: {betas: [0.9]}", "optimizer.betas must be a list of 2, each of it a number, not [0.9]"),
+        ("optimizer: {betas: [0.9]}", "optimizer.betas must be a list of 2, each item a number, not [0.9]"),
         ("optimizer: {betas: [0.9, 1]}", "optimizer.betas must be at least 0 and below 1"),
-        ("optimizer: 3", "optimizer must hold keys and values, not 3"),
+        ("optimizer: 3", "optimizer must be keys and values, not 3"),
         ("towers: {image: half}", "unknown value of towers.image 'half'; known: frozen, full, lora"),
         ("towers: {image: frozen, text: frozen}", "nothing is trained"),
         ("towers: {rank: 0}", "towers.rank must be 1 or more, not 0"),
         ("towers: {dropout: 1}", "towers.dropout must be at least 0 and below 1"),
-        ("optimizer: {learning_rate: .nan}", "optimizer.learning_rate must be 0 or more, not nan"),
+        ("optimizer: {learning_rate: .nan}", "optimizer.learning_rate must be a finite number, 0 or more, not nan"),
         ("ttd: {rule: top}", "unknown value of ttd.rule 'top'"),
-        ("ttd: {template: photo}", "ttd: the template 'photo' must hold {} once"),
+        ("ttd: {template: photo}", "ttd: the template 'photo' must contain {} once"),
         ("ttd: {calibration: {scale: x}}", "ttd.calibration.scale must be a number, not the text 'x'"),
         ("data: {image_size: [1, 2, 3]}", "data.image_size must be a whole number or a list of 2"),
         ("run: {seed: null}", "run.seed must be a whole number, not null"),
         ("run: {trackers: wandb}", "run.trackers must be a list"),
-        ("- a", "must hold sections of keys"),
-        ("a: [", "is no YAML"),
+        ("- a", "must have sections of keys"),
+        ("a: [", "is not YAML"),
     ],
 )
 def test_a_mistake_is_one_sentence_with_file_and_key(text: str, said: str, tmp_path: Path) -> None:
@@ -127,24 +132,112 @@ def test_whatever_yaml_holds_is_a_configuration_or_one_sentence(values: Any) -> 
         assert TrainConfig.from_dict(config.as_dict()) == config
 
 
-def test_the_first_difference_is_named_but_for_what_does_not_matter() -> None:
-    one = TrainConfig()
-    assert first_difference(one, one) is None
-    assert first_difference(one, replaced(one, "towers", rank=3)) == "towers.rank"
-    assert first_difference(one, replaced(one, "run", keep=9), ignore=("run.keep",)) is None
+def test_every_field_has_a_flag_with_its_default_in_the_help() -> None:
+    """All but calibrations, which are objects."""
+    values = flatten(TrainConfig().as_dict())
+    by_path = {flag.path: flag for flag in FLAGS}
+    assert set(values) - {"ttd.calibration"} == {path for path in by_path if not path.startswith("data.options.")}
+    assert len({flag.name for flag in FLAGS}) == len(FLAGS)
+    text = " ".join(CliRunner().invoke(cli.app, ["train", "--help"], env={"COLUMNS": "200"}).output.split())
+    for path, value in values.items():
+        if path in by_path and value not in (None, {}, []):
+            shown = {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+            shown = ",".join(map(str, shown)) if isinstance(shown, list) else shown
+            assert f"[default: {shown}]" in text, path
+            assert by_path[path].name in text
 
 
-def test_every_flag_sets_an_option_that_there_is() -> None:
-    known = {f"{section}.{key}" for section, keys in TrainConfig().as_dict().items() for key in keys}
-    assert set(FLAGS.values()) <= known
-    assert len(set(FLAGS.values())) == len(FLAGS)
+def test_flags_set_the_values_of_their_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[TrainConfig] = []
+
+    def keep(config: TrainConfig, out: Path, resume: bool) -> None:
+        read.append(config)
+        raise InputError("enough")
+
+    monkeypatch.setattr("ttd_plugins.fine_tuning.fine_tune", keep)
+    arguments = (
+        "--backbone a:b --backbone-option dense=value --data x --data-option delimiter=; --image-column path "
+        "--size 32x48 "
+        "--max-skipped 0.05 --betas 0.8,0.9 --lr 0.5 --logit-scale --no-compile --tracker a --tracker b --precision no "
+        "--tags-option stop_words=[] --text-activation-checkpointing --clip-norm 2 --set run.seed=4"
+    )
+    CliRunner().invoke(cli.app, ["train", "--out", str(tmp_path), *arguments.split()])
+    (config,) = read
+    assert (config.backbone.name, config.backbone.options) == ("a:b", {"dense": "value"})
+    assert config.data.options == {"delimiter": ";", "image_column": "path"}
+    assert (config.data.image_size, config.data.max_skipped) == ((32, 48), 0.05)
+    assert (config.optimizer.betas, config.optimizer.learning_rate) == ((0.8, 0.9), 0.5)
+    assert (config.towers.logit_scale, config.run.compile, config.run.mixed_precision) == (True, False, "no")
+    assert (config.run.trackers, config.run.seed) == (("a", "b"), 4)
+    assert config.ttd.extractor_options == {"stop_words": []}
+    assert config.ttd.text_activation_checkpointing is True
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("ttd.caption_weight", "ttd.distill_weight"),
+        ("ttd.remembered_texts", "ttd.text_cache_size"),
+        ("run.pictures", "run.heatmap_samples"),
+        ("run.picture_every", "run.heatmap_every"),
+        ("evaluation.most", "evaluation.limit"),
+    ],
+)
+def test_old_keys_are_read_and_warn(old: str, new: str, tmp_path: Path) -> None:
+    section, key = old.split(".")
+    with pytest.warns(FutureWarning, match=f"{key} is now"):
+        from_file = TrainConfig.read(write(tmp_path, f"{section}: {{{key}: 3}}"))
+    with pytest.warns(FutureWarning, match=f"{key} is now"):
+        from_change = TrainConfig.read(None, [f"{old}=3"])
+    assert from_file == from_change == TrainConfig.read(None, [f"{new}=3"])
+    with pytest.raises(InputError, match=f"has both {key} and {new.split('.')[1]}"):
+        TrainConfig.read(None, [f"{old}=3", f"{new}=3"])
+
+
+def test_old_options_of_the_engine_are_accepted_and_warn() -> None:
+    with pytest.warns(FutureWarning, match=r"TTDOptions\.caption_weight is now TTDOptions\.distill_weight"):
+        assert TTDOptions(caption_weight=2.0) == TTDOptions(distill_weight=2.0)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"threshold": math.nan}, "threshold must be a finite number, not nan"),
+        ({"threshold": "0.5"}, "threshold must be a number, not the text '0.5'"),
+        ({"tag_weight": -1}, "tag_weight must be 0 or more, not -1"),
+        ({"ema_decay": 2.0}, "ema_decay must be at least 0 and at most 1, not 2.0"),
+        ({"rule": "top"}, "unknown value of rule 'top'"),
+        ({"distance": "bce", "activation": "none"}, "needs maps in"),
+        ({"wieght": 1.0}, "unknown option of TTDOptions 'wieght'"),
+    ],
+)
+def test_a_mistake_in_python_is_one_sentence(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        TTDOptions(**values)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_field_is_documented() -> None:
+    sections = (type(getattr(TrainConfig(), section)) for section in TrainConfig().as_dict())
+    for kind in (TrainConfig, Calibration, *sections):
+        for name, information in field_information(kind).items():
+            assert information.description and information.description.endswith("."), f"{kind.__name__}.{name}"
+
+
+def test_the_schema_knows_every_key_and_refuses_others() -> None:
+    schema = json.loads(CliRunner().invoke(cli.app, ["train", "--schema"]).output)
+    section = schema["$defs"]["OptimizerConfig"]
+    assert set(section["properties"]) == set(TrainConfig().as_dict()["optimizer"])
+    assert section["additionalProperties"] is False
+    assert section["properties"]["learning_rate"]["description"] == "Peak learning rate."
+    assert section["properties"]["batch_size"]["minimum"] == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ([], "say what to train: a YAML file, or --backbone NAME and --data SOURCE"),
-        (["--size", "big"], "--size is SIDE or HEIGHTxWIDTH"),
+        (["--size", "big"], "HEIGHTxWIDTH"),
         (["--set", "run.sead=1"], "did you mean 'run.seed'"),
         (["--image-tower", "frozen", "--text-tower", "frozen"], "nothing is trained"),
         (["--resume"], "say what to train"),

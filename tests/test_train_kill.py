@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from ttd_plugins import cli
 from ttd_plugins.training.checkpoints import checkpoint_steps, read_checkpoint
-from ttd_plugins.training.run import TrainingStoppedError
+from ttd_plugins.training.stop_signals import TrainingStoppedError
 
 PROGRAM = "from ttd_plugins.cli import main; main()"
 
@@ -83,7 +83,7 @@ TOY = """
 import sys
 from pathlib import Path
 from helpers_training import run_on_folder
-from ttd_plugins.training.run import TrainingStoppedError
+from ttd_plugins.training.stop_signals import TrainingStoppedError
 try:
     run_on_folder(Path(sys.argv[1]), Path(sys.argv[2]), slowly=0.1)
 except TrainingStoppedError as stopped:

@@ -24,7 +24,7 @@ from ttd_plugins.evaluation.protocols import TagProtocol, TextProtocol, evaluate
 from ttd_plugins.training import checkpoints
 from ttd_plugins.training.checkpoints import restore_backbone
 from ttd_plugins.training.periodic_evaluation import open_evaluation
-from ttd_plugins.training.run import Reporter
+from ttd_plugins.training.reporting import Reporter
 
 CAPTIONS = {"a": "a man and his dog on green grass", "b": "a dog under the blue sky", "c": "a woman beside a car"}
 SHOWN = {"a": (1, 18, 193), "b": (18, 187), "c": (1, 3)}
@@ -48,7 +48,7 @@ class Watch(Reporter):
         self.stages.append((name, steps))
         return lambda done: None
 
-    def logged(self, figures: Any) -> None:
+    def on_log(self, figures: Any) -> None:
         self.shown.append(dict(figures))
 
 
@@ -127,7 +127,7 @@ def test_what_was_evaluated_is_not_again_after_resuming_and_what_was_not_is(
 def test_a_callback_and_the_labelled_set_share_a_line(labelled: Path, tmp_path: Path) -> None:
     both = toy_config(
         optimizer={"steps": 4}, run={"evaluate_every": 3},
-        evaluation={"data": f"coco_captions:{labelled}", "every": 2, "size": 16, "most": 2},
+        evaluation={"data": f"coco_captions:{labelled}", "every": 2, "size": 16, "limit": 2},
     )  # fmt: skip
     run_toy(tmp_path / "out", both, evaluate=lambda ttd, step: {"own": 1.5 * step})
     found = evaluations(tmp_path / "out")
@@ -144,7 +144,7 @@ def test_a_callback_and_the_labelled_set_share_a_line(labelled: Path, tmp_path: 
         ("coco_captions:{root}/images", "has neither captions.json nor"),
         ("coco_captions:{root}", "the mask '{root}/semantic_masks/b.png' is missing"),
         ("cc3m_tagmask:{root}", "cc3m_tagmask in '{root}' has no folder 'image'"),
-        ("coco_captions", "must say where the labelled set is: coco_captions:FOLDER"),
+        ("coco_captions", "must name a folder, as in coco_captions:FOLDER"),
         ("coco_caption:x", "unknown labelled set of evaluation.data 'coco_caption'; did you mean 'coco_captions'"),
         ("scenes:few", "must be scenes, or scenes:N with a number of scenes N"),
     ],

@@ -15,11 +15,13 @@ from toy_backbone import PATCH, SIDE, ToyAdapter, toy, toy_images
 from ttd_plugins.embedded.scenes import Scene
 from ttd_plugins.engine import TTD, TTDOptions
 from ttd_plugins.errors import InputError, TTDError
-from ttd_plugins.training import loop, scene_tuning
-from ttd_plugins.training.loop import OptimizerOptions, StepReport, learning_rate_factor, train
+from ttd_plugins.training import scene_tuning, strategies
+from ttd_plugins.training.config import OptimizerConfig
+from ttd_plugins.training.loop import StepReport, train_in_memory
 from ttd_plugins.training.scene_tuning import SceneTuning, scene_batches, tune_on_scenes
+from ttd_plugins.training.step import learning_rate_factor
 
-QUICK = OptimizerOptions(learning_rate=0.02, weight_decay=0.0, warm_up=3)
+QUICK = OptimizerConfig(learning_rate=0.02, weight_decay=0.0, warm_up=3)
 
 
 def one_batch() -> tuple[Tensor, list[str]]:
@@ -38,21 +40,21 @@ def repeated(times: int) -> Iterator[tuple[Tensor, list[str]]]:
 @pytest.mark.parametrize("teacher", ["self", "frozen", "ema"])
 @pytest.mark.parametrize("sigmoid", [False, True])
 def test_the_loss_falls(teacher: Any, sigmoid: bool) -> None:
-    reports = train(TTD(toy(sigmoid=sigmoid), teacher=teacher), repeated(40), 40, QUICK)
+    reports = train_in_memory(TTD(toy(sigmoid=sigmoid), teacher=teacher), repeated(40), 40, QUICK)
     assert [report.step for report in reports] == list(range(1, 41))
     assert np.mean([r.loss for r in reports[-5:]]) < 0.9 * np.mean([r.loss for r in reports[:5]])
     assert all(math.isfinite(r.gradient_norm) and r.gradient_norm > 0 for r in reports)
 
 
 def test_tag_and_caption_maps_come_closer_to_their_targets_without_the_contrastive_term() -> None:
-    reports = train(TTD(toy(), teacher="frozen", contrastive_weight=0.0), repeated(40), 40, QUICK)
+    reports = train_in_memory(TTD(toy(), teacher="frozen", contrastive_weight=0.0), repeated(40), 40, QUICK)
     for name in ("tag", "distill"):
         assert reports[-1].losses[name] < reports[0].losses[name]
     assert all(set(report.losses) == {"tag", "distill"} for report in reports)
 
 
 def test_a_report_tells_the_parts_of_the_loss() -> None:
-    reports = train(TTD(toy(), tag_weight=2.0, distill_weight=0.5), repeated(2), 2, QUICK)
+    reports = train_in_memory(TTD(toy(), tag_weight=2.0, distill_weight=0.5), repeated(2), 2, QUICK)
     for report in reports:
         parts = report.losses
         assert report.loss == pytest.approx(2 * parts["tag"] + 0.5 * parts["distill"] + parts["contrastive"], rel=1e-5)
@@ -61,7 +63,7 @@ def test_a_report_tells_the_parts_of_the_loss() -> None:
 
 def test_every_step_is_told_as_it_is_done() -> None:
     seen: list[StepReport] = []
-    reports = train(TTD(toy()), repeated(9), 3, QUICK, on_step=seen.append)
+    reports = train_in_memory(TTD(toy()), repeated(9), 3, QUICK, on_step=seen.append)
     assert seen == reports
     assert len(reports) == 3
 
@@ -69,7 +71,7 @@ def test_every_step_is_told_as_it_is_done() -> None:
 def test_the_engine_trains_in_training_mode_and_ends_in_evaluation_mode() -> None:
     ttd = TTD(toy(dropout=0.1))
     found: list[bool] = []
-    train(ttd, repeated(2), 2, QUICK, on_step=lambda _: found.append(ttd.backbone.model.dropout.training))
+    train_in_memory(ttd, repeated(2), 2, QUICK, on_step=lambda _: found.append(ttd.backbone.model.dropout.training))
     assert found == [True, True]
     assert not any(module.training for module in ttd.modules())
 
@@ -79,7 +81,7 @@ def test_only_what_requires_a_gradient_is_moved() -> None:
     for _, parameter in ttd.backbone.tower_parameters("text"):
         parameter.requires_grad_(False)
     before = {name: p.detach().clone() for name, p in ttd.named_parameters()}
-    train(ttd, repeated(3), 3, QUICK)
+    train_in_memory(ttd, repeated(3), 3, QUICK)
     for name, parameter in ttd.named_parameters():
         assert torch.equal(parameter, before[name]) is not parameter.requires_grad, name
 
@@ -107,21 +109,23 @@ def test_the_schedule_is_above_zero_at_every_step_and_never_above_one(steps: int
 def test_the_optimiser_gets_the_schedule_and_clipped_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
     norms: list[float] = []
-    decays: list[float] = []
+    decays: list[tuple[float, float]] = []
 
     class Recorder(torch.optim.AdamW):
         def step(self, closure: Any = None) -> Any:
-            (group,) = self.param_groups
-            rates.append(group["lr"])
-            decays.append(group["weight_decay"])
-            norms.append(math.sqrt(sum(float(p.grad.square().sum()) for p in group["params"] if p.grad is not None)))
+            matrices, vectors = self.param_groups
+            assert matrices["lr"] == vectors["lr"]
+            rates.append(matrices["lr"])
+            decays.append((matrices["weight_decay"], vectors["weight_decay"]))
+            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            norms.append(math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients)))
             return super().step(closure)
 
-    monkeypatch.setattr(loop.torch.optim, "AdamW", Recorder)
-    options = OptimizerOptions(learning_rate=0.5, weight_decay=0.3, warm_up=2, clip_norm=0.01)
-    reports = train(TTD(toy()), repeated(6), 6, options)
+    monkeypatch.setattr(strategies.torch.optim, "AdamW", Recorder)
+    options = OptimizerConfig(learning_rate=0.5, weight_decay=0.3, warm_up=2, clip_norm=0.01)
+    reports = train_in_memory(TTD(toy()), repeated(6), 6, options)
     assert rates == pytest.approx([0.5 * learning_rate_factor(step, 6, 2) for step in range(6)])
-    assert decays == [0.3] * 6
+    assert decays == [(0.3, 0.0)] * 6
     assert norms == pytest.approx([min(0.01, report.gradient_norm) for report in reports], rel=1e-3)
     assert max(report.gradient_norm for report in reports) > 0.01, "the norm is told as it was before clipping"
 
@@ -130,15 +134,15 @@ def test_the_optimiser_gets_the_schedule_and_clipped_gradients(monkeypatch: pyte
 
 
 def test_too_few_batches_are_told() -> None:
-    with pytest.raises(TTDError, match="the data ended after 2 batches, and 3 steps were asked for"):
-        train(TTD(toy()), repeated(2), 3, QUICK)
+    with pytest.raises(TTDError, match="the data ended after 2 batches, and 3 steps were requested"):
+        train_in_memory(TTD(toy()), repeated(2), 3, QUICK)
 
 
 def test_nothing_to_train_is_told() -> None:
     ttd = TTD(toy())
     ttd.requires_grad_(False)
-    with pytest.raises(TTDError, match="nothing of the backbone requires a gradient"):
-        train(ttd, repeated(1), 1, QUICK)
+    with pytest.raises(TTDError, match="no parameter of the backbone requires a gradient"):
+        train_in_memory(ttd, repeated(1), 1, QUICK)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -153,7 +157,7 @@ def test_a_loss_that_is_not_finite_is_told_before_it_spoils_the_weights(value: f
         kept.append([p.detach().clone() for p in ttd.parameters()])
 
     with pytest.raises(TTDError, match=r"^the loss of step 2 is nan; lower the learning rate$"):
-        train(ttd, [(images, captions), (spoilt * value, captions)], 2, QUICK, on_step=keep)
+        train_in_memory(ttd, [(images, captions), (spoilt * value, captions)], 2, QUICK, on_step=keep)
     assert len(kept) == 1
     assert all(torch.equal(a, b) for a, b in zip(kept[0], ttd.parameters(), strict=True))
 

@@ -26,9 +26,11 @@ from toy_backbone import toy
 from ttd_plugins.errors import InputError, TTDError, UnsupportedModelError
 from ttd_plugins.training import checkpoints
 from ttd_plugins.training.checkpoints import checkpoint_steps, read_checkpoint, restore_backbone
+from ttd_plugins.training.collapse_watch import CollapseWatch
 from ttd_plugins.training.config import replaced
-from ttd_plugins.training.run import NonFiniteError, Reporter, TrainingStoppedError
-from ttd_plugins.training.watch import CollapseWatch
+from ttd_plugins.training.reporting import Reporter
+from ttd_plugins.training.run import NonFiniteError
+from ttd_plugins.training.stop_signals import TrainingStoppedError
 
 
 class Said(Reporter):
@@ -36,10 +38,10 @@ class Said(Reporter):
         self.sentences: list[str] = []
         self.stepped_to: list[int] = []
 
-    def said(self, sentence: str) -> None:
+    def on_message(self, sentence: str) -> None:
         self.sentences.append(sentence)
 
-    def stepped(self, step: int, loss: float) -> None:
+    def on_step(self, step: int, loss: float) -> None:
         self.stepped_to.append(step)
 
 
@@ -91,9 +93,9 @@ def test_a_run_resumed_from_any_step_ends_bitwise_as_the_one_left_alone(variant:
 def test_a_run_goes_on_only_when_asked_and_only_as_it_was(tmp_path: Path) -> None:
     config = toy_config(optimizer={"steps": 2})
     run_toy(tmp_path, config)
-    with pytest.raises(InputError, match=r"holds a run already; go on with --resume, or give another --out"):
+    with pytest.raises(InputError, match=r"has a run already; continue it with --resume, or choose another --out"):
         run_toy(tmp_path, config)
-    with pytest.raises(InputError, match=r"optimizer\.steps is not what the run in .* was started with"):
+    with pytest.raises(InputError, match=r"optimizer\.steps differs from the configuration of the run in"):
         run_toy(tmp_path, toy_config(optimizer={"steps": 3}), resume=True)
     # How it is watched may change, and a finished run has nothing left to do.
     reporter = Said()
@@ -131,7 +133,7 @@ def test_lora_is_saved_alone_and_comes_back_in_place(tmp_path: Path) -> None:
         restore_backbone(tmp_path, 7, backbone=toy())
     with pytest.raises(InputError, match="no backbone is named"):
         restore_backbone(tmp_path)
-    with pytest.raises(InputError, match=r"which is of shape|which is not there"):
+    with pytest.raises(InputError, match=r"which has shape|which does not exist"):
         restore_backbone(tmp_path, backbone=toy(width=7))
 
 
@@ -154,7 +156,7 @@ def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
 def test_checkpoints_come_by_the_clock_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter, time=time.time)
-    monkeypatch.setattr("ttd_plugins.training.run.time", clock)
+    monkeypatch.setattr("ttd_plugins.training.checkpoint_manager.time", clock)
     pairs = MemoryPairs()
 
     def a_second_each(epoch: int, batch: int) -> None:
@@ -175,7 +177,7 @@ def test_epochs_become_steps_and_a_stream_of_unknown_length_asks_for_them(tmp_pa
     assert run_toy(tmp_path / "a", config, pairs=MemoryPairs(24)).step == 3
     stream = MemoryPairs()
     stream.known = False
-    with pytest.raises(InputError, match="say how long to train"):
+    with pytest.raises(InputError, match="set the length of the training"):
         run_toy(tmp_path / "b", config, pairs=stream)
     empty = MemoryPairs(3)
     with pytest.raises(InputError, match="does not fill one batch of 4"):
@@ -267,7 +269,7 @@ def test_what_a_run_compiles_is_taken_back_at_its_end(
         run_toy(tmp_path, toy_config(optimizer={"steps": 2}), resume=True)
         assert happened == ["compiled", "taken back"]
     else:
-        with pytest.raises(InputError, match="how many pairs"):
+        with pytest.raises(InputError, match="the number of pairs is not known"):
             run_toy(tmp_path, config, pairs=pairs)
         assert happened == []
 
@@ -305,7 +307,7 @@ def test_a_checkpoint_whose_writing_fails_anywhere_leaves_the_last_one_whole(
     monkeypatch.setattr(Path, "rename", failing(Path.rename))
 
     class Arm(Reporter):
-        def stepped(self, step: int, loss: float) -> None:
+        def on_step(self, step: int, loss: float) -> None:
             armed[0] = step == 2
 
     # Five files are saved, six are synced, and so are their folder and, after the rename, the one above.
@@ -334,15 +336,15 @@ def test_a_checkpoint_that_is_cut_short_or_foreign_is_refused_by_name(tmp_path: 
     with pytest.raises(InputError, match=r"trained\.safetensors cannot be read"):
         restore_backbone(tmp_path, backbone=toy())
     (folder / "state.json").write_text(json.dumps({"format": 99}))
-    with pytest.raises(InputError, match=r"not of a checkpoint of format 1"):
+    with pytest.raises(InputError, match=r"not of checkpoint format 1"):
         read_checkpoint(tmp_path)
-    with pytest.raises(InputError, match=r"is no folder of a run"):
+    with pytest.raises(InputError, match=r"is not the folder of a run"):
         restore_backbone(tmp_path / "nowhere")
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"the folder .* cannot be made \(Not a directory\); give another --out"):
+    with pytest.raises(InputError, match=r"the folder .* cannot be made \(Not a directory\); choose another --out"):
         run_toy(tmp_path / "file" / "run")
 
 
@@ -363,9 +365,9 @@ def test_foreign_weights_are_tensors_or_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="is refused: only tensors are loaded"):
             checkpoints.read_foreign_weights(tmp_path / name)
     assert not (tmp_path / "owned").exists()
-    with pytest.raises(InputError, match="holds no named tensors"):
+    with pytest.raises(InputError, match="has no named tensors"):
         checkpoints.read_foreign_weights(tmp_path / "numbers.pt")
-    with pytest.raises(InputError, match="is not there"):
+    with pytest.raises(InputError, match="does not exist"):
         checkpoints.read_foreign_weights(tmp_path / "none.pt")
 
 
@@ -383,7 +385,7 @@ def test_a_loss_that_is_not_finite_is_left_out_and_told_with_its_keys(tmp_path: 
     assert "pair-7" in lines[0]["keys"] and len(lines[0]["keys"]) == 4
     assert (lines[0]["what"], lines[0]["loss"]) == ("loss", "nan")
     assert all(bool(torch.isfinite(value).all()) for value in weights_of(result).values())
-    assert any("left out" in sentence and "nonfinite.jsonl" in sentence for sentence in reporter.sentences)
+    assert any("skipped" in sentence and "nonfinite.jsonl" in sentence for sentence in reporter.sentences)
     log = log_of(tmp_path)
     step = lines[0]["step"]
     assert "loss" not in log[step - 1] and log[-1]["skipped_steps"] == 1
@@ -437,7 +439,7 @@ def test_what_is_not_finite_may_be_fatal_and_the_state_before_it_is_kept(tmp_pat
     resumed = run_toy(tmp_path / "a", skipping, pairs=pairs(), resume=True)
     assert_same(weights_of(resumed), weights_of(run_toy(tmp_path / "b", skipping, pairs=pairs())))
     limited = toy_config(optimizer={"steps": 30}, run={"max_skipped_steps": 2, "checkpoint_every": 0})
-    with pytest.raises(NonFiniteError, match=r"and 2 steps were left out already"):
+    with pytest.raises(NonFiniteError, match=r"and 2 steps were skipped already"):
         run_toy(tmp_path / "c", limited, pairs=pairs())
 
 
@@ -447,15 +449,15 @@ def test_what_is_not_finite_may_be_fatal_and_the_state_before_it_is_kept(tmp_pat
 def test_a_collapse_is_told_once_until_it_is_over() -> None:
     watch = CollapseWatch()
     healthy = {"caption_map_spread": 0.4, "tags_per_caption": 3.0, "selected_per_caption": 1.5}
-    assert watch.look(healthy) == []
-    (flat,) = watch.look(healthy | {"caption_map_spread": 0.01})
+    assert watch.check(healthy) == []
+    (flat,) = watch.check(healthy | {"caption_map_spread": 0.01})
     assert "nearly flat (spread of cosines 0.0100, at the start 0.4000)" in flat
-    assert CollapseWatch(**watch.as_dict()).look(healthy | {"caption_map_spread": 0.01}) == []
-    assert watch.look(healthy) == [] and len(watch.look(healthy | {"caption_map_spread": 0.0})) == 1
-    assert "hardly any tag" in CollapseWatch().look(healthy | {"selected_per_caption": 0.0})[0]
-    assert "every tag is selected" in CollapseWatch().look(healthy | {"selected_per_caption": 3.0})[0]
-    assert CollapseWatch().look(healthy | {"tags_per_caption": 1.0, "selected_per_caption": 1.0}) == []
-    assert CollapseWatch().look({}) == []
+    assert CollapseWatch(**watch.as_dict()).check(healthy | {"caption_map_spread": 0.01}) == []
+    assert watch.check(healthy) == [] and len(watch.check(healthy | {"caption_map_spread": 0.0})) == 1
+    assert "hardly any tag" in CollapseWatch().check(healthy | {"selected_per_caption": 0.0})[0]
+    assert "every tag is selected" in CollapseWatch().check(healthy | {"selected_per_caption": 3.0})[0]
+    assert CollapseWatch().check(healthy | {"tags_per_caption": 1.0, "selected_per_caption": 1.0}) == []
+    assert CollapseWatch().check({}) == []
 
 
 def test_a_collapse_stands_in_the_log_in_the_result_and_after_resuming(tmp_path: Path) -> None:
@@ -479,7 +481,7 @@ def test_evaluation_and_pictures_change_nothing_of_the_training(tmp_path: Path) 
         torch.rand(5)
         calls.append((step, folder.name, [(picture.size, caption) for picture, caption, _ in samples]))
 
-    watched = toy_config(optimizer={"steps": 4}, run={"evaluate_every": 2, "picture_every": 2, "pictures": 2})
+    watched = toy_config(optimizer={"steps": 4}, run={"evaluate_every": 2, "heatmap_every": 2, "heatmap_samples": 2})
     pairs = MemoryPairs()
     result = run_toy(tmp_path / "watched", watched, pairs=pairs, evaluate=evaluate, draw=draw)
     assert_same(weights_of(result), weights_of(plain))
@@ -507,7 +509,7 @@ def test_figures_are_written_for_tensorboard(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_tuned_so_is_told(tmp_path: Path) -> None:
-    with pytest.raises(TTDError, match=r"patch\.weight is kept in bfloat16, in which small steps are lost"):
+    with pytest.raises(TTDError, match=r"patch\.weight has dtype bfloat16, which rounds small steps away"):
         run_toy(tmp_path / "a", backbone=toy(dtype=torch.bfloat16))
     with pytest.raises(UnsupportedModelError, match="has no switch for gradient checkpointing"):
         run_toy(tmp_path / "b", toy_config(run={"gradient_checkpointing": True}))
@@ -529,7 +531,7 @@ def test_mixed_precision_trains_in_bfloat16_and_keeps_float32(tmp_path: Path) ->
 
 def test_matrices_decay_and_vectors_do_not() -> None:
     from ttd_plugins.training.config import OptimizerConfig
-    from ttd_plugins.training.towers import parameter_groups
+    from ttd_plugins.training.trainable_parameters import parameter_groups
 
     model = toy().model
     matrices, rest = parameter_groups(model, OptimizerConfig(weight_decay=0.3))
@@ -539,7 +541,7 @@ def test_matrices_decay_and_vectors_do_not() -> None:
 
 
 def test_batch_normalisation_with_frozen_weights_keeps_its_averages() -> None:
-    from ttd_plugins.training.towers import train_mode
+    from ttd_plugins.training.trainable_parameters import train_mode
 
     backbone = toy()
     backbone.model.frozen = torch.nn.BatchNorm1d(3).requires_grad_(False)
@@ -558,7 +560,7 @@ def test_a_file_that_the_system_refuses_to_grow_is_one_sentence_too(tmp_path: Pa
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     class Limit(Reporter):
-        def stepped(self, step: int, loss: float) -> None:
+        def on_step(self, step: int, loss: float) -> None:
             if step == 2:  # lines of the log still fit, random states do not
                 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
 
@@ -583,7 +585,7 @@ def test_fine_tune_shows_progress_draws_heat_maps_and_takes_what_users_have(
     pytest.importorskip("matplotlib")
     from ttd_plugins import fine_tune
 
-    run = {"picture_every": 2, "pictures": 2, "log_every": 2}
+    run = {"heatmap_every": 2, "heatmap_samples": 2, "log_every": 2}
     config = toy_config(optimizer={"steps": 4}, run=run, ttd={"rule": "absolute", "threshold": 2.0}).as_dict()
     result = fine_tune(config, tmp_path / "run", backbone=toy(), loader=lambda backbone, rank, count: MemoryPairs())
     drawn = sorted(

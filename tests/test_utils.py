@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from ttd_plugins.errors import InputError
 from ttd_plugins.utils.files import atomic_path, make_folder, write_atomic
+from ttd_plugins.utils.progress import progress_bars
 from ttd_plugins.utils.rng import get_rng_state, preserved_rng, seed_everything, set_rng_state
 from ttd_plugins.utils.settings import first_difference, flatten
 
@@ -131,3 +132,31 @@ def test_a_difference_names_the_setting_and_both_values() -> None:
 
 def test_flat_names_join_the_names_of_levels() -> None:
     assert flatten({"a": {"b": 1, "c": {}}, "d": 2}) == {"a.b": 1, "a.c": {}, "d": 2}
+
+
+# Progress ------------------------------------------------------------------------------------------------------------
+
+
+def test_progress_bars_go_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
+    with progress_bars() as stage:
+        stage("reading", 2)(2)
+    out, err = capsys.readouterr()
+    assert out == "" and "reading" in err and "2/2" in err
+
+
+def test_nothing_is_printed_without_a_subtask(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
+    with progress_bars():
+        pass
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_bars_of_old_finished_subtasks_are_removed(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
+    with progress_bars(keep_finished=2) as stage:
+        stage("unfinished", 2)(1)
+        for number in range(5):
+            stage(f"finished {number}", 1)(1)
+    err = capsys.readouterr().err
+    assert "unfinished" in err and "finished 4" in err and "finished 3" in err and "finished 1" not in err

@@ -7,35 +7,64 @@ from typing import TYPE_CHECKING, Any
 
 from ttd_plugins import _renamed_modules
 
-__version__ = "0.1.0"
-
 _renamed_modules.install()
 
 if TYPE_CHECKING:
-    from ttd_plugins.adapter import DenseAdapter
-    from ttd_plugins.engine import TTD, TTDOptions
+    from ttd_plugins._version import __version__
+    from ttd_plugins.adapter import Calibration, DenseAdapter
+    from ttd_plugins.comparison import compare  # type: ignore[attr-defined,unused-ignore]
+    from ttd_plugins.engine import TTD
+    from ttd_plugins.evaluation import evaluate  # type: ignore[attr-defined,unused-ignore]
+    from ttd_plugins.export import export_backbone
     from ttd_plugins.fine_tuning import fine_tune
     from ttd_plugins.hookspecs import hookimpl
+    from ttd_plugins.lora import load_lora, save_lora
+    from ttd_plugins.options import TTDOptions
     from ttd_plugins.plugins import load, wrap
+    from ttd_plugins.training.checkpoints import restore_backbone
 
-# Resolved on first use, so that importing the package costs nothing but the names that are used.
-_WHERE = {
+# Imported on first use, so that importing the package costs nothing but the names that are used.
+_MODULES = {
+    "Calibration": "ttd_plugins.adapter",
     "DenseAdapter": "ttd_plugins.adapter",
     "TTD": "ttd_plugins.engine",
-    "TTDOptions": "ttd_plugins.engine",
+    "TTDOptions": "ttd_plugins.options",
+    "__version__": "ttd_plugins._version",
+    "compare": "ttd_plugins.comparison",
+    "evaluate": "ttd_plugins.evaluation",
+    "export_backbone": "ttd_plugins.export",
     "fine_tune": "ttd_plugins.fine_tuning",
     "hookimpl": "ttd_plugins.hookspecs",
     "load": "ttd_plugins.plugins",
+    "load_lora": "ttd_plugins.lora",
+    "restore_backbone": "ttd_plugins.training.checkpoints",
+    "save_lora": "ttd_plugins.lora",
     "wrap": "ttd_plugins.plugins",
 }
 
-__all__ = ["TTD", "DenseAdapter", "TTDOptions", "__version__", "fine_tune", "hookimpl", "load", "wrap"]
+__all__ = [
+    "TTD",
+    "Calibration",
+    "DenseAdapter",
+    "TTDOptions",
+    "__version__",
+    "compare",
+    "evaluate",
+    "export_backbone",
+    "fine_tune",
+    "hookimpl",
+    "load",
+    "load_lora",
+    "restore_backbone",
+    "save_lora",
+    "wrap",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _MODULES:
         raise AttributeError(f"module 'ttd_plugins' has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from types import ModuleType
 
 RENAMED_MODULES = {
+    "ttd_plugins.app.layout": "ttd_plugins.app.gradio_page",
+    "ttd_plugins.app.page": "ttd_plugins.app.rendering",
+    "ttd_plugins.comparison.backbones": "ttd_plugins.backbone_sources",
     "ttd_plugins.compiling": "ttd_plugins.utils.compiling",
     "ttd_plugins.data.keeping": "ttd_plugins.data.score_filter",
     "ttd_plugins.data.skipping": "ttd_plugins.data.skipped_samples",
@@ -20,6 +23,7 @@ RENAMED_MODULES = {
     "ttd_plugins.losses": "ttd_plugins.method.losses",
     "ttd_plugins.nested": "ttd_plugins.utils.settings",
     "ttd_plugins.progress": "ttd_plugins.utils.progress",
+    "ttd_plugins.reports.demo": "ttd_plugins.comparison.demo",
     "ttd_plugins.selection": "ttd_plugins.method.selection",
     "ttd_plugins.similarity": "ttd_plugins.method.similarity",
     "ttd_plugins.stanza_tags": "ttd_plugins.tag_extractors.stanza_tags",
@@ -29,6 +33,8 @@ RENAMED_MODULES = {
     "ttd_plugins.toolkit.text": "ttd_plugins.toolkit.tokenizing",
     "ttd_plugins.training.evaluation": "ttd_plugins.training.periodic_evaluation",
     "ttd_plugins.training.scenes": "ttd_plugins.training.scene_tuning",
+    "ttd_plugins.training.stages": "ttd_plugins.comparison.experiment_record",
+    "ttd_plugins.training.tuned": "ttd_plugins.backbone_sources",
 }
 """Old module name to new module name."""
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ttd_plugins.errors import ImageSizeError, PluginError, UnsupportedModelError
+from ttd_plugins.options import Calibration
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,26 +40,6 @@ What raises the version, and how long an old one is spoken: ``docs/contract.md``
 Tower = Literal["image", "text"]
 TOWERS: tuple[Tower, ...] = ("image", "text")
 Size = int | tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """An affine map from cosine to probability, ``sigmoid(scale * cosine + shift)``.
-
-    Cosines of different families live on different scales, so a threshold that suits one is wrong for another. The
-    default is TCL's initialisation (10, -2.5), under which a cosine of 0.25 means one half.
-    """
-
-    scale: float = 10.0
-    shift: float = -2.5
-
-    def logit(self, cosine: Tensor) -> Tensor:
-        """``scale * cosine + shift``; any shape in, the same shape and dtype out."""
-        return self.scale * cosine + self.shift
-
-    def probability(self, cosine: Tensor) -> Tensor:
-        """``sigmoid(scale * cosine + shift)``; any shape in, the same shape and dtype out, values in (0, 1)."""
-        return torch.sigmoid(self.logit(cosine))
 
 
 @dataclass(frozen=True)

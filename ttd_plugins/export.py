@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ttd_plugins import __version__
+from ttd_plugins._version import __version__
 from ttd_plugins.adapter import ExportedModel
 from ttd_plugins.errors import InputError, TTDError, choices_sentence, one_sentence
 from ttd_plugins.utils.settings import flatten
@@ -354,7 +354,7 @@ def read_run(run: Path, step: int | None = None) -> tuple[DenseAdapter, ModelCar
     """
     from ttd_plugins.training.checkpoints import read_state, restore_backbone
     from ttd_plugins.training.config import TrainConfig
-    from ttd_plugins.training.records import Lines
+    from ttd_plugins.training.jsonl_log import JsonlLog
 
     adapter = restore_backbone(run, step)
     config, state = asdict(TrainConfig.read(run / "config.yaml")), read_state(run, step)
@@ -374,7 +374,7 @@ def read_run(run: Path, step: int | None = None) -> tuple[DenseAdapter, ModelCar
     }
     figures = {name: value for name, value in state.get("figures", {}).items() if isinstance(value, int | float)}
     logged = {"last logged figures of the training": figures} if figures else {}
-    lines = [line for line in Lines(run / "log.jsonl").read() if "evaluation" in line]
+    lines = [line for line in JsonlLog(run / "log.jsonl").read() if "evaluation" in line]
     for line in [line for line in lines if line["step"] <= state["step"]][-1:]:
         logged[f"evaluation after step {line['step']}"] = line["evaluation"]
     name, colon, place = (config["evaluation"]["data"] or "").partition(":")

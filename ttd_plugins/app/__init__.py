@@ -1,1 +1,1 @@
-"""The page of ``ttd app``: what it computes (:mod:`.studio`), how a result looks (:mod:`.page`), and its layout."""
+"""``ttd app``: what it computes (:mod:`.studio`), its HTML (:mod:`.rendering`), and its page (:mod:`.gradio_page`)."""

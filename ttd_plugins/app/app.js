@@ -1,4 +1,4 @@
-// One choice of a map for every backbone of a result; the page adds results later, so clicks are heard at the top.
+// A click on a map's name shows this map for every backbone of the result. Results appear later, so the document listens.
 document.addEventListener("click", (event) => {
   const button = event.target.closest(".ttd-result button[data-map]");
   if (!button) return;

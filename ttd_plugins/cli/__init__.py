@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ttd_plugins import __version__
+from ttd_plugins._version import __version__
 from ttd_plugins.cli import app as page
 from ttd_plugins.cli import (
     backbones,
@@ -31,6 +31,7 @@ from ttd_plugins.cli import (
     tags,
     train,
 )
+from ttd_plugins.cli.command_line import ARGUMENTS
 from ttd_plugins.errors import PluginWarning, TTDError
 
 USER_ERROR = 2
@@ -62,6 +63,10 @@ GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
 
 class _Group(TyperGroup):
     """Turns what users can cause into one sentence and an exit status; a bug keeps its traceback."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[ARGUMENTS] = list(args)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         with warnings.catch_warnings():

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ttd_plugins.cli import maps
+from ttd_plugins.cli import image_maps
 
 GIGA, TERA, MEBI = 1e9, 1e12, 2**20
 
@@ -15,8 +15,8 @@ GIGA, TERA, MEBI = 1e9, 1e12, 2**20
 def command(
     backbone: Annotated[
         str, typer.Option("--backbone", help="family:model, or with @weights; random weights where none are named.")
-    ] = maps.DEFAULT_BACKBONE,
-    backbone_option: maps.BackboneSettings = None,
+    ] = image_maps.DEFAULT_BACKBONE,
+    backbone_option: image_maps.BackboneSettings = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Pairs of a step.")] = 16,
     data: Annotated[
         str | None,
@@ -39,7 +39,7 @@ def command(
         float | None,
         typer.Option("--peak-tflops", help="What the device can do by its datasheet.  [default: measured]"),
     ] = None,
-    device: maps.DeviceOption = None,
+    device: image_maps.DeviceOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
 ) -> None:
     """Measure what TTD costs beside a contrastive step.
@@ -51,7 +51,7 @@ def command(
 
     options = BenchOptions(
         backbone=backbone,
-        backbone_options=maps.parse_settings(backbone_option),
+        backbone_options=image_maps.parse_settings(backbone_option),
         batch_size=batch_size,
         data=data,
         image_size=image_size,

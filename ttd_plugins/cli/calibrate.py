@@ -7,16 +7,16 @@ from typing import Annotated
 
 import typer
 
-from ttd_plugins.cli import maps
+from ttd_plugins.cli import image_maps
 from ttd_plugins.errors import InputError
 
 
 def command(
     name: Annotated[str, typer.Argument(help="family:model@weights, see `ttd backbones`.", show_default=False)],
-    backbone_option: maps.BackboneSettings = None,
+    backbone_option: image_maps.BackboneSettings = None,
     scenes: Annotated[int, typer.Option("--scenes", help="Validation scenes; a quarter of them is held out.")] = 400,
     seed: Annotated[int, typer.Option("--seed", help="Decides what is held out and which words are borrowed.")] = 0,
-    device: maps.DeviceOption = None,
+    device: image_maps.DeviceOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
 ) -> None:
     """Fit the map from cosine to probability on generated scenes.
@@ -31,7 +31,7 @@ def command(
     from ttd_plugins.embedded.scenes import Scenes
     from ttd_plugins.plugins import load
 
-    backbone = load(name, device=device, **maps.parse_settings(backbone_option))
+    backbone = load(name, device=device, **image_maps.parse_settings(backbone_option))
     pictures = ((Image.fromarray(scene.image), scene.caption) for scene in Scenes("validation", scenes))
     fit = fit_calibration(backbone, pictures, seed=seed)
     if as_json:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ttd_plugins.cli import maps
+from ttd_plugins.cli import image_maps
 
 if TYPE_CHECKING:
     from ttd_plugins.adapter import DenseAdapter
@@ -18,11 +18,11 @@ FAILED = 1
 
 def command(
     name: Annotated[str, typer.Argument(help="family:model@weights, see `ttd backbones`.", show_default=False)],
-    backbone_option: maps.BackboneSettings = None,
+    backbone_option: image_maps.BackboneSettings = None,
     check: Annotated[
         list[str] | None, typer.Option("--check", help="Only this check, and what it needs; repeatable.")
     ] = None,
-    device: maps.DeviceOption = None,
+    device: image_maps.DeviceOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
 ) -> None:
     """Check the adapter of a backbone against the contract.
@@ -50,7 +50,7 @@ def run_checks(name: str, settings: list[str] | None, only: list[str] | None, de
     from ttd_plugins.plugins import load
     from ttd_plugins.testing import check_adapter
 
-    options = maps.parse_settings(settings)
+    options = image_maps.parse_settings(settings)
     adapter: DenseAdapter | None = None
     problem: BaseException | None = None
     try:

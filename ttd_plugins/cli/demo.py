@@ -1,84 +1,63 @@
-"""``ttd demo``: TTD repairs single tag bias in a small model on this machine, with pictures."""
+"""``ttd demo``: TTD reduces single tag bias in a small model on this machine."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ttd_plugins.errors import InputError
+from ttd_plugins.cli.command_line import command_line
 
 if TYPE_CHECKING:
-    from ttd_plugins.reports.demo_html import DemoResult
-
-ROWS = {
-    "tag_ap": "tag AP (pixel score)",
-    "tag_ap_blind": "tag AP, never looking",
-    "tag_f1": "tag F1",
-    "caption_iou": "caption IoU",
-    "tag_iou": "tag IoU",
-    "tag_balance": "tag balance",
-    "retrieval_r1": "retrieval R@1",
-}
+    from ttd_plugins.comparison.results import Comparison
 
 
 def command(
-    out: Annotated[Path, typer.Option("--out", help="Folder for the report.")] = Path("demo"),
-    seed: Annotated[int, typer.Option("--seed", help="Decides the training scenes and fresh weights.")] = 0,
+    context: typer.Context,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("demo"),
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the training scenes and of new weights.")] = 0,
     backbone: Annotated[str, typer.Option("--backbone", help="An embedded backbone.")] = "open_clip:tiny",
-    steps: Annotated[int | None, typer.Option("--steps", help="Training steps of each arm.")] = None,
-    scenes: Annotated[int | None, typer.Option("--scenes", help="Test scenes that are measured.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="Fine-tune all weights in place of LoRA.")] = False,
+    steps: Annotated[int, typer.Option("--steps", help="Training steps of each arm.")] = 200,
+    scenes: Annotated[int, typer.Option("--scenes", help="Test scenes that are measured.")] = 512,
+    full: Annotated[bool, typer.Option("--full", help="Train all weights instead of LoRA.")] = False,
 ) -> None:
-    """Measure a backbone, tune it with TTD, measure again.
+    """Measure a small backbone, train it with TTD, and measure it again.
 
-    Everything happens offline on this machine and ends in a table and a report with pictures. Stopped and started
-    again, it goes on.
+    Runs offline: `ttd compare` for one backbone and one seed, with heat maps. Prints a table and writes a report. If it
+    is stopped, the same command continues it.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the folder {out} cannot be made ({error.strerror}); give another --out") from error
-    from dataclasses import replace
+    from ttd_plugins.comparison.demo import demo_options, run_demo
+    from ttd_plugins.utils.progress import progress_bars
 
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from ttd_plugins.reports.demo import DemoOptions, run_demo
-
-    options = DemoOptions(backbone=backbone)
-    changes: dict[str, Any] = {"seed": seed} | ({"steps": steps} if steps else {}) | ({"rank": 0} if full else {})
-    options = replace(options, tuning=replace(options.tuning, **changes), scenes=scenes or options.scenes)
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-
-        def stage(name: str, total: int) -> Any:
-            task = progress.add_task(name, total=total)
-            return lambda done: progress.advance(task, done)
-
-        result = run_demo(out, options, stage=stage)
-    print_summary(result, out)
+    rank = {"rank": 0} if full else {}
+    options = demo_options(backbone, seed=seed, steps=steps, scenes=scenes, **rank)
+    with progress_bars(width=40) as stage:
+        comparison = run_demo(out, options, stage=stage, command=command_line(context))
+    print_summary(comparison, out)
 
 
-def print_summary(result: DemoResult, out: Path) -> None:
-    """Print the figures before and after, what they mean, and where everything is."""
+def print_summary(comparison: Comparison, out: Path) -> None:
+    """Print the metrics before and after, and where the files are."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=SIMPLE, title=f"{result.settings['backbone']} on {result.settings['scenes']} test scenes")
+    from ttd_plugins.comparison.tables import table_rows
+
+    scenes = comparison.settings["data"]["images"]
+    rows = table_rows(comparison)
+    table = Table(box=SIMPLE, title=f"{rows[0][0]} on {scenes} test scenes")
     table.add_column("")
-    for column in ("before", "control", "after TTD", "gain"):
-        table.add_column(column, justify="right")
-    for name, label in ROWS.items():
-        best = max(result.before[name], result.control[name])
-        figures = [result.before[name], result.control[name], result.after[name]]
-        table.add_row(label, *(f"{figure:.3f}" for figure in figures), f"{result.after[name] - best:+.3f}")
+    for _, arm, _ in rows:
+        table.add_column(arm, justify="right")
+    for index, metric in enumerate(comparison.metrics):
+        table.add_row(metric.label, *(texts[index] for _, _, texts in rows))
     console = Console()
     console.print(table)
     console.print(
-        "gain: after TTD against the better of before and control (the same training without TTD).\n"
-        f"report: {out / 'report.html'}   figures: {out / 'metrics.json'}   pictures: {out / 'heatmaps'}",
+        "gain: after TTD minus control. control: the same training without TTD.\n"
+        f"report: {out / 'report.html'}   metrics: {out / 'metrics.json'}   heat maps: {out / 'heatmaps'}",
         highlight=False,
         soft_wrap=True,
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ttd_plugins.cli import maps
+from ttd_plugins.cli import image_maps
 from ttd_plugins.errors import InputError, choices_sentence
 from ttd_plugins.utils.settings import flatten
 
@@ -49,16 +49,16 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON object in
 def tags(
     root: RootArgument,
     data: Annotated[str, typer.Option("--data", help="coco_captions or cc3m_tagmask.")] = "coco_captions",
-    backbone: maps.BackboneOption = maps.DEFAULT_BACKBONE,
-    backbone_option: maps.BackboneSettings = None,
+    backbone: image_maps.BackboneOption = image_maps.DEFAULT_BACKBONE,
+    backbone_option: image_maps.BackboneSettings = None,
     preset: PresetOption = "paper",
     out: OutOption = None,
     split: SplitOption = None,
     limit: LimitOption = None,
-    tags: maps.TagsOption = "words",
-    tags_option: maps.TagsSettings = None,
-    rule: maps.RuleOption = None,
-    threshold: maps.ThresholdOption = None,
+    tags: image_maps.TagsOption = "words",
+    tags_option: image_maps.TagsSettings = None,
+    rule: image_maps.RuleOption = None,
+    threshold: image_maps.ThresholdOption = None,
     template: Annotated[str | None, typer.Option("--template", help="Text around a tag, with {} for it.")] = None,
     nouns: Annotated[bool, typer.Option("--nouns", help="Measure the baseline of all nouns too (Stanza).")] = False,
     nouns_option: Annotated[
@@ -72,7 +72,7 @@ def tags(
     stride: StrideOption = None,
     rank: RankOption = None,
     world: WorldOption = None,
-    device: maps.DeviceOption = None,
+    device: image_maps.DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure which words of captions are found in their pictures.
@@ -87,9 +87,9 @@ def tags(
     options = replace(
         options,
         extractor=tags,
-        extractor_options=maps.parse_settings(tags_option),
+        extractor_options=image_maps.parse_settings(tags_option),
         nouns=nouns,
-        nouns_options=maps.parse_settings(nouns_option),
+        nouns_options=image_maps.parse_settings(nouns_option),
         dense=_dense(options.dense, size, resize, scales, flip, window, stride, None),
         **{name: value for name, value in changes.items() if value is not None},
     )
@@ -103,8 +103,8 @@ def tags(
 def text(
     root: RootArgument,
     data: Annotated[str, typer.Option("--data", help="coco_captions or cc3m_tagmask.")] = "coco_captions",
-    backbone: maps.BackboneOption = maps.DEFAULT_BACKBONE,
-    backbone_option: maps.BackboneSettings = None,
+    backbone: image_maps.BackboneOption = image_maps.DEFAULT_BACKBONE,
+    backbone_option: image_maps.BackboneSettings = None,
     preset: PresetOption = "paper",
     out: OutOption = None,
     split: SplitOption = None,
@@ -121,7 +121,7 @@ def text(
     refine: RefineOption = None,
     rank: RankOption = None,
     world: WorldOption = None,
-    device: maps.DeviceOption = None,
+    device: image_maps.DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how captions' maps fit what the captions name.
@@ -152,8 +152,8 @@ def segment(
             show_default=False,
         ),
     ],
-    backbone: maps.BackboneOption = maps.DEFAULT_BACKBONE,
-    backbone_option: maps.BackboneSettings = None,
+    backbone: image_maps.BackboneOption = image_maps.DEFAULT_BACKBONE,
+    backbone_option: image_maps.BackboneSettings = None,
     preset: PresetOption = "paper",
     out: OutOption = None,
     split: SplitOption = None,
@@ -174,7 +174,7 @@ def segment(
     refine: RefineOption = None,
     rank: RankOption = None,
     world: WorldOption = None,
-    device: maps.DeviceOption = None,
+    device: image_maps.DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure open-vocabulary segmentation.
@@ -248,7 +248,7 @@ def _run(
     from ttd_plugins.plugins import load
 
     own_rank, own_world = process_place()
-    adapter: DenseAdapter = load(backbone, device=device, **maps.parse_settings(backbone_option))
+    adapter: DenseAdapter = load(backbone, device=device, **image_maps.parse_settings(backbone_option))
     columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # Progress goes to standard error, so that a JSON object stands alone.
     with Progress(*columns, console=Console(stderr=True)) as progress:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ttd_plugins.cli import maps
+from ttd_plugins.cli import image_maps
 from ttd_plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def command(
     backbone: Annotated[
         str | None, typer.Option("--backbone", help="In place of a run: a backbone by name, as it is.")
     ] = None,
-    backbone_option: maps.BackboneSettings = None,
+    backbone_option: image_maps.BackboneSettings = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
 ) -> None:
     """Write a tuned backbone for its own library.
@@ -50,7 +50,7 @@ def command(
         raise InputError(f"--form must be one of {', '.join(FORMS)}, not {form!r}")
     chosen: Any = form
     if backbone is not None:
-        done = export_backbone(load(backbone, **maps.parse_settings(backbone_option)), out, form=chosen)
+        done = export_backbone(load(backbone, **image_maps.parse_settings(backbone_option)), out, form=chosen)
     else:
         assert run is not None
         done = export_run(run, out, form=chosen, step=step)

@@ -8,38 +8,38 @@ from typing import Annotated
 
 import typer
 
-from ttd_plugins.cli import maps
+from ttd_plugins.cli import image_maps
 from ttd_plugins.errors import InputError
 
 
 def command(
-    image: maps.ImageArgument,
-    caption: maps.CaptionArgument,
+    image: image_maps.ImageArgument,
+    caption: image_maps.CaptionArgument,
     out: Annotated[Path, typer.Option("--out", help="The PNG file to write.", show_default=False)],
-    backbone: maps.BackboneOption = maps.DEFAULT_BACKBONE,
-    backbone_option: maps.BackboneSettings = None,
-    tags: maps.TagsOption = "words",
-    tags_option: maps.TagsSettings = None,
-    tag: maps.TagOption = None,
-    size: maps.SizeOption = None,
-    rule: maps.RuleOption = None,
-    threshold: maps.ThresholdOption = None,
-    device: maps.DeviceOption = None,
+    backbone: image_maps.BackboneOption = image_maps.DEFAULT_BACKBONE,
+    backbone_option: image_maps.BackboneSettings = None,
+    tags: image_maps.TagsOption = "words",
+    tags_option: image_maps.TagsSettings = None,
+    tag: image_maps.TagOption = None,
+    size: image_maps.SizeOption = None,
+    rule: image_maps.RuleOption = None,
+    threshold: image_maps.ThresholdOption = None,
+    device: image_maps.DeviceOption = None,
 ) -> None:
     """Draw the maps of CAPTION and its tags on IMAGE.
 
     The picture shows the map of the caption, the map and score of each tag, and the union of the selected ones.
     """
     check_writable(out)
-    found = maps.compute_maps(
+    found = image_maps.compute_maps(
         image,
         caption,
         backbone=backbone,
-        backbone_options=maps.parse_settings(backbone_option),
+        backbone_options=image_maps.parse_settings(backbone_option),
         extractor=tags,
-        extractor_options=maps.parse_settings(tags_option),
+        extractor_options=image_maps.parse_settings(tags_option),
         tags=tag,
-        size=maps.parse_size(size),
+        size=image_maps.parse_size(size),
         rule=rule,
         threshold=threshold,
         device=device,

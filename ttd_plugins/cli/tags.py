@@ -7,39 +7,39 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ttd_plugins.cli import maps
+from ttd_plugins.cli import image_maps
 
 if TYPE_CHECKING:
     from ttd_plugins.engine import CaptionMaps
 
 
 def command(
-    image: maps.ImageArgument,
-    caption: maps.CaptionArgument,
-    backbone: maps.BackboneOption = maps.DEFAULT_BACKBONE,
-    backbone_option: maps.BackboneSettings = None,
-    tags: maps.TagsOption = "words",
-    tags_option: maps.TagsSettings = None,
-    tag: maps.TagOption = None,
-    size: maps.SizeOption = None,
-    rule: maps.RuleOption = None,
-    threshold: maps.ThresholdOption = None,
-    device: maps.DeviceOption = None,
+    image: image_maps.ImageArgument,
+    caption: image_maps.CaptionArgument,
+    backbone: image_maps.BackboneOption = image_maps.DEFAULT_BACKBONE,
+    backbone_option: image_maps.BackboneSettings = None,
+    tags: image_maps.TagsOption = "words",
+    tags_option: image_maps.TagsSettings = None,
+    tag: image_maps.TagOption = None,
+    size: image_maps.SizeOption = None,
+    rule: image_maps.RuleOption = None,
+    threshold: image_maps.ThresholdOption = None,
+    device: image_maps.DeviceOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
 ) -> None:
     """Say which words of CAPTION are in IMAGE.
 
     Every candidate tag is scored by its nearest pixel, and the selection rule decides.
     """
-    found = maps.compute_maps(
+    found = image_maps.compute_maps(
         image,
         caption,
         backbone=backbone,
-        backbone_options=maps.parse_settings(backbone_option),
+        backbone_options=image_maps.parse_settings(backbone_option),
         extractor=tags,
-        extractor_options=maps.parse_settings(tags_option),
+        extractor_options=image_maps.parse_settings(tags_option),
         tags=tag,
-        size=maps.parse_size(size),
+        size=image_maps.parse_size(size),
         rule=rule,
         threshold=threshold,
         device=device,

@@ -1,7 +1,8 @@
-"""What a comparison of backbones came to, apart from how it was run and how it is shown."""
+"""The results of a comparison of backbones: metrics, curves and gallery; nothing here runs or draws."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,22 +12,22 @@ from numpy.typing import NDArray
 
 Arm = Literal["before", "control", "after"]
 ARMS: tuple[Arm, ...] = ("before", "control", "after")
-"""As it was loaded; the same steps with the contrastive term alone; with TTD."""
+"""Backbone as loaded; trained by the contrastive term alone for the same steps; trained by TTD."""
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation of one value or more; no deviation of a single one."""
+    """Mean and sample standard deviation; the deviation is ``None`` for a single value."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One column of the table.
+class Metric:
+    """A metric: one column of the table.
 
     Attributes:
-        key: its name in ``results.json``.
-        label: its name on paper.
-        better: the direction that is better; ``None`` where there is none.
+        key: name in ``results.json``.
+        label: name in tables and charts.
+        better: which direction is better; ``None`` if neither is.
         meaning: one sentence that says what it measures.
     """
 
@@ -38,49 +39,58 @@ class Figure:
 
 @dataclass
 class BackboneResult:
-    """The figures of one backbone.
+    """The results of one backbone.
 
     Attributes:
-        name: as it was asked for, the row of the table.
+        name: name the user asked for; the row of the table.
         about: parameters, patch size, input size and the like, for the table of backbones.
-        figures: arm -> one mapping a seed from the key of a figure to its value, ``None`` where it is not defined.
-            ``before`` has one mapping, since no seed touches it, and arms that were not run are absent.
-        curves: arm -> one list a seed of ``{"step": ..., "loss": ..., part: ...}``.
-        seconds: what was timed -> seconds.
-        warnings: what the watch for collapse, or the measurement, told of it.
+        metrics: for each arm, one mapping per seed from a metric's key to its value, ``None`` if undefined.
+            ``before`` has one mapping, since it is not trained. Arms that were not run are absent.
+        curves: for each arm, one list per seed of ``{"step": ..., "loss": ..., part: ...}``.
+        seconds: duration of each stage in seconds.
+        warnings: collapse warnings and warnings of the measurement.
+        bias: for each arm, one mapping per seed from a kind of word to the mean of the caption map inside tags of that
+            kind (:attr:`SceneMetrics.caption_map_in_tag`), ``None`` if no such tag occurs. Empty on photographs.
     """
 
     name: str
     about: dict[str, Any] = field(default_factory=dict)
-    figures: dict[Arm, list[dict[str, float | None]]] = field(default_factory=dict)
+    metrics: dict[Arm, list[dict[str, float | None]]] = field(default_factory=dict)
     curves: dict[Arm, list[list[dict[str, float]]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    bias: dict[Arm, list[dict[str, float | None]]] = field(default_factory=dict)
+
+    @property
+    def figures(self) -> dict[Arm, list[dict[str, float | None]]]:
+        """Deprecated name of :attr:`metrics`."""
+        _warn_renamed("BackboneResult.figures", "BackboneResult.metrics")
+        return self.metrics
 
     def mean(self, arm: Arm, key: str) -> float | None:
-        """Mean over the seeds; ``None`` where the arm was not run or the figure is not defined for a seed."""
+        """Mean over the seeds; ``None`` if the arm was not run or the metric is undefined for a seed."""
         values = self._values(arm, key)
         return mean_and_spread(values)[0] if values else None
 
     def spread(self, arm: Arm, key: str) -> float | None:
-        """Sample standard deviation over the seeds; ``None`` with fewer than two."""
+        """Sample standard deviation over the seeds; ``None`` for fewer than two."""
         values = self._values(arm, key)
         return mean_and_spread(values)[1] if values else None
 
     def _values(self, arm: Arm, key: str) -> list[float]:
-        found = [row.get(key) for row in self.figures.get(arm, [])]
+        found = [row.get(key) for row in self.metrics.get(arm, [])]
         return [float(value) for value in found if value is not None] if None not in found else []
 
 
 @dataclass(frozen=True)
 class TagView:
-    """A tag of one caption as one backbone sees it.
+    """A candidate tag of a caption, as a backbone sees it.
 
     Attributes:
         text: the tag.
-        start: its first character in the caption, or -1.
-        score: probability of its nearest patch.
-        selected: whether the selection rule kept it.
+        start: index of its first character in the caption, or -1.
+        score: probability of its nearest patch, in 0 to 1.
+        selected: whether the selection rule selected it.
         heat: ``[rows, columns]`` float32 in 0 to 1, its min-max-normalised similarity map.
     """
 
@@ -93,30 +103,33 @@ class TagView:
 
 @dataclass(frozen=True)
 class View:
-    """One picture and caption as one backbone sees it in one arm.
+    """An image and its caption, as a backbone sees them in one arm.
 
     Attributes:
         caption: ``[rows, columns]`` float32 in 0 to 1, the caption's similarity map.
-        tags: its candidate tags, in the caption's order.
-        iou: Caption IoU of this picture, or ``None`` without masks.
+        tags: candidate tags, in the caption's order.
+        iou: Caption IoU of this image; ``None`` without masks.
+        truncated: whether the caption is longer than the text tower's context, so that its end was not read.
     """
 
     caption: NDArray[np.float32]
     tags: Sequence[TagView]
     iou: float | None = None
+    truncated: bool = False
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture of the gallery, with what every backbone made of it.
+class GalleryImage:
+    """An image of the gallery, with the views of every backbone.
 
     Attributes:
-        key: its name in the data set.
+        key: name in the data set.
         image: ``[height, width, 3]`` uint8.
         caption: its caption.
-        truth: true tag -> ``[height, width]`` bool mask; empty where nothing is known.
-        views: name of the backbone -> arm -> view, of the first seed.
-        why: why it is shown, as in "largest gain" or "largest loss".
+        truth: true tag to ``[height, width]`` bool mask; empty without ground truth.
+        views: name of the backbone to arm to view, of the first seed.
+        why: why the image is shown, as in "largest gain" or "largest loss".
+        absent: tags of the caption that the image is known not to show.
     """
 
     key: str
@@ -125,6 +138,7 @@ class Picture:
     truth: Mapping[str, NDArray[np.bool_]]
     views: Mapping[str, Mapping[Arm, View]]
     why: str = ""
+    absent: Sequence[str] = ()
 
 
 @dataclass
@@ -132,20 +146,39 @@ class Comparison:
     """A finished comparison.
 
     Attributes:
-        settings: everything that decides the result: data, seeds, steps, options of TTD, versions; and the ``command``
-            that repeats it, quoted for a shell, where one does.
-        figures: the columns, in the table's order.
-        backbones: the rows, in the order asked for.
-        gallery: pictures, failures included.
-        trade_off: keys of the two figures of the trade-off plot: what TTD should raise, and what it may cost.
-        attribution: who made the pictures, or "".
-        failures: name of a backbone that failed -> why, in one sentence; it is no row.
+        settings: everything that decides the result (data, seeds, steps, options of TTD, versions) and, if known, the
+            shell ``command`` that repeats it.
+        metrics: the columns, in the table's order.
+        backbones: the rows, in the order the user named them.
+        gallery: images, including those on which TTD fails.
+        trade_off: keys of the two metrics of the trade-off plot: the one TTD should raise, and the one it may cost.
+        attribution: authors of the images, or "".
+        failures: name of each backbone that failed to the reason, in one sentence; it has no row.
     """
 
     settings: dict[str, Any]
-    figures: Sequence[Figure]
+    metrics: Sequence[Metric]
     backbones: Sequence[BackboneResult]
-    gallery: Sequence[Picture] = ()
+    gallery: Sequence[GalleryImage] = ()
     trade_off: tuple[str, str] = ("caption_iou", "retrieval_r1")
     attribution: str = ""
     failures: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def figures(self) -> Sequence[Metric]:
+        """Deprecated name of :attr:`metrics`."""
+        _warn_renamed("Comparison.figures", "Comparison.metrics")
+        return self.metrics
+
+
+def _warn_renamed(old: str, new: str) -> None:
+    message = f"{old} is now {new}; the old name goes with the next minor release"
+    warnings.warn(message, FutureWarning, stacklevel=3)
+
+
+def __getattr__(name: str) -> Any:
+    renamed = {"Figure": Metric, "Picture": GalleryImage}
+    if name in renamed:
+        _warn_renamed(name, renamed[name].__name__)
+        return renamed[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,24 +1,26 @@
-"""The figures of a comparison as numbers in JSON, as a sheet, and as a table to read."""
+"""Tables of a comparison: summary statistics, CSV and Markdown."""
 
 from __future__ import annotations
 
 import csv
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ttd_plugins.comparison.results import ARMS, BackboneResult, Comparison, Figure, mean_and_spread
+from ttd_plugins.comparison.results import ARMS, BackboneResult, Comparison, Metric, mean_and_spread
+from ttd_plugins.utils.files import write_atomic
 
 ARM_LABELS = {"before": "before", "control": "control", "after": "after TTD"}
 
 
 def gain(backbone: BackboneResult, key: str) -> tuple[float, float | None] | None:
-    """After less control, seed by seed: the mean and the sample standard deviation over seeds.
+    """Return the gain (after TTD minus control, per seed): its mean and sample standard deviation over seeds.
 
-    ``None`` where an arm was not run or a figure is not defined; the deviation is ``None`` with fewer than two seeds.
+    ``None`` if an arm was not run or the metric is undefined; the deviation is ``None`` for fewer than two seeds.
     """
-    pairs = zip(backbone.figures.get("after", []), backbone.figures.get("control", []), strict=False)
+    pairs = zip(backbone.metrics.get("after", []), backbone.metrics.get("control", []), strict=False)
     values = [(after.get(key), control.get(key)) for after, control in pairs]
     known = [after - control for after, control in values if after is not None and control is not None]
     if not known or len(known) != len(values):
@@ -26,86 +28,91 @@ def gain(backbone: BackboneResult, key: str) -> tuple[float, float | None] | Non
     return mean_and_spread(known)
 
 
-def summary(backbone: BackboneResult, figures: Sequence[Figure]) -> dict[str, Any]:
-    """``means`` and ``spreads`` by arm and figure, and the ``gains`` after less control by figure."""
-    arms = [arm for arm in ARMS if backbone.figures.get(arm)]
-    gains = {figure.key: gain(backbone, figure.key) for figure in figures}
+def summary(backbone: BackboneResult, metrics: Sequence[Metric]) -> dict[str, Any]:
+    """Return ``means`` and ``spreads`` by arm and metric, and ``gains`` by metric."""
+    arms = [arm for arm in ARMS if backbone.metrics.get(arm)]
+    gains = {metric.key: gain(backbone, metric.key) for metric in metrics}
     return {
-        "means": {arm: {figure.key: backbone.mean(arm, figure.key) for figure in figures} for arm in arms},
-        "spreads": {arm: {figure.key: backbone.spread(arm, figure.key) for figure in figures} for arm in arms},
+        "means": {arm: {metric.key: backbone.mean(arm, metric.key) for metric in metrics} for arm in arms},
+        "spreads": {arm: {metric.key: backbone.spread(arm, metric.key) for metric in metrics} for arm in arms},
         "gains": {key: {"mean": found[0], "spread": found[1]} for key, found in gains.items() if found is not None},
     }
 
 
-def number(mean: float | None, spread: float | None, *, sign: bool = False) -> str:
-    """``0.512 ± 0.004``, or ``-`` where there is none."""
+def format_number(mean: float | None, spread: float | None, *, sign: bool = False) -> str:
+    """Return text such as ``0.512 ± 0.004``, or ``-`` if there is no mean."""
     if mean is None:
         return "-"
     return f"{mean:{'+' if sign else ''}z.3f}" + ("" if spread is None else f" ± {spread:.3f}")
 
 
 def table_rows(comparison: Comparison) -> list[tuple[str, str, list[str]]]:
-    """Backbone, arm, and a text for each figure; the row ``gain`` is after less control."""
+    """Return backbone, arm (or ``gain``), and one text per metric, for each row of the table."""
+    keys = [metric.key for metric in comparison.metrics]
     rows = []
     for backbone in comparison.backbones:
         for arm in ARMS:
-            if backbone.figures.get(arm):
-                keys = [figure.key for figure in comparison.figures]
-                rows.append(
-                    (
-                        backbone.name,
-                        ARM_LABELS[arm],
-                        [number(backbone.mean(arm, k), backbone.spread(arm, k)) for k in keys],
-                    )
-                )
-        gains = [gain(backbone, figure.key) for figure in comparison.figures]
+            if backbone.metrics.get(arm):
+                texts = [format_number(backbone.mean(arm, key), backbone.spread(arm, key)) for key in keys]
+                rows.append((backbone.name, ARM_LABELS[arm], texts))
+        gains = [gain(backbone, key) for key in keys]
         if any(found is not None for found in gains):
-            texts = ["-" if found is None else number(*found, sign=True) for found in gains]
+            texts = ["-" if found is None else format_number(*found, sign=True) for found in gains]
             rows.append((backbone.name, "gain", texts))
     return rows
 
 
 def markdown(comparison: Comparison) -> str:
-    """The table in Markdown, what its columns mean, and what failed."""
-    heads = ["backbone", "", *(figure.label for figure in comparison.figures)]
-    lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * len(comparison.figures)]
+    """Return the table in Markdown, with the meaning of its columns and the backbones that failed."""
+    heads = ["backbone", "", *(metric.label for metric in comparison.metrics)]
+    lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * len(comparison.metrics)]
     lines += [f"| {name} | {arm} | {' | '.join(texts)} |" for name, arm, texts in table_rows(comparison)]
-    seeds = comparison.settings.get("seeds")
     lines += [
         "",
-        f"Mean ± sample standard deviation over seeds ({seeds}). Control: the same steps, data, parameters and seed "
-        "with the contrastive term alone. Gain: after TTD less control, seed by seed.",
+        f"Mean ± sample standard deviation over seeds ({comparison.settings.get('seeds')}). Control: the same steps, "
+        "data, parameters and seed with the contrastive term alone. Gain: after TTD minus control, per seed.",
         "",
         *(
-            f"- {figure.label}{f' ({figure.better} is better)' if figure.better else ''}: {figure.meaning}"
-            for figure in comparison.figures
+            f"- {metric.label}{f' ({metric.better} is better)' if metric.better else ''}: {metric.meaning}"
+            for metric in comparison.metrics
         ),
     ]
     if comparison.failures:
-        lines += ["", "Left out:", "", *(f"- {name}: {reason}" for name, reason in comparison.failures.items())]
+        lines += ["", "Failed:", "", *(f"- {name}: {reason}" for name, reason in comparison.failures.items())]
     return "\n".join(lines) + "\n"
 
 
 def write_markdown(path: Path, comparison: Comparison) -> None:
-    """Write :func:`markdown` whole."""
-    _write(path, markdown(comparison))
+    """Write :func:`markdown` to a file.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    write_atomic(path, markdown(comparison))
 
 
 def write_csv(path: Path, comparison: Comparison) -> None:
-    """Write one row for each backbone, arm and seed; ``before`` has no seed, and what is not defined is empty."""
-    keys = [figure.key for figure in comparison.figures]
+    """Write one row per backbone, arm and seed; the seed of ``before`` and undefined metrics are empty.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    keys = [metric.key for metric in comparison.metrics]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["backbone", "arm", "seed", *keys])
+    first_seed = comparison.settings.get("first_seed", 0)
     for backbone in comparison.backbones:
         for arm in ARMS:
-            for seed, values in enumerate(backbone.figures.get(arm, [])):
+            for seed, values in enumerate(backbone.metrics.get(arm, []), start=first_seed):
                 cells = ["" if values.get(key) is None else repr(values[key]) for key in keys]
                 writer.writerow([backbone.name, arm, "" if arm == "before" else seed, *cells])
-    _write(path, text.getvalue())
+    write_atomic(path, text.getvalue())
 
 
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+def __getattr__(name: str) -> Any:
+    if name == "number":
+        message = "tables.number is now tables.format_number; the old name goes with the next minor release"
+        warnings.warn(message, FutureWarning, stacklevel=2)
+        return format_number
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

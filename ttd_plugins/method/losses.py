@@ -13,12 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ttd_plugins.adapter import Calibration
 from ttd_plugins.errors import InputError
 from ttd_plugins.method.similarity import minmax_normalize, normalize, promote
+from ttd_plugins.options import Activation, Calibration, Distance
 
-Distance = Literal["bce", "mse", "l1"]
-Activation = Literal["sigmoid", "minmax", "none"]
 LogitForm = Literal["softmax", "sigmoid"]
 
 

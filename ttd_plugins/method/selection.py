@@ -6,16 +6,13 @@ figures fit two, and both are here. All functions take the flat candidates of :m
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from ttd_plugins.adapter import Calibration
 from ttd_plugins.errors import InputError
-
-Score = Literal["pixel", "image", "text"]
-Rule = Literal["minmax", "absolute", "probability"]
+from ttd_plugins.options import Calibration, Rule
 
 
 def pixel_scores(tag_maps: Tensor) -> Tensor:
@@ -69,7 +66,7 @@ def select_tags(
     image_index: Tensor,
     batch: int,
     *,
-    rule: Rule = "probability",
+    rule: Rule = "minmax",
     threshold: float = 0.5,
     calibration: Calibration | None = None,
 ) -> Tensor:
@@ -104,9 +101,7 @@ def select_tags(
 class TagSelection(nn.Module):
     """Module twin of :func:`select_tags`."""
 
-    def __init__(
-        self, rule: Rule = "probability", threshold: float = 0.5, calibration: Calibration | None = None
-    ) -> None:
+    def __init__(self, rule: Rule = "minmax", threshold: float = 0.5, calibration: Calibration | None = None) -> None:
         super().__init__()
         self.rule: Rule = rule
         self.threshold = threshold

@@ -1,45 +1,49 @@
-"""Inline SVG of a comparison: the trade-off of two figures, and the curves of training."""
+"""Charts of a comparison: trade-off, gains, training curves, and bias by kind of word."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ttd_plugins.comparison.results import ARMS, Arm, BackboneResult, Comparison, Figure
-from ttd_plugins.reports import page
-from ttd_plugins.reports.comparison_findings import mean
+from ttd_plugins.comparison.results import ARMS, Arm, BackboneResult, Comparison, Metric, mean_and_spread
+from ttd_plugins.reports.charts import Chart, mark, pixels
+from ttd_plugins.reports.comparison_findings import TIE, Change, change, mean
+from ttd_plugins.reports.formatting import capitalised, number, printable, shortened
+from ttd_plugins.reports.palette import light, series_role
 
-SERIES = 8
-"""Colours that the sheet knows; more backbones start again, and their numbers tell them apart."""
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+
 ARM_LABELS: dict[Arm, str] = {"before": "Before", "control": "Control", "after": "After TTD"}
-DRAWN: tuple[Arm, ...] = ("before", "after", "control")
-"""The dashes of the control go over the line of TTD, so that both are seen where they agree."""
-LABEL_CHARACTERS = 26
-SEED_POINTS = 80
+KIND_LABELS = {
+    "background": "Backgrounds (grass, snow …)",
+    "common": "Common things",
+    "middle": "Less common things",
+    "rare": "Rare things",
+}
+"""Kinds of words in scenes, from the most to the least frequent in captions."""
+CURVE_LABELS = {
+    "loss": "Total loss",
+    "contrastive": "Contrastive loss",
+    "tag": "Tag loss",
+    "distill": "Distillation loss",
+    "caption_map_spread": "Spread of the caption map",
+    "selected_per_caption": "Selected tags per caption",
+}
+CURVE_POINTS, SEED_POINTS = 200, 80
+_DASHES: Any = (0, (4, 2.5))
 
 Point = tuple[float, float]
 
 
-def series(number: int) -> str:
-    """Class of the backbone with this number, which gives its colour."""
-    return f"s{number % SERIES}"
-
-
-def shortened(name: str, most: int = LABEL_CHARACTERS) -> str:
-    """A long name without its middle: both ends tell models apart."""
-    if len(name) <= most:
-        return name
-    left = (most - 1) // 2
-    return f"{name[:left]}…{name[left + 1 - most :]}"
-
-
 @dataclass(frozen=True)
 class Box:
-    """A rectangle in SVG units."""
+    """A rectangle; ``top`` is its smaller vertical coordinate."""
 
     left: float
     top: float
@@ -47,7 +51,7 @@ class Box:
     height: float
 
     def overlap(self, other: Box) -> float:
-        """Shared area."""
+        """The area that both cover."""
         across = min(self.left + self.width, other.left + other.width) - max(self.left, other.left)
         down = min(self.top + self.height, other.top + other.height) - max(self.top, other.top)
         return max(across, 0.0) * max(down, 0.0)
@@ -56,9 +60,9 @@ class Box:
 def place_labels(
     points: Sequence[Point], widths: Sequence[float], height: float, area: Box, taken: list[Box]
 ) -> list[Box]:
-    """A box for the label of each point that overlaps no other label and nothing of ``taken`` where there is room.
+    """A box for the label of each point, which avoids other labels and ``taken`` where there is room.
 
-    Places near the point are tried first. A label never leaves ``area``.
+    Places near the point come first. A label never leaves ``area``.
     """
     placed: list[Box] = []
     for (x, y), width in zip(points, widths, strict=True):
@@ -82,15 +86,18 @@ def place_labels(
     return placed
 
 
-def trade_off_figures(comparison: Comparison) -> tuple[Figure, Figure] | None:
-    """What TTD should raise and what it may cost; ``None`` where one of them is no column."""
-    by_key = {figure.key: figure for figure in comparison.figures}
+# Trade-off ------------------------------------------------------------------------------------------------------------
+
+
+def trade_off_metrics(comparison: Comparison) -> tuple[Metric, Metric] | None:
+    """The metric that TTD should raise and the one it may cost; ``None`` if one of them is not measured."""
+    by_key = {metric.key: metric for metric in comparison.metrics}
     up, cost = (by_key.get(key) for key in comparison.trade_off)
     return (up, cost) if up is not None and cost is not None else None
 
 
-def trade_off_points(backbone: BackboneResult, up: Figure, cost: Figure) -> dict[Arm, Point]:
-    """Arm -> (cost, gain), mean over the seeds, where both are defined."""
+def trade_off_points(backbone: BackboneResult, up: Metric, cost: Metric) -> dict[Arm, Point]:
+    """For each arm (cost, gain), mean over the seeds, where both are defined."""
     found: dict[Arm, Point] = {}
     for arm in ARMS:
         x, y = mean(backbone, arm, cost.key), mean(backbone, arm, up.key)
@@ -99,177 +106,256 @@ def trade_off_points(backbone: BackboneResult, up: Figure, cost: Figure) -> dict
     return found
 
 
-def seed_points(backbone: BackboneResult, arm: Arm, up: Figure, cost: Figure) -> list[Point]:
+def seed_points(backbone: BackboneResult, arm: Arm, up: Metric, cost: Metric) -> list[Point]:
     """(cost, gain) of each seed of an arm."""
-    pairs = [(row.get(cost.key), row.get(up.key)) for row in backbone.figures.get(arm, [])]
+    pairs = [(row.get(cost.key), row.get(up.key)) for row in backbone.metrics.get(arm, [])]
     return [(float(x), float(y)) for x, y in pairs if x is not None and y is not None and math.isfinite(x + y)]
 
 
-def trade_off_chart(comparison: Comparison, width: int, height: int, *, names: bool) -> str:
-    """The trade-off as SVG of ``width`` by ``height``; labels are numbers with the backbone's name where ``names``.
+def trade_off_chart(comparison: Comparison, *, narrow: bool = False) -> Chart | None:
+    """The trade-off of all backbones; ``None`` if no backbone has both metrics.
 
-    Empty where no backbone has both figures.
+    Args:
+        comparison: what is drawn.
+        narrow: for a phone: smaller, and labels are the backbones' numbers without their names.
     """
-    axes = trade_off_figures(comparison)
-    if axes is None:
-        return ""
-    up, cost = axes
+    axes_of = trade_off_metrics(comparison)
+    if axes_of is None:
+        return None
+    up, cost = axes_of
     points = [trade_off_points(backbone, up, cost) for backbone in comparison.backbones]
-    seeds: list[dict[Arm, list[Point]]] = [
-        {arm: seed_points(backbone, arm, up, cost) for arm in ARMS if arm != "before"}
-        for backbone in comparison.backbones
-    ]
-    everything = [point for found in points for point in found.values()]
-    if not everything:
-        return ""
-    everything += [point for found in seeds for dots in found.values() for point in dots]
-    left, right, top, bottom = 50, 16, 34, 46
-    low_x, high_x = _padded([x for x, _ in everything])
-    low_y, high_y = _padded([y for _, y in everything])
-    x_ticks, y_ticks = _inner_ticks(low_x, high_x, 8 if names else 5), _inner_ticks(low_y, high_y, 8)
+    if not any(points):
+        return None
+    arms = [arm for arm in ARMS if any(arm in found for found in points)]
+    dots = any(len(seed_points(backbone, "after", up, cost)) > 1 for backbone in comparison.backbones)
 
-    def place(point: Point) -> Point:
-        return (
-            left + (width - left - right) * (point[0] - low_x) / (high_x - low_x),
-            height - bottom - (height - top - bottom) * (point[1] - low_y) / (high_y - low_y),
-        )
+    def draw(axes: Axes) -> None:
+        _trade_off_axes(axes, comparison, points, up, cost)
+        taken: list[Box] = []
+        for n, (backbone, found) in enumerate(zip(comparison.backbones, points, strict=True)):
+            seeds: dict[Arm, list[Point]] = {arm: seed_points(backbone, arm, up, cost) for arm in ARMS[1:]}
+            taken += _draw_backbone(axes, backbone.name, light(series_role(n)), found, seeds)
+        _draw_labels(axes, comparison, points, taken, names=not narrow)
 
-    drawn = []
-    for tick in y_ticks:
-        y = place((low_x, tick))[1]
-        drawn.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        drawn.append(f'<text class="tick" x="{left - 7}" y="{y + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
-    for tick in x_ticks:
-        x = place((tick, low_y))[0]
-        drawn.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{height - bottom}"/>')
-        drawn.append(
-            f'<text class="tick" x="{x:.1f}" y="{height - bottom + 17}" text-anchor="middle">{tick:.4g}</text>'
-        )
-    drawn.append(f'<text class="axis" x="{left - 44}" y="17">{page.text(_axis(up, "↑", "↓"))}</text>')
-    drawn.append(
-        f'<text class="axis" x="{width - right}" y="{height - 8}" text-anchor="end">'
-        f"{page.text(_axis(cost, '→', '←'))}</text>"
+    described = "; ".join(
+        f"{backbone.name}: "
+        + ", ".join(f"{ARM_LABELS[arm].lower()} {number(y)} at {number(x)}" for arm, (x, y) in found.items())
+        for backbone, found in zip(comparison.backbones, points, strict=True)
+        if found
     )
-    taken: list[Box] = []
-    for number, (found, dots) in enumerate(zip(points, seeds, strict=True)):
-        marks, boxes = _backbone_marks(found, dots, place, page.text(comparison.backbones[number].name))
-        drawn.append(f'<g class="{series(number)}">{marks}</g>')
-        taken += boxes
-    labelled = [(number, found) for number, found in enumerate(points) if found]
-    anchors = [place(found["after"] if "after" in found else next(iter(found.values()))) for _, found in labelled]
-    texts = [
-        f"{number + 1} {shortened(comparison.backbones[number].name)}" if names else str(number + 1)
-        for number, _ in labelled
-    ]
-    area = Box(left + 2, top + 2, width - left - right - 4, height - top - bottom - 4)
-    boxes = place_labels(anchors, [7.3 * len(text) + 4 for text in texts], 16, area, taken)
-    for (number, _), (x, y), text, box in zip(labelled, anchors, texts, boxes, strict=True):
-        near = (min(max(x, box.left), box.left + box.width), min(max(y, box.top), box.top + box.height))
-        if math.dist(near, (x, y)) > 16:
-            drawn.append(f'<line class="leader" x1="{x:.1f}" y1="{y:.1f}" x2="{near[0]:.1f}" y2="{near[1]:.1f}"/>')
-        drawn.append(
-            f'<text class="label {series(number)}" x="{box.left + 2:.1f}" y="{box.top + 12.5:.1f}">'
-            f"{page.text(text)}</text>"
-        )
-    told = "; ".join(
-        f"{comparison.backbones[number].name}: "
-        + ", ".join(f"{ARM_LABELS[arm].lower()} {page.number(y)} at {page.number(x)}" for arm, (x, y) in found.items())
-        for number, found in labelled
+    return Chart(
+        key="trade-off-narrow" if narrow else "trade-off",
+        title=f"{capitalised(up.label)} against {cost.label}",
+        description=f"Mean over seeds. {described}",
+        size=(360, 330) if narrow else (760, 430),
+        margins=(50, 34, 16, 46),
+        draw=draw,
+        legend=lambda: _trade_off_legend(arms, dots=dots),
+        legend_columns=2 if narrow else 6,
+        legend_height=68 if narrow else 30,
     )
-    label = page.text(f"{up.label} against {cost.label}, mean over seeds. {told}")
-    kind = "wide" if names else "narrow"
-    head = f'<svg class="trade {kind}" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">'
-    return f"{head}{''.join(drawn)}</svg>"
 
 
-def _padded(values: Iterable[float]) -> tuple[float, float]:
+def _trade_off_axes(
+    axes: Axes, comparison: Comparison, points: Sequence[Mapping[Arm, Point]], up: Metric, cost: Metric
+) -> None:
+    drawn = [point for found in points for point in found.values()]
+    drawn += [p for b in comparison.backbones for arm in ARMS[1:] for p in seed_points(b, arm, up, cost)]
+    axes.set_xlim(_padded([x for x, _ in drawn]))
+    axes.set_ylim(_padded([y for _, y in drawn]))
+    axes.locator_params(axis="x", nbins=7 if axes.bbox.width > 400 else 4)
+    axes.locator_params(axis="y", nbins=7)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    named: dict[str, Any] = {"fontsize": 13, "fontweight": "bold", "color": light("ink")}
+    axes.set_title(_axis_label(up, "↑", "↓"), loc="left", x=-0.06 if axes.bbox.width > 400 else -0.14, pad=12, **named)
+    axes.set_xlabel(_axis_label(cost, "→", "←"), loc="right", labelpad=6, **named)
+
+
+def _padded(values: Sequence[float]) -> tuple[float, float]:
     """The range of values with a margin."""
-    known = list(values)
-    low, high = min(known), max(known)
+    low, high = min(values), max(values)
     margin = max(0.09 * (high - low), 0.02 * abs(high), 1e-3)
     return low - margin, high + margin
 
 
-def _inner_ticks(low: float, high: float, most: int) -> list[float]:
-    """At most ``most`` round numbers between ``low`` and ``high``, as many as there may be."""
-    power = 10.0 ** math.floor(math.log10(high - low) - 1)
-    for factor in (1, 2, 5, 10, 20, 50, 100):
-        step = factor * power
-        first, last = math.ceil(low / step), math.floor(high / step)
-        if last - first < most:
-            return [round(n * step, 12) for n in range(first, last + 1)]
-    raise AssertionError("a step of ten times the range has at most one tick")
+def _axis_label(metric: Metric, more: str, less: str) -> str:
+    arrow = {"higher": f"{more} better", "lower": f"{less} better", None: more}[metric.better]
+    return printable(f"{capitalised(metric.label)}, {arrow}")
 
 
-def _axis(figure: Figure, more: str, less: str) -> str:
-    arrow = {"higher": f"{more} better", "lower": f"{less} better", None: more}[figure.better]
-    return f"{figure.label[:1].upper()}{figure.label[1:]}, {arrow}"
-
-
-def _backbone_marks(
-    found: Mapping[Arm, Point], dots: Mapping[Any, Sequence[Point]], place: Callable[[Point], Point], name: str
-) -> tuple[str, list[Box]]:
-    """Seeds, arrows and the marks of the arms of one backbone, and the boxes that labels should leave free."""
-    parts, boxes = [], []
-    at = {arm: place(point) for arm, point in found.items()}
-    for arm, values in dots.items():
-        # A lone seed is the mean itself.
-        for x, y in map(place, values if len(values) > 1 else []):
-            parts.append(f'<circle class="dot {arm}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>')
+def _draw_backbone(
+    axes: Axes, name: str, colour: str, found: Mapping[Arm, Point], seeds: Mapping[Arm, Sequence[Point]]
+) -> list[Box]:
+    """Draw seeds, arrows and marks of a backbone; returns the boxes that labels should leave free."""
+    boxes = []
+    for dots in seeds.values():
+        # A single seed is the mean itself.
+        for dot in dots if len(dots) > 1 else []:
+            mark(axes.scatter(*dot, s=20, color=colour, alpha=0.5, linewidths=0), "dot")
+            x, y = pixels(axes, dot)
             boxes.append(Box(x - 3, y - 3, 6, 6))
     for arm in ARMS[:2]:
-        if arm in at and "after" in at:
-            parts.append(_arrow(at[arm], at["after"], arm))
-    for arm, (x, y) in at.items():
-        across, up = map(page.number, found[arm])
-        title = f"<title>{name}, {ARM_LABELS[arm].lower()}: {up} at {across}</title>"
-        if arm == "control":
-            parts.append(
-                f'<rect class="mark control" x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10">{title}</rect>'
-            )
-        else:
-            parts.append(f'<circle class="mark {arm}" cx="{x:.1f}" cy="{y:.1f}" r="6">{title}</circle>')
+        if arm in found and "after" in found:
+            start, end = pixels(axes, found[arm]), pixels(axes, found["after"])
+            for share in np.linspace(0, 1, 2 + round(math.dist(start, end) / 6)):
+                x, y = (a + share * (b - a) for a, b in zip(start, end, strict=True))
+                boxes.append(Box(x - 3, y - 3, 6, 6))
+            # Marks that touch need no arrow.
+            if math.dist(start, end) >= 18:
+                arrow = axes.annotate("", xy=found["after"], xytext=found[arm], arrowprops=_arrow(arm, colour))
+                assert arrow.arrow_patch is not None
+                mark(arrow.arrow_patch, f"arrow {arm}")
+    for arm, point in found.items():
+        face = colour if arm == "after" else light("card")
+        drawn = axes.scatter(
+            *point, s=100, marker="s" if arm == "control" else "o", facecolor=face, edgecolor=colour, linewidths=2.2,
+            zorder=3,
+        )  # fmt: skip
+        mark(drawn, f"mark {arm}", f"{name}, {ARM_LABELS[arm].lower()}: {number(point[1])} at {number(point[0])}")
+        x, y = pixels(axes, point)
         boxes.append(Box(x - 7, y - 7, 14, 14))
-    for arm in ARMS[:2]:
-        if arm in at and "after" in at:
-            (x1, y1), (x2, y2) = at[arm], at["after"]
-            for share in np.linspace(0.15, 0.85, 8):
-                boxes.append(Box(x1 + share * (x2 - x1) - 3, y1 + share * (y2 - y1) - 3, 6, 6))
-    return "".join(parts), boxes
+    return boxes
 
 
-def _arrow(start: Point, end: Point, arm: str) -> str:
-    """An arrow from mark to mark; none where they touch."""
-    length = math.dist(start, end)
-    if length < 18:
-        return ""
-    dx, dy = (end[0] - start[0]) / length, (end[1] - start[1]) / length
-    x1, y1 = start[0] + 7 * dx, start[1] + 7 * dy
-    tip = end[0] - 8 * dx, end[1] - 8 * dy
-    base = tip[0] - 8 * dx, tip[1] - 8 * dy
-    head = " ".join(
-        f"{x:.1f},{y:.1f}" for x, y in (tip, (base[0] - 4 * dy, base[1] + 4 * dx), (base[0] + 4 * dy, base[1] - 4 * dx))
+def _arrow(arm: Arm, colour: str) -> dict[str, Any]:
+    before = arm == "before"
+    return {
+        "arrowstyle": "-|>,head_length=0.5,head_width=0.28",
+        "color": colour,
+        "linestyle": "-" if before else _DASHES,
+        "linewidth": 1.8 if before else 1.4,
+        "shrinkA": 6,
+        "shrinkB": 7,
+    }
+
+
+def _draw_labels(
+    axes: Axes, comparison: Comparison, points: Sequence[Mapping[Arm, Point]], taken: list[Box], *, names: bool
+) -> None:
+    labelled = [(n, found) for n, found in enumerate(points) if found]
+    anchors = [
+        pixels(axes, found["after"] if "after" in found else next(iter(found.values()))) for _, found in labelled
+    ]
+    texts = [
+        f"{n + 1} {shortened(printable(comparison.backbones[n].name))}" if names else str(n + 1) for n, _ in labelled
+    ]
+    inside = axes.bbox
+    area = Box(inside.x0 + 2, inside.y0 + 2, inside.width - 4, inside.height - 4)
+    boxes = place_labels(anchors, [7.6 * len(text) + 6 for text in texts], 18, area, taken)
+    for (n, _), (x, y), text, box in zip(labelled, anchors, texts, boxes, strict=True):
+        near = (min(max(x, box.left), box.left + box.width), min(max(y, box.top), box.top + box.height))
+        if math.dist(near, (x, y)) > 16:
+            line = {"arrowstyle": "-", "color": light("muted"), "linewidth": 0.8, "shrinkA": 0, "shrinkB": 8}
+            axes.annotate(
+                "", xy=(x, y), xytext=near, xycoords="figure points", textcoords="figure points", arrowprops=line
+            )
+        label = axes.annotate(
+            text, xy=(box.left + box.width / 2, box.top + box.height / 2), xycoords="figure points",
+            ha="center", va="center", fontsize=12, fontweight="bold", color=light(series_role(n)),
+            bbox={"facecolor": light("card"), "alpha": 0.75, "edgecolor": "none", "pad": 1}, zorder=4,
+        )  # fmt: skip
+        mark(label, "label")
+
+
+def _trade_off_legend(arms: Sequence[Arm], *, dots: bool) -> list[Artist]:
+    from matplotlib.lines import Line2D
+
+    muted = light("muted")
+    handles = [
+        Line2D([], [], linestyle="", marker="s" if arm == "control" else "o", markersize=9, markeredgewidth=2,
+               markeredgecolor=muted, markerfacecolor=muted if arm == "after" else light("card"),
+               label=ARM_LABELS[arm])
+        for arm in arms
+    ]  # fmt: skip
+    if dots:
+        handles.append(
+            Line2D([], [], linestyle="", marker="o", markersize=4.5, color=muted, alpha=0.6, label="One seed")
+        )
+    for arm, label in (("before", "From before"), ("control", "From the control")):
+        if {"after", arm} <= set(arms):
+            handles.append(Line2D([], [], color=muted, linestyle="-" if arm == "before" else _DASHES, label=label))
+    return list(handles)
+
+
+# Gains ----------------------------------------------------------------------------------------------------------------
+
+
+def gain_charts(comparison: Comparison) -> list[Chart]:
+    """For each metric with a better direction, the gain on every fine-tuned backbone, mean and spread over seeds."""
+    tuned = [(n, backbone) for n, backbone in enumerate(comparison.backbones) if backbone.metrics.get("after")]
+    charts = []
+    for metric in comparison.metrics:
+        changes = [change(backbone, metric) for _, backbone in tuned]
+        if metric.better is not None and any(changes):
+            charts.append(_gain_chart(metric, tuned, changes))
+    return charts
+
+
+def _gain_chart(metric: Metric, tuned: Sequence[tuple[int, BackboneResult]], changes: Sequence[Change | None]) -> Chart:
+    def draw(axes: Axes) -> None:
+        axes.axvline(0, color=light("muted"), linewidth=1)
+        for row, ((n, _), found) in enumerate(zip(tuned, changes, strict=True)):
+            if found is None:
+                axes.text(0, row, " n/a", va="center", fontsize=11, color=light("muted"))
+                continue
+            clear = found.verdict in ("better", "worse")
+            colour = light(series_role(n))
+            face = colour if clear else light("card")
+            bars = axes.barh(row, found.mean, height=0.62, color=face, edgecolor=colour, linewidth=1.5)
+            mark(bars[0], "bar", found.signed)
+            if found.spread is not None:
+                axes.errorbar(found.mean, row, xerr=found.spread, color=light("ink"), capsize=3, linewidth=1.2)
+        names = [f"{n + 1} {shortened(printable(backbone.name), 20)}" for n, backbone in tuned]
+        axes.set_yticks(range(len(tuned)), names, fontsize=11, color=light("ink"))
+        axes.set_ylim(len(tuned) - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        axes.locator_params(axis="x", nbins=4)
+
+    described = ", ".join(
+        f"{backbone.name} {'n/a' if found is None else found.signed}"
+        for (_, backbone), found in zip(tuned, changes, strict=True)
     )
-    return (
-        f'<line class="way {arm}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{base[0]:.1f}" y2="{base[1]:.1f}"/>'
-        f'<polygon class="head" points="{head}"/>'
+    return Chart(
+        key=f"gain-{metric.key}",
+        title=f"{metric.label} ({metric.better} is better)",
+        description=described,
+        size=(380, 40 + 26 * len(tuned)),
+        margins=(165, 4, 14, 28),
+        draw=draw,
     )
+
+
+def gains_heading(comparison: Comparison) -> str:
+    """What the gain charts show, and against which arm."""
+    found = [change(b, m) for b in comparison.backbones for m in comparison.metrics if b.metrics.get("after")]
+    arms = {one.baseline for one in found if one is not None}
+    against = "control" if arms == {"control"} else "before" if arms == {"before"} else "control, or before without one"
+    return f"After TTD minus {against}. Lines: spread over seeds. Open bars: within the spread, or below {TIE}."
+
+
+# Training curves ------------------------------------------------------------------------------------------------------
 
 
 def curve_keys(comparison: Comparison) -> list[str]:
-    """What the curves record but for the step, ``loss`` first, in the order in which they are met."""
-    keys: dict[str, None] = {}
-    for backbone in comparison.backbones:
-        for runs in backbone.curves.values():
-            for run in runs:
-                for row in run[:1] + run[-1:]:
-                    keys.update(dict.fromkeys(row))
-    keys.pop("step", None)
-    return sorted(keys, key=lambda key: key != "loss")
+    """What the curves record besides the step: losses in a fixed order, then the rest in order of appearance."""
+    rows = [
+        row for b in comparison.backbones for runs in b.curves.values() for run in runs for row in run[:1] + run[-1:]
+    ]
+    keys = dict.fromkeys(key for row in rows for key in row if key != "step")
+    known = list(CURVE_LABELS)
+    return sorted(keys, key=lambda key: known.index(key) if key in known else len(known))
+
+
+def curve_label(key: str) -> str:
+    """The name of a curve on paper."""
+    return CURVE_LABELS.get(key, capitalised(key.replace("_", " ")))
 
 
 def curve_lines(backbone: BackboneResult, key: str) -> dict[Arm, list[list[Point]]]:
-    """Arm -> for each seed its (step, value), finite ones only."""
+    """For each arm and seed the (step, value) pairs; values that are not finite are left out."""
     found: dict[Arm, list[list[Point]]] = {}
     for arm, runs in backbone.curves.items():
         lines = [
@@ -281,50 +367,143 @@ def curve_lines(backbone: BackboneResult, key: str) -> dict[Arm, list[list[Point
     return found
 
 
+def curve_chart(key: str, title: str, lines: Mapping[Arm, Sequence[Sequence[Point]]]) -> Chart:
+    """Curves of one value of one backbone: seeds thin, the running mean of their mean thick."""
+    order: tuple[Arm, ...] = ("after", "control")
+    means = {arm: running_mean(thinned(mean_line(lines[arm]))) for arm in order if lines.get(arm)}
+
+    def draw(axes: Axes) -> None:
+        # The control is drawn last and dashed, so that both are seen where they agree.
+        for arm in means:
+            for run in lines[arm]:
+                xs, ys = zip(*thinned(run, SEED_POINTS), strict=True)
+                mark(axes.plot(xs, ys, color=light(arm), alpha=0.3, linewidth=1)[0], f"seed {arm}")
+        for arm, line in means.items():
+            xs, ys = zip(*line, strict=True)
+            style = _DASHES if arm == "control" else "-"
+            drawn = axes.plot(xs, ys, color=light(arm), linewidth=2.2, linestyle=style)[0]
+            mark(drawn, f"mean {arm}", ARM_LABELS[arm])
+        steps = [step for runs in lines.values() for run in runs for step, _ in run]
+        first, last = min(steps), max(steps)
+        ends = [(first, f"step {first:g}"), (last, f"{last:g}")] if last > first else [(first, f"step {first:g}")]
+        axes.set_xticks(*zip(*ends, strict=True))
+        axes.margins(x=0.02)
+        axes.grid(axis="x", visible=False)
+        axes.locator_params(axis="y", nbins=4)
+        axes.tick_params(length=0, labelsize=11)
+
+    described = ", ".join(
+        f"{ARM_LABELS[arm]} from {line[0][1]:.4g} to {line[-1][1]:.4g}" for arm, line in means.items()
+    )
+    return Chart(
+        key=key,
+        title=title,
+        description=f"Over steps: {described}",
+        size=(340, 180),
+        margins=(48, 8, 16, 24),
+        draw=draw,
+        legend=_curve_legend,
+    )
+
+
+def _curve_legend() -> list[Artist]:
+    from matplotlib.lines import Line2D
+
+    return [
+        Line2D([], [], color=light(arm), linewidth=2.2, linestyle=_DASHES if arm == "control" else "-", label=label)
+        for arm, label in ARM_LABELS.items()
+        if arm != "before"
+    ]
+
+
 def mean_line(lines: Sequence[Sequence[Point]]) -> list[Point]:
-    """Mean over seeds at every step that all of them have; where there is none, over those that have the step."""
+    """Mean over seeds at every step that the largest number of seeds share."""
     by_step: dict[float, list[float]] = {}
     for line in lines:
         for step, value in line:
             by_step.setdefault(step, []).append(value)
-    most = max(map(len, by_step.values()), default=0)
-    return [(step, float(np.mean(values))) for step, values in sorted(by_step.items()) if len(values) == most]
+    seeds = max(map(len, by_step.values()), default=0)
+    return [(step, float(np.mean(values))) for step, values in sorted(by_step.items()) if len(values) == seeds]
 
 
-def curve_chart(title: str, lines: Mapping[Arm, Sequence[Sequence[Point]]], limits: Point | None = None) -> str:
-    """Curves of one figure of one backbone as SVG; ``limits`` gives a scale that charts share."""
-    width, height = 340, 180
-    left, right, top, bottom = 46, 10, 10, 24
-    values = [value for runs in lines.values() for run in runs for _, value in run]
-    steps = [step for runs in lines.values() for run in runs for step, _ in run]
-    ticks = page.ticks(*(limits or (min(values), max(values))))
-    first, last = min(steps), max(steps)
+def thinned(line: Sequence[Point], limit: int = CURVE_POINTS) -> list[Point]:
+    """At most ``limit`` points, each the mean of neighbours."""
+    pieces = np.array_split(np.array(line, dtype=float), min(len(line), limit))
+    return [(float(piece[:, 0].mean()), float(piece[:, 1].mean())) for piece in pieces]
 
-    def points(line: Sequence[Point]) -> str:
-        return " ".join(
-            f"{left + (width - left - right) * (step - first) / max(last - first, 1):.1f},"
-            f"{height - bottom - (height - top - bottom) * (value - ticks[0]) / (ticks[-1] - ticks[0]):.1f}"
-            for step, value in line
-        )
 
-    drawn = []
-    for tick in ticks:
-        y = height - bottom - (height - top - bottom) * (tick - ticks[0]) / (ticks[-1] - ticks[0])
-        drawn.append(
-            f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text class="tick" x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.4g}</text>'
-        )
-    drawn.append(
-        f'<text class="tick" x="{left}" y="{height - 6}">step {first:g}</text>'
-        f'<text class="tick" x="{width - right}" y="{height - 6}" text-anchor="end">{last:g}</text>'
+def running_mean(line: Sequence[Point]) -> list[Point]:
+    """Mean over a window of about a twelfth of the line; the window is cut at the ends."""
+    reach = len(line) // 24
+    values = [value for _, value in line]
+    return [(step, float(np.mean(values[max(n - reach, 0) : n + reach + 1]))) for n, (step, _) in enumerate(line)]
+
+
+# Bias by kind of word -------------------------------------------------------------------------------------------------
+
+
+def bias_means(backbone: BackboneResult) -> dict[str, dict[Arm, tuple[float, float | None]]]:
+    """For each kind of word and arm, mean and spread over seeds of the caption map inside tags of that kind.
+
+    Kinds are in the order of :data:`KIND_LABELS`; a value that is undefined for a seed is left out.
+    """
+    rows = {arm: backbone.bias.get(arm, []) for arm in ARMS}
+    kinds = dict.fromkeys(kind for seeds in rows.values() for row in seeds for kind in row)
+    known = list(KIND_LABELS)
+    found: dict[str, dict[Arm, tuple[float, float | None]]] = {}
+    for kind in sorted(kinds, key=lambda kind: known.index(kind) if kind in known else len(known)):
+        for arm, seeds in rows.items():
+            values = [row.get(kind) for row in seeds]
+            finite = [value for value in values if value is not None and math.isfinite(value)]
+            if finite and len(finite) == len(values):
+                found.setdefault(kind, {})[arm] = mean_and_spread(finite)
+    return found
+
+
+def bias_chart(key: str, name: str, bias: Mapping[str, Mapping[Arm, tuple[float, float | None]]]) -> Chart:
+    """Bars of one backbone: for each kind of word the mean of the caption map, before, in the control and after."""
+    arms = [arm for arm in ARMS if any(arm in found for found in bias.values())]
+    group = len(arms) + 1.4
+
+    def draw(axes: Axes) -> None:
+        for place, (kind, found) in enumerate(bias.items()):
+            title = place * group
+            axes.text(0, title, printable(KIND_LABELS.get(kind, kind)), fontsize=12, fontweight="bold", va="center")
+            for row, arm in enumerate(arms, start=1):
+                if arm not in found:
+                    axes.text(0, title + row, "n/a", fontsize=11, va="center", color=light("muted"))
+                    continue
+                value, spread = found[arm]
+                bars = axes.barh(title + row, min(max(value, 0), 1), height=0.8, color=light(arm))
+                mark(bars[0], f"bar {arm}", f"{ARM_LABELS[arm]}: {number(value)}")
+                if spread is not None:
+                    axes.errorbar(value, title + row, xerr=spread, color=light("ink"), capsize=2, linewidth=1)
+                axes.text(1.02, title + row, number(value), fontsize=11, va="center", color=light("ink"))
+        axes.set_xlim(0, 1)
+        axes.set_ylim(len(bias) * group - 0.7, -0.7)
+        axes.set_yticks([])
+        axes.set_xticks([0, 0.5, 1])
+        axes.tick_params(length=0, labelsize=11)
+        axes.spines["bottom"].set_visible(False)
+
+    described = "; ".join(
+        f"{KIND_LABELS.get(kind, kind)}: "
+        + ", ".join(f"{ARM_LABELS[arm]} {number(v)}" for arm, (v, _) in found.items())
+        for kind, found in bias.items()
     )
-    told = []
-    for arm in DRAWN:
-        runs = lines.get(arm, [])
-        drawn += [f'<polyline class="raw {arm}" points="{points(page.thinned(run, SEED_POINTS))}"/>' for run in runs]
-        if runs:
-            middle = page.running_mean(page.thinned(mean_line(runs)))
-            drawn.append(f'<polyline class="mean {arm}" points="{points(middle)}"/>')
-            told.append(f"{ARM_LABELS[arm]} from {middle[0][1]:.4g} to {middle[-1][1]:.4g}")
-    label = page.text(f"{title} over steps: {', '.join(told)}")
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(drawn)}</svg>'
+    return Chart(
+        key=key,
+        title=f"Bias of {name} by kind of word",
+        description=f"Mean of the caption map inside the tags. {described}",
+        size=(360, 34 + 18 * group * len(bias)),
+        margins=(16, 6, 52, 26),
+        draw=draw,
+        legend=lambda: _bias_legend(arms),
+        legend_columns=3,
+    )
+
+
+def _bias_legend(arms: Sequence[Arm]) -> list[Artist]:
+    from matplotlib.patches import Patch
+
+    return [Patch(facecolor=light(arm), label=ARM_LABELS[arm]) for arm in arms]

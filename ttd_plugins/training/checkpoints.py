@@ -1,21 +1,21 @@
-"""Checkpoints of a run: safetensors and JSON, written beside their place and renamed, so complete or absent.
+"""Checkpoints of a run: folders of safetensors and JSON files, complete or absent.
 
     RUN/checkpoints/step-00000100/
-        trained.safetensors     every tensor that was trained, names as in adapter.model.named_parameters()
+        trained.safetensors     every trained tensor, named as in adapter.model.named_parameters()
         buffers.safetensors     buffers that training changed, such as those of batch normalisation
-        teacher.safetensors     the moving average, where the teacher is one
-        optimizer.safetensors   the optimiser's tensors: "exp_avg/NAME" and so on
-        random.safetensors      random states of every process
-        state.json              step, epoch, positions in the data, scaler, figures, and what belongs to the tensors
+        teacher.safetensors     the moving average, with the EMA teacher
+        optimizer.safetensors   the optimizer's tensors: "exp_avg/NAME" and so on
+        random.safetensors      RNG states of every process
+        state.json              step, epoch, loader positions, gradient scaler, metrics and the rest of the state
 
-A ``.part`` at the end of a name means that writing or deleting was interrupted; :func:`sweep` takes such folders away.
+A folder is written under a name that ends in ``.part`` and renamed when it is complete;
+:func:`remove_unfinished` deletes what an interruption left.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -24,12 +24,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ttd_plugins.errors import InputError, TTDError, one_sentence
-from ttd_plugins.training.sharding import shared_out_like
+from ttd_plugins.training.sharding import shard_like
 
 if TYPE_CHECKING:
     from ttd_plugins.adapter import DenseAdapter
@@ -45,10 +44,10 @@ TRAINED, BUFFERS, TEACHER, OPTIMIZER, RANDOM, STATE = (
 
 @dataclass
 class Checkpoint:
-    """All that a run is at one step.
+    """The files of one checkpoint.
 
     Attributes:
-        state: what JSON holds; ``state["step"]`` is the number of optimiser steps done.
+        state: content of ``state.json``; ``state["step"]`` is the number of optimizer steps done.
         trained, buffers, teacher, optimizer, random: named tensors.
     """
 
@@ -60,7 +59,7 @@ class Checkpoint:
     random: dict[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The files of tensors by their names."""
+        """The tensors of each file, by file name."""
         return {
             TRAINED: self.trained,
             BUFFERS: self.buffers,
@@ -81,12 +80,12 @@ def checkpoint_steps(run: Path) -> list[int]:
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Folder of the checkpoint of a step."""
     return run / FOLDER / f"step-{step:08d}"
 
 
-def sweep(run: Path) -> None:
-    """Take away what an interrupted write or deletion left."""
+def remove_unfinished(run: Path) -> None:
+    """Delete what an interrupted write or deletion left."""
     for path in (run / FOLDER).glob("*.part"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -95,7 +94,7 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint, and then delete all but the newest ``keep``.
 
     Raises:
-        InputError: it cannot be written, as where the disk is full; the earlier ones are as they were.
+        InputError: it cannot be written, for example on a full disk; earlier checkpoints are not touched.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -113,7 +112,7 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
             (part / STATE).write_text(state + "\n", encoding="utf-8")
             _sync(part / STATE)
             _sync(part)
-            if final.exists():  # written by a run that was resumed from an earlier step
+            if final.exists():  # from a run that was resumed at an earlier step
                 _delete(final)
             part.rename(final)
             _sync(final.parent)
@@ -122,11 +121,11 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
             raise
     except (OSError, SafetensorError) as error:
         steps = checkpoint_steps(run)
-        last = f"the last good one is {checkpoint_folder(run, steps[-1])}" if steps else "there is none before it"
+        last = f"the last good one is {checkpoint_folder(run, steps[-1])}" if steps else "there is no earlier one"
         reason = getattr(error, "strerror", None) or one_sentence(error)
         raise InputError(
             f"the checkpoint of step {checkpoint.state['step']} cannot be written to {final.parent} ({reason}); {last}"
-            "; mend it and go on with --resume"
+            "; fix the cause and continue with --resume"
         ) from error
     for step in checkpoint_steps(run)[:-keep]:
         _delete(checkpoint_folder(run, step))
@@ -134,10 +133,10 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def read_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
-    """The checkpoint of a step, by default the newest.
+    """Read the checkpoint of a step, by default the newest.
 
     Raises:
-        InputError: there is none, or a file of it is not what was written.
+        InputError: there is no such checkpoint, or one of its files is damaged.
     """
     return Checkpoint(read_state(run, step), **{
         name.removesuffix(".safetensors"): _read_tensors(run, step, name)
@@ -146,21 +145,21 @@ def read_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
 
 
 def read_state(run: Path, step: int | None = None) -> dict[str, Any]:
-    """What ``state.json`` of a checkpoint holds; see :func:`read_checkpoint`."""
+    """Read ``state.json`` of a checkpoint; see :func:`read_checkpoint`."""
     file = _folder(run, step) / STATE
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"the checkpoint file {file} cannot be read: {one_sentence(error)}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise InputError(f"{file} is not of a checkpoint of format {FORMAT}, which this version of ttd-plugins reads")
+        raise InputError(f"{file} is not of checkpoint format {FORMAT}, the one that this version of ttd-plugins reads")
     return state
 
 
 def _folder(run: Path, step: int | None) -> Path:
     steps = checkpoint_steps(run)
     if not steps:
-        raise InputError(f"{run} holds no checkpoint")
+        raise InputError(f"{run} has no checkpoint")
     if step is not None and step not in steps:
         raise InputError(f"{run} has no checkpoint of step {step}; there are those of {', '.join(map(str, steps))}")
     return checkpoint_folder(run, steps[-1] if step is None else step)
@@ -187,7 +186,7 @@ def _delete(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Flush a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -195,21 +194,23 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-# Tensors of an optimiser, and random states --------------------------------------------------------------------------
+# Optimizer tensors and RNG states -----------------------------------------------------------------------------------
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """The tensors of an optimiser, named ``KEY/PARAMETER``.
+    """Return the tensors of an optimizer's state, named ``KEY/PARAMETER``.
 
     Raises:
-        TTDError: its state holds something that is no tensor.
+        TTDError: its state has a value that is not a tensor.
     """
     packed = {}
-    # In the order of the groups, which all processes have, since gathering shares takes all of them.
+    # In the order of the groups, which is the same on all processes: gathering shards is collective.
     for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
         for key, value in optimizer.state.get(parameter, {}).items():
             if not isinstance(value, Tensor):
-                raise TTDError(f"the optimiser keeps {key!r} as a {type(value).__name__}, which is not saved")
+                raise TTDError(
+                    f"the optimizer stores {key!r} as a {type(value).__name__}, which a checkpoint cannot save"
+                )
             packed[f"{key}/{names[parameter]}"] = value
     return packed
 
@@ -217,7 +218,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]
 def unpack_optimizer(
     optimizer: torch.optim.Optimizer, packed: Mapping[str, Tensor], names: Mapping[Tensor, str]
 ) -> None:
-    """Give an optimiser the tensors of :func:`pack_optimizer` back."""
+    """Load the tensors of :func:`pack_optimizer` into an optimizer."""
     by_name: dict[str, dict[str, Tensor]] = {}
     for entry, value in packed.items():
         key, _, name = entry.partition("/")
@@ -225,39 +226,15 @@ def unpack_optimizer(
     state = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state["state"] = {
-        i: {key: shared_out_like(value, p) for key, value in by_name[names[p]].items()}
+        i: {key: shard_like(value, p) for key, value in by_name[names[p]].items()}
         for i, p in enumerate(parameters)
         if names[p] in by_name
     }
     optimizer.load_state_dict(state)
 
 
-def random_state() -> dict[str, Any]:
-    """The random states of this process: of python, numpy, torch and its CUDA device; tensors and plain values."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [str(name), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if cuda else None,
-    }
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what :func:`random_state` gave."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.asarray(keys, np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def pack_random(states: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The random states of all processes as named tensors and as what JSON holds."""
+def pack_rng_states(states: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Split the RNG states of all processes into named tensors and values that JSON can store."""
     tensors: dict[str, Tensor] = {}
     plain = []
     for number, state in enumerate(states):
@@ -266,8 +243,8 @@ def pack_random(states: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Tensor],
     return tensors, plain
 
 
-def unpack_random(tensors: Mapping[str, Tensor], plain: list[dict[str, Any]], number: int) -> dict[str, Any]:
-    """The random state of process ``number``."""
+def unpack_rng_state(tensors: Mapping[str, Tensor], plain: list[dict[str, Any]], number: int) -> dict[str, Any]:
+    """Return the RNG state of process ``number``."""
     return plain[number] | {key: tensors.get(f"{key}/{number}") for key in ("torch", "cuda")}
 
 
@@ -278,40 +255,40 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
     """Copy named tensors into the parameters and buffers of a model.
 
     Raises:
-        InputError: a name or a shape is not the model's.
+        InputError: the model has no tensor of that name and shape.
     """
     own = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, value in tensors.items():
         if name not in own or own[name].shape != value.shape:
-            there = f"is of shape {list(own[name].shape)}" if name in own else "is not there"
+            there = f"has shape {list(own[name].shape)}" if name in own else "does not exist"
             raise InputError(
-                f"{where} holds {name!r} of shape {list(value.shape)}, which {there} in this backbone; it is of "
-                "another backbone or other towers"
+                f"{where} has {name!r} of shape {list(value.shape)}, which {there} in this backbone; it belongs to "
+                "another backbone or to other towers"
             )
     with torch.no_grad():
         for name, value in tensors.items():
-            own[name].copy_(shared_out_like(value, own[name]))
+            own[name].copy_(shard_like(value, own[name]))
 
 
 def restore_backbone(run: Path, step: int | None = None, *, backbone: DenseAdapter | None = None) -> DenseAdapter:
-    """The tuned backbone of a run, in evaluation mode, with LoRA still in place where the run has it.
+    """Return the tuned backbone of a run, in evaluation mode, with unmerged LoRA where the run trains LoRA.
 
     Args:
-        run: the folder of the run.
-        step: which checkpoint; by default the newest.
-        backbone: the untuned backbone, for a run that was given an object in place of a name.
+        run: folder of the run.
+        step: step of the checkpoint; by default the newest.
+        backbone: the untuned backbone, for a run that was started with an object instead of a name.
 
     Raises:
-        InputError: the run has no such checkpoint, or it is of another backbone.
+        InputError: the run has no such checkpoint, or it belongs to another backbone.
         TTDError: the backbone cannot be loaded.
     """
     from ttd_plugins.training.config import TrainConfig
-    from ttd_plugins.training.towers import build_backbone
+    from ttd_plugins.training.trainable_parameters import build_backbone
 
     run = Path(run)
     file = run / "config.yaml"
     if not file.is_file():
-        raise InputError(f"{run} is no folder of a run: it has no config.yaml")
+        raise InputError(f"{run} is not the folder of a run: it has no config.yaml")
     config = TrainConfig.read(file)
     where = str(_folder(run, step))
     adapter = build_backbone(config, backbone)
@@ -321,10 +298,10 @@ def restore_backbone(run: Path, step: int | None = None, *, backbone: DenseAdapt
 
 
 def read_foreign_weights(file: Path) -> dict[str, Tensor]:
-    """Tensors of a checkpoint that others made: safetensors, or a pickle that holds tensors and plain containers only.
+    """Read a checkpoint of another program: safetensors, or a pickle of tensors and plain containers only.
 
     Args:
-        file: ``*.safetensors``, or what ``torch.save`` wrote; a ``state_dict`` or ``model`` inside it is unwrapped.
+        file: ``*.safetensors`` or a file of ``torch.save``; a ``state_dict`` or ``model`` inside it is unwrapped.
 
     Raises:
         InputError: the file cannot be read, or would run code when loaded.
@@ -334,10 +311,10 @@ def read_foreign_weights(file: Path) -> dict[str, Tensor]:
 
     name = f"the checkpoint {str(file)!r}"
     if not file.is_file():
-        raise InputError(f"{name} is not there")
+        raise InputError(f"{name} does not exist")
     try:
         values = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-    # The unpickler raises whatever a broken or hostile file makes it stumble on.
+    # A damaged or hostile file makes the unpickler raise anything.
     except (SafetensorError, Exception) as error:
         raise InputError(
             f"{name} is refused: only tensors are loaded from it, without running code, and that failed "
@@ -347,5 +324,5 @@ def read_foreign_weights(file: Path) -> dict[str, Tensor]:
         if isinstance(values, Mapping) and isinstance(values.get(key), Mapping):
             values = values[key]
     if not isinstance(values, Mapping) or not all(isinstance(value, Tensor) for value in values.values()):
-        raise InputError(f"{name} holds no named tensors")
+        raise InputError(f"{name} has no named tensors")
     return dict(values)

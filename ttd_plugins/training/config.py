@@ -1,423 +1,272 @@
-"""One typed configuration for a fine-tuning run, from YAML, from flags, or from both; enough to repeat the run."""
+"""The configuration of a fine-tuning run: one class for YAML files, ``--set``, flags and Python."""
 
 from __future__ import annotations
 
 import dataclasses
-import types
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
-from ttd_plugins.engine import TTDOptions
-from ttd_plugins.errors import InputError, MissingDependencyError, choices_sentence, one_sentence
+from pydantic import BeforeValidator
+
+from ttd_plugins.errors import InputError, one_sentence
+from ttd_plugins.options import TTDOptions
+from ttd_plugins.utils import configuration as configurations
+from ttd_plugins.utils.configuration import Flag, Float, Int, Text, configuration, option
 
 TowerTuning = Literal["lora", "full", "frozen"]
+# YAML 1.1 reads a bare no as false.
+Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
 
 
-@dataclass(frozen=True)
+@configuration()
 class BackboneConfig:
-    """Which backbone is tuned.
+    """The backbone that is tuned."""
 
-    Attributes:
-        name: ``family:model@weights``; ``None`` where a backbone object is given.
-        options: options of its family, such as the dense mode.
-    """
+    name: Annotated[
+        Text | None,
+        option("Name, family:model@weights; null where a backbone object is passed.", flag="--backbone"),
+    ] = None
+    options: Annotated[dict[str, Any], option("Options of its family.", flag="--backbone-option")] = field(
+        default_factory=dict
+    )
 
-    name: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
 
-
-@dataclass(frozen=True)
+@configuration()
 class DataConfig:
-    """Which pairs it is tuned on, and how they are read.
+    """The image-text pairs, and how they are read."""
 
-    Attributes:
-        source: what :func:`ttd_plugins.data.open_pairs` takes; ``None`` where a loader object is given.
-        options: options of ``open_pairs``, such as names of columns.
-        captions: which of several captions of an image: the ``first``, a ``random`` one, or ``all`` as pairs of one
-            image, which are no negatives of each other.
-        image_size: side in pixels, or height and width; ``None`` means the backbone's own.
-        workers: processes that decode, for each training process.
-        max_skipped: how many unusable samples (a whole number) or which share of them (a fraction) stop the run;
-            ``None`` means that none do.
-        loader: ``shuffle``, ``drop_last`` and ``buffer`` of :class:`ttd_plugins.data.PairLoader`.
-    """
+    source: Annotated[
+        Text | None,
+        option("Folder, table, COCO JSON, shards or dataset; null where a loader is passed.", flag="--data"),
+    ] = None
+    options: Annotated[
+        dict[str, Any],
+        option("Options of ttd_plugins.data.open_pairs, such as names of columns.", flag="--data-option"),
+    ] = field(default_factory=dict)
+    captions: Annotated[
+        Literal["first", "random", "all"],
+        option(
+            "Which captions of an image: its first, a random one, or all as pairs that are no negatives of each other."
+        ),
+    ] = "first"
+    image_size: Annotated[
+        Int | tuple[Int, Int] | None,
+        option("Input size in pixels, a side or (height, width); null means the backbone's own.", flag="--size"),
+    ] = None
+    workers: Annotated[Int, option("Processes that decode images, for each training process.", ge=0)] = 0
+    max_skipped: Annotated[
+        Int | Float | None,
+        option("Stop past this many unusable samples (a whole number) or this share of them (a fraction).", ge=0),
+    ] = None
+    loader: Annotated[
+        dict[str, Any],
+        option("Options shuffle, drop_last and buffer of ttd_plugins.data.PairLoader.", flag="--loader-option"),
+    ] = field(default_factory=dict)
 
-    source: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    captions: Literal["first", "random", "all"] = "first"
-    image_size: int | tuple[int, int] | None = None
-    workers: int = 0
-    max_skipped: int | float | None = None
-    loader: dict[str, Any] = field(default_factory=dict)
 
-
-@dataclass(frozen=True)
+@configuration()
 class TowersConfig:
-    """What is trained: each tower by ``"lora"``, ``"full"`` or not at all (``"frozen"``).
+    """What is trained of each tower: LoRA, all weights (``"full"``) or nothing (``"frozen"``)."""
 
-    Attributes:
-        image, text: how the tower is tuned.
-        rank, alpha, dropout: of LoRA; alpha is twice the rank by default.
-        logit_scale: whether the scale and bias of the contrastive logits are trained, fully.
-    """
-
-    image: TowerTuning = "lora"
-    text: TowerTuning = "lora"
-    rank: int = 16
-    alpha: float | None = None
-    dropout: float = 0.0
-    logit_scale: bool = False
+    image: Annotated[TowerTuning, option("Tuning of the image tower.", flag="--image-tower")] = "lora"
+    text: Annotated[TowerTuning, option("Tuning of the text tower.", flag="--text-tower")] = "lora"
+    rank: Annotated[Int, option("LoRA rank.", ge=1)] = 16
+    alpha: Annotated[Float | None, option("LoRA alpha; null means twice the rank.", gt=0)] = None
+    dropout: Annotated[Float, option("LoRA dropout.", ge=0, lt=1)] = 0.0
+    logit_scale: Annotated[Flag, option("Train the scale and bias of the contrastive logits.")] = False
 
 
-@dataclass(frozen=True)
+@configuration()
 class OptimizerConfig:
-    """How parameters are moved: AdamW (arXiv 1711.05101), linear warm-up, a cosine to zero.
+    """AdamW (arXiv 1711.05101) with linear warm-up and a cosine schedule to zero."""
 
-    Attributes:
-        learning_rate: peak of the schedule.
-        betas, eps: of AdamW.
-        weight_decay: of matrices; vectors, norms and biases have none.
-        warm_up: steps of linear warm-up.
-        clip_norm: largest norm of the whole gradient; ``None`` means no clipping.
-        batch_size: pairs in one batch of one process. The contrastive term sees those of all processes.
-        accumulation: batches whose gradients are averaged into one step.
-        steps: optimiser steps; ``None`` means as many as ``epochs`` make.
-        epochs: passes over the data, where ``steps`` is not given.
-    """
-
-    learning_rate: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-6
-    weight_decay: float = 0.01
-    warm_up: int = 100
-    clip_norm: float | None = 1.0
-    batch_size: int = 64
-    accumulation: int = 1
-    steps: int | None = None
-    epochs: int = 1
+    learning_rate: Annotated[Float, option("Peak learning rate.", flag="--lr", ge=0)] = 1e-4
+    betas: Annotated[
+        tuple[
+            Annotated[Float, option("A decay rate.", ge=0, lt=1)], Annotated[Float, option("A decay rate.", ge=0, lt=1)]
+        ],
+        option("Decay rates of AdamW's moments."),
+    ] = (0.9, 0.98)
+    eps: Annotated[Float, option("Epsilon of AdamW.", ge=0)] = 1e-6
+    weight_decay: Annotated[Float, option("Weight decay of matrices; vectors, norms and biases have none.", ge=0)] = (
+        0.01
+    )
+    warm_up: Annotated[Int, option("Steps of linear warm-up.", ge=0)] = 100
+    clip_norm: Annotated[Float | None, option("Largest global gradient norm; null means no clipping.", gt=0)] = 1.0
+    batch_size: Annotated[
+        Int, option("Pairs in a batch of one process; the contrastive loss sees those of all processes.", ge=1)
+    ] = 64
+    accumulation: Annotated[Int, option("Batches whose gradients are averaged into one step.", ge=1)] = 1
+    steps: Annotated[Int | None, option("Optimizer steps; null means as many as the epochs make.", ge=1)] = None
+    epochs: Annotated[Int, option("Passes over the data, where steps is not set.", ge=1)] = 1
 
 
-@dataclass(frozen=True)
+@configuration(renamed={"most": "limit"})
 class EvaluationConfig:
-    """On which labelled set a run is evaluated: before its first step, after its last, and in between.
+    """The labelled set on which a run is evaluated: before its first step, after its last, and in between."""
 
-    Attributes:
-        data: ``"scenes"`` or ``"scenes:N"`` for generated scenes, ``"NAME:FOLDER"`` for annotated photographs, the name
-            being one that ``ttd eval tags --data`` takes, such as ``coco_captions``; ``None`` means that there is none.
-        every: how often in between, in optimiser steps; 0 means not.
-        most: how many pictures are taken, from the start; all by default.
-        split: of the labelled set, where its layout has several.
-        preset: settings of the protocols, as ``ttd eval --preset`` takes them.
-        size: input side in pixels; ``None`` means the preset's.
-    """
-
-    data: str | None = None
-    every: int = 0
-    most: int | None = None
-    split: str | None = None
-    preset: str = "fast"
-    size: int | None = None
+    data: Annotated[
+        Text | None,
+        option("Labelled set: scenes, scenes:N, coco_captions:FOLDER or cc3m_tagmask:FOLDER.", flag="--evaluate"),
+    ] = None
+    every: Annotated[
+        Int, option("Steps between evaluations; 0 means none in between.", flag="--evaluate-every", ge=0)
+    ] = 0
+    limit: Annotated[Int | None, option("Only the first images.", flag="--evaluate-limit", ge=1)] = None
+    split: Annotated[Text | None, option("Split of the labelled set.", flag="--evaluate-split")] = None
+    preset: Annotated[Text, option("Preset of the protocols, as in ttd eval.", flag="--evaluate-preset")] = "fast"
+    size: Annotated[
+        Int | None, option("Input side in pixels; null means the preset's.", flag="--evaluate-size", ge=1)
+    ] = None
 
 
-@dataclass(frozen=True)
+@configuration(renamed={"picture_every": "heatmap_every", "pictures": "heatmap_samples"})
 class RunConfig:
-    """How the run is carried out and watched. Intervals are in optimiser steps; 0 means never.
+    """How the run is carried out and watched. Intervals are in optimizer steps; 0 means never."""
 
-    Attributes:
-        seed: decides the order of the data, fresh LoRA weights and dropout.
-        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``, through accelerate.
-        gradient_checkpointing: whether blocks are run again in the backward pass, to save memory.
-        compile: whether the blocks of the image tower are compiled, which a GPU gains from; see
-            :func:`ttd_plugins.utils.compiling.compile_image_blocks`.
-        cpu: whether the CPU is used though there is an accelerator.
-        sharded: whether several processes share the weights, gradients and optimiser state out among them (FSDP2), as
-            ``accelerate launch --use_fsdp`` asks for too.
-        log_every: figures are averaged over so many steps.
-        checkpoint_every, keep: how often a checkpoint is written, and how many of the newest are kept. One is always
-            written at the end.
-        checkpoint_minutes: a checkpoint is also written once so many minutes have passed since the last; 0 means never.
-        picture_every, pictures: how often heat maps of how many fixed samples are drawn.
-        evaluate_every: how often the callback that evaluates is called.
-        trackers: names of accelerate's trackers, such as ``tensorboard`` and ``wandb``.
-        nonfinite: whether a step whose loss or gradient is not finite is left out (``"skip"``) or ends the run
-            (``"fatal"``); either way the keys of its batch are written to ``nonfinite.jsonl``.
-        max_skipped_steps: so many steps may be left out before the run ends.
+    seed: Annotated[Int, option("Decides the order of the data, fresh LoRA weights and dropout.")] = 0
+    mixed_precision: Annotated[Precision, option("Mixed precision through accelerate.", flag="--precision")] = "no"
+    gradient_checkpointing: Annotated[
+        Flag, option("Use activation checkpointing: less memory, more time.", flag="--grad-checkpointing")
+    ] = False
+    compile: Annotated[Flag, option("Compile the blocks of the image tower; pays on GPUs.")] = False
+    cpu: Annotated[Flag, option("Use the CPU although there is an accelerator.")] = False
+    sharded: Annotated[Flag, option("Shard weights, gradients and optimizer state over the processes (FSDP2).")] = False
+    log_every: Annotated[Int, option("Steps between log lines, which average metrics over them.", ge=1)] = 10
+    checkpoint_every: Annotated[Int, option("Steps between checkpoints; one is always written at the end.", ge=0)] = 500
+    checkpoint_minutes: Annotated[Float, option("Minutes after which a checkpoint is written as well.", ge=0)] = 0.0
+    keep: Annotated[Int, option("How many of the newest checkpoints are kept.", ge=1)] = 3
+    heatmap_every: Annotated[Int, option("Steps between heat maps of fixed samples.", ge=0)] = 0
+    heatmap_samples: Annotated[Int, option("How many fixed samples.", ge=0)] = 4
+    evaluate_every: Annotated[
+        Int, option("Steps between calls of the callback that evaluates.", flag="--callback-every", ge=0)
+    ] = 0
+    trackers: Annotated[
+        tuple[Text, ...], option("Trackers of accelerate, such as tensorboard and wandb.", flag="--tracker")
+    ] = ()
+    nonfinite: Annotated[
+        Literal["skip", "fatal"],
+        option("Skip a step whose loss or gradient is not finite, or end the run; its keys go to nonfinite.jsonl."),
+    ] = "skip"
+    max_skipped_steps: Annotated[Int, option("So many steps may be skipped before the run ends.", ge=0)] = 20
+
+
+@configuration()
+class TrainConfig:
+    """Everything that decides a run.
+
+    Raises:
+        InputError: nothing is trained, or an interval is set for an evaluation that has no data.
     """
 
-    seed: int = 0
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    cpu: bool = False
-    sharded: bool = False
-    log_every: int = 10
-    checkpoint_every: int = 500
-    checkpoint_minutes: float = 0.0
-    keep: int = 3
-    picture_every: int = 0
-    pictures: int = 4
-    evaluate_every: int = 0
-    trackers: tuple[str, ...] = ()
-    nonfinite: Literal["skip", "fatal"] = "skip"
-    max_skipped_steps: int = 20
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides a run."""
-
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    towers: TowersConfig = field(default_factory=TowersConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    ttd: TTDOptions = field(default_factory=TTDOptions)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    backbone: Annotated[BackboneConfig, option("The backbone.")] = field(default_factory=BackboneConfig)
+    data: Annotated[DataConfig, option("The pairs.")] = field(default_factory=DataConfig)
+    towers: Annotated[TowersConfig, option("What is trained.")] = field(default_factory=TowersConfig)
+    optimizer: Annotated[OptimizerConfig, option("The optimizer and its schedule.")] = field(
+        default_factory=OptimizerConfig
+    )
+    ttd: Annotated[TTDOptions, option("The method.")] = field(default_factory=TTDOptions)
+    evaluation: Annotated[EvaluationConfig, option("Evaluation during the run.")] = field(
+        default_factory=EvaluationConfig
+    )
+    run: Annotated[RunConfig, option("Logs, checkpoints and devices.")] = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        towers, optimizer, run, data = self.towers, self.optimizer, self.run, self.data
-        evaluation = self.evaluation
-        if {towers.image, towers.text} == {"frozen"} and not towers.logit_scale:
+        if {self.towers.image, self.towers.text} == {"frozen"} and not self.towers.logit_scale:
             raise InputError("nothing is trained: towers.image and towers.text are both frozen")
-        least: list[tuple[str, float | None, float]] = [
-            ("towers.rank", towers.rank, 1),
-            ("optimizer.batch_size", optimizer.batch_size, 1),
-            ("optimizer.accumulation", optimizer.accumulation, 1),
-            ("optimizer.steps", optimizer.steps, 1),
-            ("optimizer.epochs", optimizer.epochs, 1),
-            ("optimizer.warm_up", optimizer.warm_up, 0),
-            ("optimizer.learning_rate", optimizer.learning_rate, 0),
-            ("optimizer.weight_decay", optimizer.weight_decay, 0),
-            ("data.workers", data.workers, 0),
-            ("data.max_skipped", data.max_skipped, 0),
-            ("evaluation.every", evaluation.every, 0),
-            ("evaluation.most", evaluation.most, 1),
-            ("evaluation.size", evaluation.size, 1),
-            ("run.log_every", run.log_every, 1),
-            ("run.checkpoint_every", run.checkpoint_every, 0),
-            ("run.checkpoint_minutes", run.checkpoint_minutes, 0),
-            ("run.keep", run.keep, 1),
-            ("run.picture_every", run.picture_every, 0),
-            ("run.pictures", run.pictures, 0),
-            ("run.evaluate_every", run.evaluate_every, 0),
-            ("run.max_skipped_steps", run.max_skipped_steps, 0),
-        ]
-        for name, value, smallest in least:
-            if value is not None and not value >= smallest:
-                raise InputError(f"{name} must be {smallest:g} or more, not {value}")
-        if evaluation.every and evaluation.data is None:
+        if self.evaluation.every and self.evaluation.data is None:
             raise InputError(
-                "evaluation.every is set and evaluation.data is not; say on what, such as scenes (--evaluate)"
+                "evaluation.every is set and evaluation.data is not; name a labelled set, such as scenes (--evaluate)"
             )
-        if not 0 <= towers.dropout < 1:
-            raise InputError(f"towers.dropout must be at least 0 and below 1, not {towers.dropout}")
-        if towers.alpha is not None and not towers.alpha > 0:
-            raise InputError(f"towers.alpha must be above 0, not {towers.alpha}")
-        if optimizer.clip_norm is not None and not optimizer.clip_norm > 0:
-            raise InputError(f"optimizer.clip_norm must be above 0, or null for none, not {optimizer.clip_norm}")
-        if not all(0 <= beta < 1 for beta in optimizer.betas):
-            raise InputError(f"optimizer.betas must be at least 0 and below 1, not {list(optimizer.betas)}")
-
-    # From and to YAML ----------------------------------------------------------------------------------------------
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = "the configuration") -> TrainConfig:
-        """A configuration from nested dictionaries; what is left out has its default.
+        """Return a configuration from nested dictionaries; missing keys have their defaults.
 
         Args:
             values: sections of keys.
-            where: how messages call it, such as the file that it came from.
+            where: name of the source for messages, such as its file.
 
         Raises:
-            InputError: a key is unknown or a value is of the wrong type or out of range; the message names both.
+            InputError: a key is unknown, or a value has the wrong type or range; the message names both.
         """
-        return _build(cls, values, where, "")
+        return configurations.from_mapping(cls, values, where)
 
     @classmethod
-    def read(cls, file: Path | str | None = None, changes: Sequence[str] = ()) -> TrainConfig:
-        """A configuration from a YAML file, from ``section.key=value`` texts, or from both; the texts win.
+    def read(cls, file: Path | str | None = None, changes: Sequence[str] | Mapping[str, Any] = ()) -> TrainConfig:
+        """Return a configuration from a YAML file, from changes, or from both; changes take precedence.
+
+        Args:
+            file: the YAML file.
+            changes: ``section.key=value`` texts, or a mapping from ``section.key`` to values.
 
         Raises:
             InputError: the file cannot be read, or as :meth:`from_dict`.
             MissingDependencyError: PyYAML is not installed.
         """
-        values = _read_yaml(Path(file)) if file is not None else {}
+        values = _read_file(Path(file)) if file is not None else {}
         where = str(file) if file is not None else "the flags"
-        # Alone first, so that a mistake in the file is not laid on a flag.
-        _build(cls, values, where, "", complete=False)
-        for change in changes:
-            values = _changed(values, change)
-        return _build(cls, values, f"{where} and the flags" if file is not None and changes else where, "")
+        # The file alone first, so that its mistakes are not blamed on a flag.
+        if not configurations.has_only_joint_mistakes(cls, values):
+            cls.from_dict(values, where=where)
+        if not isinstance(changes, Mapping):
+            changes = dict(parse_change(change) for change in changes)
+        for path, value in changes.items():
+            values = _with_value(values, path.split("."), value)
+        return cls.from_dict(values, where=f"{where} and the flags" if file is not None and changes else where)
 
     def as_dict(self) -> dict[str, Any]:
-        """Nested dictionaries of plain values, which YAML and JSON hold."""
-        return _plain(asdict(self))
+        """Return nested dictionaries of values that YAML and JSON can store."""
+        plain: dict[str, Any] = configurations.plain_values(self)
+        return plain
 
     def yaml(self) -> str:
-        """The whole configuration as YAML; :meth:`read` gives it back."""
-        return _yaml().safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
-
-
-def first_difference(one: TrainConfig, other: TrainConfig, *, ignore: Sequence[str] = ()) -> str | None:
-    """``section.key`` of the first value in which two configurations differ, or ``None``."""
-    left, right = one.as_dict(), other.as_dict()
-    for section in left:
-        for key in left[section]:
-            if left[section][key] != right[section][key] and f"{section}.{key}" not in ignore:
-                return f"{section}.{key}"
-    return None
-
-
-def _yaml() -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise MissingDependencyError(
-            "configurations are YAML, for which PyYAML is not installed; run: pip install 'ttd-plugins[train]'"
-        ) from error
-    return yaml
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    yaml = _yaml()
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"the configuration {str(file)!r} cannot be read: {error.strerror or one_sentence(error)}"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is no YAML: {one_sentence(error)}") from error
-    if values is not None and not isinstance(values, dict):
-        raise InputError(f"{file} must hold sections of keys, not {_said(values)}")
-    return values or {}
-
-
-def _changed(values: dict[str, Any], change: str) -> dict[str, Any]:
-    """``values`` with one ``section.key=value`` in it, the value as YAML reads it."""
-    path, equals, text = change.partition("=")
-    *sections, key = path.strip().split(".")
-    if not equals or not sections or not all((*sections, key)):
-        raise InputError(f"{change!r} does not follow section.key=value, as in optimizer.learning_rate=1e-4")
-    yaml = _yaml()
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"the value of {path} is no YAML: {one_sentence(error)}") from error
-    values = dict(values)
-    inner = values
-    for section in sections:
-        below = inner.get(section)
-        inner[section] = dict(below) if isinstance(below, Mapping) else {}
-        inner = inner[section]
-    inner[key] = value
-    return values
-
-
-def _build(kind: Any, values: Any, where: str, path: str, *, complete: bool = True) -> Any:
-    if not isinstance(values, Mapping):
-        raise InputError(f"{where}: {path or 'it'} must hold keys and values, not {_said(values)}")
-    hints, known = get_type_hints(kind), [one.name for one in fields(kind)]
-    arguments = {}
-    for key, value in values.items():
-        at = f"{path}.{key}" if path else str(key)
-        if key not in known:
-            raise InputError(f"{where}: {choices_sentence('key', at, [f'{path}.{n}' if path else n for n in known])}")
-        if value is None and is_dataclass(hints[key]):
-            continue  # an empty section
-        arguments[key] = _convert(hints[key], value, where, at)
-    try:
-        return kind(**arguments)
-    except InputError as error:
-        if not complete and not path:
-            return None
-        raise InputError(f"{where}: {f'{path}: ' if path else ''}{error}") from error
-
-
-def _convert(hint: Any, value: Any, where: str, path: str) -> Any:
-    """``value`` as the type ``hint`` says, without guessing beyond whole numbers that stand for fractions."""
-    if is_dataclass(hint):
-        return _build(hint, value, where, path)
-    origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return value
-    if origin is Literal:
-        # YAML 1.1 reads a bare no as false.
-        value = "no" if value is False and "no" in arguments else value
-        if value in arguments and type(value) in {type(one) for one in arguments}:
-            return value
-        raise InputError(f"{where}: {choices_sentence(f'value of {path}', str(value), map(str, arguments))}")
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        for one in arguments:
-            if one is not type(None) and _fits(one, value):
-                return _convert(one, value, where, path)
-    elif _fits(hint, value):
-        if hint is float:
-            return float(value)
-        if origin is tuple:
-            kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
-            return tuple(_convert(k, v, where, path) for k, v in zip(kinds, value, strict=True))
-        return dict(value) if origin is dict else value
-    raise InputError(f"{where}: {path} must be {_named(hint)}, not {_said(value)}")
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if is_dataclass(hint) or origin is dict:
-        return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
-    if origin is tuple:
-        count = arguments[-1] is Ellipsis or (isinstance(value, Sequence) and len(value) == len(arguments))
-        return isinstance(value, list | tuple) and count and all(_fits(arguments[0], one) for one in value)
-    if isinstance(value, bool) or hint is bool:
-        return hint is bool and isinstance(value, bool)
-    if hint is float:
-        return isinstance(value, int | float) or (isinstance(value, str) and _is_number(value))
-    return isinstance(value, hint)
-
-
-def _is_number(text: str) -> bool:
-    """Whether a text is a number that YAML 1.1 does not know, such as 1e-4."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _named(hint: Any) -> str:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_named(one) for one in arguments)
-    if origin is tuple:
-        if arguments[-1] is Ellipsis:
-            return f"a list, each of it {_named(arguments[0])}"
-        return f"a list of {len(arguments)}, each of it {_named(arguments[0])}"
-    if origin is dict or is_dataclass(hint):
-        return "keys and values"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}[hint]
-
-
-def _said(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {True: "true", False: "false", None: "null"}[value]
-    return one_sentence(ValueError(f"the text {value!r}" if isinstance(value, str) else str(value)), 80)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    if isinstance(value, Path):
-        return str(value)
-    return value
+        """Return the whole configuration as YAML, which :meth:`read` reads."""
+        text: str = configurations.import_yaml().safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+        return text
 
 
 def replaced(config: TrainConfig, section: str, **changes: Any) -> TrainConfig:
-    """``config`` with some values of one section changed."""
+    """Return ``config`` with some values of one section changed."""
     part = dataclasses.replace(getattr(config, section), **changes)
     return dataclasses.replace(config, **{section: part})
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or one_sentence(error)
+        raise InputError(f"the configuration {str(file)!r} cannot be read: {reason}") from error
+    try:
+        values = configurations.read_yaml(text)
+    except InputError as error:
+        raise InputError(f"{file} is {error}") from error
+    if values is not None and not isinstance(values, dict):
+        raise InputError(f"{file} must have sections of keys, not {configurations.describe_value(values)}")
+    return values or {}
+
+
+def parse_change(change: str) -> tuple[str, Any]:
+    """Split ``section.key=value`` and read the value as YAML."""
+    path, equals, text = change.partition("=")
+    names = path.strip().split(".")
+    if not equals or len(names) < 2 or not all(names):
+        raise InputError(f"{change!r} does not follow section.key=value, as in optimizer.learning_rate=1e-4")
+    try:
+        return path.strip(), configurations.read_yaml(text)
+    except InputError as error:
+        raise InputError(f"the value of {path} is {error}") from error
+
+
+def _with_value(values: Mapping[str, Any], names: Sequence[str], value: Any) -> dict[str, Any]:
+    """Return a copy of nested mappings with one value set."""
+    copied = dict(values)
+    if len(names) == 1:
+        copied[names[0]] = value
+        return copied
+    inner = copied.get(names[0])
+    copied[names[0]] = _with_value(inner if isinstance(inner, Mapping) else {}, names[1:], value)
+    return copied

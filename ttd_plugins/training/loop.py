@@ -1,38 +1,57 @@
-"""A plain optimisation loop over ready batches: warm-up, cosine, clipping, and a loss that must stay finite."""
+"""The training loop of every kind of training: pairs in ``ttd train``, scenes in the demo and in comparisons."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ttd_plugins.engine import TTD
-from ttd_plugins.errors import TTDError
+from ttd_plugins.errors import InputError, TTDError
+from ttd_plugins.training.config import OptimizerConfig
+from ttd_plugins.training.prefetching import BatchPrefetcher, LoaderFailedError
+from ttd_plugins.training.step import StepResult, training_step
+from ttd_plugins.training.stop_signals import StopSignals
+from ttd_plugins.training.strategies import ReplicatedStrategy
+from ttd_plugins.training.train_state import TrainState
 
 
-@dataclass(frozen=True)
-class OptimizerOptions:
-    """How parameters are moved.
+class LoopCallbacks(Protocol):
+    """What happens around the steps of a loop."""
 
-    Attributes:
-        learning_rate: peak of the schedule.
-        weight_decay: decoupled, as in AdamW (arXiv 1711.05101).
-        warm_up: steps of linear warm-up, before a cosine to zero.
-        clip_norm: largest norm of the whole gradient.
+    def step_skipped(self, result: StepResult) -> None:
+        """A step was not finite; called before it is counted. May raise, which ends the loop."""
+
+    def step_ended(self, result: StepResult) -> None:
+        """A step was counted."""
+
+
+def run_loop(
+    state: TrainState,
+    prefetcher: BatchPrefetcher,
+    optimizer: OptimizerConfig,
+    callbacks: LoopCallbacks,
+    signals: StopSignals,
+) -> None:
+    """Take steps until ``state.total_steps`` are done.
+
+    Raises:
+        StopRequested, LoaderFailedError, InputError: as :func:`~ttd_plugins.training.step.training_step`.
     """
-
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    warm_up: int = 20
-    clip_norm: float = 1.0
+    while state.step < state.total_steps:
+        result = training_step(state, prefetcher, optimizer, signals)
+        if result.problem is not None:
+            callbacks.step_skipped(result)
+        state.end_step(prefetcher.epoch, prefetcher.position)
+        callbacks.step_ended(result)
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did: the loss, its parts, the engine's statistics, and the norm of the gradient before clipping."""
+    """Metrics of one step: the loss, its parts, the engine's statistics and the gradient norm before clipping."""
 
     step: int
     loss: float
@@ -41,68 +60,97 @@ class StepReport:
     gradient_norm: float
 
 
-def learning_rate_factor(step: int, steps: int, warm_up: int) -> float:
-    """Share of the peak learning rate at ``step`` (from 0): linear warm-up, then a cosine to zero at ``steps``."""
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(steps - warm_up, 1)))
+@dataclass(frozen=True)
+class _MemoryBatch:
+    images: Tensor
+    captions: list[str]
+    tags: list[list[str]] | None = None
+    keys: Sequence[str] = ()
+    groups: list[str] | None = None
 
 
-def train(
+class _MemoryLoader:
+    """Batches from an iterator of images and captions, one epoch of them."""
+
+    def __init__(self, batches: Iterator[tuple[Tensor, list[str]]], steps: int) -> None:
+        self.batches, self.steps = batches, steps
+
+    def epoch(self, epoch: int, start: Any = None) -> Iterator[tuple[Any, int]]:
+        number = -1
+        for number, (images, captions) in enumerate(self.batches):
+            yield _MemoryBatch(images, captions), number + 1
+        if number + 1 < self.steps:
+            raise TTDError(f"the data ended after {number + 1} batches, and {self.steps} steps were requested")
+
+    def batches_per_epoch(self) -> int:
+        return self.steps
+
+
+class _CollectReports:
+    """Callbacks that keep a report of each step and end the loop at a step that is not finite."""
+
+    def __init__(self, state: TrainState, on_step: Callable[[StepReport], None] | None) -> None:
+        self.state, self.on_step = state, on_step
+        self.reports: list[StepReport] = []
+
+    def step_skipped(self, result: StepResult) -> None:
+        problem = result.problem or {}
+        what = problem["what"]
+        value = problem["loss" if what == "loss" else "gradient_norm"]
+        raise TTDError(f"the {what} of step {self.state.step + 1} is {value}; lower the learning rate")
+
+    def step_ended(self, result: StepResult) -> None:
+        (losses,), (statistics,) = result.losses, result.statistics
+        losses = dict(losses)
+        loss = losses.pop("loss")
+        norm = result.gradient_norm
+        assert norm is not None
+        report = StepReport(self.state.step, loss, losses, statistics, norm)
+        self.reports.append(report)
+        if self.on_step is not None:
+            self.on_step(report)
+
+
+def train_in_memory(
     ttd: TTD,
-    batches: Iterable[tuple[Tensor, list[str]]],
+    batches: Iterator[tuple[Tensor, list[str]]],
     steps: int,
-    options: OptimizerOptions | None = None,
+    optimizer: OptimizerConfig,
     *,
     on_step: Callable[[StepReport], None] | None = None,
 ) -> list[StepReport]:
-    """Train what requires a gradient in the engine's backbone, in place, for ``steps`` batches.
+    """Train the parameters of the engine's backbone that require a gradient, in place, in this process, without files.
 
     Args:
         ttd: the engine.
-        batches: pairs of normalised images ``[B, 3, height, width]`` and B captions; at least ``steps`` of them.
-        steps: optimiser steps.
-        options: how parameters are moved.
+        batches: normalised images ``[B, 3, height, width]`` and B captions; at least ``steps`` batches.
+        steps: optimizer steps.
+        optimizer: its settings; ``steps``, ``epochs`` and ``batch_size`` are not used.
         on_step: called after each step.
 
     Returns:
-        One report a step.
+        One report for each step.
 
     Raises:
-        TTDError: nothing requires a gradient, the batches ran out, or the loss or its gradient is not finite.
+        TTDError: no parameter requires a gradient, the batches ran out, or a loss or gradient is not finite.
     """
-    options = options or OptimizerOptions()
-    parameters = [p for p in ttd.backbone.parameters() if p.requires_grad]
-    if not parameters:
-        raise TTDError("nothing of the backbone requires a gradient; call add_lora() or unfreeze a tower first")
-    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
+    if optimizer.accumulation != 1:
+        raise InputError("training in memory takes one batch a step; set accumulation to 1")
+    model = ttd.backbone.model
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained:
+        raise TTDError("no parameter of the backbone requires a gradient; call add_lora() or unfreeze a tower first")
+    state = TrainState(ttd, ReplicatedStrategy(ttd, optimizer), trained, {}, total_steps=steps)
+    prefetcher = BatchPrefetcher(_MemoryLoader(iter(batches), steps), ttd.backbone.device)
+    callbacks = _CollectReports(state, on_step)
     ttd.train()
-    reports: list[StepReport] = []
-    stream: Iterator[tuple[Tensor, list[str]]] = iter(batches)
-    for step in range(steps):
-        images, captions = next(stream, (None, []))
-        if images is None:
-            raise TTDError(f"the data ended after {step} batches, and {steps} steps were asked for")
-        for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * learning_rate_factor(step, steps, options.warm_up)
-        output = ttd(images, captions)
-        if not torch.isfinite(output.loss):
-            raise TTDError(f"the loss of step {step + 1} is {output.loss.item()}; lower the learning rate")
-        optimizer.zero_grad(set_to_none=True)
-        output.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
-        if not torch.isfinite(norm):
-            raise TTDError(f"the gradient of step {step + 1} is {float(norm)}; lower the learning rate")
-        optimizer.step()
-        report = StepReport(
-            step=step + 1,
-            loss=output.loss.item(),
-            losses={name: part.item() for name, part in output.losses.items()},
-            statistics=output.statistics,
-            gradient_norm=float(norm),
-        )
-        reports.append(report)
-        if on_step is not None:
-            on_step(report)
+    try:
+        # No handlers are installed: Ctrl-C ends the loop at once, since nothing could be saved.
+        with torch.enable_grad():
+            run_loop(state, prefetcher, optimizer, callbacks, StopSignals(lambda sentence: None))
+    except LoaderFailedError as failure:
+        raise failure.__cause__ or failure from None
+    finally:
+        prefetcher.close()
     ttd.eval()
-    return reports
+    return callbacks.reports

@@ -1,4 +1,4 @@
-"""Evaluation during a run, on the labelled set that its configuration names: scenes, or annotated photographs."""
+"""Evaluation during a run on a labelled set: generated scenes or annotated photographs."""
 
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ FOLDER = "evaluation"
 
 
 def open_evaluation(options: EvaluationConfig, out: Path) -> LabelledSet | None:
-    """The labelled set that ``options`` name, looked through; ``None`` where they name none.
+    """Open and check the labelled set that ``options`` name; returns ``None`` where they name none.
 
     Args:
-        options: ``data`` is ``"scenes"``, ``"scenes:N"``, or ``"NAME:FOLDER"`` with a reader's name as ``ttd eval``
-            takes it.
-        out: the folder of the run; records and ``results.json`` of each step go below its ``evaluation``.
+        options: ``data`` is ``"scenes"``, ``"scenes:N"``, or ``"NAME:FOLDER"`` with a reader of ``ttd eval``.
+        out: folder of the run; the records and ``results.json`` of each step go into its subfolder ``evaluation``.
 
     Raises:
         InputError: the name is unknown, or a number or folder is missing.
@@ -43,20 +42,20 @@ def open_evaluation(options: EvaluationConfig, out: Path) -> LabelledSet | None:
 
 
 class LabelledSet:
-    """Gives named figures of a backbone at a step."""
+    """A labelled set on which a backbone is measured at some steps."""
 
     def check(self, ttd: TTD) -> None:
-        """Refuse a backbone that the set does not suit.
+        """Check that the backbone can be measured on this set.
 
         Raises:
-            InputError: it does not.
+            InputError: it cannot.
         """
 
-    def forget(self, after: int) -> None:
-        """Delete what was kept of steps after ``after``, whose weights a resumed run makes anew."""
+    def delete_after(self, step: int) -> None:
+        """Delete records of later steps, which a resumed run takes again."""
 
     def measure(self, ttd: TTD, step: int, stage: Stage) -> dict[str, float]:
-        """The figures of the engine's backbone, by names such as ``tags/map``; those that are not finite left out."""
+        """Return the finite metrics of the engine's backbone, by names such as ``tags/map``."""
         raise NotImplementedError
 
 
@@ -68,9 +67,10 @@ class SceneSet(LabelledSet):
 
         if count and not (count.isdecimal() and int(count) > 0):
             raise InputError(f"evaluation.data {options.data!r} must be scenes, or scenes:N with a number of scenes N")
-        self.count = int(count or SCENE_COUNT) if options.most is None else min(int(count or SCENE_COUNT), options.most)
+        requested = int(count or SCENE_COUNT)
+        self.count = requested if options.limit is None else min(requested, options.limit)
         self.scenes: list[Scene] = []
-        # The packages that draw are there, or this tells.
+        # Fails now where the packages that draw scenes are missing.
         Scenes("validation", 1)
 
     def check(self, ttd: TTD) -> None:
@@ -92,7 +92,7 @@ class SceneSet(LabelledSet):
 
 
 class CaptionedSet(LabelledSet):
-    """Annotated photographs, by the protocols of tag selection and text-level segmentation."""
+    """Annotated photographs, measured by the protocols of tag selection and text-level segmentation."""
 
     def __init__(self, options: EvaluationConfig, name: str, root: str, folder: Path) -> None:
         from ttd_plugins.evaluation.datasets import CAPTIONS
@@ -101,18 +101,18 @@ class CaptionedSet(LabelledSet):
         if name not in CAPTIONS:
             raise InputError(choices_sentence("labelled set of evaluation.data", name, [SCENES, *CAPTIONS]))
         if not root:
-            raise InputError(f"evaluation.data {options.data!r} must say where the labelled set is: {name}:FOLDER")
+            raise InputError(f"evaluation.data {options.data!r} must name a folder, as in {name}:FOLDER")
         self.tags, self.text = preset_protocols(options.preset)
         if options.size is not None:
             self.tags = replace(self.tags, dense=replace(self.tags.dense, size=options.size))
             self.text = replace(self.text, dense=replace(self.text.dense, size=options.size))
-        self.reader = open_labelled(name, root, limit=options.most, split=options.split)
+        self.reader = open_labelled(name, root, limit=options.limit, split=options.split)
         self.folder = folder
 
-    def forget(self, after: int) -> None:
-        for kept in self.folder.glob("step-*"):
-            if int(kept.name.partition("-")[2]) > after:
-                shutil.rmtree(kept, ignore_errors=True)
+    def delete_after(self, step: int) -> None:
+        for folder in self.folder.glob("step-*"):
+            if int(folder.name.partition("-")[2]) > step:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def measure(self, ttd: TTD, step: int, stage: Stage) -> dict[str, float]:
         from ttd_plugins.evaluation.labelled import as_trained
@@ -126,17 +126,17 @@ class CaptionedSet(LabelledSet):
 
         tags = evaluate_tags(ttd.backbone, self.reader, tag_options, out=out / "tags", stage=named).figures or {}
         text = evaluate_text(ttd.backbone, self.reader, text_options, out=out / "text", stage=named).figures or {}
-        # They hold every embedding; results.json has what came of them.
+        # The records have every embedding and are large; results.json has the metrics.
         for records in out.glob("*/images-*.jsonl"):
             records.unlink()
-        figures: dict[str, float] = {f"tags/{name}": value for name, value in tags["pixel"].items()}
-        figures |= {f"tags/{score}/{name}": value for score in ("image", "text") for name, value in tags[score].items()}
-        figures |= {f"retrieval/{name}": value for name, value in tags.get("retrieval", {}).items()}
-        figures |= {f"text/{name}": text[name] for name in ("caption_iou", "mfpr", "mfnr", "tag_balance")}
-        return _numbers(figures)
+        metrics: dict[str, float] = {f"tags/{name}": value for name, value in tags["pixel"].items()}
+        metrics |= {f"tags/{score}/{name}": value for score in ("image", "text") for name, value in tags[score].items()}
+        metrics |= {f"retrieval/{name}": value for name, value in tags.get("retrieval", {}).items()}
+        metrics |= {f"text/{name}": text[name] for name in ("caption_iou", "mfpr", "mfnr", "tag_balance")}
+        return _numbers(metrics)
 
 
 def _numbers(values: Mapping[str, Any], before: str = "") -> dict[str, float]:
-    """Finite numbers by their names; those of a nested mapping as ``outer/inner``."""
+    """Return the finite numbers of a nested mapping, by names such as ``outer/inner``."""
     flat = flatten(values, "/", before)
     return {k: float(v) for k, v in flat.items() if isinstance(v, int | float) and math.isfinite(v)}

@@ -1,4 +1,4 @@
-"""Fine-tuning on generated scenes: the small experiment that the demo and the ablation share."""
+"""Fine-tuning on generated scenes: the small experiment of the demo, of comparisons and of the ablation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from ttd_plugins.embedded.scenes import Scene, Scenes
 from ttd_plugins.engine import TTD, TTDOptions
 from ttd_plugins.errors import InputError
 from ttd_plugins.evaluation.scene_protocol import scene_pixels
-from ttd_plugins.training.loop import OptimizerOptions, StepReport, train
+from ttd_plugins.training.config import OptimizerConfig
+from ttd_plugins.training.loop import StepReport, train_in_memory
+
+SCENE_OPTIMIZER = OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.999), eps=1e-8, warm_up=20)
+"""Settings that suit the small embedded models on scenes."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +26,13 @@ class SceneTuning:
     """How a backbone is fine-tuned on scenes.
 
     Attributes:
-        steps: optimiser steps.
+        steps: optimizer steps.
         batch_size: scenes a step.
-        rank: rank of LoRA on both towers; 0 means full fine-tuning of both.
+        rank: LoRA rank on both towers; 0 means full fine-tuning of both.
         seed: decides the scenes and the fresh LoRA weights.
         bare_captions: share of captions that are bare nouns; the rest are sentences.
-        optimizer: how parameters are moved.
-        ttd: the options of the engine.
+        optimizer: settings of the optimizer; its ``steps``, ``epochs`` and ``batch_size`` are not used.
+        ttd: options of the engine.
     """
 
     steps: int = 200
@@ -36,7 +40,7 @@ class SceneTuning:
     rank: int = 16
     seed: int = 0
     bare_captions: float = 0.0
-    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    optimizer: OptimizerConfig = SCENE_OPTIMIZER
     ttd: TTDOptions = field(default_factory=TTDOptions)
 
     def __post_init__(self) -> None:
@@ -47,27 +51,27 @@ class SceneTuning:
             )
 
     def control(self) -> SceneTuning:
-        """The same steps, data, parameters and seed with the contrastive term only."""
+        """Return the same steps, data, parameters and seed with the contrastive term only."""
         return replace(self, ttd=replace(self.ttd, tag_weight=0.0, distill_weight=0.0))
 
     def as_dict(self) -> dict[str, Any]:
-        """A dictionary that JSON can hold."""
+        """Return a dictionary that JSON can store."""
         return asdict(self)
 
 
 def training_scenes(tuning: SceneTuning, side: int) -> Scenes:
-    """The scenes of a fine-tuning, pictures of ``side`` pixels; drawn anew whenever one is asked for."""
+    """Return the training scenes, images of ``side`` pixels; each access renders its scene again."""
     # Pre-training used seed 0.
     count, seed = tuning.steps * tuning.batch_size, 1000 + tuning.seed
     return Scenes("train", count, seed=seed, side=side, bare_captions=tuning.bare_captions)
 
 
 class KeptScenes(Sequence[Scene]):
-    """Scenes drawn once and then kept, without masks, which training does not look at."""
+    """Cache of rendered scenes, without their masks, which training does not use."""
 
     def __init__(self, scenes: Scenes) -> None:
         self.scenes = scenes
-        self._kept: dict[int, Scene] = {}
+        self._cache: dict[int, Scene] = {}
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -75,15 +79,15 @@ class KeptScenes(Sequence[Scene]):
     def __getitem__(self, index):  # type: ignore[no-untyped-def]  # Sequence overloads int and slice
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        if index not in self._kept:
-            self._kept[index] = replace(self.scenes[index], masks={})
-        return self._kept[index]
+        if index not in self._cache:
+            self._cache[index] = replace(self.scenes[index], masks={})
+        return self._cache[index]
 
 
 def scene_batches(
     scenes: Sequence[Scene], batch_size: int, adapter: DenseAdapter
 ) -> Iterator[tuple[Tensor, list[str]]]:
-    """Normalised pixels and captions of consecutive scenes, ``batch_size`` at a time; a short rest is left out."""
+    """Yield normalised pixels and captions of ``batch_size`` consecutive scenes; an incomplete batch is dropped."""
     for start in range(0, len(scenes) - batch_size + 1, batch_size):
         batch = [scenes[index] for index in range(start, start + batch_size)]
         yield scene_pixels(batch, adapter), [scene.caption for scene in batch]
@@ -99,13 +103,13 @@ def tune_on_scenes(
     """Fine-tune ``backbone`` in place on training scenes that pre-training did not see.
 
     Args:
-        backbone: without LoRA; afterwards it has it, unless ``tuning.rank`` is 0.
-        tuning: the settings; the same seed gives two runs the same LoRA weights and the same scenes.
-        scenes: those of :func:`training_scenes`, where they are at hand already.
+        backbone: without LoRA; LoRA is added unless ``tuning.rank`` is 0.
+        tuning: the settings; runs with the same seed have the same fresh LoRA weights and the same scenes.
+        scenes: the result of :func:`training_scenes`, if it is available already.
         on_step: called after each step.
 
     Returns:
-        One report a step.
+        One report for each step.
     """
     torch.manual_seed(tuning.seed)
     if tuning.rank:
@@ -115,7 +119,7 @@ def tune_on_scenes(
             for _, parameter in backbone.tower_parameters(tower):
                 parameter.requires_grad_(True)
     scenes = training_scenes(tuning, backbone.description.image_size[0]) if scenes is None else scenes
-    return train(
+    return train_in_memory(
         TTD(backbone, tuning.ttd),
         scene_batches(scenes, tuning.batch_size, backbone),
         tuning.steps,

@@ -1,8 +1,8 @@
-"""Sharded training by ``torch.distributed.fsdp.fully_shard`` (FSDP2): every process keeps a share of each weight.
+"""Sharded training by ``torch.distributed.fsdp.fully_shard`` (FSDP2): each process stores 1/W of every weight.
 
-Weights, their gradients and what the optimiser keeps for them are shared out by rows at rest. A step gathers the
-weights when it begins, works with them whole as an unsharded one does, and averages each gradient into its shares.
-Scalars cannot be shared out: they stay whole, and :func:`limit_gradients` averages their gradients.
+Between steps, weights, gradients and optimizer moments are sharded by rows. A step gathers the weights when it begins,
+computes with full weights as an unsharded step does, and averages each gradient into its shards. Scalars cannot be
+sharded: they stay full, and :func:`clip_sharded_gradients` averages their gradients.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def is_shared_out(tensor: Tensor) -> bool:
-    """Whether a tensor is a process' share of one."""
-    # By what it has, since without a group of processes the class need not even be there.
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a ``DTensor``, a shard of one that is spread over the processes."""
+    # Not isinstance: without torch.distributed the class may be missing.
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor with the rows of all processes; one that is whole already as it is. Every process must call it."""
-    return tensor.full_tensor() if is_shared_out(tensor) else tensor  # type: ignore[attr-defined]
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the rows of all processes; a tensor that is not sharded is returned as it is. Collective."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def shared_out_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process' share of a tensor that every process has, where ``like`` is of a share; else the tensor itself."""
-    if not is_shared_out(like) or tensor.shape != like.shape:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return this process' shard of a tensor that every process has, where ``like`` is sharded; else the tensor."""
+    if not is_sharded(like) or tensor.shape != like.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
@@ -46,22 +46,22 @@ def shared_out_like(tensor: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def gathered_on_main(tensors: Mapping[str, Tensor], main: bool) -> dict[str, Tensor]:
-    """Whole copies of named tensors in the memory of the main process, one after the other; nothing on others."""
+def gather_on_main(tensors: Mapping[str, Tensor], main: bool) -> dict[str, Tensor]:
+    """Return full copies of named tensors in CPU memory on the main process, and nothing on the others. Collective."""
     found = {}
     for name, tensor in tensors.items():
-        one = whole(tensor.detach())
+        one = full_tensor(tensor.detach())
         if main:
-            found[name] = one.cpu() if is_shared_out(tensor) else one
+            found[name] = one.cpu() if is_sharded(tensor) else one
     return found
 
 
-class Shards:
-    """A model whose parameters are shared out among the processes.
+class ShardedModule:
+    """A module whose parameters are sharded over the processes.
 
     Args:
-        root: the module whose forward pass gathers them; changed in place.
-        device: where they are.
+        root: the module whose forward pass gathers the parameters; changed in place.
+        device: device of the parameters.
 
     Raises:
         MissingDependencyError: torch has no ``fully_shard`` yet.
@@ -76,7 +76,7 @@ class Shards:
             ) from error
         from torch.distributed.device_mesh import init_device_mesh
 
-        # fully_shard adds to them with the first step, and takes nothing away.
+        # fully_shard adds hooks with the first step and removes none.
         self._hooks = {module: tuple(set(hooks) for hooks in _state_hooks(module)) for module in root.modules()}
         names = [(module, name) for module in root.modules() for name in module._parameters]
         before = [getattr(module, name) for module, name in names]
@@ -87,7 +87,7 @@ class Shards:
                     parameter.data = parameter.data.contiguous()
         fully_shard(root, mesh=init_device_mesh(device.type, (dist.get_world_size(),)), ignored_params=scalars)
         self.root = root
-        # The parameter objects that others know are kept empty, and are filled and put back in the end.
+        # Other objects refer to the original parameters: they stay, empty, and are filled and restored at the end.
         self._places: list[tuple[nn.Module, str, nn.Parameter, Tensor]] = []
         for (module, name), parameter in zip(names, before, strict=True):
             if parameter is not None and parameter not in scalars:
@@ -95,8 +95,8 @@ class Shards:
         self._empty()
 
     @contextmanager
-    def whole(self, here: bool) -> Iterator[None]:
-        """Whole parameters in the model of this process for a time, where ``here``. Every process must enter it."""
+    def full_weights(self, here: bool) -> Iterator[None]:
+        """Full parameters in the module of this process within the block, where ``here``. Collective."""
         self._reshard()
         registered = [getattr(module, name) for module, name, _, _ in self._places]
         self._fill(here)
@@ -108,7 +108,7 @@ class Shards:
             self._empty()
 
     def end(self) -> None:
-        """Give every process the whole parameters for good, in the objects that they were before."""
+        """Restore full parameters on every process, in the original parameter objects."""
         self._reshard()
         self._fill(True)
         for module in self.root.modules():
@@ -119,15 +119,15 @@ class Shards:
                 module.__dict__.pop(mark, None)
 
     def _reshard(self) -> None:
-        """Put shares in their places after a step without a backward pass, or ``state_dict`` would do so later."""
+        """Reshard after a forward pass without a backward pass; otherwise ``state_dict`` would do so later."""
         self.root.reshard()  # type: ignore[operator]
 
     def _fill(self, here: bool) -> None:
         done: set[int] = set()
         for module, name, parameter, share in self._places:
-            if id(parameter) not in done:  # one that two modules have in common is gathered once
+            if id(parameter) not in done:  # a parameter shared by two modules is gathered once
                 done.add(id(parameter))
-                rows = whole(share.detach())
+                rows = full_tensor(share.detach())
                 if here:
                     parameter.data = rows
             if here:
@@ -143,26 +143,26 @@ def _state_hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
 
 
 def split_groups(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Groups of an optimiser with shares and whole parameters apart, which it cannot move in one call."""
+    """Split parameter groups into sharded and full parameters, which one fused update cannot mix."""
     split = []
     for group in groups:
-        for shares in (True, False):
-            parameters = [parameter for parameter in group["params"] if is_shared_out(parameter) == shares]
+        for sharded in (True, False):
+            parameters = [parameter for parameter in group["params"] if is_sharded(parameter) == sharded]
             if parameters:
                 split.append({**group, "params": parameters})
     return split
 
 
 @torch.no_grad()
-def limit_gradients(parameters: Iterable[Tensor], limit: float) -> float:
-    """Average the gradients of whole parameters over the processes, and scale all down to a norm of ``limit``.
+def clip_sharded_gradients(parameters: Iterable[Tensor], limit: float) -> float:
+    """Average the gradients of full parameters over the processes, and clip all to a global norm of ``limit``.
 
     Returns:
-        The norm of the whole gradient before that. Every process must call it.
+        The global norm before clipping. Collective.
     """
     shares, others = [], []
     for parameter in parameters:
-        if parameter.grad is not None and is_shared_out(parameter.grad):
+        if parameter.grad is not None and is_sharded(parameter.grad):
             shares.append(parameter.grad.to_local())  # type: ignore[attr-defined]
         elif parameter.grad is not None:
             parameter.grad.copy_(distributed.summed(parameter.grad) / distributed.process_count())

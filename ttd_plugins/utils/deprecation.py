@@ -100,3 +100,25 @@ def renamed_keyword(old: str, new: str) -> Callable[[_F], _F]:
         return accept_old_name  # type: ignore[return-value]
 
     return decorate
+
+
+def rename_keys(values: Mapping[str, Any], renamed: Mapping[str, str], where: str) -> dict[str, Any]:
+    """Return ``values`` with old keys replaced by new ones, in order, with one warning for each.
+
+    Args:
+        values: keyword arguments, or the keys of a section of a file.
+        renamed: old key to new key.
+        where: what the keys belong to, such as ``"TTDOptions"``.
+
+    Raises:
+        ValueError: an old key and its new name are both given.
+    """
+    current = {}
+    for key, value in values.items():
+        new = renamed.get(key, key)
+        if new != key:
+            if new in values:
+                raise ValueError(f"{where} has both {key} and {new}, which is its new name; keep {new}")
+            warn_renamed(f"{where}.{key}", f"{where}.{new}", stacklevel=3)
+        current[new] = value
+    return current

@@ -28,21 +28,37 @@ def list_with_progress(items: Iterable[_T], advance: Advance) -> list[_T]:
 
 
 @contextmanager
-def progress_bars(*, stderr: bool = True, width: int = 28) -> Iterator[Stage]:
-    """Yield a :data:`Stage` that displays one bar for each unfinished subtask in the terminal.
+def progress_bars(
+    *, stderr: bool = True, width: int = 28, keep_finished: int | None = None, terminal_only: bool = False
+) -> Iterator[Callable[[str, int | None], Advance]]:
+    """Yield a :data:`Stage` that displays one bar per subtask in the terminal.
 
     Args:
         stderr: whether bars go to standard error, which keeps standard output for results.
         width: characters reserved for names.
+        keep_finished: number of newest bars that stay; older ones are removed when their subtask is finished. By
+            default all stay.
+        terminal_only: whether nothing is displayed where the output is not a terminal, instead of the final bars.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(f"{{task.description:<{width}}}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=stderr)) as bars:
+    console = Console(stderr=stderr)
+    bars = Progress(*columns, console=console, disable=terminal_only and not console.is_terminal)
 
-        def stage(name: str, steps: int) -> Advance:
-            task: Any = bars.add_task(name, total=steps)
-            return lambda done: bars.advance(task, done)
+    def stage(name: str, steps: int | None) -> Advance:
+        # Not before: an error without any progress is then the only output.
+        bars.start()
+        if keep_finished is not None:
+            for old in bars.tasks[: max(len(bars.tasks) - keep_finished, 0)]:
+                if old.finished:
+                    bars.remove_task(old.id)
+        task: Any = bars.add_task(name, total=steps)
+        return lambda done: bars.advance(task, done)
 
+    try:
         yield stage
+    finally:
+        if bars.live.is_started:
+            bars.stop()

@@ -35,12 +35,13 @@ from ttd_plugins.evaluation.protocols.zero_shot import shown_hits, zero_shot_fig
 from ttd_plugins.evaluation.true_tags import label_candidates
 from ttd_plugins.method import selection
 from ttd_plugins.method.text_embeddings import TextEmbeddingCache
+from ttd_plugins.options import Rule, Score
 from ttd_plugins.tags import fold, split_words
 from ttd_plugins.utils.progress import Stage
 
 REMEMBERED_TEXTS = 20_000
 """Words come again and again over a data set, and so are not encoded anew for each picture."""
-SCORES: tuple[selection.Score, ...] = ("pixel", "image", "text")
+SCORES: tuple[Score, ...] = ("pixel", "image", "text")
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class TagProtocol:
     extractor: str = "words"
     extractor_options: Mapping[str, Any] = field(default_factory=dict)
     template: str = "{}"
-    rule: selection.Rule = "minmax"
+    rule: Rule = "minmax"
     threshold: float = 0.5
     calibration: Calibration | None = None
     nouns: bool = False

@@ -1,0 +1,261 @@
+"""The Gradio page around a :class:`~ttd_plugins.app.studio.Studio`; only this module uses Gradio.
+
+Analytics are off, fonts are the system's, and there is no tunnel: nothing leaves the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from importlib import resources
+from typing import Any
+
+from ttd_plugins.app.rendering import render_error, render_message, render_note, render_progress, render_result
+from ttd_plugins.app.studio import MAX_STEPS, Studio, TuningStoppedError, error_sentence
+from ttd_plugins.errors import InputError, MissingDependencyError, one_sentence
+from ttd_plugins.reports.heat_overlay import HEAT_OPACITY
+from ttd_plugins.reports.templating import stylesheet
+
+EXAMPLES = 4
+DEFAULT_STEPS = 60
+MAX_FILE_SIZE = "64mb"
+SCROLL_ON_A_PHONE = """() => {
+  if (window.innerWidth < 700) document.querySelector("#ttd-opacity").scrollIntoView({ behavior: "smooth" });
+}"""
+SET_OPACITY = "(value) => document.documentElement.style.setProperty('--ttd-heat', value / 100)"
+
+
+def import_gradio() -> Any:
+    """Import Gradio with its analytics switched off.
+
+    Raises:
+        MissingDependencyError: Gradio cannot be imported.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        import gradio
+    except Exception as error:  # a broken dependency raises more than ImportError
+        raise MissingDependencyError(
+            f"the page needs gradio, which cannot be imported ({type(error).__name__}: {one_sentence(error)}); run: "
+            "pip install 'ttd-plugins[app]'"
+        ) from error
+    return gradio
+
+
+def build_page(studio: Studio) -> Any:
+    """Build the ``gradio.Blocks`` of a studio.
+
+    Raises:
+        MissingDependencyError: gradio is not installed.
+    """
+    gr = import_gradio()
+
+    def visitor(request: Any) -> str:
+        return str(request.session_hash or "")
+
+    def shown(image: str | None, caption: str, names: list[str], who: str) -> str:
+        try:
+            return render_result(studio.view(image, caption, names, who))
+        except Exception as error:
+            return render_error(error_sentence(error, "showing this image"))
+
+    # Annotations of a request are read when a listener is made, and are strings under deferred evaluation.
+    def show(image: str | None, caption: str, names: list[str], request) -> str:  # type: ignore[no-untyped-def]
+        return shown(image, caption, names, visitor(request))
+
+    def tune(name, steps, image, caption, names, request) -> Iterator[Any]:  # type: ignore[no-untyped-def]
+        who = visitor(request)
+        busy, idle = gr.update(interactive=False), gr.update(interactive=True)
+        reports: queue.Queue[Any] = queue.Queue()
+        finished: list[Any] = []
+
+        def work() -> None:
+            try:
+                studio.tune(str(name), int(steps), who, on_step=reports.put)
+                reports.put(None)
+            except BaseException as error:
+                reports.put(error)
+
+        yield render_progress("loading, or waiting for another fine-tuning", 0, int(steps)), gr.skip(), busy, idle
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            while True:
+                report = reports.get()
+                if report is None or isinstance(report, BaseException):
+                    break
+                finished.append(report)
+                text = f"step {report.step} of {int(steps)} · loss {report.loss:.3f}"
+                yield render_progress(text, report.step, int(steps)), gr.skip(), busy, idle
+        finally:
+            # The visitor has left the page.
+            if thread.is_alive():
+                studio.stop(who)
+        done = (gr.update(interactive=True), gr.update(interactive=False))
+        if isinstance(report, TuningStoppedError):
+            yield render_note(str(report)), gr.skip(), *done
+        elif report is not None:
+            yield render_error(error_sentence(report, f"fine-tuning {name}")), gr.skip(), *done
+        else:
+            note = f"{name} is fine-tuned; the maps show it as “after”"
+            if image is None or not caption.strip():
+                yield render_note(f"{note} once there is an image and a caption.", finished), gr.skip(), *done
+            else:
+                names = list(dict.fromkeys([*names, name]))
+                yield render_note(f"{note}.", finished), shown(image, caption, names, who), *done
+
+    def example(number: int) -> tuple[Any, Any, Any]:
+        try:
+            image, caption = studio.example(number)
+        except Exception as error:
+            return gr.skip(), gr.skip(), render_error(error_sentence(error, "drawing a scene"))
+        return image, caption, gr.skip()
+
+    for listener in (show, tune):
+        listener.__annotations__ = {"request": gr.Request}
+
+    with gr.Blocks(title="ttd app", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.HTML(render_message("title"), apply_default_css=False)
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=4, min_width=300):
+                image = gr.Image(
+                    type="filepath",
+                    image_mode=None,
+                    format="png",
+                    sources=["upload", "clipboard"],
+                    label="Image",
+                    height=280,
+                    buttons=[],
+                    elem_id="ttd-image",
+                )
+                # Gradio opens the file itself and fails without a sentence; read_image says what is wrong.
+                image.preprocess = lambda payload: None if payload is None else payload.path
+                with gr.Row(elem_id="ttd-examples"):
+                    examples = [
+                        gr.Button(f"Scene {number}", size="sm", min_width=64) for number in range(1, EXAMPLES + 1)
+                    ]
+                caption = gr.Textbox(
+                    label="Caption", placeholder="a dog beside an umbrella on the grass", lines=2, elem_id="ttd-caption"
+                )
+                names = gr.CheckboxGroup(
+                    studio.backbones, value=studio.backbones[:1], label="Backbones", elem_id="ttd-backbones"
+                )
+                run = gr.Button("Show maps", variant="primary", elem_id="ttd-run")
+                with gr.Accordion("Fine-tune here", open=False, visible=bool(studio.tunable), elem_id="ttd-tuning"):
+                    gr.HTML(
+                        render_note(
+                            "TTD on generated scenes, on this machine; only you see the result. A step takes about "
+                            "half a second on two cores."
+                        ),
+                        apply_default_css=False,
+                    )
+                    target = gr.Dropdown(
+                        studio.tunable, value=next(iter(studio.tunable), None), label="Backbone", filterable=False
+                    )
+                    steps = gr.Slider(
+                        1, MAX_STEPS, value=DEFAULT_STEPS, step=1, label="Steps", buttons=[], elem_id="ttd-steps"
+                    )
+                    with gr.Row():
+                        begin = gr.Button("Fine-tune", elem_id="ttd-tune", min_width=100)
+                        end = gr.Button("Stop", interactive=False, elem_id="ttd-stop", min_width=100)
+                    progress = gr.HTML(elem_id="ttd-progress", apply_default_css=False)
+            with gr.Column(scale=7, min_width=300):
+                opacity = gr.Slider(
+                    0,
+                    100,
+                    value=round(100 * HEAT_OPACITY),
+                    step=1,
+                    label="Opacity of the maps (%)",
+                    buttons=[],
+                    elem_id="ttd-opacity",
+                )
+                result = gr.HTML(render_message("empty"), elem_id="ttd-output", apply_default_css=False)
+        hidden = {"api_visibility": "private"}
+        given = [image, caption, names]
+        for trigger in (run.click, caption.submit):
+            shown_now = trigger(show, given, result, concurrency_limit=4, **hidden)
+            shown_now.then(None, None, None, js=SCROLL_ON_A_PHONE, **hidden)
+        begin.click(
+            tune,
+            [target, steps, *given],
+            [progress, result, begin, end],
+            concurrency_limit=8,
+            show_progress="hidden",
+            **hidden,
+        )
+
+        def halt(request) -> None:  # type: ignore[no-untyped-def]
+            studio.stop(visitor(request))
+
+        def forget(request) -> None:  # type: ignore[no-untyped-def]
+            studio.forget(visitor(request))
+
+        for ending in (halt, forget):
+            ending.__annotations__ = {"request": gr.Request}
+        end.click(halt, None, None, queue=False, **hidden)
+        for number, button in enumerate(examples):
+            button.click(lambda number=number: example(number), None, [image, caption, result], **hidden)
+        opacity.change(None, opacity, None, js=SET_OPACITY, **hidden)
+        page.unload(forget)
+    return page
+
+
+def launch_page(
+    page: Any, *, host: str = "127.0.0.1", port: int | None = None, browser: bool = False
+) -> tuple[Any, str]:
+    """Serve the page from a thread of its own.
+
+    Args:
+        page: the ``gradio.Blocks`` of :func:`build_page`.
+        host: address to listen on; the default accepts connections from this machine only.
+        port: port to listen on; ``None`` takes the first free one from 7860.
+        browser: whether to open the page in the browser.
+
+    Returns:
+        The page, whose ``block_thread()`` waits and ``close()`` ends it, and its address.
+
+    Raises:
+        InputError: the address or the port cannot be used.
+    """
+    gr = import_gradio()
+    files = resources.files("ttd_plugins.app")
+    layout, script = (files.joinpath(name).read_text(encoding="utf-8") for name in ("app.css", "app.js"))
+    css = str(stylesheet("heat_overlay.css", dark=".dark")) + layout
+    fonts = {"font": ["system-ui", "-apple-system", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    try:
+        _, address, _ = page.queue(max_size=64).launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            inbrowser=browser,
+            prevent_thread_lock=True,
+            quiet=True,
+            footer_links=[],
+            max_file_size=MAX_FILE_SIZE,
+            ssr_mode=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            theme=gr.themes.Default(**fonts),
+            head=f"<style>{css}</style><script>{script}</script>",
+        )
+    except (OSError, ValueError) as error:
+        where = f"{host}:{port}" if port is not None else host
+        raise InputError(
+            f"the page cannot be served at {where} ({one_sentence(error)}); give another --port or --host"
+        ) from error
+    return page, str(address)
+
+
+def serve(
+    studio: Studio, *, host: str, port: int | None, browser: bool, announce: Callable[[str], object] = print
+) -> None:
+    """Serve the page of a studio until Ctrl-C; ``announce`` is called with a sentence that states the address."""
+    page, address = launch_page(build_page(studio), host=host, port=port, browser=browser)
+    announce(f"the page is at {address} (Ctrl-C ends it)")
+    try:
+        page.block_thread()
+    finally:
+        page.close(verbose=False)

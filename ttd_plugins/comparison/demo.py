@@ -1,0 +1,116 @@
+"""The demo: a comparison of one small backbone on scenes with one seed, with heat maps of its gallery."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ttd_plugins.backbone_sources import load_tuned, open_backbone
+from ttd_plugins.comparison.experiment_record import ADVICE, ExperimentRecord, versions
+from ttd_plugins.comparison.options import CompareOptions
+from ttd_plugins.comparison.results import ARMS, Arm, Comparison
+from ttd_plugins.comparison.running import RESULTS, run_comparison
+from ttd_plugins.comparison.scene_data import SceneData
+from ttd_plugins.engine import TTD
+from ttd_plugins.reports.heatmaps import draw_maps
+from ttd_plugins.utils.files import make_folder, write_atomic
+from ttd_plugins.utils.progress import Stage, no_progress
+
+METRICS, HEATMAPS = "metrics.json", "heatmaps"
+LOSSES = ("tag", "distill", "contrastive")
+
+
+def demo_options(
+    backbone: str, *, seed: int = 0, steps: int = 200, scenes: int = 512, rank: int = 16
+) -> CompareOptions:
+    """Return the options of the demo.
+
+    Args:
+        backbone: name of the backbone.
+        seed: seed of the training scenes, of new weights, and of the weights of ``@random``.
+        steps: optimizer steps of each arm.
+        scenes: test scenes that are measured.
+        rank: rank of LoRA on both towers; 0 trains all weights.
+    """
+    return CompareOptions((backbone,), seeds=1, first_seed=seed, steps=steps, limit=scenes, rank=rank)
+
+
+def run_demo(
+    out: Path, options: CompareOptions, *, stage: Stage = no_progress, command: str | None = None
+) -> Comparison:
+    """Run the demo: a comparison, plus ``heatmaps/*.png`` and a short ``metrics.json``.
+
+    Args:
+        out: folder for the results; it is created if it does not exist.
+        options: options from :func:`demo_options`.
+        stage: progress callback.
+        command: shell command that repeats the demo, for the report.
+
+    Raises:
+        InputError: ``out`` cannot be written, or has the results of other options.
+        TTDError: the backbone cannot be loaded, or a package that draws scenes is not installed.
+    """
+    if (out / METRICS).exists() and not (out / RESULTS).exists():
+        # A folder of version 0.1: its results are computed again, and those of other settings are left alone.
+        ExperimentRecord(out / METRICS, _settings(options))
+    comparison = run_comparison(out, options, stage=stage, command=command)
+    content = {"settings": _settings(options), **_results(comparison, options.first_seed)}
+    write_atomic(out / METRICS, json.dumps(content, indent=1) + "\n", advice=ADVICE)
+    _draw_heatmaps(out, options, comparison, stage)
+    return comparison
+
+
+def _settings(options: CompareOptions) -> dict[str, Any]:
+    """Settings as ``metrics.json`` stores them."""
+    return {
+        "backbone": options.backbones[0],
+        "scenes": options.limit,
+        "steps": options.steps,
+        "batch_size": options.batch_size,
+        "rank": options.rank,
+        "seed": options.first_seed,
+        "bare_captions": 0.0,
+        "optimizer": SceneData(options).describe()["optimizer"],
+        "ttd": asdict(options.ttd),
+        "versions": versions(),
+    }
+
+
+def _results(comparison: Comparison, seed: int) -> dict[str, Any]:
+    """Durations, training curves, and the metrics of each arm, as ``metrics.json`` stores them."""
+    (backbone,) = comparison.backbones
+    metrics: dict[str, Any] = {
+        arm: backbone.metrics[arm][0] | {"caption_map_in_tag": backbone.bias[arm][0]} for arm in ARMS
+    }
+    return {
+        "seconds": {name.removesuffix(f" {seed}"): value for name, value in backbone.seconds.items()},
+        "curves": {arm: [_step(row) for row in runs[0]] for arm, runs in backbone.curves.items()},
+        **metrics,
+    }
+
+
+def _step(row: dict[str, float]) -> dict[str, Any]:
+    """A row of a curve, with losses and statistics apart."""
+    whole = {name: row[name] for name in ("step", "loss", "gradient_norm") if name in row}
+    losses = {name: row[name] for name in LOSSES if name in row}
+    rest = {name: value for name, value in row.items() if name not in whole | losses}
+    return whole | {"losses": losses, "statistics": rest}
+
+
+def _draw_heatmaps(out: Path, options: CompareOptions, comparison: Comparison, stage: Stage) -> None:
+    """Draw the maps of every gallery image before and after TTD."""
+    (backbone,) = comparison.backbones
+    arms: dict[Arm, TTD] = {
+        "before": TTD(open_backbone(backbone.name, seed=options.first_seed), options.ttd),
+        "after": TTD(load_tuned(backbone.name, str(out)), options.ttd),
+    }
+    make_folder(out / HEATMAPS)
+    advance = stage("draw heat maps", len(comparison.gallery))
+    for number, item in enumerate(comparison.gallery, start=1):
+        maps = {arm: ttd.maps(Image.fromarray(item.image), item.caption) for arm, ttd in arms.items()}
+        draw_maps(maps["before"], out / HEATMAPS / f"scene-{number:02d}.png", after=maps["after"])
+        advance(1)

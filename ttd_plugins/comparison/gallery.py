@@ -1,0 +1,121 @@
+"""The gallery of a comparison: which test images are shown, and the maps of each backbone for them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ttd_plugins.comparison.data_interface import Sample
+from ttd_plugins.comparison.results import Arm, GalleryImage, TagView, View
+from ttd_plugins.engine import TTD
+from ttd_plugins.evaluation.metrics import mask_overlap, upsample_map
+from ttd_plugins.evaluation.scene_protocol import CAPTION_MAP_THRESHOLD
+
+CANDIDATES = 96
+"""Test images from which the gallery is chosen."""
+SHOWN_SIDE = 384
+"""Longest side of a gallery image in pixels, so that the report stays small."""
+
+Views = Mapping[str, Sequence[Mapping[Arm, View]]]
+"""Name of the backbone to one mapping per sample from arm to view."""
+
+
+def compute_view(ttd: TTD, sample: Sample) -> View:
+    """Compute the maps of an image and its caption at the backbone's preferred input size.
+
+    The IoU is that of the caption's map, above 0.40, with the union of the masks, at the size of the masks.
+    """
+    maps = ttd.maps(_resized(sample.image, ttd.backbone.description.image_size), sample.caption)
+    caption, tags, position = sample.caption.lower(), [], 0
+    rows = zip(maps.tags, maps.probabilities, maps.selected, maps.tag_maps_normalized, strict=True)
+    for text, score, selected, heat in rows:
+        match = re.search(rf"(?<!\w){re.escape(text.lower())}(?!\w)", caption[position:])
+        start = -1 if match is None else position + match.start()
+        tags.append(TagView(text, start, float(score), bool(selected), heat.astype(np.float32)))
+        position = position if match is None else position + match.end()
+    iou = None
+    if sample.truth:
+        union = np.logical_or.reduce(list(sample.truth.values()))
+        lit = upsample_map(maps.caption_map_normalized, *union.shape) > CAPTION_MAP_THRESHOLD
+        valid = np.ones_like(union) if sample.valid is None else sample.valid
+        if ((lit | union) & valid).any():
+            iou = mask_overlap(lit, union, valid).iou
+    return View(maps.caption_map_normalized.astype(np.float32), tags, iou, bool(maps.truncated))
+
+
+def choose_gallery(samples: Sequence[Sample], views: Views, count: int) -> list[GalleryImage]:
+    """Choose ``count`` images, evenly spaced in the ranking by gain, so that the best and the worst are included.
+
+    The gain is the Caption IoU after TTD minus that of the control, averaged over backbones. Without trained arms,
+    images are ranked by Caption IoU itself.
+    """
+    ranking = _ranking(samples, views)
+    if not ranking or not count:
+        return []
+    places = sorted(set(np.linspace(0, len(ranking) - 1, min(count, len(ranking))).round().astype(int).tolist()))
+    if count == 1:
+        places = [len(ranking) - 1]
+    trained = any("after" in by_arm for of_backbone in views.values() for by_arm in of_backbone)
+    average = ", mean over backbones" if len(views) > 1 else ""
+    quantity = "gain in Caption IoU (after TTD minus control)" if trained else "Caption IoU"
+    chosen = []
+    for place in places:
+        value, index = ranking[place]
+        sample = samples[index]
+        rank = "largest" if place == 0 else "smallest" if place == len(ranking) - 1 else f"rank {place + 1} by"
+        chosen.append(
+            GalleryImage(
+                key=sample.key,
+                image=_shrunk(sample.image),
+                caption=sample.caption,
+                truth=_shrunk_masks(sample),
+                views={name: of_backbone[index] for name, of_backbone in views.items()},
+                why=f"{rank} {quantity} of {len(ranking)} images: {value:+.3f}{average}",
+                absent=tuple(sample.absent),
+            )
+        )
+    return chosen
+
+
+def _ranking(samples: Sequence[Sample], views: Views) -> list[tuple[float, int]]:
+    """Pairs of value and index of the sample, the largest value first; samples without a value are left out."""
+    ranking: list[tuple[float, int]] = []
+    for index in range(len(samples)):
+        values = []
+        for of_backbone in views.values():
+            by_arm = of_backbone[index]
+            last = by_arm["after" if "after" in by_arm else "before"].iou
+            first = by_arm["control"].iou if "control" in by_arm else 0.0
+            if last is not None and first is not None:
+                values.append(last - first)
+        if values:
+            ranking.append((float(np.mean(values)), index))
+    return sorted(ranking, key=lambda item: (-item[0], item[1]))
+
+
+def _resized(image: NDArray[np.uint8], size: tuple[int, int]) -> Image.Image:
+    """The whole image at (height, width), bicubic."""
+    whole, (height, width) = Image.fromarray(image), size
+    return whole if whole.size == (width, height) else whole.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _shrunk(image: Any) -> Any:
+    height, width = image.shape[:2]
+    factor = SHOWN_SIDE / max(height, width)
+    if factor >= 1:
+        return image
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+
+
+def _shrunk_masks(sample: Sample) -> dict[str, Any]:
+    height, width = _shrunk(sample.image).shape[:2]
+    return {
+        tag: np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST), dtype=bool)
+        for tag, mask in sample.truth.items()
+    }

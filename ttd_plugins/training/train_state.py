@@ -1,0 +1,147 @@
+"""The state of a run: everything that a checkpoint stores, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttd_plugins.engine import TTD
+from ttd_plugins.errors import InputError
+from ttd_plugins.training import checkpoints
+from ttd_plugins.training.collapse_watch import CollapseWatch, MetricAverager
+from ttd_plugins.training.strategies import Strategy
+from ttd_plugins.utils import distributed
+from ttd_plugins.utils.rng import get_rng_state, set_rng_state
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Resumable state after the last step: epoch, loader position, RNG."""
+
+    epoch: int
+    position: Any
+    rng: dict[str, Any]
+
+
+@dataclass
+class TrainState:
+    """Everything that a checkpoint stores.
+
+    Attributes:
+        ttd: the engine; its backbone's trained parameters and changed buffers, and its EMA teacher, are stored.
+        strategy: holds the optimizer and the gradient scaler.
+        total_steps: optimizer steps of the whole run.
+        step: optimizer steps done.
+        point: where the data and the random generators stood after the last step.
+        skipped_steps: steps that were skipped because the loss or the gradient was not finite.
+        averager: metrics since the last line of the log.
+        watch: state of the watch for collapse.
+        warnings: sentences of that watch.
+        metrics: last line of the log.
+        trained: trained parameters by name.
+        initial_buffers: buffers of the backbone before training; only those that changed are stored.
+    """
+
+    ttd: TTD
+    strategy: Strategy
+    trained: dict[str, nn.Parameter]
+    initial_buffers: dict[str, Tensor]
+    total_steps: int
+    step: int = 0
+    point: ResumePoint = field(default_factory=lambda: ResumePoint(0, None, get_rng_state()))
+    skipped_steps: int = 0
+    averager: MetricAverager = field(default_factory=MetricAverager)
+    watch: CollapseWatch = field(default_factory=CollapseWatch)
+    warnings: list[str] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in self.trained.items()}
+
+    def end_step(self, epoch: int, position: Any) -> None:
+        """Count a step and store where the next one begins."""
+        self.step += 1
+        self.point = ResumePoint(epoch, position, get_rng_state())
+
+    def to_checkpoint(self, *, is_main: bool, processes: int) -> checkpoints.Checkpoint | None:
+        """Return the checkpoint on the main process and ``None`` on the others. Collective."""
+        position = self.point.position
+        plain = dataclasses.asdict(position) if dataclasses.is_dataclass(position) else position  # type: ignore[arg-type]
+        positions, rng_states = distributed.gathered(plain), distributed.gathered(self.point.rng)
+        # Shards are gathered by all processes together, before the main one writes alone.
+        trained = self.strategy.gather(self.trained, is_main)
+        moments = checkpoints.pack_optimizer(self.strategy.inner_optimizer, self._names)
+        moments = self.strategy.gather(moments, is_main)
+        if not is_main:
+            return None
+        rng_tensors, rng_values = checkpoints.pack_rng_states(rng_states)
+        scaler, teacher = self.strategy.scaler, self._stored_teacher()
+        averages = {} if teacher is None else dict(teacher.named_parameters())
+        buffers = dict(self.ttd.backbone.model.named_buffers())
+        return checkpoints.Checkpoint(
+            state={
+                "step": self.step,
+                "steps": self.total_steps,
+                "epoch": self.point.epoch,
+                "positions": positions,
+                "processes": processes,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                "skipped_steps": self.skipped_steps,
+                "figures": self.metrics,
+                "window": self.averager.as_dict(),
+                "watch": self.watch.as_dict(),
+                "warnings": self.warnings,
+                "random": rng_values,
+            },
+            trained=trained,
+            buffers={name: value for name, value in buffers.items() if self._changed(name, value)},
+            teacher={name: averages[name] for name in self.trained if name in averages},
+            optimizer=moments,
+            random=rng_tensors,
+        )
+
+    def restore(self, stored: checkpoints.Checkpoint, where: str, *, rank: int, processes: int) -> None:
+        """Load a checkpoint, random state included.
+
+        Raises:
+            InputError: the checkpoint was written by another number of processes or belongs to another backbone.
+        """
+        state = stored.state
+        if state["processes"] != processes:
+            raise InputError(
+                f"{where} was written by {state['processes']} processes and cannot be continued by {processes}; start "
+                f"{state['processes']}"
+            )
+        if set(stored.trained) != set(self.trained):
+            raise InputError(f"{where} has other tensors than this configuration trains; it is of another backbone")
+        checkpoints.load_tensors(self.ttd.backbone.model, stored.trained, where)
+        checkpoints.load_tensors(self.ttd.backbone.model, stored.buffers, where)
+        if self.ttd.teacher is not None:
+            checkpoints.load_tensors(self.ttd.teacher.model, stored.teacher, where)
+        checkpoints.unpack_optimizer(self.strategy.inner_optimizer, stored.optimizer, self._names)
+        if self.strategy.scaler is not None and state["scaler"] is not None:
+            self.strategy.scaler.load_state_dict(state["scaler"])
+        self.step, self.skipped_steps = state["step"], state["skipped_steps"]
+        self.averager, self.watch = MetricAverager(**state["window"]), CollapseWatch(**state["watch"])
+        self.warnings, self.metrics = state["warnings"], state["figures"]
+        rng = checkpoints.unpack_rng_state(stored.random, state["random"], rank)
+        set_rng_state(rng)
+        self.point = ResumePoint(state["epoch"], state["positions"][rank], rng)
+
+    def changes_in_forward_pass(self) -> bool:
+        """Whether a forward pass alone changes stored state: an EMA teacher, or running statistics."""
+        return self._stored_teacher() is not None or any(
+            isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+            for module in self.ttd.backbone.model.modules()
+        )
+
+    def _stored_teacher(self) -> nn.Module | None:
+        teacher = self.ttd.teacher
+        return teacher.model if teacher is not None and self.ttd.options.teacher == "ema" else None
+
+    def _changed(self, name: str, value: Tensor) -> bool:
+        return not torch.equal(value, self.initial_buffers[name])

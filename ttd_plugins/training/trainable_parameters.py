@@ -1,0 +1,92 @@
+"""Trainable parameters of a backbone: LoRA, all weights or none of each tower, and their weight decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ttd_plugins.adapter import TOWERS, DenseAdapter
+from ttd_plugins.errors import InputError, TTDError
+from ttd_plugins.training.config import OptimizerConfig, TowersConfig, TrainConfig
+
+
+def build_backbone(config: TrainConfig, backbone: DenseAdapter | None = None) -> DenseAdapter:
+    """Return the backbone of a run before its first step; the seed decides fresh weights.
+
+    Args:
+        config: the configuration of the run.
+        backbone: replaces the one that the configuration names; changed in place.
+
+    Raises:
+        InputError: there is neither an object nor a name.
+        TTDError: the backbone cannot be loaded, or cannot be tuned as configured.
+    """
+    with torch.random.fork_rng(devices=[]):
+        if backbone is None:
+            if config.backbone.name is None:
+                raise InputError(
+                    "no backbone is named; give backbone.name (--backbone), one of those that `ttd backbones` lists"
+                )
+            from ttd_plugins.plugins import load
+
+            torch.manual_seed(config.run.seed)
+            backbone = load(config.backbone.name, **config.backbone.options)
+        torch.manual_seed(config.run.seed)
+        prepare_towers(backbone, config.towers)
+    return backbone
+
+
+def prepare_towers(backbone: DenseAdapter, towers: TowersConfig) -> None:
+    """Add LoRA and set ``requires_grad`` of every parameter, in place.
+
+    Raises:
+        TTDError: the backbone has LoRA already, a tower supports none, or half-precision weights would be trained.
+    """
+    with_lora = [tower for tower in TOWERS if getattr(towers, tower) == "lora"]
+    if backbone.has_lora:
+        raise TTDError(f"{backbone.description.name} has LoRA already; merge() or unload() it first")
+    if with_lora:
+        backbone.add_lora(towers.rank, alpha=towers.alpha, dropout=towers.dropout, towers=with_lora)
+    else:
+        backbone.model.requires_grad_(False)
+    in_towers: set[int] = set()
+    trained: list[tuple[str, nn.Parameter]] = []
+    for tower in TOWERS:
+        named = list(backbone.tower_parameters(tower))
+        in_towers |= {id(parameter) for _, parameter in named}
+        if getattr(towers, tower) == "full":
+            trained += [pair for pair in named if pair[1].is_floating_point()]
+    if towers.logit_scale:
+        lora = {id(parameter) for parameter in backbone.lora_parameters()}
+        others = in_towers | lora
+        trained += [pair for pair in backbone.model.named_parameters() if id(pair[1]) not in others]
+    for name, parameter in trained:
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            raise TTDError(
+                f"{name} has dtype {str(parameter.dtype).removeprefix('torch.')}, which rounds small steps away; load "
+                "the backbone in float32 and set run.mixed_precision, or tune by LoRA"
+            )
+        parameter.requires_grad_(True)
+
+
+def train_mode(backbone: DenseAdapter) -> None:
+    """Set training mode, but keep frozen batch normalisation in evaluation mode, so that its averages stay."""
+    backbone.train()
+    for module in backbone.model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            own = list(module.parameters(recurse=False))
+            if not any(parameter.requires_grad for parameter in own):
+                module.eval()
+
+
+def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
+    """Return two parameter groups for AdamW: matrices with weight decay; vectors, norms and biases without."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim > 1]
+    rest = [parameter for parameter in trained if parameter.ndim < 2]
+    return [
+        {"params": matrices, "weight_decay": optimizer.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
