@@ -23,6 +23,7 @@ from ttd_plugins.toolkit import attention, hub, text_tower
 from ttd_plugins.toolkit.dense_modes import PRESETS, DenseMode, diagonal_mask
 from ttd_plugins.toolkit.family_plugin import family_plugin
 from ttd_plugins.toolkit.last_block import BlockCalls, BlockParts, last_block, last_block_with_mask
+from ttd_plugins.toolkit.open_clip_models import OpenCLIPModels
 from ttd_plugins.toolkit.optional_library import import_library
 from ttd_plugins.toolkit.transforms import DenseTransform, Normalisation
 
@@ -59,6 +60,18 @@ def test_by_hand_and_is_whole_are_deprecated_aliases() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     with pytest.warns(FutureWarning, match=r"lora_targets\(is_whole=...\) is now lora_targets\(is_plain=...\)"):
         assert text_tower.lora_targets(model, is_whole=lambda attention: True) == text_tower.lora_targets(model)  # type: ignore[call-arg]
+
+
+def test_the_refusal_of_a_family_is_now_its_unsupported_reason() -> None:
+    def reason(config: Any) -> str | None:
+        return "it is refused"
+
+    with pytest.warns(
+        FutureWarning, match=r"OpenCLIPModels\(refusal=...\) is now OpenCLIPModels\(unsupported_reason=...\)"
+    ):
+        models = OpenCLIPModels(None, "family", refusal=reason)  # type: ignore[call-arg]
+    with pytest.warns(FutureWarning, match=r"OpenCLIPModels.refusal is now OpenCLIPModels.unsupported_reason"):
+        assert models.refusal is models.unsupported_reason is reason
 
 
 def test_names_of_a_module_that_was_merged_are_found() -> None:

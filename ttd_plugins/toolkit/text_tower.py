@@ -3,7 +3,7 @@
 A tower is native here if its parts are named ``token_embedding``, ``positional_embedding``, ``transformer.resblocks``
 and ``ln_final``, in the model itself or under ``model.text``.
 
-- A causal tower pooled at its end token never attends to later positions, so rows may be cut behind the end token. The
+- A causal tower pooled at its end token never attends to later positions, so rows may be cut after the end token. The
   parts of the tower run with sliced positions and mask, since the library's own ``encode_text`` needs the full context.
 - A tower that pools at the last position runs at the full context.
 - In both, the last block is computed at the pooled position only.
@@ -128,11 +128,11 @@ def unpooled_reason(model: Any) -> str | None:
 
 
 def check_token_ids(ids: Tensor, context: int | None = None, *, needs_full_context: bool = False) -> None:
-    """Raise InputError if ids are not ``[N, L]`` with a length that the text tower takes.
+    """Raise InputError if ids are not ``[N, L]`` with a length that is valid for the text tower.
 
     Args:
         ids: the token ids.
-        context: positions of the text tower; ``None`` where any length is taken.
+        context: positions of the text tower; ``None`` if any length is valid.
         needs_full_context: whether L must be the context length.
     """
     if ids.ndim != 2:
