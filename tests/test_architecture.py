@@ -43,7 +43,7 @@ def test_the_drawing_is_that_of_the_import_test() -> None:
 
 
 def test_exceptions_to_the_direction_are_named() -> None:
-    assert UPWARD_ON_PURPOSE == {("ttd_plugins.adapter", "ttd_plugins.lora")}
+    assert {("ttd_plugins.adapter", "ttd_plugins.lora")} == UPWARD_ON_PURPOSE
     assert "`adapter` calls `lora`" in TEXT
 
 
@@ -53,7 +53,9 @@ def test_the_path_of_a_batch_is_long_enough_to_be_read() -> None:
     assert rows[0][0].parent.name == "cli" and rows[-1][0].name == "losses.py"
 
 
-@pytest.mark.parametrize(("file", "names"), path_rows(), ids=lambda value: value.name if isinstance(value, Path) else "")
+@pytest.mark.parametrize(
+    ("file", "names"), path_rows(), ids=lambda value: value.name if isinstance(value, Path) else ""
+)
 def test_a_file_on_the_path_defines_the_names(file: Path, names: list[str]) -> None:
     assert file.is_file(), f"{file.relative_to(ROOT)} does not exist"
     assert names and set(names) <= defined_names(file)
