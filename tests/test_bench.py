@@ -34,7 +34,7 @@ from ttd_plugins.benchmark.step_variants import RATIOS, VARIANTS, Bench, BenchOp
 from ttd_plugins.benchmark.unshared_baseline import unshared_losses
 from ttd_plugins.errors import InputError, TTDError
 from ttd_plugins.plugins import make_tag_extractor
-from ttd_plugins.utils.compiling import compile_image_blocks
+from ttd_plugins.training.compiling import compile_image_blocks
 
 TINY = "open_clip:tiny@random"
 DUE = (

@@ -17,7 +17,7 @@ RENAMED_MODULES: dict[str, str | tuple[str, ...]] = {
     "ttd_plugins.comparison.backbones": "ttd_plugins.backbone_sources",
     "ttd_plugins.benchmark.unshared": "ttd_plugins.benchmark.unshared_baseline",
     "ttd_plugins.benchmark.variants": "ttd_plugins.benchmark.step_variants",
-    "ttd_plugins.compiling": "ttd_plugins.utils.compiling",
+    "ttd_plugins.compiling": "ttd_plugins.training.compiling",
     "ttd_plugins.data.keeping": "ttd_plugins.data.score_filter",
     "ttd_plugins.data.opening": "ttd_plugins.data.source_detection",
     "ttd_plugins.data.pairs": ("ttd_plugins.data.pair_source", "ttd_plugins.data.caption_parsing"),
