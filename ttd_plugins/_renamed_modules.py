@@ -47,6 +47,7 @@ RENAMED_MODULES: dict[str, str | tuple[str, ...]] = {
     "ttd_plugins.texts": "ttd_plugins.method.text_embeddings",
     "ttd_plugins.toolkit.dense": "ttd_plugins.toolkit.dense_modes",
     "ttd_plugins.toolkit.positions": "ttd_plugins.toolkit.position_embeddings",
+    "ttd_plugins.toolkit.text": "ttd_plugins.toolkit.tokenizing",
     "ttd_plugins.training.evaluation": "ttd_plugins.training.periodic_evaluation",
     "ttd_plugins.training.scenes": "ttd_plugins.training.scene_tuning",
     "ttd_plugins.training.stages": "ttd_plugins.comparison.experiment_record",
