@@ -164,4 +164,4 @@ class Comparison:
     figures = RenamedAttribute("metrics")
 
 
-__getattr__ = renamed_names(__name__, {"Figure": "Metric", "Picture": "GalleryImage"}, globals())
+__getattr__ = renamed_names(__name__, {"Figure": "Metric", "Picture": "GalleryImage"})
