@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-import ttd_plugins
+from ttd_plugins._version import __version__
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.errors import InputError, one_sentence
 from ttd_plugins.options import TTDOptions
@@ -26,7 +26,7 @@ ADVICE = "free some space or choose another --out"
 def versions() -> dict[str, str]:
     """Versions on which metrics depend."""
     return {
-        "ttd-plugins": ttd_plugins.__version__,
+        "ttd-plugins": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
