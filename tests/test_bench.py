@@ -34,7 +34,7 @@ from ttd_plugins.benchmark.unshared import unshared_losses
 from ttd_plugins.benchmark.variants import RATIOS, VARIANTS, Bench, BenchOptions
 from ttd_plugins.errors import InputError, TTDError
 from ttd_plugins.plugins import make_tag_extractor
-from ttd_plugins.utils.compiling import compile_image_blocks
+from ttd_plugins.training.compiling import compile_image_blocks
 
 TINY = "open_clip:tiny@random"
 DUE = (

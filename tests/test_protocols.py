@@ -80,7 +80,7 @@ def test_tag_figures_agree_with_a_slow_count(folder: Path, rule: Any, threshold:
     result = evaluate_tags(backbone, open_captions("coco_captions", folder), options)
     assert result.figures is not None and result.done == result.images == 4
 
-    from ttd_plugins.tags import WordTags
+    from ttd_plugins.tag_extractors.word_tags import WordTags
 
     rows: dict[str, list[tuple[float, bool, bool]]] = {"pixel": [], "image": [], "text": []}
     for name, captions in CAPTIONS.items():

@@ -14,7 +14,7 @@ RENAMED_MODULES = {
     "ttd_plugins.app.layout": "ttd_plugins.app.gradio_page",
     "ttd_plugins.app.page": "ttd_plugins.app.rendering",
     "ttd_plugins.comparison.backbones": "ttd_plugins.backbone_sources",
-    "ttd_plugins.compiling": "ttd_plugins.utils.compiling",
+    "ttd_plugins.compiling": "ttd_plugins.training.compiling",
     "ttd_plugins.data.keeping": "ttd_plugins.data.score_filter",
     "ttd_plugins.data.skipping": "ttd_plugins.data.skipped_samples",
     "ttd_plugins.distributed": "ttd_plugins.utils.distributed",

@@ -20,7 +20,7 @@ from ttd_plugins.engine import TTD
 from ttd_plugins.errors import InputError, TTDError, choices_sentence
 from ttd_plugins.method.text_embeddings import encode_texts
 from ttd_plugins.testing.session import library_image_embedding
-from ttd_plugins.utils.compiling import compile_image_blocks, uncompiled
+from ttd_plugins.training.compiling import compile_image_blocks, uncompiled
 
 STEPS = ("contrastive", "contrastive_trimmed", "ttd", "ttd_alone", "unshared")
 ENCODINGS = ("encode_image", "dense", "dense_and_pooled")

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-import ttd_plugins
+from ttd_plugins._version import __version__
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.errors import InputError, one_sentence
 from ttd_plugins.utils.files import atomic_path, make_folder, write_atomic
@@ -30,7 +30,7 @@ RENAMED_TTD_OPTIONS = {
 def versions() -> dict[str, str]:
     """Versions on which metrics depend."""
     return {
-        "ttd-plugins": ttd_plugins.__version__,
+        "ttd-plugins": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

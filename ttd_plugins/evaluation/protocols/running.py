@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import ttd_plugins
+from ttd_plugins._version import __version__
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.errors import InputError, one_sentence
 from ttd_plugins.utils.progress import Stage, no_progress
@@ -266,7 +266,7 @@ def run_protocol(
         float(np.mean([seconds for seconds, _, _ in cost])) if cost else float("nan"),
         max((peak for _, peak, _ in cost), default=0),
         {
-            "ttd_plugins": ttd_plugins.__version__,
+            "ttd_plugins": __version__,
             "torch": torch.__version__,
             "numpy": np.__version__,
             "python": platform.python_version(),
