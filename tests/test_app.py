@@ -406,7 +406,7 @@ def test_a_wrong_command_line_is_one_sentence(fake: FakeFamily, tmp_path: Path) 
     assert "1 to 65535" in refused("--port", "70000")
     assert "did you mean 'fake'" in refused("--backbones", "fak:small")
     assert "does not exist" in refused("--backbone", FAKE, "--tuned", f"{FAKE}={tmp_path / 'x'}")
-    assert "unknown rule" in refused("--backbone", FAKE, "--rule", "best")
+    assert "unknown value of rule" in refused("--backbone", FAKE, "--rule", "best")
 
 
 def test_a_missing_gradio_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

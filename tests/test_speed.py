@@ -27,7 +27,7 @@ from toy_backbone import toy
 import ttd_plugins.method.text_embeddings as texts_module
 from ttd_plugins import TTD, wrap
 from ttd_plugins.adapter import DenseAdapter
-from ttd_plugins.benchmark.unshared import unshared_losses
+from ttd_plugins.benchmark.unshared_baseline import unshared_losses
 from ttd_plugins.engine import TTDOutput
 from ttd_plugins.errors import UnsupportedModelError
 from ttd_plugins.method.text_embeddings import (
@@ -555,7 +555,7 @@ def deep(width: int = 64) -> DenseAdapter:
 
 
 def test_the_operations_of_a_step_are_about_those_of_a_contrastive_step() -> None:
-    from ttd_plugins.benchmark.variants import Bench, BenchOptions
+    from ttd_plugins.benchmark.step_variants import Bench, BenchOptions
 
     bench = Bench(BenchOptions("open_clip:small", batch_size=4), adapter=deep())
     found = {name: bench.count(name) for name in ("contrastive", "contrastive_trimmed", "ttd", "unshared", "dense",

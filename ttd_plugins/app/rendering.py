@@ -19,7 +19,7 @@ IMAGE_SIDE = 720
 
 
 def render_message(kind: str) -> str:
-    """A fixed text of the page: its ``title``, or what stands in the place of an ``empty`` result."""
+    """A fixed text of the page: its ``title``, or the hint shown while there is an ``empty`` result."""
     return render("app_message.html.j2", kind=kind)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from ttd_plugins.data.images import read_image
 from ttd_plugins.engine import TTD, CaptionMaps, TTDOptions
 from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.plugins import explain, families, load, make_tag_extractor, parse_name
+from ttd_plugins.utils.deprecation import RenamedAttribute
 
 if TYPE_CHECKING:
     from ttd_plugins.training.loop import StepReport
@@ -75,12 +75,7 @@ class AppResult:
     tags: list[str]
     views: list[BackboneView]
 
-    @property
-    def picture(self) -> NDArray[np.uint8]:
-        """Deprecated name of :attr:`image`."""
-        message = "AppResult.picture is now AppResult.image; the old name goes with the next minor release"
-        warnings.warn(message, FutureWarning, stacklevel=2)
-        return self.image
+    picture = RenamedAttribute("image")
 
 
 class TuningStoppedError(TTDError):

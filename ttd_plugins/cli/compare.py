@@ -12,7 +12,7 @@ from ttd_plugins.cli.command_line import command_line
 
 if TYPE_CHECKING:
     from ttd_plugins.comparison.results import Comparison
-    from ttd_plugins.engine import TTDOptions
+    from ttd_plugins.options import TTDOptions
 
 SOME_FAILED = 1
 """Exit status if a backbone failed."""
@@ -106,22 +106,13 @@ def ttd_options(
     """Return the options of TTD that the flags name.
 
     Raises:
-        InputError: an option is unknown or has the wrong type.
+        InputError: an option is unknown, or has the wrong type or range.
     """
-    from ttd_plugins.engine import TTDOptions
-    from ttd_plugins.errors import InputError, choices_sentence
+    from ttd_plugins.options import TTDOptions
 
     changes: dict[str, Any] = {"extractor": tags, "extractor_options": image_maps.parse_settings(tags_option)}
     changes |= {name: value for name, value in (("rule", rule), ("threshold", threshold)) if value is not None}
-    known = set(TTDOptions.__dataclass_fields__) - {"calibration"}
-    for name, value in image_maps.parse_settings(option).items():
-        if name not in known:
-            raise InputError(choices_sentence("option of TTD", name, known))
-        changes[name] = value
-    try:
-        return TTDOptions(**changes)
-    except TypeError as error:
-        raise InputError(f"an option of TTD has the wrong type: {error}") from error
+    return TTDOptions(**changes | image_maps.parse_settings(option))
 
 
 def print_summary(comparison: Comparison, out: Path) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ttd_plugins.comparison.results import ARMS, Arm
-from ttd_plugins.engine import TTDOptions
 from ttd_plugins.errors import InputError
+from ttd_plugins.options import TTDOptions
 
 SCENES = "scenes"
 """Name of the generated scenes among the data sets."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_names
 
 Arm = Literal["before", "control", "after"]
 ARMS: tuple[Arm, ...] = ("before", "control", "after")
@@ -61,11 +62,7 @@ class BackboneResult:
     warnings: list[str] = field(default_factory=list)
     bias: dict[Arm, list[dict[str, float | None]]] = field(default_factory=dict)
 
-    @property
-    def figures(self) -> dict[Arm, list[dict[str, float | None]]]:
-        """Deprecated name of :attr:`metrics`."""
-        _warn_renamed("BackboneResult.figures", "BackboneResult.metrics")
-        return self.metrics
+    figures = RenamedAttribute("metrics")
 
     def mean(self, arm: Arm, key: str) -> float | None:
         """Mean over the seeds; ``None`` if the arm was not run or the metric is undefined for a seed."""
@@ -164,21 +161,7 @@ class Comparison:
     attribution: str = ""
     failures: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def figures(self) -> Sequence[Metric]:
-        """Deprecated name of :attr:`metrics`."""
-        _warn_renamed("Comparison.figures", "Comparison.metrics")
-        return self.metrics
+    figures = RenamedAttribute("metrics")
 
 
-def _warn_renamed(old: str, new: str) -> None:
-    message = f"{old} is now {new}; the old name goes with the next minor release"
-    warnings.warn(message, FutureWarning, stacklevel=3)
-
-
-def __getattr__(name: str) -> Any:
-    renamed = {"Figure": Metric, "Picture": GalleryImage}
-    if name in renamed:
-        _warn_renamed(name, renamed[name].__name__)
-        return renamed[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = renamed_names(__name__, {"Figure": "Metric", "Picture": "GalleryImage"})

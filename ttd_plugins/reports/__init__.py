@@ -1,1 +1,1 @@
-"""Reports that a person reads: pictures of maps, and the page that ``ttd demo`` ends in."""
+"""Reports: the page of a comparison, its charts, and heat maps as PNG files."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Transform
 
 UNITS_PER_INCH = 72
 """A chart's unit is a CSS pixel on the page and a point (1/72 inch) in a file."""
@@ -144,7 +145,7 @@ def write_chart_sheet(
 
 
 def figure_png(figure: Figure, dots_per_inch: int = PNG_DOTS_PER_INCH) -> bytes:
-    """A matplotlib figure as a PNG file."""
+    """A matplotlib drawing as the bytes of a PNG file."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         # Scripts that no installed font covers are drawn as boxes.
@@ -155,7 +156,7 @@ def figure_png(figure: Figure, dots_per_inch: int = PNG_DOTS_PER_INCH) -> bytes:
 
 @contextmanager
 def drawing_style(salt: str = "") -> Iterator[None]:
-    """Draw with these settings of matplotlib, whatever the user's are; the user's come back afterwards.
+    """Draw with fixed settings of matplotlib; the user's settings are neither used nor changed.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -207,9 +208,17 @@ def mark(artist: Artist, kind: str, tooltip: str = "") -> None:
 
 
 def pixels(axes: Axes, point: tuple[float, float]) -> tuple[float, float]:
-    """Where a data point lies, in units from the figure's lower left corner."""
+    """The position of a data point in units from the lower left corner of the whole drawing."""
     x, y = axes.transData.transform(point)
     return float(x), float(y)
+
+
+def unit_coordinates(axes: Axes) -> Transform:
+    """The coordinates of :func:`pixels` as a transform for matplotlib's artists."""
+    from matplotlib.transforms import Affine2D
+
+    assert axes.figure is not None
+    return Affine2D().scale(1 / UNITS_PER_INCH) + axes.figure.dpi_scale_trans
 
 
 @cache
@@ -229,7 +238,7 @@ def _new_figure(width: float, height: float) -> Figure:
 
 
 def _draw_chart(figure: Figure, chart: Chart, corner: tuple[float, float]) -> Axes:
-    """Draw a chart whose upper left corner is ``corner``, in units from the figure's."""
+    """Draw a chart; ``corner`` is its upper left corner, in units from that of the whole drawing."""
     width, height = (float(size * UNITS_PER_INCH) for size in figure.get_size_inches())
     left, top, right, bottom = chart.margins
     axes = figure.add_axes(
@@ -264,7 +273,7 @@ _LINK = "{http://www.w3.org/1999/xlink}href"
 
 
 def _inline_svg(text: str, chart: Chart, size: tuple[float, float]) -> Markup:
-    """What matplotlib wrote, fit for a page: no ids that clash, no metadata, no fonts, colours as CSS variables."""
+    """Matplotlib's SVG made fit for a page: unique ids, no metadata, no fonts, colours as CSS variables."""
     root = ElementTree.fromstring(text)
     used = {value.lstrip("#") for element in root.iter() for key, value in element.items() if key == _LINK}
     used |= set(re.findall(r"url\(#([^)]+)\)", text))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ttd_plugins.comparison.results import ARMS, Arm, BackboneResult, Comparison, Metric, mean_and_spread
-from ttd_plugins.reports.charts import Chart, mark, pixels
+from ttd_plugins.reports.charts import Chart, mark, pixels, unit_coordinates
 from ttd_plugins.reports.comparison_findings import TIE, Change, change, mean
 from ttd_plugins.reports.formatting import capitalised, number, printable, shortened
 from ttd_plugins.reports.palette import light, series_role
@@ -241,18 +241,16 @@ def _draw_labels(
     texts = [
         f"{n + 1} {shortened(printable(comparison.backbones[n].name))}" if names else str(n + 1) for n, _ in labelled
     ]
-    inside = axes.bbox
+    inside, units = axes.bbox, unit_coordinates(axes)
     area = Box(inside.x0 + 2, inside.y0 + 2, inside.width - 4, inside.height - 4)
     boxes = place_labels(anchors, [7.6 * len(text) + 6 for text in texts], 18, area, taken)
     for (n, _), (x, y), text, box in zip(labelled, anchors, texts, boxes, strict=True):
         near = (min(max(x, box.left), box.left + box.width), min(max(y, box.top), box.top + box.height))
         if math.dist(near, (x, y)) > 16:
             line = {"arrowstyle": "-", "color": light("muted"), "linewidth": 0.8, "shrinkA": 0, "shrinkB": 8}
-            axes.annotate(
-                "", xy=(x, y), xytext=near, xycoords="figure points", textcoords="figure points", arrowprops=line
-            )
+            axes.annotate("", xy=(x, y), xytext=near, xycoords=units, textcoords=units, arrowprops=line)
         label = axes.annotate(
-            text, xy=(box.left + box.width / 2, box.top + box.height / 2), xycoords="figure points",
+            text, xy=(box.left + box.width / 2, box.top + box.height / 2), xycoords=units,
             ha="center", va="center", fontsize=12, fontweight="bold", color=light(series_role(n)),
             bbox={"facecolor": light("card"), "alpha": 0.75, "edgecolor": "none", "pad": 1}, zorder=4,
         )  # fmt: skip

@@ -25,7 +25,7 @@ TIE = 0.005
 SELECTION = ("tag_f1", "tag_balance")
 """Metrics that the summary judges besides the first metric of the trade-off."""
 COLLAPSE = 0.5
-"""The page warns when the spread of the caption map falls below this share of what it was."""
+"""The page warns when the spread of the caption map falls below this share of its value before training."""
 
 
 @dataclass(frozen=True)

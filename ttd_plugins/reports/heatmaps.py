@@ -41,7 +41,7 @@ _REJECTED = "#a8a29e"
 
 @dataclass(frozen=True)
 class _Panel:
-    """One image of the figure, with two lines above it and a frame."""
+    """One image with two lines of text above it and a frame."""
 
     title: str
     note: str
@@ -197,7 +197,7 @@ def _write(
     spacing: float = 1.3,
     **placing: Any,
 ) -> None:
-    """Write a text whose upper left corner is ``left`` and ``above`` inches from the figure's corner."""
+    """Write a text whose upper left corner is ``left`` and ``above`` inches from the edges."""
     width, height = figure.get_size_inches()
     figure.text(
         left / width,

@@ -29,7 +29,7 @@ PALETTE: dict[str, tuple[str, str]] = {
 """Role to (light, dark). Light colours differ from each other, so that a colour in an SVG names its role."""
 
 SERIES = 8
-"""Colours of backbones; from the ninth backbone they repeat, and the backbone's number tells it apart."""
+"""Colours of backbones; from the ninth backbone they repeat, and the backbone's number identifies it."""
 
 
 def light(role: str) -> str:
@@ -46,8 +46,8 @@ def css_variables(dark: str = "") -> str:
     """Every role as a CSS variable, light or dark.
 
     Args:
-        dark: selector of what is dark, where the page itself decides. By default the browser's colour scheme decides,
-            on screens only, because a browser may print while its colour scheme is dark.
+        dark: selector of the dark elements, if the page itself chooses the scheme. By default the browser's colour
+            scheme decides, on screens only, because a browser may print while its colour scheme is dark.
     """
     light_rules, dark_rules = (
         " ".join(f"--{role}: {colours[scheme]};" for role, colours in PALETTE.items()) for scheme in (0, 1)
