@@ -406,7 +406,7 @@ def test_a_call_costs_a_gpu_fewer_tokens_the_larger_the_tower_is(monkeypatch: py
 
 def test_a_tower_without_blocks_cannot_be_computed_twice() -> None:
     assert toy().tower_blocks("text") == []
-    with pytest.raises(UnsupportedModelError, match="text_activation_checkpointing=True needs the blocks"):
+    with pytest.raises(UnsupportedModelError, match="=True needs the blocks of the text tower"):
         TTD(toy(), text_activation_checkpointing=True)
 
 
