@@ -212,7 +212,7 @@ def test_a_missing_mask_is_told_with_its_path(miniature: Miniature, tmp_path: Pa
 def test_an_empty_folder_and_an_absent_one_are_told(name: str, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=str(tmp_path)):
         open_segmentation(name, tmp_path)
-    with pytest.raises(DatasetError, match="the folder .* does not exist"):
+    with pytest.raises(DatasetError, match=r"the folder .* does not exist"):
         open_segmentation(name, tmp_path / "absent")
     (tmp_path / "validation/image").mkdir(parents=True)
     (tmp_path / "validation/mask").mkdir()
@@ -459,14 +459,14 @@ def test_wrong_instances_are_told(tmp_path: Path) -> None:
     file = tmp_path / "annotations/instances_val2017.json"
     content["annotations"][0]["category_id"] = 99
     file.write_text(json.dumps(content))
-    with pytest.raises(DatasetError, match="annotation 1 .* has the category id 99, which the file does not list"):
+    with pytest.raises(DatasetError, match=r"annotation 1 .* has the category id 99, which the file does not list"):
         open_segmentation("coco_object", tmp_path).check()
     content["annotations"][0] |= {"category_id": 1, "segmentation": [[0, 0, 1, 1]]}
     file.write_text(json.dumps(content))
-    with pytest.raises(DatasetError, match="segmentation of annotation 1 in .* cannot be decoded"):
+    with pytest.raises(DatasetError, match=r"segmentation of annotation 1 in .* cannot be decoded"):
         open_segmentation("coco_object", tmp_path).check()
     file.write_text("[]")
-    with pytest.raises(DatasetError, match="no COCO instances file"):
+    with pytest.raises(DatasetError, match="not a COCO instances file"):
         open_segmentation("coco_object", tmp_path)
     file.write_text("{")
     with pytest.raises(DatasetError, match="cannot be read"):
@@ -595,7 +595,7 @@ def test_tag_mask_that_is_otherwise_is_told(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="contains 2, but there are only 1 tags"):
         data.check()
     for content, match in (
-        ("[]", "no object"),
+        ("[]", "must contain an object"),
         ('{"tags": []}', "no text under"),
         ('{"caption": "a"}', "no list of strings"),
     ):
@@ -603,7 +603,7 @@ def test_tag_mask_that_is_otherwise_is_told(tmp_path: Path) -> None:
         with pytest.raises(DatasetError, match=match):
             data.check()
     (tmp_path / "image/000012.jpg").unlink()
-    with pytest.raises(DatasetError, match=r"the picture of .*000012.json' is missing"):
+    with pytest.raises(DatasetError, match=r"the image of .*000012.json' is missing"):
         TagMask(tmp_path)
 
 

@@ -404,9 +404,7 @@ def test_torchmetrics_classes_agree_over_two_processes(tmp_path: Path) -> None:
 def test_the_absence_of_torchmetrics_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
     monkeypatch.delitem(sys.modules, "ttd_plugins.evaluation.torchmetrics_classes", raising=False)
-    with pytest.raises(
-        MissingDependencyError, match=r"classes need torchmetrics .*pip install torchmetrics"
-    ):
+    with pytest.raises(MissingDependencyError, match=r"classes need torchmetrics .*pip install torchmetrics"):
         importlib.import_module("ttd_plugins.evaluation.torchmetrics_classes")
 
 
