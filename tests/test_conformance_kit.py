@@ -88,7 +88,7 @@ def test_without_a_registered_family_its_checks_are_skipped_with_the_reason() ->
 @pytest.mark.parametrize(
     ("kind", "skipped"),
     [
-        (NoLoRA, {"lora_targets", "lora_reaches_features", "lora_comes_out"}),
+        (NoLoRA, {"lora_targets", "lora_reaches_features", "lora_unloads_and_merges"}),
         (TextLoRAOnly, set()),
         (OneSize, {"other_sizes"}),
         (EveryPositionMatters, {"text_trimming"}),
@@ -107,7 +107,7 @@ def test_what_stays_within_the_contract_is_skipped_and_does_not_fail(
 
 
 # A third of the time, and left to the slow run where a toy is broken in nothing that they look at.
-COSTLY = {"lora_reaches_features", "lora_comes_out", "meta_images", "meta_texts"}
+COSTLY = {"lora_reaches_features", "lora_unloads_and_merges", "meta_images", "meta_texts"}
 
 
 @pytest.mark.parametrize("name", sorted(BROKEN))
@@ -389,12 +389,12 @@ def test_the_reference_can_be_given_and_its_absence_is_a_reason() -> None:
         pass
 
     made = conforming(Bare)
-    names = ["pooled_is_the_librarys", "text_is_the_librarys"]
+    names = ["pooled_matches_library", "text_matches_library"]
     nothing = check_adapter(lambda: made, only=names, image_reference=lambda *_: None, text_reference=lambda *_: None)
     assert set(nothing.skipped) == set(names)
-    assert "neither encode_image nor get_image_features" in nothing.skipped["pooled_is_the_librarys"]
+    assert "neither encode_image nor get_image_features" in nothing.skipped["pooled_matches_library"]
     other = check_adapter(lambda: made, only=names, image_reference=lambda a, p: 2 * a.model.encode_image(p))
-    assert other.failed == ["pooled_is_the_librarys"]
+    assert other.failed == ["pooled_matches_library"]
 
     def raises(*_: Any) -> Tensor:
         raise KeyError("nothing")
@@ -407,7 +407,7 @@ def test_a_library_that_normalises_is_compared_in_direction() -> None:
         model: Any = adapter.model
         return nn.functional.normalize(model.encode_image(pixels), dim=-1)
 
-    assert check_adapter(conforming, only=["pooled_is_the_librarys"], image_reference=unit).ok
+    assert check_adapter(conforming, only=["pooled_matches_library"], image_reference=unit).ok
 
 
 class InFloat32(ConformingModel):
@@ -465,7 +465,7 @@ def test_large_images_go_through_the_model_few_times() -> None:
 def test_outputs_of_transformers_are_understood() -> None:
     from types import SimpleNamespace
 
-    from ttd_plugins.testing.check_session import library_image_embedding, library_text_embedding
+    from ttd_plugins.testing.library_reference import library_image_embedding, library_text_embedding
 
     class Model(nn.Module):
         def get_image_features(self, pixels: Tensor) -> Any:

@@ -43,7 +43,11 @@ RENAMED_MODULES: dict[str, str | tuple[str, ...]] = {
     "ttd_plugins.stanza_tags": "ttd_plugins.tag_extractors.stanza_tags",
     "ttd_plugins.testing.check": "ttd_plugins.testing.check_types",
     "ttd_plugins.testing.registry": "ttd_plugins.testing.all_checks",
-    "ttd_plugins.testing.session": ("ttd_plugins.testing.check_session", "ttd_plugins.testing.library_reference"),
+    "ttd_plugins.testing.session": (
+        "ttd_plugins.testing.check_session",
+        "ttd_plugins.testing.all_checks",
+        "ttd_plugins.testing.library_reference",
+    ),
     "ttd_plugins.texts": "ttd_plugins.method.text_embeddings",
     "ttd_plugins.toolkit.dense": "ttd_plugins.toolkit.dense_modes",
     "ttd_plugins.toolkit.positions": "ttd_plugins.toolkit.position_embeddings",
