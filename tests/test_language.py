@@ -56,7 +56,7 @@ EXCEPTIONS = (
     ("ttd_plugins/reports/charts.py", "figure", "a matplotlib figure"),
     ("ttd_plugins/reports/comparison_charts.py", "figure", "a matplotlib figure"),
     ("ttd_plugins/reports/heatmaps.py", "figure", "a matplotlib figure"),
-    ("ttd_plugins/embedded/scenes/vocabulary.py", "a picture of", "a filler of captions: the scenes are data"),
+    ("ttd_plugins/embedded/scenes/vocabulary.py", "picture", "a filler of captions, which are data"),
 )
 
 
