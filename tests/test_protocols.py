@@ -350,9 +350,9 @@ def test_other_settings_weights_or_places_are_refused(folder: Path, tmp_path: Pa
         evaluate_tags(toy(), data, TagProtocol(dense=PLAIN, threshold=0.4), out=out)
     with pytest.raises(InputError, match=r"contains results with other settings .backbone.weights_sha256: "):
         evaluate_tags(toy(1), data, TagProtocol(dense=PLAIN), out=out)
-    with pytest.raises(InputError, match="rank must be from 0 to 1 of 2 processes, not 2"):
+    with pytest.raises(InputError, match="rank must be from 0 to 1 for 2 processes, not 2"):
         evaluate_tags(toy(), data, TagProtocol(dense=PLAIN), out=out, rank=2, world=2)
-    with pytest.raises(InputError, match="several processes meet in a folder"):
+    with pytest.raises(InputError, match="several processes need a common folder"):
         evaluate_tags(toy(), data, TagProtocol(dense=PLAIN), rank=0, world=2)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="results cannot be written"):

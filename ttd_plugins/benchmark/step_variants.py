@@ -19,7 +19,7 @@ from ttd_plugins.benchmark.captions import BUILT_IN, StandInTokenizer, batch_of_
 from ttd_plugins.engine import TTD
 from ttd_plugins.errors import InputError, TTDError, choices_sentence
 from ttd_plugins.method.text_embeddings import encode_texts
-from ttd_plugins.testing.check_session import library_image_embedding
+from ttd_plugins.testing.library_reference import library_image_embedding
 from ttd_plugins.training.compiling import compile_image_blocks, uncompiled
 
 STEPS = ("contrastive", "contrastive_trimmed", "ttd", "ttd_alone", "unshared")
