@@ -37,8 +37,8 @@ class CaptionedData:
         Raises:
             InputError, DatasetError: the data set or the pairs are unknown, missing or incomplete.
         """
-        from ttd_plugins.evaluation.datasets import CAPTIONS
         from ttd_plugins.evaluation.captioned_images import as_trained, open_labelled, preset_protocols
+        from ttd_plugins.evaluation.datasets import CAPTIONS
 
         self.options = options
         if options.data not in CAPTIONS:
