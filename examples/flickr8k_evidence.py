@@ -38,12 +38,12 @@ from ttd_plugins.adapter import Calibration, DenseAdapter
 from ttd_plugins.calibration import fit_calibration
 from ttd_plugins.data import open_pairs
 from ttd_plugins.data.images import read_image
-from ttd_plugins.data.pairs import ReadNow, StreamSource
+from ttd_plugins.data.pair_source import ReadNow, StreamSource
 from ttd_plugins.embedded.tokenizer import TinyTokenizer, train_bpe
 from ttd_plugins.evaluation.datasets import open_captions
 from ttd_plugins.evaluation.dense_inference import DenseOptions
 from ttd_plugins.evaluation.protocols import TagProtocol, TextProtocol, evaluate_tags, evaluate_text
-from ttd_plugins.evaluation.scene_protocol import picture_pixels
+from ttd_plugins.evaluation.scene_protocol import normalized_pixels
 
 SIDE, VOCABULARY, CONTEXT = 128, 4096, 32
 MODEL = {
@@ -98,7 +98,7 @@ def build(work: Path, calibration: Calibration | None = None) -> DenseAdapter:
 def held_out_recall(adapter: DenseAdapter, pairs: Pairs) -> float:
     """R@1 between images and their first captions."""
     images, captions = pairs
-    batches = (picture_pixels(images[start : start + 64], adapter) for start in range(0, len(images), 64))
+    batches = (normalized_pixels(images[start : start + 64], adapter) for start in range(0, len(images), 64))
     return retrieval(adapter, batches, [own[0] for own in captions])
 
 
@@ -121,7 +121,7 @@ def pretrained(work: Path, train: Pairs, held_out: Pairs, options: argparse.Name
         batch[mirrored] = batch[mirrored, :, ::-1]
         # Two captions per image, because encoding an image costs several times more than encoding a caption.
         chosen = [[captions[row][number] for number in rng.permutation(len(captions[row]))[:2]] for row in rows]
-        return picture_pixels(batch, adapter), [[own[turn % len(own)] for own in chosen] for turn in range(2)]
+        return normalized_pixels(batch, adapter), [[own[turn % len(own)] for own in chosen] for turn in range(2)]
 
     found = pretrain(
         adapter, work, options, draw=draw, recall=lambda: held_out_recall(adapter, held_out), precision=torch.float32
@@ -154,8 +154,8 @@ def measure(adapter: DenseAdapter, masks: Path, held_out: Pairs, out: Path) -> d
     data = open_captions("coco_captions", masks)
     dense = DenseOptions(size=SIDE, resize="square", flip=True)
     results = {
-        "tags": evaluate_tags(adapter, data, TagProtocol(dense=dense), out=out / "tags").figures,
-        "text": evaluate_text(adapter, data, TextProtocol(dense=dense), out=out / "text").figures,
+        "tags": evaluate_tags(adapter, data, TagProtocol(dense=dense), out=out / "tags").metrics,
+        "text": evaluate_text(adapter, data, TextProtocol(dense=dense), out=out / "text").metrics,
         "retrieval_r1": held_out_recall(adapter, held_out),
     }
     metrics = {}

@@ -37,7 +37,7 @@ from ttd_plugins.embedded import model_folder
 from ttd_plugins.embedded.scenes import Scenes
 from ttd_plugins.embedded.tokenizer import train_tokenizer
 from ttd_plugins.evaluation.metrics import retrieval_recall
-from ttd_plugins.evaluation.scene_protocol import picture_pixels, scene_pixels
+from ttd_plugins.evaluation.scene_protocol import normalized_pixels, scene_pixels
 from ttd_plugins.method.losses import contrastive_loss
 from ttd_plugins.method.text_embeddings import encode_texts
 
@@ -333,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def draw(step: int) -> tuple[Tensor, list[list[str]]]:
         images, caption_sets = draw_batch(pool, step, args.batch_size, args.seed)
-        return picture_pixels(images, adapter), caption_sets
+        return normalized_pixels(images, adapter), caption_sets
 
     def recall() -> float:
         batches = (scene_pixels(validation[start : start + 64], adapter) for start in range(0, len(validation), 64))

@@ -7,17 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
-from layers import LAYERS, UPWARD_ON_PURPOSE
+from layers import drawing
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-
-
-def drawn_layers() -> list[str]:
-    """Full names of the layers in the drawing, top to bottom."""
-    match = re.search(r"<!-- layers -->\n```text\n(.*?)```\n<!-- end -->", TEXT, re.DOTALL)
-    assert match is not None
-    return [f"ttd_plugins.{line.split()[0]}" for line in match[1].splitlines()]
 
 
 def path_rows() -> list[tuple[Path, list[str]]]:
@@ -38,13 +31,9 @@ def defined_names(file: Path) -> set[str]:
 
 
 def test_the_drawing_is_that_of_the_import_test() -> None:
-    expected = "\n".join(name.removeprefix("ttd_plugins.") for name in reversed(LAYERS))
-    assert drawn_layers() == list(reversed(LAYERS)), f"draw these layers, top to bottom:\n{expected}"
-
-
-def test_exceptions_to_the_direction_are_named() -> None:
-    assert UPWARD_ON_PURPOSE == {("ttd_plugins.adapter", "ttd_plugins.lora")}
-    assert "`adapter` calls `lora`" in TEXT
+    match = re.search(r"<!-- layers -->\n```text\n(.*?)```\n<!-- end -->", TEXT, re.DOTALL)
+    assert match is not None
+    assert match[1] == drawing(), f"draw these layers:\n{drawing()}"
 
 
 def test_the_path_of_a_batch_is_long_enough_to_be_read() -> None:
@@ -53,7 +42,9 @@ def test_the_path_of_a_batch_is_long_enough_to_be_read() -> None:
     assert rows[0][0].parent.name == "cli" and rows[-1][0].name == "losses.py"
 
 
-@pytest.mark.parametrize(("file", "names"), path_rows(), ids=lambda value: value.name if isinstance(value, Path) else "")
+@pytest.mark.parametrize(
+    ("file", "names"), path_rows(), ids=lambda value: value.name if isinstance(value, Path) else ""
+)
 def test_a_file_on_the_path_defines_the_names(file: Path, names: list[str]) -> None:
     assert file.is_file(), f"{file.relative_to(ROOT)} does not exist"
     assert names and set(names) <= defined_names(file)

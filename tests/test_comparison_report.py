@@ -399,7 +399,7 @@ def test_the_old_names_of_metrics_work_and_warn() -> None:
         assert comparison.figures is comparison.metrics
     with pytest.warns(FutureWarning, match="BackboneResult.figures is now BackboneResult.metrics"):
         assert comparison.backbones[0].figures is comparison.backbones[0].metrics
-    with pytest.warns(FutureWarning, match=r"results.Figure is now .*results.Metric"):
+    with pytest.warns(FutureWarning, match=r"results\.Figure is now .*results\.Metric"):
         assert results.Figure is Metric
-    with pytest.warns(FutureWarning, match=r"results.Picture is now .*results.GalleryImage"):
+    with pytest.warns(FutureWarning, match=r"results\.Picture is now .*results\.GalleryImage"):
         assert results.Picture is results.GalleryImage

@@ -18,7 +18,7 @@ from toy_backbone import toy
 from ttd_plugins import TTD
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.errors import MissingDependencyError, UnsupportedModelError
-from ttd_plugins.utils.compiling import compile_image_blocks, uncompiled
+from ttd_plugins.training.compiling import compile_image_blocks, uncompiled
 
 CAPTIONS = ["a brown dog on the wet grass", "two children fly a kite over the beach"]
 

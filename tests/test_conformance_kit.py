@@ -465,7 +465,7 @@ def test_large_images_go_through_the_model_few_times() -> None:
 def test_outputs_of_transformers_are_understood() -> None:
     from types import SimpleNamespace
 
-    from ttd_plugins.testing.session import library_image_embedding, library_text_embedding
+    from ttd_plugins.testing.check_session import library_image_embedding, library_text_embedding
 
     class Model(nn.Module):
         def get_image_features(self, pixels: Tensor) -> Any:

@@ -40,7 +40,8 @@ from PIL import Image
 from torch import Tensor
 
 from ttd_plugins.data import PairLoader, PairSource, SkipLog, open_pairs
-from ttd_plugins.data.pairs import BadPairError, MapSource, RawPair, ReadNow, StreamSource, parse_tags
+from ttd_plugins.data.caption_parsing import BadPairError, parse_tags
+from ttd_plugins.data.pair_source import MapSource, RawPair, ReadNow, StreamSource
 from ttd_plugins.errors import InputError, TTDError
 
 
@@ -77,10 +78,10 @@ def bomb() -> bytes:
 
 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
-    "truncated": ({}, "cut short"),
+    "truncated": ({}, "truncated"),
     "zero bytes": ({"picture": b""}, "is empty"),
     "text": ({"picture": b"hello, I am no picture"}, "is not an image"),
-    "missing": ({"picture": None}, "missing|does not exist|no picture"),
+    "missing": ({"picture": None}, "missing|does not exist|no image of it"),
     "bomb": ({"picture": bomb()}, "safe to decode|is refused"),
     "empty caption": ({"captions": (" \t ",)}, "the caption is empty"),
     "caption not UTF-8": ({"captions": ("caf\udce9",)}, "the caption is not UTF-8"),
@@ -192,9 +193,9 @@ def test_rows_that_are_no_pairs_are_listed(tmp_path: Path) -> None:
     loader = PairLoader(open_pairs(tmp_path / "t.csv"), tiny, batch_size=1)
     assert [batch.captions for batch, _ in loader.epoch(0)] == [["a dog"]]
     assert loader.skipped.reasons == {
-        "t.csv:row 2": "row 2 has 1 columns where the table has 2",
+        "t.csv:row 2": "row 2 has 1 columns; the table has 2",
         "t.csv:row 3": "row 3 has no path in column 'image'",
-        "t.csv:row 4": "row 4 has 3 columns where the table has 2",
+        "t.csv:row 4": "row 4 has 3 columns; the table has 2",
     }
 
 
@@ -231,17 +232,17 @@ def test_a_run_stops_past_the_limit_and_not_before(tmp_path: Path, limit: Any, a
     if allowed:
         assert [len(batch) for batch, _ in loader.epoch(0)] == [4]
         return
-    with pytest.raises(TTDError, match=r"samples of .* cannot be used, more than max_skipped=.*skipped\.jsonl"):
+    with pytest.raises(TTDError, match=r"samples of .* are unusable, more than max_skipped=.*skipped\.jsonl"):
         list(loader.epoch(0))
     again = PairLoader(source, tiny, batch_size=4, max_skipped=limit, skipped=tmp_path / "skipped.jsonl")
-    with pytest.raises(TTDError, match="cannot be used, more than"):
+    with pytest.raises(TTDError, match="are unusable, more than"):
         next(again.epoch(0))
 
 
 def test_an_epoch_without_a_batch_is_told(tmp_path: Path) -> None:
     pairs = [replace(pair, picture=b"") for pair in make_pairs(3)]
     for spec in (as_table(tmp_path / "t", pairs, "csv"), as_shards(tmp_path / "s", pairs)):
-        with pytest.raises(TTDError, match="gave 0 samples that can be used, too few for a batch of 2; 3 were skipped"):
+        with pytest.raises(TTDError, match="has 0 usable samples, too few for a batch of 2; 3 were skipped"):
             list(PairLoader(open_pairs(spec), tiny, batch_size=2).epoch(0))
     with pytest.raises(InputError, match="has 3 samples, too few for a batch of 4"):
         PairLoader(open_pairs(as_table(tmp_path, pairs, "csv")), tiny, batch_size=4)
@@ -257,7 +258,7 @@ def test_the_list_of_skipped_samples_is_shared_and_survives_a_kill(tmp_path: Pat
     third = SkipLog(file)
     assert third.add("b\udcff", "because") and second.add("c", "x") and not first.add("c", "x")
     assert SkipLog(file).reasons == {"a": "why", "b\udcff": "because", "c": "x"}
-    with pytest.raises(TTDError, match="cannot be kept"):
+    with pytest.raises(TTDError, match="cannot be read or written"):
         SkipLog(tmp_path).add("a", "b")
 
 
@@ -447,7 +448,9 @@ def killing(_: Image.Image) -> Tensor:
 
 def test_a_worker_that_is_killed_is_told() -> None:
     loader = PairLoader(Listed([1] * 4, set()), killing, batch_size=2, workers=1)
-    with pytest.raises(TTDError, match=r"a process that decodes pictures of .* has ended .* fewer workers") as caught:
+    with pytest.raises(
+        TTDError, match=r"a worker process that decodes images of .* was killed .* fewer workers"
+    ) as caught:
         list(loader.epoch(0))
     assert "\n" not in str(caught.value)
 
@@ -457,9 +460,9 @@ def test_a_position_of_something_else_is_refused(tmp_path: Path) -> None:
     loader = PairLoader(source, tiny, batch_size=2)
     _, position = next(loader.epoch(0))
     for start, other, said in (
-        (position, loader.epoch(1, position), "of epoch 0, not of epoch 1"),
+        (position, loader.epoch(1, position), "belongs to epoch 0, not to epoch 1"),
         (position, PairLoader(source, tiny, batch_size=2, workers=2).epoch(0, position), "saved with 1 workers"),
-        ({**position, "size": 3}, loader.epoch(0, {**position, "size": 3}), "has 4 shards, and had 3"),  # type: ignore[typeddict-item]
+        ({**position, "size": 3}, loader.epoch(0, {**position, "size": 3}), "has 4 shards, but had 3"),  # type: ignore[typeddict-item]
     ):
         with pytest.raises(InputError, match=said):
             next(other)
@@ -469,13 +472,13 @@ def test_a_position_of_something_else_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"batch_size": 0}, "batch_size must be 1 or more"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"captions": "last"}, "unknown captions 'last'"),
-        ({"workers": -1}, "workers must be 0 or more"),
-        ({"rank": 2, "world_size": 2}, "rank 2 is none of 2"),
-        ({"max_skipped": 1.5}, "a share is from 0.0 to 1.0"),
-        ({"max_skipped": -1}, "0 or more"),
-        ({"buffer": 0}, "buffer must be 1 or more"),
+        ({"workers": -1}, "workers must be at least 0"),
+        ({"rank": 2, "world_size": 2}, "rank must be from 0 to 1"),
+        ({"max_skipped": 1.5}, "a fraction from 0.0 to 1.0"),
+        ({"max_skipped": -1}, "must be at least 0"),
+        ({"buffer": 0}, "buffer must be at least 1"),
         ({"batch_size": 4, "world_size": 2}, "has 5 samples, too few for a batch of 4 in each of 2 processes"),
     ],
 )
@@ -487,7 +490,7 @@ def test_options_are_checked(options: dict[str, Any], said: str) -> None:
 def test_a_transform_of_many_shapes_is_told() -> None:
     sizes = iter(range(1, 9))
     loader = PairLoader(Listed([1] * 4, set()), lambda image: torch.zeros(3, next(sizes), 1), batch_size=2)
-    with pytest.raises(InputError, match="pixels of one shape"):
+    with pytest.raises(InputError, match="images of one shape"):
         next(loader.epoch(0))
 
 

@@ -80,7 +80,7 @@ def test_every_pair_is_scored_by_pooled_image_and_caption(
     assert {Path(key).name for key in result.skipped} == (
         {"00002.jpg", "00005.jpg#0"} if kind == "coco" else {"00002", "00005#0"}
     )
-    assert not list(tmp_path.glob("*.part")) + list(tmp_path.glob("*.whole"))
+    assert not list(tmp_path.glob("*.part")) + list(tmp_path.glob(".*.part"))
     assert read_scores(result.file).settings["backbone"] == "fake:FakeModel@good"
 
 
@@ -104,7 +104,7 @@ def test_a_scoring_that_was_stopped_goes_on_where_it_was(tmp_path: Path, backbon
         with pytest.raises(StopHereError):
             score_pairs(source, backbone, out, batch_size=3, on_batch=stopping)
         assert not out.exists()
-        with pytest.raises(InputError, match="is not finished; run `ttd prune` again"):
+        with pytest.raises(InputError, match="is incomplete; run `ttd prune` again to continue"):
             PairFilter.read(out, quantile=0.1)
         # What a kill leaves of the batch that was being written.
         with open(tmp_path / f"stopped{stop}.jsonl.part", "ab") as stream:
@@ -125,7 +125,7 @@ def test_scores_that_are_there_are_read_and_those_of_others_are_left_alone(tmp_p
     again = score_pairs(source, backbone, out, on_batch=calls.append)
     assert not calls and again.skipped == first.skipped and by_stem(again.scores) == by_stem(first.scores)
     other = open_pairs(as_coco(tmp_path / "e", make_pairs(4)))
-    with pytest.raises(InputError, match="holds scores for another spec"):
+    with pytest.raises(InputError, match=r"contains scores with another setting \(spec: "):
         score_pairs(other, backbone, out)
     assert out.read_bytes() == before
 
@@ -159,7 +159,7 @@ def test_data_that_were_never_scored_are_told(tmp_path: Path, backbone: Any) -> 
     out = tmp_path / "scores.jsonl"
     score_pairs(open_pairs(as_table(tmp_path / "d", make_pairs(6), "csv")), backbone, out)
     source = open_pairs(as_table(tmp_path / "e", make_pairs(8), "csv"), keep=out, quantile=0.0)
-    with pytest.raises(InputError, match=r"2 of 8 pictures .* are not in .* such as 'pictures/00006\.jpg'"):
+    with pytest.raises(InputError, match=r"2 of 8 images .* are not in .* such as 'pictures/00006\.jpg'"):
         PairLoader(source, tiny, batch_size=1)
     shards = open_pairs(as_shards(tmp_path / "s", make_pairs(4)), keep=out, quantile=0.0)
     with pytest.raises(TTDError, match="it is not in the file of scores"):
@@ -169,10 +169,10 @@ def test_data_that_were_never_scored_are_told(tmp_path: Path, backbone: Any) -> 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({}, "one of the two"),
-        ({"threshold": 0.1, "quantile": 0.1}, "one of the two"),
+        ({}, r"either a threshold \(a cosine\) or a quantile"),
+        ({"threshold": 0.1, "quantile": 0.1}, r"either a threshold \(a cosine\) or a quantile"),
         ({"quantile": 1.5}, "from 0 to 1"),
-        ({"threshold": 2.0}, "keeps no pair; the highest similarity is 0.3000"),
+        ({"threshold": 2.0}, "selects no pair; the highest similarity is 0.3000"),
     ],
 )
 def test_a_filter_takes_a_threshold_or_a_quantile(options: dict[str, float], said: str) -> None:
@@ -206,7 +206,7 @@ def test_the_command(tmp_path: Path) -> None:
         (["{}/t.csv", "--out", "{}/no/s.jsonl"], "its folder does not exist"),
         (["{}/t.csv", "--out", "{}/s.jsonl", "--max-skipped", "some"], "not 'some'"),
         (["{}/t.csv", "--out", "{}/s.jsonl", "--max-skipped", "0"], "more than max_skipped=0 allows"),
-        (["{}/t.csv", "--out", "{}/s.jsonl", "--data-option", "split=x"], "does not go with tables"),
+        (["{}/t.csv", "--out", "{}/s.jsonl", "--data-option", "split=x"], "does not apply to tables"),
     ],
 )
 def test_what_a_user_can_mend_is_one_sentence(tmp_path: Path, arguments: list[str], said: str) -> None:

@@ -189,7 +189,7 @@ def test_columns_and_folder_are_named(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("photo,de,en\na.jpg,ein Hund,a dog\n")
     options = {"images": tmp_path / "pictures", "image_column": "photo"}
     assert captions_of(tmp_path / "t.csv", caption_column="en", **options) == ["a dog"]
-    with pytest.raises(InputError, match=r"no column of '.*t\.csv' is known to hold captions .*caption_column"):
+    with pytest.raises(InputError, match=r"t\.csv' has no column with a usual name for captions .*caption_column"):
         open_pairs(tmp_path / "t.csv", **options)
     with pytest.raises(InputError, match="unknown column for captions 'em'; did you mean 'en'"):
         open_pairs(tmp_path / "t.csv", caption_column="em", **options)
@@ -201,7 +201,7 @@ def test_columns_and_folder_are_named(tmp_path: Path) -> None:
 def test_coco_without_its_pictures_or_captions_is_told(tmp_path: Path) -> None:
     file = as_coco(tmp_path, make_pairs(2))
     (tmp_path / "train2017").rename(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match=r"none of the pictures of .* is in .*images="):
+    with pytest.raises(InputError, match=r"none of the images of .* is in .*images="):
         open_pairs(file)
     assert len(captions_of(file, images=tmp_path / "elsewhere")) == 2
     file.write_text(json.dumps({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1}]}))
@@ -275,8 +275,8 @@ def test_several_sets_of_shards_are_one(tmp_path: Path) -> None:
     assert any({caption in everything[:6] for caption in share} == {True, False} for share in shares)
     for spec, said in (
         (f"{a}::{tmp_path}/c", r"the shard '.*/c' does not exist \(of 4 in"),
-        (f"{a}::", "have an empty part beside '::'"),
-        (f"{tmp_path}::{a}", "holds no tar files"),
+        (f"{a}::", "have an empty part next to '::'"),
+        (f"{tmp_path}::{a}", "contains no tar files"),
     ):
         with pytest.raises(InputError, match=said):
             open_pairs(spec)
@@ -288,20 +288,20 @@ def test_several_sets_of_shards_are_one(tmp_path: Path) -> None:
         ({}, "{}/none", {}, "it does not exist"),
         ({}, "org/name", {}, "is named 'hf:org/name'"),
         ({}, "{}", {}, "it is empty"),
-        ({"a.py": "1"}, "{}", {}, "it holds 'a.py'"),
+        ({"a.py": "1"}, "{}", {}, "it contains 'a.py'"),
         ({"a.docx": "1"}, "{}/a.docx", {}, "is not recognised"),
         ({"a.jpg": "1"}, "{}", {}, "'photo.txt' or 'photo.json'"),
         ({"a.csv": ""}, "{}/a.csv", {}, "is empty"),
-        ({"a.csv": "image,caption\n"}, "{}/a.csv", {}, "holds no image-text pairs"),
+        ({"a.csv": "image,caption\n"}, "{}/a.csv", {}, "contains no image-text pairs"),
         ({"a.tsv": "a dog\thttp://x.org/a.jpg\n"}, "{}/a.tsv", {}, "img2dataset"),
-        ({"a.csv": "url,caption\nhttp://x.org/a,dog\n"}, "{}/a.csv", {}, "addresses of pictures in column 'url'"),
-        ({"a.parquet": "PAR"}, "{}/a.parquet", {}, "is no Parquet table"),
+        ({"a.csv": "url,caption\nhttp://x.org/a,dog\n"}, "{}/a.csv", {}, "column 'url' of the table"),
+        ({"a.parquet": "PAR"}, "{}/a.parquet", {}, "is not a Parquet table"),
         ({"a.json": "[1]"}, "{}/a.json", {}, "is not in COCO's format"),
         ({"a.json": "{"}, "{}/a.json", {}, "its JSON cannot be parsed"),
         ({"captions_a.json": "", "captions_b.json": ""}, "{}", {}, "open one of them"),
-        ({"a.csv": "image,caption\na,b\n"}, "{}/a.csv", {"split": "train"}, "'split' does not go with tables"),
+        ({"a.csv": "image,caption\na,b\n"}, "{}/a.csv", {"split": "train"}, "'split' does not apply to tables"),
         ({"a.csv": "image,caption\na,b\n"}, "{}/a.csv", {"images": "none"}, "'none' does not exist"),
-        ({"a.csv": "image,caption\na,b\n"}, "{}/a.csv", {"threshold": 0.1}, "go with keep=FILE"),
+        ({"a.csv": "image,caption\na,b\n"}, "{}/a.csv", {"threshold": 0.1}, "need keep=FILE"),
         ({"a.csv": "image,caption\na,b\n"}, "{}/a.csv", {"keep": "none.jsonl", "quantile": 0.1}, "does not exist"),
     ],
 )
@@ -337,7 +337,7 @@ def test_coco_on_disk() -> None:
     if not folder.is_dir():
         pytest.skip(f"there is no {folder}")
     source = open_pairs(folder)
-    assert source.kind == "coco" and "80 pictures, 4" in source.summary
+    assert source.kind == "coco" and "80 images, 4" in source.summary
     with pytest.raises(InputError, match="'caption'"):
         open_pairs(folder / "instances.json")
     with pytest.raises(InputError, match="img2dataset"):

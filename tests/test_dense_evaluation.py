@@ -120,7 +120,7 @@ def test_imagenet_has_eighty_templates_with_one_place() -> None:
     assert len(templates) == len(set(templates)) == 80
     assert all(template.count("{}") == 1 for template in templates)
     assert {"a bad photo of a {}.", "itap of my {}.", "a tattoo of the {}."} <= set(templates)
-    with pytest.raises(InputError, match="unknown set of templates 'imagnet'; did you mean 'imagenet'"):
+    with pytest.raises(InputError, match="unknown templates 'imagnet'; did you mean 'imagenet'"):
         templates_by_name("imagnet")
 
 

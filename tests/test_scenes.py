@@ -24,7 +24,7 @@ from ttd_plugins.embedded.scenes.vocabulary import (
     zipf_weights,
 )
 from ttd_plugins.errors import InputError, TTDError
-from ttd_plugins.tags import WordTags
+from ttd_plugins.tag_extractors.word_tags import WordTags
 
 COUNT = 300
 

@@ -189,31 +189,3 @@ def test_scores_have_the_gradients_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(
         lambda p, t: selection.pixel_scores(similarity.tag_maps(p, t, *where)), (patches, tags)
     )
-
-
-def test_module_twins_equal_the_functions() -> None:
-    data = make_ragged(4, [3, 0, 100], distinct=30).normalized()
-    maps = similarity.tag_maps(data.patches, data.tags, data.image_index, data.tag_index)
-    assert torch.equal(selection.PixelScores()(maps), selection.pixel_scores(maps))
-    where = (data.image_index, data.tag_index)
-    # Any L2-normalised [B, D] will do for a pooled embedding.
-    pooled = data.patches[:, 0]
-    assert torch.equal(
-        selection.ImageScores()(pooled, data.tags, *where), selection.image_scores(pooled, data.tags, *where)
-    )
-    assert torch.equal(
-        selection.TextScores()(pooled, data.tags, *where), selection.text_scores(pooled, data.tags, *where)
-    )
-    scores = torch.linspace(-1, 1, 103)
-    for rule in RULES:
-        twin = selection.TagSelection(rule, THRESHOLDS[rule], CALIBRATION)(scores, data.image_index, data.batch)
-        plain = selection.select_tags(
-            scores,
-            data.image_index,
-            data.batch,
-            rule=rule,
-            threshold=THRESHOLDS[rule],
-            calibration=CALIBRATION,
-        )
-        assert torch.equal(twin, plain)
-        assert 0 < int(plain.sum()) < len(plain), "this example must tell a selection from none and from all"

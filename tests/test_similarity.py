@@ -158,24 +158,19 @@ def test_an_image_without_tags_has_an_empty_union() -> None:
     np.testing.assert_array_equal(union, np.float32([[0, 0], [0.4, 0.9], [0, 0]]))
 
 
-def test_module_twins_equal_the_functions() -> None:
+def test_the_largest_number_of_tags_may_be_known_beforehand() -> None:
     data = A_HUNDRED.normalized()
-    maps = similarity.tag_maps(data.patches, data.tags, data.image_index, data.tag_index)
-    ready = similarity.minmax_normalize(maps)
-    for twin, plain in [
-        (similarity.TagMaps()(data.patches, data.tags, data.image_index, data.tag_index), maps),
-        (
-            similarity.CaptionMaps()(data.patches, data.captions),
-            similarity.caption_maps(data.patches, data.captions),
-        ),
-        (similarity.MinMax()(maps), ready),
-        (similarity.MinMax(eps=10.0)(maps), torch.zeros_like(maps)),
-        (
-            similarity.Union()(ready, data.image_index, data.batch),
-            similarity.union_map(ready, data.image_index, data.batch),
-        ),
-    ]:
-        torch.testing.assert_close(twin, plain, atol=0, rtol=0)
+    arguments = (data.patches, data.tags, data.image_index, data.tag_index)
+    maps = similarity.tag_maps(*arguments)
+    count = int(torch.bincount(data.image_index).max())
+    torch.testing.assert_close(similarity.tag_maps(*arguments, max_tags=count), maps, atol=0, rtol=0)
+    with pytest.warns(FutureWarning, match=r"tag_maps\(most=...\) is now tag_maps\(max_tags=...\)"):
+        torch.testing.assert_close(similarity.tag_maps(*arguments, most=count), maps, atol=0, rtol=0)  # type: ignore[call-arg]
+
+
+def test_a_map_of_a_smaller_range_than_eps_normalises_to_zero() -> None:
+    maps = torch.tensor([[0.1, 0.9], [0.3, 0.2]])
+    assert similarity.minmax_normalize(maps, eps=10.0).tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
 # Gradients -----------------------------------------------------------------------------------------------------------

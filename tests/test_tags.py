@@ -14,7 +14,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ttd_plugins.errors import InputError
-from ttd_plugins.tags import STOP_WORDS, TagExtractor, WordTags, distinct, fold, split_words, without_symbols
+from ttd_plugins.tag_extractors.word_tags import STOP_WORDS, WordTags
+from ttd_plugins.tags import TagExtractor, distinct, fold, split_words, without_symbols
 
 captions = st.text(max_size=80)
 
@@ -170,5 +171,13 @@ def test_it_follows_the_protocol_and_travels_to_workers() -> None:
 
 
 def test_it_needs_no_torch() -> None:
-    code = "import sys; from ttd_plugins.tags import WordTags; WordTags()(['a dog']); sys.exit('torch' in sys.modules)"
+    module = "ttd_plugins.tag_extractors.word_tags"
+    code = f"import sys; from {module} import WordTags; WordTags()(['a dog']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_word_split_is_importable_from_its_old_module() -> None:
+    from ttd_plugins import tags
+
+    with pytest.warns(FutureWarning, match=r"ttd_plugins.tags.WordTags is now ttd_plugins.tag_extractors.word_tags."):
+        assert tags.WordTags is WordTags

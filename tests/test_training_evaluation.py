@@ -75,8 +75,8 @@ def test_photographs_are_measured_as_the_protocols_do_and_training_does_not_noti
     reader, dense = open_captions("coco_captions", labelled), DenseOptions(size=16)
     for step in (2, 5):
         tuned = restore_backbone(out, step, backbone=toy(dropout=0.3))
-        tags = evaluate_tags(tuned, reader, TagProtocol(dense=dense)).figures
-        text = evaluate_text(tuned, reader, TextProtocol(dense=dense)).figures
+        tags = evaluate_tags(tuned, reader, TagProtocol(dense=dense)).metrics
+        text = evaluate_text(tuned, reader, TextProtocol(dense=dense)).metrics
         assert tags is not None and text is not None
         assert found[step]["tags/map"] == pytest.approx(tags["pixel"]["map"])
         assert found[step]["tags/image/map"] == pytest.approx(tags["image"]["map"])

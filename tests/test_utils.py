@@ -84,6 +84,14 @@ def test_a_seed_decides_every_generator(seed: int) -> None:
         assert draw() == first
 
 
+def test_seeds_without_accelerators_decide_the_same_draws() -> None:
+    with preserved_rng():
+        seed_everything(7)
+        first = draw()
+        seed_everything(7, accelerators=False)
+        assert draw() == first
+
+
 def test_a_state_is_restored() -> None:
     with preserved_rng():
         state = get_rng_state()

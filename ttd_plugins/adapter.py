@@ -1,10 +1,10 @@
-"""The contract between the engine and a backbone: all that TTD may ask of a CLIP-like model, and nothing more.
+"""The contract between the engine and a backbone. The engine uses nothing else of a CLIP-like model.
 
-A backbone is described once (:class:`BackboneDescription`), gives patch tokens in the joint image-text space
-(:class:`ImageFeatures`), and gives text embeddings (:meth:`DenseAdapter.encode_text`). **No feature that an adapter
-returns is L2-normalised**; the engine normalises, in float32, where the method needs cosines.
+An adapter describes its backbone (:class:`BackboneDescription`), and returns patch features in the joint image-text
+space (:class:`ImageFeatures`) and text embeddings (:meth:`DenseAdapter.encode_text`). **No feature that an adapter
+returns is L2-normalised**; the engine normalises in float32 where the method needs cosines.
 
-This module imports torch only. Backbone libraries are imported by adapters, and only when one is used.
+This module imports torch only. Adapters import backbone libraries, and only when one is used.
 """
 
 from __future__ import annotations
@@ -21,45 +21,51 @@ import torch
 from torch import Tensor, nn
 
 from ttd_plugins.errors import ImageSizeError, PluginError, UnsupportedModelError
+from ttd_plugins.lora.attach import attach_lora
+from ttd_plugins.lora.handle import TOWERS as TOWERS
+from ttd_plugins.lora.handle import LoRAHandle
+from ttd_plugins.lora.handle import Tower as Tower
 from ttd_plugins.options import Calibration
+from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_keyword, renamed_names, warn_renamed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from ttd_plugins.lora import LoRAHandle
 
 API_VERSION = 1
 """Version of this contract."""
 
 SUPPORTED_API_VERSIONS: tuple[int, ...] = (API_VERSION,)
-"""Versions that this release speaks, oldest first; :mod:`ttd_plugins.plugins` refuses a family of another one.
+"""Versions that this release supports, oldest first; a family of another version is refused.
 
-What raises the version, and how long an old one is spoken: ``docs/contract.md``.
+``docs/contract.md`` states which changes raise the version, and how long an old one is supported.
 """
 
-Tower = Literal["image", "text"]
-TOWERS: tuple[Tower, ...] = ("image", "text")
+if not TYPE_CHECKING:
+    __getattr__ = renamed_names(__name__, {"SPOKEN_API_VERSIONS": "SUPPORTED_API_VERSIONS"})
+
 Size = int | tuple[int, int]
 
 
+@renamed_keyword("text_after_end_matters", "text_needs_full_context")
 @dataclass(frozen=True)
 class BackboneDescription:
-    """What a backbone is, in the field's terms.
+    """Properties of a backbone.
 
     Attributes:
         family: name of the adapter family, the part before ``:`` in the backbone's name.
         model: name of the architecture, or the class name of a wrapped object.
         weights: name of the weights, or ``None`` for a wrapped object.
         embedding_width: D, the width of the joint space.
-        patch_size: (height, width) in pixels of the area that one patch token stands for.
+        patch_size: (height, width) in pixels of the area that one patch token covers.
         image_size: preferred input (height, width) in pixels.
         mean, std: normalisation of the RGB channels, for pixels in [0, 1].
         interpolation: name of the resampling filter (``"bicubic"`` or ``"bilinear"``).
         context_length: positions of the text tower.
-        text_needs_full_context: whether positions after the end token can change a text embedding. Where they cannot
-            (causal towers pooled at the end token) the engine cuts token rows to their own length.
-        logits: ``"softmax"`` (InfoNCE) or ``"sigmoid"`` (pairwise), how the backbone was trained.
-        dense_mode: name of the dense-feature mode in use; ``dense_modes`` are the ones that this object can take.
+        text_needs_full_context: whether positions after the end token can change a text embedding. If they cannot
+            (causal towers pooled at the end token), the engine trims token rows to the length of the text.
+        logits: the loss that the backbone was trained with, ``"softmax"`` (InfoNCE) or ``"sigmoid"`` (pairwise).
+        dense_mode: name of the dense-feature mode in use.
+        dense_modes: the dense-feature modes that this object supports.
         calibration: the default map from cosine to probability.
     """
 
@@ -79,6 +85,8 @@ class BackboneDescription:
     dense_modes: tuple[str, ...] = ()
     calibration: Calibration = field(default_factory=Calibration)
 
+    text_after_end_matters = RenamedAttribute("text_needs_full_context")
+
     @property
     def name(self) -> str:
         """``family:model@weights``, or ``family:model`` for a wrapped object."""
@@ -91,7 +99,7 @@ class ImageFeatures:
 
     Attributes:
         patches: ``[B, H, W, D]``, row 0 at the top of the image, column 0 at its left.
-        pooled: ``[B, D]``, the library's own image embedding; ``None`` when it was not asked for.
+        pooled: ``[B, D]``, the library's own image embedding; ``None`` if it was not requested.
     """
 
     patches: Tensor
@@ -103,9 +111,9 @@ class Tokens:
     """Tokenised texts.
 
     Attributes:
-        ids: int64 ``[N, L]`` with L the context length, padded as the backbone was trained.
-        lengths: int64 ``[N]``, always on the CPU: positions up to and including the end token.
-        truncated: for each text, whether it was longer than the context and lost words at its end.
+        ids: int64 ``[N, L]``, L being the context length, padded as in the backbone's training.
+        lengths: int64 ``[N]``, always on the CPU: number of positions up to and including the end token.
+        truncated: for each text, whether it was longer than the context and lost its last words.
     """
 
     ids: Tensor
@@ -122,16 +130,16 @@ class Tokens:
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """What :meth:`DenseAdapter.export` wrote, and how the backbone's own library loads it.
+    """How the backbone's own library loads what :meth:`DenseAdapter.export` wrote.
 
-    In every text ``PATH`` stands for the folder, which may be moved; :meth:`at` fills it in.
+    Every text contains ``PATH`` in the place of the folder, which may be moved; :meth:`at` replaces it.
 
     Attributes:
         library: name of the package that loads it.
-        load: one line of code that gives the model.
-        more: further lines: another way to the model, its tokenizer, its preprocessing.
-        name: what :func:`ttd_plugins.load` takes for the same, or ``None`` where no name does.
-        notes: whole sentences on what was not saved or needs care.
+        load: one line of code that loads the model.
+        more: further lines, for example for its tokenizer and its preprocessing.
+        name: the name for :func:`ttd_plugins.load`, or ``None`` if there is none.
+        notes: sentences on what was not saved or needs care.
     """
 
     library: str
@@ -141,28 +149,38 @@ class ExportedModel:
     notes: tuple[str, ...] = ()
 
     def at(self, folder: str | Path) -> tuple[str, ...]:
-        """Every line of code with ``folder`` in the place of ``PATH``, :attr:`load` first."""
+        """Return the lines of code with ``folder`` in the place of ``PATH``, :attr:`load` first."""
         return tuple(line.replace("PATH", str(folder)) for line in (self.load, *self.more))
 
 
 ImageTransform = Callable[["Image"], Tensor]
-"""A PIL image (any mode) to float32 pixels ``[3, height, width]``, normalised for the backbone."""
+"""Converts a PIL image of any mode to float32 pixels ``[3, height, width]``, normalised for the backbone."""
+
+
+def _remember_weights(adapter: DenseAdapter) -> None:
+    """Deprecated name of :meth:`DenseAdapter.snapshot_weights`."""
+    warn_renamed("DenseAdapter.remember_weights", "DenseAdapter.snapshot_weights")
+    for cls in type(adapter).__mro__:
+        method = vars(cls).get("snapshot_weights")
+        # Not an override under the old name: it is the likely caller, through super().
+        if method is not None and method is not vars(cls).get("remember_weights"):
+            method(adapter)
+            return
 
 
 class DenseAdapter(nn.Module, ABC):
-    """One backbone, seen through the contract.
+    """One backbone behind the contract.
 
-    The adapter holds the caller's model as :attr:`model` and never changes it: no hooks are left behind, no position
-    embedding is overwritten, train/eval mode and ``requires_grad`` stay as found. The exceptions are the verbs that
-    say so: :meth:`add_lora`, :meth:`merge`, :meth:`unload` and :meth:`set_grad_checkpointing`. Features are
-    differentiable with respect to the model and the pixels, and live on the device of their input and in the dtype of
-    the model.
+    The adapter never changes the caller's :attr:`model`: it leaves no hooks, overwrites no position embedding, and
+    keeps train/eval mode and ``requires_grad``. Only :meth:`add_lora`, :meth:`merge`, :meth:`unload` and
+    :meth:`set_grad_checkpointing` change it. Features are differentiable with respect to the model and the pixels;
+    they are on the device of their input and have the dtype of the model.
 
     Attributes:
         model: the caller's model.
-        owner: the plugin that made this adapter, for messages; ``None`` where it was made by hand.
-        lora_needs_adapter: whether the library's own forward passes some of the modules that LoRA wraps by (it reads
-            their weights and does not call them), so that unmerged LoRA counts in this adapter's features alone.
+        owner: the plugin that created this adapter, for messages; ``None`` if it was created by hand.
+        lora_needs_adapter: whether the library's own forward reads the weights of some LoRA targets without calling
+            the modules. Unmerged LoRA then affects the features of this adapter only.
     """
 
     model: nn.Module
@@ -176,21 +194,27 @@ class DenseAdapter(nn.Module, ABC):
         self._lora: LoRAHandle | None = None
         self._originals: list[tuple[Tensor, Tensor]] | None = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "remember_weights" in vars(cls) and "snapshot_weights" not in vars(cls):
+            warn_renamed(f"{cls.__name__}.remember_weights", f"{cls.__name__}.snapshot_weights")
+            cls.snapshot_weights = vars(cls)["remember_weights"]  # type: ignore[method-assign]
+
     # What an adapter author writes ---------------------------------------------------------------------------------
 
     @property
     @abstractmethod
     def description(self) -> BackboneDescription:
-        """What this backbone is; cheap, and true of the model as it is now."""
+        """Properties of the backbone in its current state; cheap to compute."""
 
     @abstractmethod
     def encode_image(self, pixels: Tensor, *, pooled: bool = True) -> ImageFeatures:
-        """Patch features in the joint space, and the pooled embedding, from one pass.
+        """Encode images in one pass: patch features in the joint space, and the pooled embedding.
 
         Args:
-            pixels: float ``[B, 3, height, width]``, normalised as :attr:`description` says; any size for which
-                :meth:`patch_grid` gives an answer, square or not.
-            pooled: whether the pooled embedding is wanted too.
+            pixels: float ``[B, 3, height, width]``, normalised as :attr:`description` states; any size that
+                :meth:`patch_grid` accepts, square or not.
+            pooled: whether to return the pooled embedding too.
 
         Returns:
             Features that are not L2-normalised.
@@ -201,16 +225,16 @@ class DenseAdapter(nn.Module, ABC):
 
     @abstractmethod
     def encode_text(self, ids: Tensor) -> Tensor:
-        """Text embeddings ``[N, D]``, not L2-normalised.
+        """Encode texts: embeddings ``[N, D]`` that are not L2-normalised.
 
         Args:
-            ids: int64 ``[N, L]`` as :meth:`tokenize` gives. Where ``description.text_needs_full_context`` is false,
-                L may be any length that keeps each row's end token; elsewhere it is the context length.
+            ids: int64 ``[N, L]`` from :meth:`tokenize`. L is the context length; if
+                ``description.text_needs_full_context`` is false, any L that includes each row's end token is valid.
         """
 
     @abstractmethod
     def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """Tokenise as the backbone was trained; any string is taken, and one that is too long keeps its end token."""
+        """Tokenise as in the backbone's training. Any string is valid; a truncated one keeps its end token."""
 
     def dense_transform(self, size: Size | None = None) -> ImageTransform:
         """Preprocessing for dense features: resize the whole image, antialiased, without a crop, and normalise it.
@@ -244,25 +268,25 @@ class DenseAdapter(nn.Module, ABC):
         return scale.exp().reshape(())
 
     def logit_bias(self) -> Tensor | None:
-        """The additive term of the backbone's own logits, a scalar tensor, or ``None`` where there is none."""
+        """Additive term of the backbone's own logits, a scalar tensor, or ``None``."""
         return None
 
     @abstractmethod
     def lora_targets(self, tower: Tower) -> list[str]:
-        """Names, as in ``self.model.named_modules()``, of the modules of a tower that LoRA may wrap.
+        """Names, as in ``self.model.named_modules()``, of the modules of a tower that LoRA wraps.
 
-        Every one takes part in both the pooled and the dense features, so that the two cannot disagree.
+        Each affects both the pooled and the dense features, so that LoRA changes both consistently.
         """
 
     def lora_layers(self) -> Mapping[type[nn.Module], type[nn.Module]]:
-        """Module classes for which the family brings a LoRA layer of its own, mapped to that layer's class."""
+        """Module classes for which the family provides its own LoRA layer, mapped to the class of that layer."""
         return {}
 
     def set_grad_checkpointing(self, enabled: bool = True) -> None:
-        """Run the blocks of both towers again in the backward pass, in place of keeping what they computed.
+        """Switch activation checkpointing of both towers on or off (arXiv 1604.06174).
 
-        It acts while the model is in training mode, and changes memory and time alone. By default the model's own
-        switch is used: ``set_grad_checkpointing``, or a ``gradient_checkpointing_enable`` with its opposite.
+        It acts in training mode only, and changes memory and time, not results. By default the model's own switch is
+        used: ``set_grad_checkpointing``, or ``gradient_checkpointing_enable`` and ``gradient_checkpointing_disable``.
 
         Raises:
             UnsupportedModelError: the model has no such switch.
@@ -271,30 +295,30 @@ class DenseAdapter(nn.Module, ABC):
         if hasattr(model, "set_grad_checkpointing"):
             model.set_grad_checkpointing(enabled)
             return
-        # The newer name first: the older one warns that it will go.
+        # The newer name first: the older one warns that it is deprecated.
         for verb in ("activation_checkpointing", "gradient_checkpointing"):
             if hasattr(model, f"{verb}_enable") and hasattr(model, f"{verb}_disable"):
                 if enabled:
-                    # A reentrant pass gives no gradient to LoRA behind an input that needs none.
+                    # A reentrant pass computes no gradient of LoRA whose input needs none.
                     getattr(model, f"{verb}_enable")(**{f"{verb}_kwargs": {"use_reentrant": False}})
                 else:
                     getattr(model, f"{verb}_disable")()
                 return
         raise UnsupportedModelError(
-            f"{self.description.name} has no switch for gradient checkpointing; train without it, with smaller batches "
-            "and more accumulation"
+            f"{self.description.name} has no switch for activation checkpointing; train without it, with smaller "
+            "batches and more accumulation"
         )
 
     @abstractmethod
     def tower_parameters(self, tower: Tower) -> Iterable[tuple[str, nn.Parameter]]:
-        """Named parameters of one tower, as in ``self.model.named_parameters()``; the two towers share none."""
+        """Named parameters of one tower, as in ``self.model.named_parameters()``; no parameter is in both towers."""
 
     def tower_blocks(self, tower: Tower) -> list[nn.Module]:
-        """The blocks that a tower calls one after another; none where it calls their parts, or is not made of blocks.
+        """The blocks that a tower calls in sequence; empty if the tower calls parts of blocks, or has no blocks.
 
-        The engine may wrap their calls: to have what they compute for texts computed again in the backward pass where
-        it would hold too much memory, or to compile those of images. A block whose parts are called now and then (the
-        last one, mostly) is then as it was. By default: the numbered modules that hold most of the tower's parameters.
+        The engine wraps their calls for activation checkpointing of texts, and compiles those of images. Calls of a
+        block's parts (mostly of the last block) are not affected. By default: the numbered modules that contain most
+        of the tower's parameters.
         """
         sizes: Counter[str] = Counter()
         for name, parameter in self.tower_parameters(tower):
@@ -304,19 +328,19 @@ class DenseAdapter(nn.Module, ABC):
         return list(self.model.get_submodule(sizes.most_common(1)[0][0]).children()) if sizes else []
 
     def export(self, folder: Path) -> ExportedModel:
-        """Write the model as it is now into ``folder``, an empty one, in the format of the backbone's own library.
+        """Write the model in its current state to the empty ``folder``, in the format of the backbone's own library.
 
-        What is written loads without ttd_plugins and gives the same embeddings.
-        :func:`ttd_plugins.export.export_backbone` folds LoRA in before it calls this, takes it out again after, and
-        renames the folder once it is complete.
+        The files load without ttd_plugins and reproduce the embeddings.
+        :func:`ttd_plugins.export.export_backbone` calls this with LoRA temporarily merged, and renames the folder once
+        it is complete.
 
         Raises:
-            UnsupportedModelError: the family does not say how, or the library could not rebuild this model.
+            UnsupportedModelError: the family does not implement export, or the library cannot rebuild this model.
             MissingDependencyError: the library is not installed.
         """
         raise UnsupportedModelError(
-            f"the family of {self.description.name} does not say how its models are exported; export the weights alone "
-            "with form='weights', or LoRA with form='lora'"
+            f"the family of {self.description.name} does not implement export; export the weights alone with "
+            "form='weights', or LoRA with form='lora'"
         )
 
     # What every adapter has ----------------------------------------------------------------------------------------
@@ -328,7 +352,7 @@ class DenseAdapter(nn.Module, ABC):
 
     @property
     def has_lora(self) -> bool:
-        """Whether :meth:`add_lora` was called and not undone."""
+        """Whether LoRA is attached: :meth:`add_lora` was called, and neither :meth:`merge` nor :meth:`unload` since."""
         return self._lora is not None
 
     def patch_grid(self, height: int, width: int) -> tuple[int, int]:
@@ -358,46 +382,46 @@ class DenseAdapter(nn.Module, ABC):
     def add_lora(
         self, rank: int = 8, *, alpha: float | None = None, dropout: float = 0.0, towers: Sequence[Tower] = TOWERS
     ) -> Self:
-        """Put LoRA (arXiv 2106.09685) into the towers in place, through peft; everything else is frozen.
+        """Add LoRA (arXiv 2106.09685) to the towers in place, through peft, and freeze everything else.
 
         Args:
             rank: rank of the added matrices.
             alpha: the scale is ``alpha / rank``; by default alpha is twice the rank.
             dropout: probability of dropping an input of the LoRA path while training.
-            towers: which towers are adapted.
+            towers: the towers to adapt.
 
         Returns:
             This adapter.
 
         Raises:
-            TTDError: LoRA is already there, or a tower has nothing that LoRA may wrap.
+            TTDError: the model has LoRA already, or a tower has no module that LoRA can wrap.
             MissingDependencyError: peft is not installed.
         """
-        from ttd_plugins.lora import attach_lora
-
         self._lora = attach_lora(self, rank=rank, alpha=alpha, dropout=dropout, towers=towers)
         return self
 
     def snapshot_weights(self) -> None:
-        """Keep a copy of the backbone's own parameters and buffers, so that :meth:`unload` can give them back.
+        """Copy the backbone's own parameters and buffers, so that :meth:`unload` can restore them.
 
-        The engine calls this before the first step that can change them (full fine-tuning); under LoRA alone it is
-        not needed. Calling it again changes nothing.
+        The engine calls this before the first step of full fine-tuning; LoRA does not need it. A second call does
+        nothing.
         """
         if self._originals is None:
             lora = {id(parameter) for parameter in self.lora_parameters()}
             tensors = [*self.model.parameters(), *self.model.buffers()]
             self._originals = [(t, t.detach().clone()) for t in tensors if id(t) not in lora]
 
+    remember_weights = _remember_weights
+
     def lora_parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters that :meth:`add_lora` brought, in a stable order; empty without LoRA."""
+        """The trainable parameters that :meth:`add_lora` added, in a stable order; empty without LoRA."""
         return self._lora.parameters() if self._lora is not None else []
 
     def merge(self) -> nn.Module:
-        """Fold LoRA into the weights and give the model back, tuned, with nothing of ours left in it.
+        """Merge LoRA into the weights, and return the fine-tuned model with no trace of LoRA.
 
-        Full fine-tuning changed the weights in place already; merging then only forgets the originals.
-        ``requires_grad`` flags are the caller's again. The adapter stays usable.
+        Full fine-tuning changed the weights in place already, so that merging only drops the snapshot.
+        ``requires_grad`` flags are restored. The adapter stays usable.
         """
         if self._lora is not None:
             self._lora.merge()
@@ -406,9 +430,9 @@ class DenseAdapter(nn.Module, ABC):
         return self.model
 
     def unload(self) -> nn.Module:
-        """Take LoRA out, put back the weights from before the first TTD step, and give the model back.
+        """Remove LoRA, restore the weights from before the first TTD step, and return the model.
 
-        The weights are bitwise those that the caller brought, with or without LoRA. The adapter stays usable.
+        The weights are bitwise those of the caller's model. The adapter stays usable.
         """
         if self._lora is not None:
             self._lora.remove()
@@ -422,12 +446,12 @@ class DenseAdapter(nn.Module, ABC):
 
 
 class AdapterFamily(ABC):
-    """What a plugin registers: a named family of backbones, and how to get adapters of it.
+    """A named family of backbones, which a plugin registers; it loads and wraps models as adapters.
 
     Attributes:
-        name: the part before ``:`` in ``family:model@weights``; lower case, digits and underscores.
+        name: the part before ``:`` in ``family:model@weights``; lower-case letters, digits and underscores.
         summary: one line for ``ttd backbones``.
-        api_version: the version of this contract that the family was written for.
+        api_version: the version of this contract that the family implements.
     """
 
     name: str
@@ -440,19 +464,19 @@ class AdapterFamily(ABC):
 
     @abstractmethod
     def weights(self, model: str) -> list[str]:
-        """Names of the weights of ``model``, ``"random"`` left out.
+        """Names of the weights of ``model``, without ``"random"``.
 
         Raises:
             BackboneNameError: the model is unknown.
         """
 
     def default_weights(self, model: str) -> str | None:
-        """Weights that a name without ``@`` means; ``None`` where the caller must choose."""
+        """Weights of a name without ``@``; ``None`` if the caller must choose."""
         return None
 
     @abstractmethod
     def load(self, model: str, weights: str, **options: Any) -> DenseAdapter:
-        """Build ``model`` with ``weights`` (``"random"`` for fresh ones) and wrap it.
+        """Build ``model`` with ``weights`` (``"random"`` for random initialisation) and wrap it.
 
         Raises:
             BackboneNameError: a part of the name is unknown; the message lists the choices.
@@ -461,41 +485,43 @@ class AdapterFamily(ABC):
 
     @abstractmethod
     def claims(self, model: object) -> bool:
-        """Whether this family takes ``model``; judged by structure alone, so that no two families claim one object."""
+        """Whether this family adapts ``model``. Decide by structure alone, so that no two families claim one object."""
 
     @abstractmethod
     def wrap(self, model: nn.Module, *, tokenizer: Any = None, preprocess: Any = None, **options: Any) -> DenseAdapter:
-        """Adapt a model that the caller already has, without changing it.
+        """Adapt a model of the caller without changing it.
 
         Raises:
-            UnsupportedModelError: a part of the model cannot be served, with the reason.
+            UnsupportedModelError: a part of the model is not supported, with the reason.
         """
 
 
-# What the engine asks of an adapter goes through these, so that one that lies about its shapes is refused -------------
+# The engine calls an adapter through these functions, which check the shapes of its results -------------------------
 
 
 def image_pixels(adapter: DenseAdapter, image: Image, size: Size | None = None) -> Tensor:
-    """``adapter.dense_transform(size)(image)``, pixels ``[3, height, width]``.
+    """Return ``adapter.dense_transform(size)(image)``: pixels ``[3, height, width]``.
 
     Raises:
-        PluginError: it is not what was asked for.
+        PluginError: the result is no tensor of that shape.
     """
     pixels = adapter.dense_transform(size)(image)
-    due = adapter.description.image_size if size is None else (size, size) if isinstance(size, int) else tuple(size)
-    _require(adapter, "dense_transform", pixels, (3, *due))
+    expected = (
+        adapter.description.image_size if size is None else (size, size) if isinstance(size, int) else tuple(size)
+    )
+    _require(adapter, "dense_transform", pixels, (3, *expected))
     return pixels
 
 
 def image_features(adapter: DenseAdapter, pixels: Tensor, *, pooled: bool = True) -> ImageFeatures:
-    """:meth:`DenseAdapter.encode_image`.
+    """Return ``adapter.encode_image(pixels, pooled=pooled)``.
 
     Raises:
-        PluginError: the shapes are not those that :meth:`DenseAdapter.patch_grid` and the description promise.
+        PluginError: a shape differs from that of :meth:`DenseAdapter.patch_grid` and the description.
     """
     features = adapter.encode_image(pixels, pooled=pooled)
     if not isinstance(features, ImageFeatures):
-        raise _broken(adapter, f"encode_image gives a {type(features).__name__} where ImageFeatures are due")
+        raise _broken(adapter, f"encode_image returns a {type(features).__name__}, not ImageFeatures")
     width = adapter.description.embedding_width
     grid = adapter.patch_grid(*pixels.shape[-2:])
     _require(adapter, "encode_image", features.patches, (len(pixels), *grid, width), "patches")
@@ -505,39 +531,41 @@ def image_features(adapter: DenseAdapter, pixels: Tensor, *, pooled: bool = True
 
 
 def text_tokens(adapter: DenseAdapter, texts: Sequence[str]) -> Tokens:
-    """:meth:`DenseAdapter.tokenize`.
+    """Return ``adapter.tokenize(texts)``.
 
     Raises:
-        PluginError: it gives something else than a row for every text, as long as the description says.
+        PluginError: the result has not one row per text, or rows are not as long as the context.
     """
     tokens = adapter.tokenize(texts)
     if not isinstance(tokens, Tokens):
-        raise _broken(adapter, f"tokenize gives a {type(tokens).__name__} where Tokens are due")
+        raise _broken(adapter, f"tokenize returns a {type(tokens).__name__}, not Tokens")
     _require(adapter, "tokenize", tokens.ids, (len(texts), adapter.description.context_length), "ids")
     return tokens
 
 
 def text_embeddings(adapter: DenseAdapter, ids: Tensor) -> Tensor:
-    """:meth:`DenseAdapter.encode_text`.
+    """Return ``adapter.encode_text(ids)``.
 
     Raises:
-        PluginError: the shape is not the one that the description promises.
+        PluginError: the shape differs from that of the description.
     """
     embeddings = adapter.encode_text(ids)
     _require(adapter, "encode_text", embeddings, (len(ids), adapter.description.embedding_width))
     return embeddings
 
 
-def _require(adapter: DenseAdapter, method: str, found: object, due: tuple[int, ...], part: str = "a tensor") -> None:
+def _require(
+    adapter: DenseAdapter, method: str, found: object, expected: tuple[int, ...], part: str = "a tensor"
+) -> None:
     if not isinstance(found, Tensor):
-        raise _broken(adapter, f"{method} gives a {type(found).__name__} where {part} of shape {due} is due")
-    if tuple(found.shape) != due:
-        raise _broken(adapter, f"{method} gives {part} of shape {tuple(found.shape)} where {due} is due")
+        raise _broken(adapter, f"{method} returns a {type(found).__name__}, not {part} of shape {expected}")
+    if tuple(found.shape) != expected:
+        raise _broken(adapter, f"{method} returns {part} of shape {tuple(found.shape)}, not {expected}")
 
 
 def _broken(adapter: DenseAdapter, what: str) -> PluginError:
     owner = adapter.owner or f"{type(adapter).__module__}.{type(adapter).__qualname__}"
     name = adapter.description.name
     return PluginError(
-        f"{owner} breaks the contract of adapters: {what} for {name}; `ttd check-adapter {name}` says more"
+        f"{owner} breaks the adapter contract: {what} for {name}; `ttd check-adapter {name}` prints details"
     )

@@ -1,7 +1,7 @@
-"""Errors that a user of the package can cause, each one clear sentence.
+"""Errors that a user of the package can cause; the message of each is one clear sentence.
 
-The command line prints :class:`TTDError` as that sentence and exits with status 2; anything else is a bug and keeps
-its traceback.
+The command line prints the sentence of a :class:`TTDError` and exits with status 2. Any other exception is a bug and
+keeps its traceback.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 
 class TTDError(Exception):
-    """Base class: what is wrong, where, and what to do, in one sentence."""
+    """Base class. The message says in one sentence what is wrong, where, and what to do."""
 
 
 class BackboneNameError(TTDError):
@@ -19,27 +19,27 @@ class BackboneNameError(TTDError):
 
 
 class AdapterConflictError(TTDError):
-    """Two plugins claim one name or one model object."""
+    """Several plugins register one name, or several families claim one model object."""
 
 
 class UnsupportedModelError(TTDError):
-    """No adapter takes the model, or an adapter refuses a part of it, with the reason."""
+    """No family claims the model, or an adapter does not support a part of it."""
 
 
 class PluginError(TTDError):
-    """A plugin failed: it cannot be loaded, breaks the contract, or raised when it was asked something."""
+    """A plugin cannot be loaded, breaks the adapter contract, or raised an exception."""
 
 
 class PluginWarning(UserWarning):
-    """A plugin, or a part of one, was left out; the message says why."""
+    """A plugin, or a part of one, is not used; the message says why."""
 
 
 class MissingDependencyError(TTDError):
-    """An optional dependency is not installed, or only half installed."""
+    """An optional dependency is not installed, or cannot be imported."""
 
 
 class TagExtractionError(TTDError):
-    """A tag extractor cannot work: an unknown name, or resources that are not there."""
+    """A tag extractor is unknown, its resources are missing, or its result is invalid."""
 
 
 class ImageSizeError(TTDError, ValueError):
@@ -47,7 +47,7 @@ class ImageSizeError(TTDError, ValueError):
 
 
 class InputError(TTDError, ValueError):
-    """An image, caption, option or path given by the user cannot be used."""
+    """An image, caption, option or path of the user is invalid."""
 
 
 def one_sentence(error: BaseException, limit: int = 300) -> str:
@@ -56,19 +56,19 @@ def one_sentence(error: BaseException, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def listed(choices: Iterable[str], most: int = 12) -> str:
-    """Return ``choices`` sorted and joined by commas, at most ``most`` of them and then how many there are in all."""
+def listed(choices: Iterable[str], limit: int = 12) -> str:
+    """Return ``choices`` sorted and joined by commas: at most ``limit`` of them, then the total number."""
     known = sorted(choices)
-    return (", ".join(known[:most]) + (f", … ({len(known)} in all)" if len(known) > most else "")) or "none"
+    return (", ".join(known[:limit]) + (f", … ({len(known)} in all)" if len(known) > limit else "")) or "none"
 
 
-def choices_sentence(kind: str, given: str, choices: Iterable[str], most: int = 12) -> str:
-    """Say that ``given`` is unknown, with the closest of ``choices`` first.
+def choices_sentence(kind: str, given: str, choices: Iterable[str], limit: int = 12) -> str:
+    """Return a sentence that ``given`` is unknown, with the closest of ``choices`` first.
 
-    Returns one sentence such as ``unknown family 'strangr'; did you mean 'stranger'? known: other, stranger``.
+    For example: ``unknown family 'strangr'; did you mean 'stranger'? known: other, stranger``.
     """
     known: Sequence[str] = sorted(choices)
     lowered = {choice.lower(): choice for choice in known}
     close = [lowered[name] for name in difflib.get_close_matches(given.lower(), list(lowered), n=3, cutoff=0.5)]
     hint = f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ";"
-    return f"unknown {kind} {given!r}{hint} known: {listed(known, most)}"
+    return f"unknown {kind} {given!r}{hint} known: {listed(known, limit)}"

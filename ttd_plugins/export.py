@@ -122,7 +122,7 @@ def export_backbone(
         if form == "lora":
             model = _write_lora(adapter, folder)
         elif adapter._lora is not None:
-            with adapter._lora.folded():
+            with adapter._lora.temporarily_merged():
                 model = _write_model(adapter, folder, form)
         else:
             model = _write_model(adapter, folder, form)

@@ -56,8 +56,9 @@ def open_captions(spec: str, most: int = 4096) -> list[str]:
         InputError: there is no such data, or it holds no captions.
         MissingDependencyError: its layout needs a package that is not installed.
     """
-    from ttd_plugins.data.opening import open_pairs
-    from ttd_plugins.data.pairs import BadPairError, MapSource, RawPair, ReadNow, StreamSource, usable_caption
+    from ttd_plugins.data.caption_parsing import BadPairError, usable_caption
+    from ttd_plugins.data.pair_source import MapSource, RawPair, ReadNow, StreamSource
+    from ttd_plugins.data.source_detection import open_pairs
 
     own = Path(spec) / "captions.json"
     source = open_pairs(own if own.is_file() else spec)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.benchmark.captions import batch_of_captions, made_up_captions, made_up_tags, open_captions
-from ttd_plugins.benchmark.variants import Bench, BenchOptions
+from ttd_plugins.benchmark.step_variants import Bench, BenchOptions
 from ttd_plugins.errors import InputError
 
 BATCHES = (2, 4, 8, 16, 32, 64)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ttd_plugins.benchmark.memory import give_back, peak_memory
-from ttd_plugins.benchmark.variants import RATIOS, VARIANTS, Bench, BenchOptions
+from ttd_plugins.benchmark.step_variants import RATIOS, VARIANTS, Bench, BenchOptions
 from ttd_plugins.errors import TTDError, one_sentence
 
 MEMORY_VARIANTS = ("contrastive", "contrastive_trimmed", "ttd", "unshared")

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ttd_plugins.benchmark.variants import Bench, BenchOptions
+from ttd_plugins.benchmark.step_variants import Bench, BenchOptions
 from ttd_plugins.errors import TTDError, one_sentence
 
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")

@@ -47,7 +47,7 @@ def command(
     In one run and in turns: contrastive steps at the full context and with trimmed texts; the TTD step with and
     without the contrastive term; a TTD step that shares nothing; dense features and the library's own image encoding.
     """
-    from ttd_plugins.benchmark.variants import BenchOptions
+    from ttd_plugins.benchmark.step_variants import BenchOptions
 
     options = BenchOptions(
         backbone=backbone,
@@ -83,7 +83,7 @@ def print_report(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ttd_plugins.benchmark.variants import TITLES
+    from ttd_plugins.benchmark.step_variants import TITLES
 
     console = Console()
 

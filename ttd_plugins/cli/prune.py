@@ -42,10 +42,10 @@ def command(
     backbone = BackboneConfig(**{"name": image_maps.DEFAULT_BACKBONE, **sections["backbone"]})
     data = DataConfig(source=spec, **sections["data"])
     assert backbone.name is not None
-    from ttd_plugins.data.opening import open_pairs
+    from ttd_plugins.data.source_detection import open_pairs
 
     source = open_pairs(spec, **data.options)
-    from ttd_plugins.data.pairs import MapSource
+    from ttd_plugins.data.pair_source import MapSource
     from ttd_plugins.data.pruning import quantiles, require_scores_file, score_pairs
     from ttd_plugins.plugins import load
     from ttd_plugins.utils.progress import progress_bars

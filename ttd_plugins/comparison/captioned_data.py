@@ -14,8 +14,8 @@ from ttd_plugins.comparison.data_interface import Curve, Measurement, Sample, fi
 from ttd_plugins.comparison.metric_definitions import CAPTION_METRICS, ZERO_SHOT
 from ttd_plugins.comparison.options import SCENES, CompareOptions
 from ttd_plugins.comparison.results import Metric
-from ttd_plugins.engine import TTDOptions
 from ttd_plugins.errors import InputError, choices_sentence
+from ttd_plugins.options import TTDOptions
 from ttd_plugins.utils.progress import Stage
 
 LOG_EVERY = 10

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.comparison.results import Metric
-from ttd_plugins.engine import TTDOptions
+from ttd_plugins.options import TTDOptions
 from ttd_plugins.utils.progress import Stage
 
 Curve = list[dict[str, float]]

@@ -11,26 +11,22 @@ from typing import Any, TypeVar
 
 import torch
 
-import ttd_plugins
+from ttd_plugins._version import __version__
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.errors import InputError, one_sentence
+from ttd_plugins.options import TTDOptions
+from ttd_plugins.utils.configuration import renamed_fields
 from ttd_plugins.utils.files import atomic_path, make_folder, write_atomic
 from ttd_plugins.utils.settings import first_difference
 
 _T = TypeVar("_T")
 ADVICE = "free some space or choose another --out"
-RENAMED_TTD_OPTIONS = {
-    "caption_weight": "distill_weight",
-    "remembered_texts": "text_cache_size",
-    "recompute_texts": "text_activation_checkpointing",
-}
-"""Options of TTD in records up to version 0.1, and their names now."""
 
 
 def versions() -> dict[str, str]:
     """Versions on which metrics depend."""
     return {
-        "ttd-plugins": ttd_plugins.__version__,
+        "ttd-plugins": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
@@ -96,7 +92,8 @@ def _with_current_names(settings: Any) -> Any:
     """Rename old options of TTD in the settings of an earlier record."""
     if not isinstance(settings, dict) or not isinstance(settings.get("ttd"), dict):
         return settings
-    return settings | {"ttd": {RENAMED_TTD_OPTIONS.get(key, key): value for key, value in settings["ttd"].items()}}
+    renamed = renamed_fields(TTDOptions)
+    return settings | {"ttd": {renamed.get(key, key): value for key, value in settings["ttd"].items()}}
 
 
 def save_trained_weights(file: Path, backbone: DenseAdapter, metadata: Mapping[str, str] | None = None) -> None:

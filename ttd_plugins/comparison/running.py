@@ -32,7 +32,7 @@ from ttd_plugins.comparison.results import Arm, BackboneResult, Comparison, View
 from ttd_plugins.comparison.tables import summary, write_csv, write_markdown
 from ttd_plugins.engine import TTD
 from ttd_plugins.errors import InputError, TTDError, one_sentence
-from ttd_plugins.evaluation.protocols.running import weights_hash
+from ttd_plugins.evaluation.protocols.runner import weights_hash
 from ttd_plugins.training.stop_signals import TrainingStoppedError
 from ttd_plugins.utils.files import make_folder
 from ttd_plugins.utils.progress import Stage, no_progress, progress_bars
@@ -90,8 +90,6 @@ def compare(
         print(comparison.backbones[0].mean("after", "caption_iou"))
     """
     names = (backbones,) if isinstance(backbones, str) else tuple(backbones)
-    if options.get("root") is not None:
-        options["root"] = Path(options["root"])
     settings = CompareOptions(names, data=data, seeds=seeds, steps=steps, tune=tune, **options)
     with progress_bars(width=40, keep_finished=4) if progress else nullcontext(no_progress) as stage:
         return run_comparison(Path(out), settings, stage=stage)

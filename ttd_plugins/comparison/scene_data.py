@@ -13,8 +13,9 @@ from ttd_plugins.comparison.data_interface import Curve, Measurement, Sample, fi
 from ttd_plugins.comparison.metric_definitions import SCENE_METRICS
 from ttd_plugins.comparison.options import SCENES, CompareOptions
 from ttd_plugins.embedded.scenes import ATTRIBUTION, Scene, Scenes
-from ttd_plugins.engine import TTD, TTDOptions
+from ttd_plugins.engine import TTD
 from ttd_plugins.evaluation.scene_protocol import check_scenes_fit, measure_on_scenes
+from ttd_plugins.options import TTDOptions
 from ttd_plugins.training.collapse_watch import CollapseWatch, MetricAverager
 from ttd_plugins.training.config import OptimizerConfig
 from ttd_plugins.training.scene_tuning import SCENE_OPTIMIZER, KeptScenes, SceneTuning, training_scenes, tune_on_scenes

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ttd_plugins.comparison.results import ARMS, BackboneResult, Comparison, Metric, mean_and_spread
+from ttd_plugins.utils.deprecation import renamed_names
 from ttd_plugins.utils.files import write_atomic
 
 ARM_LABELS = {"before": "before", "control": "control", "after": "after TTD"}
@@ -110,9 +110,4 @@ def write_csv(path: Path, comparison: Comparison) -> None:
     write_atomic(path, text.getvalue())
 
 
-def __getattr__(name: str) -> Any:
-    if name == "number":
-        message = "tables.number is now tables.format_number; the old name goes with the next minor release"
-        warnings.warn(message, FutureWarning, stacklevel=2)
-        return format_number
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = renamed_names(__name__, {"number": "format_number"})

@@ -1,4 +1,4 @@
-"""Pictures and image-text pairs from whatever users have: :func:`open_pairs` reads, :class:`PairLoader` batches."""
+"""Image-text pairs in common layouts: :func:`open_pairs` opens them, :class:`PairLoader` makes batches."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ttd_plugins.data.images import read_image
     from ttd_plugins.data.loader import Batch, LoaderPosition, PairLoader
-    from ttd_plugins.data.opening import open_pairs
-    from ttd_plugins.data.pairs import PairSource
+    from ttd_plugins.data.pair_source import PairSource
     from ttd_plugins.data.pruning import score_pairs
     from ttd_plugins.data.score_filter import PairFilter
     from ttd_plugins.data.skipped_samples import SkipLog
+    from ttd_plugins.data.source_detection import open_pairs
 
-# Resolved on first use, so that reading one picture does not import the loader.
-_WHERE = {
+# Resolved on first use, so that reading one image does not import the loader.
+_LAZY_EXPORTS = {
     "Batch": "ttd_plugins.data.loader",
     "LoaderPosition": "ttd_plugins.data.loader",
     "PairFilter": "ttd_plugins.data.score_filter",
     "PairLoader": "ttd_plugins.data.loader",
-    "PairSource": "ttd_plugins.data.pairs",
+    "PairSource": "ttd_plugins.data.pair_source",
     "SkipLog": "ttd_plugins.data.skipped_samples",
-    "open_pairs": "ttd_plugins.data.opening",
+    "open_pairs": "ttd_plugins.data.source_detection",
     "read_image": "ttd_plugins.data.images",
     "score_pairs": "ttd_plugins.data.pruning",
 }
@@ -41,9 +41,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _LAZY_EXPORTS:
         raise AttributeError(f"module 'ttd_plugins.data' has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    return getattr(importlib.import_module(_LAZY_EXPORTS[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -9,30 +9,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ttd_plugins.data.pairs import (
-    BadPairError,
-    Fields,
-    MapSource,
-    PackedTexts,
-    RawPair,
-    as_bytes,
-    load_json_bytes,
-    refuse_empty,
-)
+from ttd_plugins.data.caption_parsing import BadPairError, Fields, as_bytes, load_json_bytes
+from ttd_plugins.data.pair_source import MapSource, PackedTexts, RawPair, refuse_empty
 from ttd_plugins.errors import InputError, listed
 
 
 class CocoPairs(MapSource):
-    """``images`` in their order, each with the ``annotations`` that hold a caption of it.
+    """COCO captions: ``images`` in their order, each with the captions of its ``annotations``.
 
     Args:
-        file: the JSON.
-        images: the folder of pictures; by default one that holds them is looked for beside the file.
-        fields: the name of the annotation's field with ready-made tags, where there is one; all annotations of a
-            picture are taken together.
+        file: the JSON file.
+        images: the folder of images; by default it is searched next to the file.
+        fields: names of the annotation's fields. Ready-made tags of all annotations of an image are merged.
 
     Raises:
-        InputError: the file is no such JSON, or the folder of pictures is not found.
+        InputError: the file is not in COCO's format, or the folder of images is not found.
     """
 
     kind = "coco"
@@ -46,7 +37,7 @@ class CocoPairs(MapSource):
             raise InputError(f"{str(file)!r} cannot be read: {error.strerror}") from error
         except BadPairError as error:
             raise InputError(f"{str(file)!r}: {error}") from error
-        pictures, annotations = _parts(file, content)
+        entries, annotations = _parts(file, content)
         captions: dict[Any, list[bytes]] = {}
         tags: dict[Any, list[str]] = {}
         name = fields.caption or "caption"
@@ -60,11 +51,11 @@ class CocoPairs(MapSource):
                     raise InputError(f"{str(file)!r}: annotation {annotation.get('id')}: {error}") from error
         if not captions:
             raise InputError(
-                f"no annotation in {str(file)!r} has a field {name!r}; COCO's captions are in captions_*.json, not in "
+                f"no annotation in {str(file)!r} has a field {name!r}; give COCO's captions_*.json, not its "
                 "instances_*.json"
             )
-        names = [str(picture.get("file_name") or f"{picture.get('id')}.jpg") for picture in pictures]
-        ids = [picture.get("id") for picture in pictures]
+        names = [str(entry.get("file_name") or f"{entry.get('id')}.jpg") for entry in entries]
+        ids = [entry.get("id") for entry in entries]
         known = set(ids)
         strays = [place for place in captions if place not in known]
         rows = [captions.get(place, []) for place in ids] + [captions[place] for place in strays]
@@ -80,7 +71,7 @@ class CocoPairs(MapSource):
 
     @property
     def summary(self) -> str:
-        return f"COCO captions {self.name}: {len(self):,} pictures, {len(self._texts):,} captions"
+        return f"COCO captions {self.name}: {len(self):,} images, {len(self._texts):,} captions"
 
     def __len__(self) -> int:
         return len(self._names)
@@ -91,7 +82,7 @@ class CocoPairs(MapSource):
     def read(self, index: int) -> RawPair:
         key = self._names[index]
         if index >= self._missing_from:
-            return RawPair(key, problem="its captions belong to a picture that 'images' does not list")
+            return RawPair(key, problem="its captions refer to an image that 'images' does not list")
         captions = [self._texts.raw(row) for row in range(self._starts[index], self._starts[index + 1])]
         problem = None if captions else "it has no caption"
         return RawPair(key, self.images / key, captions, self._tags.get(key, []) if self._tags else None, problem)
@@ -114,13 +105,15 @@ def _parts(file: Path, content: Any) -> tuple[list[dict[str, Any]], list[Any]]:
             return images, annotations
         keys = listed(str(key) for key in content)
         raise InputError(
-            f"{str(file)!r} is not in COCO's format: it needs the lists 'images' and 'annotations', and has {keys}"
+            f"{str(file)!r} is not in COCO's format: it must have the lists 'images' and 'annotations', but has {keys}"
         )
-    raise InputError(f"{str(file)!r} is not in COCO's format: its JSON is no object with 'images' and 'annotations'")
+    raise InputError(
+        f"{str(file)!r} is not in COCO's format: its JSON must be an object with 'images' and 'annotations'"
+    )
 
 
 def _find_images(file: Path, names: list[str]) -> Path:
-    """The folder beside a COCO file that holds most of a sample of its pictures."""
+    """Return the folder near a COCO file that contains most of a sample of its images."""
     split = re.sub(r"^(captions|instances|annotations)[_-]?", "", file.stem)
     parents = [file.parent, file.parent.parent]
     folders = [parent / name for parent in parents for name in (split, "images", f"images/{split}", "image", ".")]
@@ -129,5 +122,5 @@ def _find_images(file: Path, names: list[str]) -> Path:
     best = max(found, key=lambda folder: found[folder], default=file.parent)
     if not found.get(best):
         looked = ", ".join(repr(str(folder)) for folder in found if folder.name)
-        raise InputError(f"none of the pictures of {str(file)!r} is in {looked}; give their folder with images=")
+        raise InputError(f"none of the images of {str(file)!r} is in {looked}; give their folder with images=")
     return best

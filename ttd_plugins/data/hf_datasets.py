@@ -1,4 +1,4 @@
-"""Hugging Face ``datasets``, saved on disk or by name."""
+"""Hugging Face ``datasets``, from disk or by name."""
 
 from __future__ import annotations
 
@@ -8,43 +8,41 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ttd_plugins.data.pairs import (
+from ttd_plugins.data.caption_parsing import (
     CAPTION_NAMES,
     IMAGE_NAMES,
     TAGS_NAMES,
     BadPairError,
     Fields,
-    MapSource,
-    RawPair,
     escaped,
     parse_captions,
     parse_tags,
-    refuse_empty,
 )
+from ttd_plugins.data.pair_source import MapSource, RawPair, refuse_empty
 from ttd_plugins.data.tables import arrow_values
 from ttd_plugins.errors import InputError, MissingDependencyError, choices_sentence, listed, one_sentence
 
 
 def saved_dataset(folder: Path) -> bool:
-    """Whether a folder was written by ``save_to_disk``."""
+    """Return whether a folder was written by ``save_to_disk``."""
     return (folder / "dataset_dict.json").is_file() or (
         (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
     )
 
 
 class DatasetPairs(MapSource):
-    """Rows of a ``datasets.Dataset`` with a column of pictures (or of paths) and one of captions (or lists of them).
+    """A ``datasets.Dataset`` with a column of images (or paths) and a column of captions (or lists of captions).
 
     Args:
-        spec: a folder that ``save_to_disk`` wrote, or ``hf:NAME`` for ``datasets.load_dataset``.
-        split: which split, where there are several; by default ``"train"``.
-        config: the configuration of a dataset by name.
-        images: where relative paths start, for a column of paths.
+        spec: a folder written by ``save_to_disk``, or ``hf:NAME`` for ``datasets.load_dataset``.
+        split: the split, if there are several; by default ``"train"``.
+        config: configuration of a dataset by name.
+        images: root of relative paths, for a column of paths.
         fields: names of the columns.
-        **options: handed to ``load_dataset``, such as ``data_files`` or ``data_dir``.
+        **options: passed to ``load_dataset``, such as ``data_files`` or ``data_dir``.
 
     Raises:
-        InputError: the dataset, the split or a column is not there.
+        InputError: the dataset, the split or a column is not found.
         MissingDependencyError: ``datasets`` is not installed.
     """
 
@@ -80,14 +78,14 @@ class DatasetPairs(MapSource):
         pair = RawPair(self.key(index))
         try:
             row = self._data[index]
-            pair.image = self._picture(arrow_values(row.column(self._image).combine_chunks())[0])
+            pair.image = self._image_of(arrow_values(row.column(self._image).combine_chunks())[0])
             caption = arrow_values(row.column(self._caption).combine_chunks())[0]
             pair.captions = [escaped(text) for text in parse_captions(caption)]
             if self._tags is not None:
                 pair.tags = parse_tags(arrow_values(row.column(self._tags).combine_chunks())[0]) or []
         except BadPairError as error:
             pair.problem = str(error)
-        pair.problem = pair.problem or ("its picture is missing" if pair.image is None else None)
+        pair.problem = pair.problem or ("the image is missing" if pair.image is None else None)
         return pair
 
     def caption_count(self, index: int) -> int:
@@ -102,7 +100,7 @@ class DatasetPairs(MapSource):
             counts += [max(len(v), 1) if isinstance(v, list) else 1 for v in arrow_values(values)]
         return np.asarray(counts, np.int64)
 
-    def _picture(self, value: Any) -> Path | bytes | None:
+    def _image_of(self, value: Any) -> Path | bytes | None:
         if isinstance(value, dict):
             if value.get("bytes") is not None:
                 return bytes(value["bytes"])
@@ -122,13 +120,13 @@ def _load(spec: str, split: str | None, config: str | None, options: dict[str, A
     by_name = spec.startswith("hf:")
     if not by_name and (config is not None or options):
         given = "config" if config is not None else next(iter(options))
-        raise InputError(f"the option {given!r} is for datasets by name (hf:NAME), not for the folder {spec!r}")
+        raise InputError(f"the option {given!r} applies to datasets by name (hf:NAME), not to the folder {spec!r}")
     try:
         if by_name:
             data: Any = datasets.load_dataset(spec.removeprefix("hf:"), config, **options)
         else:
             data = datasets.load_from_disk(spec)
-    # Loaders of datasets raise whatever their files and the network bring.
+    # Dataset scripts and the network raise exceptions of many types.
     except Exception as error:
         raise InputError(f"the dataset {spec!r} cannot be loaded: {one_sentence(error)}") from error
     if hasattr(data, "keys"):
@@ -138,7 +136,7 @@ def _load(spec: str, split: str | None, config: str | None, options: dict[str, A
             raise InputError(f"the dataset {spec!r}: {choices_sentence('split', wanted, splits)}")
         data = data[wanted]
     elif split is not None:
-        raise InputError(f"the dataset {spec!r} has no splits to choose {split!r} from")
+        raise InputError(f"the dataset {spec!r} has no splits; leave out split={split!r}")
     for name, feature in data.features.items():
         if isinstance(feature, datasets.Image):
             data = data.cast_column(name, datasets.Image(decode=False))
@@ -149,20 +147,20 @@ def _columns(spec: str, data: Any, fields: Fields) -> tuple[str, str, str | None
     import datasets
 
     names = list(data.features)
-    pictures = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
+    decoded = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
 
     def choose(given: str | None, usual: tuple[str, ...], what: str) -> str | None:
         if given is not None and given not in names:
             raise InputError(f"the dataset {spec!r}: {choices_sentence(f'column for {what}', given, names)}")
         return given or next((name for name in usual if name in names), None)
 
-    image = choose(fields.image, (*pictures, *IMAGE_NAMES), "pictures")
+    image = choose(fields.image, (*decoded, *IMAGE_NAMES), "images")
     caption = choose(fields.caption, CAPTION_NAMES, "captions")
-    for found, what, option in ((image, "pictures", "image_column"), (caption, "captions", "caption_column")):
+    for found, what, option in ((image, "images", "image_column"), (caption, "captions", "caption_column")):
         if found is None:
             raise InputError(
-                f"no column of the dataset {spec!r} is known to hold {what} (columns: {listed(names)}); name it with "
-                f"{option}"
+                f"the dataset {spec!r} has no column with a usual name for {what} (columns: {listed(names)}); name it "
+                f"with {option}"
             )
     assert image is not None
     assert caption is not None

@@ -1,7 +1,7 @@
-"""Scoring every pair once by image-text similarity: the paper's sample-level pruning (arXiv 2404.00384).
+"""Scoring of all pairs by image-text similarity, for the paper's sample-level pruning (arXiv 2404.00384).
 
-The score of a pair is the cosine of the backbone's own pooled image embedding and its caption's embedding. Which
-scores are enough is decided later, by ``open_pairs(spec, keep=FILE, threshold=...)``, so one file serves many runs.
+The score of a pair is the cosine of the backbone's pooled image embedding and the caption's embedding. The threshold is
+chosen later, with ``open_pairs(spec, keep=FILE, threshold=...)``, so that one file serves many runs.
 """
 
 from __future__ import annotations
@@ -18,23 +18,25 @@ import torch
 
 from ttd_plugins.adapter import DenseAdapter, ImageTransform, Size, image_features
 from ttd_plugins.data.loader import LoaderPosition, PairLoader
-from ttd_plugins.data.pairs import MapSource, PairSource
+from ttd_plugins.data.pair_source import MapSource, PairSource
 from ttd_plugins.data.score_filter import PairScores, read_scores
 from ttd_plugins.data.skipped_samples import SkipLog
 from ttd_plugins.engine import evaluation_mode
 from ttd_plugins.errors import InputError, MissingDependencyError, TTDError
 from ttd_plugins.method import similarity
 from ttd_plugins.method.text_embeddings import encode_texts
+from ttd_plugins.utils.files import atomic_path
+from ttd_plugins.utils.settings import first_difference
 
 
 @dataclass(frozen=True)
 class PruningResult:
-    """What a scoring of pairs came to.
+    """Result of :func:`score_pairs`.
 
     Attributes:
-        file: where the scores are.
-        scores: what is in it.
-        skipped: reasons of the samples that could not be scored, by key.
+        file: the file of scores.
+        scores: its content.
+        skipped: reason of each sample that could not be scored, by key.
     """
 
     file: Path
@@ -55,27 +57,27 @@ def score_pairs(
     max_skipped: int | float | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> PruningResult:
-    """Score every caption of every picture, once.
+    """Score every caption of every image.
 
-    While it works it appends to ``OUT.part``; stopped and called again with the same arguments it goes on where it
-    was. ``OUT`` is complete or absent. A complete ``OUT`` of the same pairs and backbone is read and returned.
+    Scores are appended to ``OUT.part``. An interrupted call resumes there when it is repeated with the same arguments.
+    ``OUT`` is complete or absent. A complete ``OUT`` of the same pairs and backbone is read and returned.
 
     Args:
-        source: the pairs; a ``keep`` of theirs counts.
-        backbone: gives the embeddings; it is put into evaluation mode for the time being.
+        source: the pairs; its filter ``keep`` applies.
+        backbone: the backbone, which is in evaluation mode meanwhile.
         out: a ``.jsonl`` or ``.parquet`` file.
-        transform: preprocessing; by default ``backbone.native_transform()``, or ``dense_transform(size)`` where a
-            size is given.
+        transform: preprocessing; by default ``backbone.native_transform()``, or ``dense_transform(size)`` if a size is
+            given.
         size: input (height, width) in pixels.
-        batch_size: pairs that go through the backbone at once.
-        workers: processes that decode.
+        batch_size: pairs per batch.
+        workers: number of processes that decode images.
         max_skipped: see :class:`ttd_plugins.data.PairLoader`.
-        on_batch: called with the number of samples scored since it was last called.
+        on_batch: callback, called with the number of samples scored since the last call.
 
     Raises:
-        InputError: ``out`` cannot be written, or holds scores of other pairs or of another backbone.
-        TTDError: no pair can be scored, or too many are skipped.
-        MissingDependencyError: a ``.parquet`` file without pyarrow.
+        InputError: ``out`` cannot be written, or contains scores of other pairs or of another backbone.
+        TTDError: no pair can be scored, or too many samples are skipped.
+        MissingDependencyError: pyarrow, needed for ``.parquet``, is not installed.
     """
     file = Path(out)
     settings = {
@@ -117,7 +119,7 @@ def score_pairs(
                 cosines = (similarity.normalize(pooled) * captions).sum(-1).double().cpu().tolist()
                 rows = zip(batch.groups, batch.choices, cosines, strict=True)
                 lines = [{"key": key, "caption": choice, "similarity": value} for key, choice, value in rows]
-                # The position closes its batch: what comes after the last one is written anew.
+                # The position completes its batch: lines after the last position are discarded when resuming.
                 for line in (*lines, {"position": position}):
                     stream.write(json.dumps(line).encode() + b"\n")
                 stream.flush()
@@ -130,7 +132,12 @@ def score_pairs(
 
 
 def require_scores_file(file: Path) -> None:
-    """Raise InputError where scores cannot be written to ``file``, before anything slow."""
+    """Check that scores can be written to ``file``, before any slow work.
+
+    Raises:
+        InputError: the file has another suffix, is a folder, or its folder does not exist or is read-only.
+        MissingDependencyError: pyarrow, needed for ``.parquet``, is not installed.
+    """
     if file.suffix not in (".jsonl", ".parquet"):
         raise InputError(f"the file of scores {str(file)!r} must end in .jsonl or .parquet")
     if file.suffix == ".parquet":
@@ -147,70 +154,67 @@ def require_scores_file(file: Path) -> None:
 
 
 def _require_same(found: dict[str, Any], wanted: dict[str, Any], file: Path) -> None:
-    other = next((name for name in wanted if found.get(name) != wanted[name]), None)
-    if other is not None:
+    difference = first_difference({name: found.get(name) for name in wanted}, wanted)
+    if difference is not None:
         raise InputError(
-            f"{str(file)!r} holds scores for another {other} ({found.get(other)!r}, not {wanted[other]!r}); give "
-            "another file, or delete it"
+            f"{str(file)!r} contains scores with another setting ({difference}); choose another file, or delete it"
         )
 
 
 def _resume(part: Path, settings: dict[str, Any]) -> LoaderPosition | None:
-    """Cut an unfinished file behind its last whole batch and return where that ended; begin a file that is new."""
+    """Truncate an incomplete file after its last whole batch and return the position there; or start a new file."""
     try:
         position: LoaderPosition | None = None
-        keep = 0
+        end = 0
         if part.exists():
             with open(part, "rb") as stream:
                 for number, line in enumerate(stream):
                     record = json.loads(line) if line.endswith(b"\n") else {}
                     if not number and "scores" in record:
                         _require_same(record["scores"], settings, part)
-                        keep = len(line)
+                        end = len(line)
                     if "position" in record:
-                        position, keep = record["position"], stream.tell()
-            os.truncate(part, keep)
-        if not keep:
+                        position, end = record["position"], stream.tell()
+            os.truncate(part, end)
+        if not end:
             part.write_bytes(json.dumps({"scores": settings}).encode() + b"\n")
         return position
     except ValueError as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{str(part)!r} is no unfinished file of scores; delete it to begin anew") from error
+        raise InputError(f"{str(part)!r} is not an incomplete file of scores; delete it to start again") from error
     except OSError as error:
         raise TTDError(f"the scores cannot be written to {str(part)!r}: {error.strerror}") from error
 
 
 def _finish(part: Path, file: Path, skipped: SkipLog) -> None:
-    """Turn the unfinished file into the finished one: positions out, skipped samples in, then renamed."""
-    whole = file.with_name(f"{file.name}.whole")
-    rows: list[dict[str, Any]] = []
+    """Write the complete file: the scores without positions, and the skipped samples. Then delete the part."""
     with open(part, "rb") as stream:
         settings = json.loads(next(stream))["scores"]
         rows = [row for row in map(json.loads, stream) if "key" in row]
-    # A caption that was skipped is listed as its picture's key, # and its number.
+    # A skipped caption is listed with its image's key, # and its index.
     rows += [{"key": key, "caption": -1, "similarity": None, "reason": why} for key, why in skipped.reasons.items()]
-    if file.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    with atomic_path(file) as temporary:
+        if file.suffix == ".parquet":
+            import pyarrow as pa
+            import pyarrow.parquet as pq
 
-        columns = {
-            "key": pa.array([row["key"] for row in rows], pa.string()),
-            "caption": pa.array([row["caption"] for row in rows], pa.int32()),
-            "similarity": pa.array([row["similarity"] for row in rows], pa.float64()),
-            "reason": pa.array([row.get("reason") for row in rows], pa.string()),
-        }
-        table = pa.table(columns).replace_schema_metadata({"scores": json.dumps(settings)})
-        pq.write_table(table, whole)
-    else:
-        with open(whole, "wb") as stream:
-            for row in ({"scores": settings}, *rows):
-                stream.write(json.dumps(row).encode() + b"\n")
-    os.replace(whole, file)
+            columns = {
+                "key": pa.array([row["key"] for row in rows], pa.string()),
+                "caption": pa.array([row["caption"] for row in rows], pa.int32()),
+                "similarity": pa.array([row["similarity"] for row in rows], pa.float64()),
+                "reason": pa.array([row.get("reason") for row in rows], pa.string()),
+            }
+            table = pa.table(columns).replace_schema_metadata({"scores": json.dumps(settings)})
+            pq.write_table(table, temporary)
+        else:
+            with open(temporary, "wb") as stream:
+                for row in ({"scores": settings}, *rows):
+                    stream.write(json.dumps(row).encode() + b"\n")
     part.unlink()
 
 
-def quantiles(scores: PairScores, shares: tuple[float, ...] = (0.05, 0.1, 0.25, 0.5, 0.75)) -> dict[float, float]:
-    """Similarities below which these shares of the scored pairs lie."""
+def quantiles(scores: PairScores, fractions: tuple[float, ...] = (0.05, 0.1, 0.25, 0.5, 0.75)) -> dict[float, float]:
+    """Return the similarities below which these fractions of the scored pairs lie."""
     values = scores.similarity[np.isfinite(scores.similarity)]
-    return {share: float(np.quantile(values, share)) for share in shares} if len(values) else {}
+    return {part: float(np.quantile(values, part)) for part in fractions} if len(values) else {}

@@ -1,4 +1,4 @@
-"""webdataset shards as img2dataset writes them: tar files that hold ``KEY.jpg``, ``KEY.txt`` and ``KEY.json``."""
+"""webdataset shards as img2dataset writes them: tar files with ``KEY.jpg``, ``KEY.txt`` and ``KEY.json``."""
 
 from __future__ import annotations
 
@@ -12,15 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from ttd_plugins.data.pairs import (
-    IMAGE_SUFFIXES,
-    Fields,
-    RawPair,
-    ReadNow,
-    StreamSource,
-    TarSlice,
-    sidecar,
-)
+from ttd_plugins.data.caption_parsing import Fields
+from ttd_plugins.data.pair_source import IMAGE_SUFFIXES, RawPair, ReadNow, StreamSource, TarSlice
+from ttd_plugins.data.sidecar import add_sidecar
 from ttd_plugins.errors import InputError, MissingDependencyError, one_sentence
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -28,22 +22,22 @@ _IMAGES = frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES)
 
 
 def looks_like_shards(spec: str) -> bool:
-    """Whether a text names shards: a tar file, a brace or glob pattern of them, an address, or several with ``::``."""
-    address = not _is_local(spec) and not spec.startswith("hf:")
-    return address or "::" in spec or spec.rstrip().endswith(SHARD_SUFFIXES)
+    """Return whether a text names shards: a tar file, a brace or glob pattern, a URL, or several joined with ``::``."""
+    url = not _is_local(spec) and not spec.startswith("hf:")
+    return url or "::" in spec or spec.rstrip().endswith(SHARD_SUFFIXES)
 
 
 class ShardPairs(StreamSource):
-    """Tar files in the order that they are named.
+    """Tar files in the given order.
 
     Args:
-        spec: a tar file, a folder of them, a pattern (``{00000..00331}.tar``, ``*.tar``), or addresses that
-            ``webdataset`` opens (``https:``, ``pipe:``); several of these with ``::`` between are one set.
-        fields: names of the JSON's fields.
+        spec: a tar file, a folder of tar files, a pattern (``{00000..00331}.tar``, ``*.tar``), or URLs that
+            ``webdataset`` opens (``https:``, ``pipe:``). Several of these, joined with ``::``, make one set.
+        fields: names of the JSON fields.
 
     Raises:
-        InputError: there is no such file, or a part of ``spec`` is empty.
-        MissingDependencyError: a brace pattern or an address without ``webdataset``.
+        InputError: a file does not exist, or a part of ``spec`` is empty.
+        MissingDependencyError: ``webdataset``, needed for brace patterns and URLs, is not installed.
     """
 
     kind = "shards"
@@ -52,7 +46,7 @@ class ShardPairs(StreamSource):
         self.name = spec
         self.fields = fields or Fields()
         self.shards = _expand(spec)
-        # Keys begin with the shard's name, or its whole path where several folders have a shard of that name.
+        # Keys start with the shard's name, or with its path if several folders have a shard of that name.
         names = Counter(map(_name, self.shards))
         self._names = {shard: _name(shard) if names[_name(shard)] == 1 else shard for shard in self.shards}
 
@@ -73,11 +67,11 @@ class ShardPairs(StreamSource):
                     group = {}
                 current = stem
                 group[suffix] = content
-        # From tarfile, gzip and zlib, and where the shard is streamed from; the rest of it is lost.
+        # Raised by tarfile, gzip, zlib or the stream; the rest of the shard is lost.
         except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
             reason = f"the shard cannot be read after {count} samples: {one_sentence(error)}"
             yield RawPair(name, problem=reason)
-            # The sample before the break may have lost a part.
+            # The sample before the error may be incomplete.
             if not (set(group) & _IMAGES and set(group) & {"txt", "json"}):
                 return
         if group:
@@ -93,7 +87,7 @@ class ShardPairs(StreamSource):
             mode: Any = "r:" if plain else "r|*"
             tar = stack.enter_context(tarfile.open(fileobj=stream, mode=mode))
             for member in tar:
-                # tarfile remembers every member otherwise.
+                # Otherwise tarfile stores every member.
                 tar.members = []  # type: ignore[attr-defined]
                 if not member.isreg():
                     continue
@@ -110,24 +104,24 @@ class ShardPairs(StreamSource):
                 assert content is not None
                 yield stem, suffix, content.read()
             if plain:
-                # tarfile takes a header that it cannot parse for the end.
+                # tarfile treats a header that it cannot parse as the end of the file.
                 stream.seek(tar.offset)  # type: ignore[attr-defined]
                 if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                    raise tarfile.ReadError("a header is broken or cut short")
+                    raise tarfile.ReadError("a header is broken or truncated")
 
     def _pair(self, shard: str, key: str, group: dict[str, bytes | TarSlice]) -> RawPair:
         pair = RawPair(f"{shard}/{key}")
         suffix = next((suffix for suffix in group if suffix in _IMAGES), None)
         if suffix is None:
-            held = ", ".join(f"{key}.{name}" for name in group)
-            pair.problem = f"it has no picture in its shard, only {held}"
+            files = ", ".join(f"{key}.{name}" for name in group)
+            pair.problem = f"its shard has no image of it, only {files}"
         else:
             pair.image = group[suffix]
             pair.where = f"{shard}/{key}.{suffix}"
         text, record = group.get("txt"), group.get("json")
         assert not isinstance(text, TarSlice)
         assert not isinstance(record, TarSlice)
-        return sidecar(pair, text, record, self.fields, lines=False, missing="it has no caption in its shard")
+        return add_sidecar(pair, text, record, self.fields, lines=False, missing="its shard has no caption of it")
 
 
 def _name(shard: str) -> str:
@@ -153,10 +147,10 @@ def _gopen(shard: str) -> Any:
 def _expand(spec: str) -> tuple[str, ...]:
     parts = [spec] if Path(spec).exists() else spec.split("::")
     if not all(map(str.strip, parts)):
-        raise InputError(f"the shards {spec!r} have an empty part beside '::'")
+        raise InputError(f"the shards {spec!r} have an empty part next to '::'")
     shards = [shard for part in parts for shard in _expand_part(part.strip())]
     if not all(map(_is_local, shards)):
-        # Told now and not by a worker, later.
+        # Fail here rather than later in a worker.
         _webdataset(spec)
     missing = [name for name in shards if _is_local(name) and not Path(name).is_file()]
     if missing:
@@ -170,13 +164,13 @@ def _expand_part(part: str) -> list[str]:
     if _is_local(part) and path.is_dir():
         found = sorted(str(file) for file in path.iterdir() if file.name.endswith(SHARD_SUFFIXES))
         if not found:
-            raise InputError(f"the folder {part!r} holds no tar files")
+            raise InputError(f"the folder {part!r} contains no tar files")
         return found
     names = [part]
     if not path.exists() and "{" in part:
         try:
             names = list(_webdataset(part).shardlists.expand_urls(part))
-        # braceexpand raises its own error, and an unset variable an AssertionError.
+        # braceexpand raises its own ValueError; an unset variable raises an AssertionError.
         except (ValueError, AssertionError) as error:
             raise InputError(f"the pattern {part!r} cannot be expanded: {one_sentence(error)}") from error
     shards: list[str] = []

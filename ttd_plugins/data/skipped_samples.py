@@ -1,4 +1,4 @@
-"""The list of samples that were left out: each once in a run, with the reason, however many processes find it."""
+"""The log of skipped samples: each sample once per run, with its reason, even across processes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from ttd_plugins.errors import TTDError
 
 try:
     import fcntl
-except ImportError:  # Windows, where processes that share a list may list a sample twice
+except ImportError:  # on Windows, processes that share a file may list a sample twice
     fcntl = None  # type: ignore[assignment]
 
 
 class SkipLog:
-    """Skipped samples, in memory or as one JSON object (``key``, ``reason``) a line of a file.
+    """Skipped samples, in memory or in a file with one JSON object (``key``, ``reason``) per line.
 
-    A file may be shared by several processes and by a run that is resumed: what it holds is not listed again.
+    Several processes and resumed runs may share a file; a sample that it contains is not listed again.
+
+    Attributes:
+        file: the file, or ``None``.
+        reasons: reason of each skipped sample by key.
 
     Args:
-        file: where to write, appending; ``None`` keeps the list in memory.
+        file: the file to append to; ``None`` stores the list in memory.
 
     Raises:
         TTDError: the file cannot be read or written.
@@ -41,7 +45,7 @@ class SkipLog:
         return len(self.reasons)
 
     def add(self, key: str, reason: str) -> bool:
-        """List a sample, unless it is listed; returns whether it was new."""
+        """List a sample unless it is listed already, and return whether it was new."""
         if key in self.reasons:
             return False
         if self.file is not None:
@@ -50,7 +54,7 @@ class SkipLog:
                 self._catch_up(stream)
                 if key in self.reasons:
                     return False
-                # A process that was killed while it wrote leaves half a line.
+                # A process that was killed while writing leaves half a line.
                 start = b"" if self._ends_in_newline(stream) else b"\n"
                 stream.write(start + json.dumps({"key": key, "reason": reason}).encode() + b"\n")
                 stream.flush()
@@ -64,12 +68,12 @@ class SkipLog:
         try:
             with open(self.file, mode) as stream:
                 if fcntl is not None and "+" in mode:
-                    with contextlib.suppress(OSError):  # file systems without locks
+                    with contextlib.suppress(OSError):  # some file systems have no locks
                         fcntl.flock(stream, fcntl.LOCK_EX)
                 yield stream
         except OSError as error:
             raise TTDError(
-                f"the list of skipped samples {str(self.file)!r} cannot be kept: {error.strerror}"
+                f"the list of skipped samples {str(self.file)!r} cannot be read or written: {error.strerror}"
             ) from error
 
     def _ends_in_newline(self, stream: IO[bytes]) -> bool:

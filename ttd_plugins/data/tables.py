@@ -12,40 +12,36 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ttd_plugins.data.pairs import (
+from ttd_plugins.data.caption_parsing import (
     CAPTION_NAMES,
     IMAGE_NAMES,
-    IMAGE_SUFFIXES,
     TAGS_NAMES,
     BadPairError,
     Fields,
-    MapSource,
-    PackedTexts,
-    RawPair,
     Text,
     as_bytes,
     escaped,
     load_json_bytes,
     parse_captions,
     parse_tags,
-    refuse_empty,
 )
+from ttd_plugins.data.pair_source import IMAGE_SUFFIXES, MapSource, PackedTexts, RawPair, refuse_empty
 from ttd_plugins.errors import InputError, MissingDependencyError, choices_sentence, listed, one_sentence
 
 TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".txt", ".parquet", ".pq", ".jsonl", ".ndjson"})
 Row = tuple[int, dict[str, Any] | None, str]
-"""Number in the file (from 1, the header left out), cells by column, and what is wrong where there are none."""
+"""Row number (from 1, without the header), cells by column or ``None``, and the problem if there are no cells."""
 
 
 class TablePairs(MapSource):
-    """Rows with a path and a caption; rows of one path are one picture with several captions.
+    """Rows with a path and a caption; rows with the same path are one image with several captions.
 
-    Paths are relative to ``images``, by default the table's folder. A column of captions may hold lists, in CSV and
-    TSV as JSON. A ready-made tag column holds lists, or texts parted by ``|``, ``;`` or ``,``.
+    Paths are relative to ``images``, by default the table's folder. A caption may be a list, written as JSON in CSV and
+    TSV. Ready-made tags are lists, or texts with ``|``, ``;`` or ``,`` between tags.
 
     Raises:
-        InputError: the table cannot be read, a column is not there or not to be recognised, or it holds no row.
-        MissingDependencyError: Parquet without pyarrow.
+        InputError: the table cannot be read or is empty, or a column is missing or cannot be identified.
+        MissingDependencyError: pyarrow, needed for Parquet, is not installed.
     """
 
     kind = "table"
@@ -92,7 +88,7 @@ class TablePairs(MapSource):
 
     @property
     def summary(self) -> str:
-        return f"table {self.name}: {len(self):,} pictures, {len(self._texts):,} captions"
+        return f"table {self.name}: {len(self):,} images, {len(self._texts):,} captions"
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -129,46 +125,46 @@ def _cell_captions(value: Any, *, plural: bool) -> list[Text]:
 def _choose_columns(file: Path, columns: Sequence[str], fields: Fields, rows: _Rows) -> tuple[str, str, str | None]:
     lowered = {column.lower(): column for column in reversed(columns)}
 
-    def choose(given: str | None, usual: Iterable[str], what: str, option: str) -> str | None:
+    def choose(given: str | None, usual: Iterable[str], what: str) -> str | None:
         if given is not None:
             if given not in columns:
                 raise InputError(f"{file.name}: {choices_sentence(f'column for {what}', given, columns)}")
             return given
         return next((lowered[name] for name in usual if name in lowered), None)
 
-    image = choose(fields.image, IMAGE_NAMES, "pictures", "image_column")
-    caption = choose(fields.caption, CAPTION_NAMES, "captions", "caption_column")
-    tags = choose(fields.tags, TAGS_NAMES, "tags", "tags_column")
-    for found, what, option in ((image, "paths of pictures", "image_column"), (caption, "captions", "caption_column")):
+    image = choose(fields.image, IMAGE_NAMES, "images")
+    caption = choose(fields.caption, CAPTION_NAMES, "captions")
+    tags = choose(fields.tags, TAGS_NAMES, "tags")
+    for found, what, option in ((image, "image paths", "image_column"), (caption, "captions", "caption_column")):
         if found is None:
             urls = next((column for column in columns if rows.looks_like_url(column)), None)
             if urls is not None and option == "image_column":
                 raise InputError(
-                    f"the table {str(file)!r} holds addresses of pictures in column {urls!r}, not pictures; fetch "
-                    "them first, for instance with img2dataset, and open the shards that it writes"
+                    f"column {urls!r} of the table {str(file)!r} contains URLs, not image paths; download the images "
+                    "first, for instance with img2dataset, and open the shards that it writes"
                 )
             raise InputError(
-                f"no column of {str(file)!r} is known to hold {what} (columns: {listed(columns)}); name it with "
-                f"{option}"
+                f"the table {str(file)!r} has no column with a usual name for {what} (columns: {listed(columns)}); "
+                f"name it with {option}"
             )
     assert image is not None
     assert caption is not None
     if image == caption:
-        raise InputError(f"{str(file)!r}: column {image!r} cannot be both picture and caption; name the other one")
+        raise InputError(f"{str(file)!r}: column {image!r} cannot be both image and caption; name the other column")
     if rows.looks_like_url(image):
         raise InputError(
-            f"column {image!r} of {str(file)!r} holds addresses, not paths of pictures; fetch them first, for instance "
-            "with img2dataset, and open the shards that it writes"
+            f"column {image!r} of the table {str(file)!r} contains URLs, not image paths; download the images first, "
+            "for instance with img2dataset, and open the shards that it writes"
         )
     return image, caption, tags
 
 
 class _Rows:
-    """Rows of a table, the first few of which were looked at already."""
+    """Rows of a table whose first rows are read ahead, to identify columns."""
 
-    def __init__(self, rows: Iterator[Row], most: int = 20) -> None:
+    def __init__(self, rows: Iterator[Row], ahead: int = 20) -> None:
         self._rest = rows
-        self._first = list(islice(rows, most))
+        self._first = list(islice(rows, ahead))
 
     def __iter__(self) -> Iterator[Row]:
         yield from self._first
@@ -204,12 +200,12 @@ def _parquet(file: Path) -> tuple[list[str], Iterator[Row]]:
     try:
         table = pq.ParquetFile(file)
     except pa.ArrowException as error:
-        raise InputError(f"{str(file)!r} is no Parquet table: {one_sentence(error)}") from error
+        raise InputError(f"{str(file)!r} is not a Parquet table: {one_sentence(error)}") from error
     names = list(table.schema_arrow.names)
-    embedded = next((name for name in names if name.lower() in IMAGE_NAMES and _holds_pictures(table, name)), None)
+    embedded = next((name for name in names if name.lower() in IMAGE_NAMES and _has_images(table, name)), None)
     if embedded is not None:
         raise InputError(
-            f"column {embedded!r} of {str(file)!r} holds the pictures themselves; open it by Hugging Face datasets: "
+            f"column {embedded!r} of {str(file)!r} contains images, not paths; open it with Hugging Face datasets: "
             f"'hf:parquet' with data_files={str(file)!r}"
         )
 
@@ -227,7 +223,7 @@ def _parquet(file: Path) -> tuple[list[str], Iterator[Row]]:
     return names, rows()
 
 
-def _holds_pictures(table: Any, name: str) -> bool:
+def _has_images(table: Any, name: str) -> bool:
     import pyarrow as pa
 
     kind = table.schema_arrow.field(name).type
@@ -235,7 +231,7 @@ def _holds_pictures(table: Any, name: str) -> bool:
 
 
 def arrow_values(column: Any) -> list[Any]:
-    """Values of an Arrow array; texts and lists of texts as bytes, since Arrow files may hold texts not UTF-8."""
+    """Return the values of an Arrow array; texts and lists of texts as bytes, since they may not be UTF-8."""
     import pyarrow as pa
 
     def is_text(kind: Any) -> bool:
@@ -265,7 +261,7 @@ def _json_lines(file: Path) -> tuple[list[str], Iterator[Row]]:
                 if isinstance(record, dict):
                     yield number, record, ""
                 else:
-                    yield number, None, f"row {number} is no JSON object"
+                    yield number, None, f"row {number} is not a JSON object"
 
     columns: dict[str, None] = {}
     for _, cells, _ in islice(rows(), 20):
@@ -286,7 +282,7 @@ def _delimited(file: Path, fields: Fields, delimiter: str | None) -> tuple[list[
     urls = [number for number, cell in enumerate(header) if cell.startswith(("http://", "https://"))]
     headed = bool(given & set(header) or {cell.strip().lower() for cell in header} & names)
     if not headed and len(header) == 2 and (paths or urls):
-        # Two columns without a header, as in many lists of captions: the one with a picture's name is the path.
+        # Two columns without a header, as in many caption lists: the one with an image's file name is the path.
         place = (paths or urls)[0]
         columns = ["caption", "caption"]
         columns[place] = "image"
@@ -304,7 +300,7 @@ def _delimited(file: Path, fields: Fields, delimiter: str | None) -> tuple[list[
                     continue
                 number += 1
                 if len(cells) != len(columns):
-                    yield number, None, f"row {number} has {len(cells)} columns where the table has {len(columns)}"
+                    yield number, None, f"row {number} has {len(cells)} columns; the table has {len(columns)}"
                 else:
                     yield number, dict(zip(columns, cells, strict=True)), ""
 
@@ -313,7 +309,7 @@ def _delimited(file: Path, fields: Fields, delimiter: str | None) -> tuple[list[
 
 def _cells(lines: Iterator[str] | Any, mark: str, file: Path) -> Iterator[list[str]]:
     if mark == "\t":
-        # Captions of the web hold stray quotes, which in TSV rarely mean that a cell goes on over lines.
+        # Web captions contain stray quotes, and in TSV a quote rarely starts a cell of several lines.
         for line in lines:
             row = line.rstrip("\r\n")
             yield [_unquoted(cell) for cell in row.split("\t")] if row else []

@@ -1,1 +1,130 @@
-"""Metrics and protocols."""
+"""Evaluation: metrics, the paper's three protocols, readers of annotated data sets, and :func:`evaluate`."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    import torch
+
+    from ttd_plugins.adapter import DenseAdapter
+    from ttd_plugins.evaluation.datasets import CaptionData, SegmentationData
+    from ttd_plugins.evaluation.protocols import EvaluationResult
+    from ttd_plugins.utils.progress import Stage
+
+ProtocolName = Literal["tags", "text", "segment"]
+
+_LAZY_EXPORTS = {"EvaluationResult": "ttd_plugins.evaluation.protocols.runner"}
+
+__all__ = ["EvaluationResult", "ProtocolName", "evaluate"]
+
+
+def evaluate(
+    backbone: DenseAdapter | str,
+    data: CaptionData | SegmentationData | str,
+    *,
+    protocol: ProtocolName = "tags",
+    out: Path | str | None = None,
+    preset: str = "paper",
+    split: str | None = None,
+    limit: int | None = None,
+    device: torch.device | str | None = None,
+    rank: int | None = None,
+    world: int | None = None,
+    stage: Stage | None = None,
+    **options: Any,
+) -> EvaluationResult:
+    """Evaluate a backbone with one of the paper's protocols (arXiv 2404.00384), as ``ttd eval`` does.
+
+    Example::
+
+        result = evaluate("open_clip:ViT-B-16@openai", "coco_captions:photos/", protocol="text", size=336)
+        print(result.metrics["caption_iou"])
+
+    Args:
+        backbone: an adapter, or a name for :func:`ttd_plugins.load`.
+        data: a reader of :mod:`ttd_plugins.evaluation.datasets`, or ``"NAME:FOLDER"`` such as
+            ``"coco_captions:photos/"`` or ``"voc:VOC2012/"``.
+        protocol: ``"tags"`` (which words of captions the images show), ``"text"`` (caption maps against masks) or
+            ``"segment"`` (a class for every pixel).
+        out: folder of the records and of ``results.json``. A call with the same arguments resumes an interrupted one.
+            ``None`` writes nothing.
+        preset: a preset of the protocol: ``"paper"``, ``"fast"``, or ``"tcl"`` for ``"segment"``.
+        split, limit: the split and the number of images, if ``data`` is a name; by default the reader's.
+        device: where a backbone given by name computes.
+        rank, world: this process does every ``world``-th image, starting with ``rank``; by default from the environment
+            variables ``RANK`` and ``WORLD_SIZE``, or all images.
+        stage: starts subtasks, for progress bars.
+        **options: changes of the preset: fields of :class:`~ttd_plugins.evaluation.protocols.TagProtocol`,
+            :class:`~ttd_plugins.evaluation.protocols.TextProtocol` or
+            :class:`~ttd_plugins.evaluation.protocols.SegmentProtocol`, or of their
+            :class:`~ttd_plugins.evaluation.dense_inference.DenseOptions`.
+
+    Returns:
+        The metrics, every setting, and the cost.
+
+    Raises:
+        InputError: a name or an option is unknown or invalid, or ``out`` contains results of other settings.
+        DatasetError: the data set has another layout than expected; the message names the path.
+        TTDError: the backbone cannot be loaded.
+    """
+    from ttd_plugins.errors import InputError, choices_sentence
+    from ttd_plugins.evaluation import protocols
+    from ttd_plugins.evaluation.datasets import open_named
+
+    functions: dict[str, tuple[Any, Any]] = {
+        "tags": (protocols.evaluate_tags, protocols.TAG_PRESETS),
+        "text": (protocols.evaluate_text, protocols.TEXT_PRESETS),
+        "segment": (protocols.evaluate_segment, protocols.SEGMENT_PRESETS),
+    }
+    if protocol not in functions:
+        raise InputError(choices_sentence("protocol", protocol, get_args(ProtocolName)))
+    function, presets = functions[protocol]
+    chosen = _options(presets, preset, options)
+    if isinstance(data, str):
+        reader: Any = open_named(data, captioned=protocol != "segment", split=split, limit=limit)
+    elif split is not None or limit is not None:
+        raise InputError("split and limit apply to a data set by name; pass them to the reader")
+    else:
+        reader = data
+    own_rank, own_world = protocols.process_place()
+    if isinstance(backbone, str):
+        from ttd_plugins.plugins import load
+
+        backbone = load(backbone, device=device)
+    return function(
+        backbone,
+        reader,
+        chosen,
+        out=out,
+        rank=own_rank if rank is None else rank,
+        world=own_world if world is None else world,
+        stage=stage,
+    )
+
+
+def _options(presets: Any, preset: str, changes: dict[str, Any]) -> Any:
+    """Return a preset with some fields changed, of itself or of its options of dense inference."""
+    from dataclasses import fields, replace
+
+    from ttd_plugins.errors import InputError, choices_sentence
+
+    if preset not in presets:
+        raise InputError(choices_sentence("preset", preset, presets))
+    options = presets[preset]
+    own, dense = ({field.name for field in fields(part)} for part in (options, options.dense))
+    for name in changes:
+        if name not in own | dense:
+            raise InputError(choices_sentence("option", name, sorted(own | dense), 40))
+    options = replace(options, **{name: value for name, value in changes.items() if name in own})
+    return replace(
+        options, dense=replace(options.dense, **{name: value for name, value in changes.items() if name in dense})
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY_EXPORTS:
+        raise AttributeError(f"module 'ttd_plugins.evaluation' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY_EXPORTS[name]), name)

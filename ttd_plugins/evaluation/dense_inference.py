@@ -1,7 +1,7 @@
-"""Dense inference: cosine maps over scales, flips and windows; classes as embeddings; maps as labels.
+"""Dense inference: cosine maps averaged over scales, flips and windows; class embeddings; label maps.
 
-The protocols of the paper (arXiv 2404.00384) segment at 448 pixels with scales 1, 0.5, 1.5 and 2, horizontal flip,
-PAMR, the 80 prompt templates for ImageNet and a constant background plane; every one of these is a field here.
+The paper (arXiv 2404.00384) segments at 448 pixels with scales 1, 0.5, 1.5 and 2, horizontal flip, PAMR, the 80 prompt
+templates of ImageNet and a constant background plane. Each of these is an option.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import torch
@@ -21,20 +21,19 @@ from torch import Tensor
 
 from ttd_plugins.adapter import Calibration, DenseAdapter, image_features, image_pixels
 from ttd_plugins.errors import InputError, choices_sentence
-from ttd_plugins.evaluation.pamr import DILATIONS, ITERATIONS, pamr
+from ttd_plugins.evaluation.pamr import pamr
+from ttd_plugins.evaluation.protocol_options import DenseOptions, MapActivation
 from ttd_plugins.method import similarity
 from ttd_plugins.method.text_embeddings import encode_texts
+from ttd_plugins.utils.deprecation import RenamedAttribute
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Resize = Literal["square", "short"]
-Activation = Literal["probability", "minmax", "cosine"]
-
 
 @cache
 def imagenet_templates() -> tuple[str, ...]:
-    """The 80 prompt templates for ImageNet (Radford et al., 2021), ``{}`` standing for the class."""
+    """Return the 80 prompt templates of ImageNet (Radford et al., 2021), ``{}`` standing for the class name."""
     text = resources.files("ttd_plugins.evaluation").joinpath("imagenet_templates.json").read_text("utf-8")
     return tuple(json.loads(text))
 
@@ -43,15 +42,15 @@ TEMPLATE_SETS = ("imagenet", "photo", "none")
 
 
 def templates_by_name(name: str) -> tuple[str, ...]:
-    """``"imagenet"`` for the 80, ``"photo"`` for "a photo of a {}.", ``"none"`` for the bare name.
+    """Return the templates ``"imagenet"`` (80), ``"photo"`` ("a photo of a {}.") or ``"none"`` (the bare name).
 
     Raises:
-        InputError: the name is none of these.
+        InputError: the name is unknown.
     """
     if name == "imagenet":
         return imagenet_templates()
     if name not in TEMPLATE_SETS:
-        raise InputError(choices_sentence("set of templates", name, TEMPLATE_SETS))
+        raise InputError(choices_sentence("templates", name, TEMPLATE_SETS))
     return ("a photo of a {}.",) if name == "photo" else ("{}",)
 
 
@@ -59,13 +58,13 @@ def templates_by_name(name: str) -> tuple[str, ...]:
 def class_embeddings(
     adapter: DenseAdapter, names: Sequence[str], templates: Sequence[str] = ("{}",), batch_size: int = 512
 ) -> Tensor:
-    """Template ensembles: for each name the mean of the normalised embeddings of its texts, normalised again.
+    """Return ensembles over templates: for each name the normalised mean of the normalised embeddings of its texts.
 
     Args:
         adapter: the backbone.
         names: C names.
-        templates: texts with ``{}`` for the name.
-        batch_size: texts that are encoded at once.
+        templates: prompt templates with ``{}`` for the name.
+        batch_size: texts per batch.
 
     Returns:
         ``[C, D]`` in at least float32.
@@ -77,78 +76,27 @@ def class_embeddings(
     return similarity.normalize(torch.cat(parts).reshape(len(names), len(templates), -1).mean(1))
 
 
-@dataclass(frozen=True)
-class DenseOptions:
-    """How a picture is looked at.
-
-    Attributes:
-        size: side in pixels at scale one, rounded to whole patches.
-        resize: ``"square"`` resizes the whole picture to a square of that side, ``"short"`` its short side.
-        scales: factors of the size; maps are averaged over them on the finest grid.
-        flip: whether the mirrored picture is looked at too.
-        window: side in pixels of sliding windows, rounded to whole patches, or ``None`` for the whole picture at once.
-        stride: step of the windows in pixels; ``None`` means half a window.
-        refine: whether maps are refined by PAMR at the size of scale one.
-        iterations, dilations: of PAMR.
-        batch: windows that go through the backbone at once, those of both orientations counted.
-    """
-
-    size: int = 448
-    resize: Resize = "square"
-    scales: tuple[float, ...] = (1.0,)
-    flip: bool = False
-    window: int | None = None
-    stride: int | None = None
-    refine: bool = False
-    iterations: int = ITERATIONS
-    dilations: tuple[int, ...] = DILATIONS
-    batch: int = 16
-
-    def __post_init__(self) -> None:
-        if self.resize not in get_args(Resize):
-            raise InputError(choices_sentence("resize", self.resize, get_args(Resize)))
-        if self.size < 1 or not self.scales or not all(scale > 0 for scale in self.scales):
-            raise InputError(f"size and scales must be positive, not {self.size} and {list(self.scales)}")
-        if self.batch < 1:
-            raise InputError(f"batch must be 1 or more, not {self.batch}")
-        if (self.window is not None and self.window < 1) or (self.stride is not None and self.stride < 1):
-            raise InputError(f"window and stride must be positive, not {self.window} and {self.stride}")
-        if self.iterations < 1 or not self.dilations or not all(step > 0 for step in self.dilations):
-            raise InputError(
-                f"PAMR needs iterations and dilations of 1 or more, not {self.iterations} and {self.dilations}"
-            )
-
-    def input_size(self, adapter: DenseAdapter, width: int, height: int, scale: float = 1.0) -> tuple[int, int]:
-        """Height and width in pixels at which a picture of ``width`` by ``height`` enters at a scale."""
-        rows, columns = adapter.description.patch_size
-        short = min(width, height) if self.resize == "short" else 0
-        factor = (height / short, width / short) if short else (1.0, 1.0)
-
-        def whole(pixels: float, patch: int) -> int:
-            return max(int(pixels / patch + 0.5), 1) * patch
-
-        return whole(self.size * scale * factor[0], rows), whole(self.size * scale * factor[1], columns)
-
-
 @dataclass
 class DenseFeatures:
-    """What a backbone sees in one picture, over scales and flips.
+    """Features of one image over scales and flips.
 
     Attributes:
-        patches: for each view the normalised patch features ``[P, D]`` (in the picture's own orientation), and the
-            grid (rows, columns) that they lie on.
+        patches: for each view the normalised patch features ``[P, D]`` in the image's own orientation, and their grid
+            (rows, columns).
         pooled: the normalised mean of the normalised pooled embeddings, ``[D]``, or ``None``.
         grid: the finest grid.
-        picture: RGB in [0, 1] at the size of scale one, ``[3, h, w]``, where PAMR refines.
+        image: RGB in [0, 1] at the size of scale one, ``[3, h, w]``, where PAMR refines.
     """
 
     patches: list[tuple[Tensor, tuple[int, int]]]
     pooled: Tensor | None
     grid: tuple[int, int]
-    picture: Tensor
+    image: Tensor
+
+    picture = RenamedAttribute("image")
 
     def maps(self, texts: Tensor) -> Tensor:
-        """Mean cosines ``[K, H, W]`` of K normalised embeddings ``[K, D]`` on the finest grid."""
+        """Return the mean cosines ``[K, H, W]`` of K normalised embeddings ``[K, D]`` on the finest grid."""
         total = torch.zeros(len(texts), *self.grid, device=texts.device)
         for patches, grid in self.patches:
             maps = (texts.to(patches) @ patches.T).reshape(1, len(texts), *grid)
@@ -160,84 +108,85 @@ class DenseFeatures:
 def dense_features(
     adapter: DenseAdapter, image: Image, options: DenseOptions | None = None, *, pooled: bool = False
 ) -> DenseFeatures:
-    """Patch features of one picture at every scale, flip and window of ``options``.
+    """Return the patch features of one image at every scale, flip and window of ``options``.
 
     Args:
         adapter: the backbone, in evaluation mode.
-        image: an RGB picture.
-        options: how it is looked at.
-        pooled: whether the pooled embedding is wanted too; windows have no part in it.
+        image: an RGB image.
+        options: options of dense inference.
+        pooled: whether to compute the pooled embedding too, which is always that of the whole image.
     """
     options = options or DenseOptions()
-    seen: list[tuple[Tensor, tuple[int, int]]] = []
-    whole: list[Tensor] = []
+    collected: list[tuple[Tensor, tuple[int, int]]] = []
+    embeddings: list[Tensor] = []
     for scale in options.scales:
         size = options.input_size(adapter, image.width, image.height, scale)
         pixels = image_pixels(adapter, image, size).to(adapter.device)
         views = torch.stack([pixels, pixels.flip(-1)] if options.flip else [pixels])
-        patches, globally = _views(adapter, views, options, pooled)
-        whole += globally
+        patches, of_views = _encode_views(adapter, views, options, pooled)
+        embeddings += of_views
         for mirrored, view in enumerate(patches):
             view = view.flip(1) if mirrored else view
-            seen.append((view.flatten(0, 1), (view.shape[0], view.shape[1])))
+            collected.append((view.flatten(0, 1), (view.shape[0], view.shape[1])))
     base = image_pixels(adapter, image, options.input_size(adapter, image.width, image.height))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (adapter.description.mean, adapter.description.std))
     return DenseFeatures(
-        seen,
-        similarity.normalize(torch.stack(whole).mean(0)) if whole else None,
-        max((grid for _, grid in seen), key=lambda grid: grid[0] * grid[1]),
+        collected,
+        similarity.normalize(torch.stack(embeddings).mean(0)) if embeddings else None,
+        max((grid for _, grid in collected), key=lambda grid: grid[0] * grid[1]),
         (base.float() * std + mean).clamp(0, 1).to(adapter.device),
     )
 
 
-def _views(
+def _encode_views(
     adapter: DenseAdapter, views: Tensor, options: DenseOptions, pooled: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Normalised patch features ``[H, W, D]`` and pooled embeddings ``[D]`` of each view of one size."""
+    """Return normalised patch features ``[H, W, D]`` and pooled embeddings ``[D]`` of views of the same size."""
     height, width = views.shape[-2:]
-    places = list(_windows(adapter, height, width, options))
-    if len(places) == 1:
+    windows = list(_windows(adapter, height, width, options))
+    if len(windows) == 1:
         features = image_features(adapter, views, pooled=pooled)
-        whole = [] if features.pooled is None else list(similarity.normalize(features.pooled))
-        return list(similarity.normalize(features.patches)), whole
-    whole = []
+        embeddings = [] if features.pooled is None else list(similarity.normalize(features.pooled))
+        return list(similarity.normalize(features.patches)), embeddings
+    embeddings = []
     if pooled:
-        embeddings = image_features(adapter, views, pooled=True).pooled
-        assert embeddings is not None
-        whole = list(similarity.normalize(embeddings))
+        found = image_features(adapter, views, pooled=True).pooled
+        assert found is not None
+        embeddings = list(similarity.normalize(found))
     rows, columns = adapter.description.patch_size
     total: Tensor | None = None
-    times = torch.zeros(height // rows, width // columns, 1, device=views.device)
-    # All windows have one size, so several of them, of both orientations, are one batch.
-    together = max(options.batch // len(views), 1)
-    for start in range(0, len(places), together):
-        some = places[start : start + together]
-        cuts = torch.cat([views[..., top : top + side, left : left + across] for top, left, side, across in some])
-        patches = similarity.normalize(image_features(adapter, cuts, pooled=False).patches)
+    count = torch.zeros(height // rows, width // columns, 1, device=views.device)
+    # All windows have the same size, so several windows of both orientations make a batch.
+    per_batch = max(options.batch // len(views), 1)
+    for start in range(0, len(windows), per_batch):
+        some = windows[start : start + per_batch]
+        crops = torch.cat([views[..., top : top + side, left : left + across] for top, left, side, across in some])
+        patches = similarity.normalize(image_features(adapter, crops, pooled=False).patches)
         if total is None:
-            total = patches.new_zeros(len(views), *times.shape[:2], patches.shape[-1])
-        for (top, left, side, across), seen in zip(some, patches.split(len(views)), strict=True):
-            place = (slice(top // rows, (top + side) // rows), slice(left // columns, (left + across) // columns))
-            total[(slice(None), *place)] += seen
-            times[place] += 1
+            total = patches.new_zeros(len(views), *count.shape[:2], patches.shape[-1])
+        for (top, left, side, across), of_window in zip(some, patches.split(len(views)), strict=True):
+            area = (slice(top // rows, (top + side) // rows), slice(left // columns, (left + across) // columns))
+            total[(slice(None), *area)] += of_window
+            count[area] += 1
     assert total is not None
-    # Where windows overlap the cosines are to be averaged, so the mean of the features is not normalised again.
-    return list(total / times), whole
+    # Overlapping windows average their cosines, so the mean of the features is not normalised again.
+    return list(total / count), embeddings
 
 
 def _windows(
     adapter: DenseAdapter, height: int, width: int, options: DenseOptions
 ) -> Iterator[tuple[int, int, int, int]]:
-    """Top, left, height and width of the windows, on whole patches, the last ones flush with the border."""
+    """Yield top, left, height and width of the windows, on whole patches; the last windows end at the border."""
     sides: list[tuple[list[int], int]] = []
     for length, patch in zip((height, width), adapter.description.patch_size, strict=True):
         side = length if options.window is None else min(max(round(options.window / patch), 1) * patch, length)
         step = max(round((options.stride or side // 2) / patch), 1) * patch
         if step > side:
             raise InputError(
-                f"a stride of {options.stride} pixels leaves gaps between windows of {options.window} pixels"
+                f"a stride of {options.stride} pixels leaves gaps between windows of {options.window} pixels; use a "
+                "smaller stride"
             )
-        # From both ends to the middle, so that a picture and its mirror image are cut alike.
+        # Symmetric positions, so that an image and its mirror image have the same windows.
         count = -(-(length - side) // step) + 1
         starts = [round(i * (length - side) / max(count - 1, 1) / patch) * patch for i in range(count)]
         mirrored = [length - side - start for start in starts]
@@ -248,14 +197,14 @@ def _windows(
 
 
 def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resize of maps ``[K, H, W]`` to ``[K, height, width]``, pixel centres aligned."""
+    """Resize maps ``[K, H, W]`` to ``[K, height, width]`` bilinearly (``align_corners=False``)."""
     if tuple(maps.shape[-2:]) == tuple(size) or not len(maps):
         return maps if len(maps) else maps.new_zeros(0, *size)
     return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
-def activate(cosines: Tensor, activation: Activation, calibration: Calibration) -> Tensor:
-    """Maps ``[K, H, W]`` in [0, 1]: calibrated probabilities, min-max over each map, or the cosines as they are.
+def activate(cosines: Tensor, activation: MapActivation, calibration: Calibration) -> Tensor:
+    """Map cosines ``[K, H, W]`` to calibrated probabilities, or to min-max over each map, or leave them unchanged.
 
     Raises:
         InputError: the activation is unknown.
@@ -265,19 +214,19 @@ def activate(cosines: Tensor, activation: Activation, calibration: Calibration) 
     if activation == "minmax":
         return similarity.minmax_normalize(cosines.flatten(1)).reshape(cosines.shape)
     if activation != "cosine":
-        raise InputError(choices_sentence("activation", activation, get_args(Activation)))
+        raise InputError(choices_sentence("activation", activation, get_args(MapActivation)))
     return cosines
 
 
 def refine_maps(maps: Tensor, features: DenseFeatures, options: DenseOptions, chunk: int = 32) -> Tensor:
-    """PAMR at the size of scale one where ``options.refine`` asks for it; otherwise the maps as they are."""
+    """Refine maps ``[K, H, W]`` with PAMR at the size of scale one, ``chunk`` maps at a time, if the options say so."""
     if not options.refine:
         return maps
-    size = (int(features.picture.shape[-2]), int(features.picture.shape[-1]))
+    size = (int(features.image.shape[-2]), int(features.image.shape[-1]))
     parts = [
         pamr(
             resize_maps(maps[start : start + chunk], size),
-            features.picture,
+            features.image,
             iterations=options.iterations,
             dilations=options.dilations,
         )
@@ -295,28 +244,27 @@ def label_map(
     background_class: int = 0,
     chunk: int = 16,
 ) -> NDArray[np.int64]:
-    """The class of every pixel at the size of the mask.
+    """Return the class of every pixel at the size of the mask.
 
-    Maps are enlarged a few at a time, so that memory does not grow with the number of classes.
+    Maps are upsampled in chunks, so that memory does not depend on the number of classes.
 
     Args:
         maps: ``[K, H, W]``, one for each name.
-        classes: int64 ``[K]``: the class index of each name; a class's score is the best of its names'.
+        classes: int64 ``[K]``, class index of each name; the score of a class is the highest of its names.
         size: (height, width) of the mask.
-        background: the constant plane of the background, or ``None`` where no such plane takes part.
-        background_class: what that plane stands for, and what every pixel is where there are no maps.
-        chunk: how many maps are enlarged at once.
+        background: the constant background plane, or ``None`` without such a plane.
+        background_class: class index of the plane, and of all pixels if there are no maps.
+        chunk: number of maps that are upsampled at once.
 
     Returns:
         int64 ``[height, width]``.
     """
     best = torch.full(size, -torch.inf if background is None else background, device=maps.device)
     label = torch.full(size, background_class, dtype=torch.int64, device=maps.device)
-    owners = classes.to(maps.device)
+    class_of = classes.to(maps.device)
     for start in range(0, len(maps), chunk):
-        enlarged = resize_maps(maps[start : start + chunk], size)
-        value, index = enlarged.max(0)
+        value, index = resize_maps(maps[start : start + chunk], size).max(0)
         better = value > best
         best = torch.where(better, value, best)
-        label = torch.where(better, owners[start : start + chunk][index], label)
+        label = torch.where(better, class_of[start : start + chunk][index], label)
     return label.cpu().numpy()

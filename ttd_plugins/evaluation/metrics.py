@@ -1,12 +1,12 @@
 """Metrics of dense image-text alignment, as pure functions of arrays.
 
-Each figure is made in two steps where sums suffice: counts, which add up over images and processes, and figures of
-counts. :mod:`ttd_plugins.evaluation.stateful` has a torchmetrics twin of each, built on the same functions.
+Where sums suffice, a metric has two steps: counts, which are additive over images and processes, and metrics of counts.
+:mod:`ttd_plugins.evaluation.metric_accumulators` applies these functions batch by batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +16,22 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ttd_plugins.utils.deprecation import renamed_names
+
+__getattr__ = renamed_names(__name__, {"class_figures": "class_overlaps"})
+
 
 def average_precision(scores: NDArray[np.floating], labels: NDArray[np.bool_]) -> float:
-    """Average precision of pooled candidates: the mean, over positives, of the precision at the rank of each.
+    """Return the average precision of pooled candidates: the mean, over positives, of the precision at their rank.
 
-    Candidates with equal scores share the precision at the end of their group, so that their order cannot matter.
+    Candidates with equal scores share the precision at the end of their group, so that their order is irrelevant.
 
     Args:
         scores: ``[N]``, higher for more likely positives.
         labels: bool ``[N]``.
 
     Returns:
-        A value in [0, 1], or NaN where there is no positive.
+        A value in [0, 1], or NaN without a positive.
     """
     if not labels.any():
         return float("nan")
@@ -41,7 +45,7 @@ def average_precision(scores: NDArray[np.floating], labels: NDArray[np.bool_]) -
 
 @dataclass(frozen=True)
 class SelectionCounts:
-    """Candidates pooled over captions: selected and true, selected only, true only, neither."""
+    """Numbers of candidates, pooled over captions: selected and true, selected only, true only, neither."""
 
     true_positives: int = 0
     false_positives: int = 0
@@ -58,52 +62,56 @@ class SelectionCounts:
 
     @property
     def precision(self) -> float:
-        """``TP / (TP + FP)``; zero where nothing is selected."""
+        """``TP / (TP + FP)``; zero if nothing is selected."""
         return self.true_positives / max(self.true_positives + self.false_positives, 1)
 
     @property
     def recall(self) -> float:
-        """``TP / (TP + FN)``; zero where nothing is true."""
+        """``TP / (TP + FN)``; zero if nothing is true."""
         return self.true_positives / max(self.true_positives + self.false_negatives, 1)
 
     @property
     def f1(self) -> float:
-        """``2 TP / (2 TP + FP + FN)``; zero where nothing is right."""
+        """``2 TP / (2 TP + FP + FN)``; zero if there is no true positive."""
         wrong = self.false_positives + self.false_negatives
         return 2 * self.true_positives / max(2 * self.true_positives + wrong, 1)
 
     @property
     def accuracy(self) -> float:
-        """``(TP + TN) / all``; NaN where there is no candidate."""
+        """``(TP + TN) / all``; NaN without a candidate."""
         right = self.true_positives + self.true_negatives
         count = right + self.false_positives + self.false_negatives
         return right / count if count else float("nan")
 
     def as_dict(self) -> dict[str, float]:
-        """The four figures by name."""
+        """Return precision, recall, F1 and accuracy by name."""
         return {name: getattr(self, name) for name in ("precision", "recall", "f1", "accuracy")}
 
 
 def selection_counts(selected: NDArray[np.bool_], labels: NDArray[np.bool_]) -> SelectionCounts:
-    """Count a selection of candidates, both bool ``[N]``."""
+    """Count the candidates of a selection.
+
+    Args:
+        selected, labels: bool ``[N]``.
+    """
     true = int((selected & labels).sum())
     only_selected, only_true = int(selected.sum()) - true, int(labels.sum()) - true
     return SelectionCounts(true, only_selected, only_true, len(labels) - true - only_selected - only_true)
 
 
 def f1_score(selected: NDArray[np.bool_], labels: NDArray[np.bool_]) -> float:
-    """F1 of a selection, pooled over candidates: ``2 TP / (2 TP + FP + FN)``; zero where nothing is right."""
+    """Return the F1 of a selection, pooled over candidates: ``2 TP / (2 TP + FP + FN)``."""
     return selection_counts(selected, labels).f1
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Three shares of the union of a predicted and a true region, which add to one (arXiv 2404.00384).
+    """Three fractions of the union of a predicted and a true region, which add up to one (arXiv 2404.00384).
 
     Attributes:
         iou: ``TP / union``.
-        fpr: ``(|P| - TP) / union``, what was predicted and is not true.
-        fnr: ``(|T| - TP) / union``, what is true and was missed.
+        fpr: ``(|P| - TP) / union``, predicted but not true.
+        fnr: ``(|T| - TP) / union``, true but missed.
     """
 
     iou: float
@@ -114,11 +122,11 @@ class Overlap:
 def mask_overlap(
     prediction: NDArray[np.bool_], truth: NDArray[np.bool_], valid: NDArray[np.bool_] | None = None
 ) -> Overlap:
-    """IoU, FPR and FNR of two masks of one shape; ``(1, 0, 0)`` where both are empty.
+    """Return IoU, FPR and FNR of two masks; ``(1, 0, 0)`` if both are empty.
 
     Args:
-        prediction, truth: bool, of one shape.
-        valid: bool of the same shape; pixels outside it count nowhere.
+        prediction, truth: bool, of the same shape.
+        valid: bool of the same shape; other pixels are ignored.
     """
     if valid is not None:
         prediction, truth = prediction & valid, truth & valid
@@ -129,8 +137,8 @@ def mask_overlap(
 
 
 def mean_overlap(overlaps: Iterable[Overlap]) -> Overlap:
-    """Caption IoU with the caption-level FPR and FNR: the mean over captions of each; NaN without a caption."""
-    rows = np.array([(one.iou, one.fpr, one.fnr) for one in overlaps], np.float64).reshape(-1, 3)
+    """Return Caption IoU, FPR and FNR: the mean of each over captions; NaN without a caption."""
+    rows = np.array([(item.iou, item.fpr, item.fnr) for item in overlaps], np.float64).reshape(-1, 3)
     if not len(rows):
         return Overlap(float("nan"), float("nan"), float("nan"))
     iou, fpr, fnr = rows.mean(0).tolist()
@@ -138,18 +146,21 @@ def mean_overlap(overlaps: Iterable[Overlap]) -> Overlap:
 
 
 IGNORE = 255
-"""Class index of pixels that count nowhere."""
+"""Class index of pixels without a label, which metrics ignore."""
 
 
 def class_counts(
     prediction: NDArray[np.integer], truth: NDArray[np.integer], classes: int, ignore: int = IGNORE
 ) -> NDArray[np.int64]:
-    """Pixels of each class that are right, predicted, and true: int64 ``[3, C]``, which adds up over images.
+    """Count the pixels of each class; the counts are additive over images.
 
     Args:
-        prediction, truth: class indices of one shape; pixels whose truth is ``ignore`` count nowhere.
+        prediction, truth: class indices of the same shape; pixels whose truth is ``ignore`` are ignored.
         classes: C.
-        ignore: the index of pixels without a label.
+        ignore: class index of pixels without a label.
+
+    Returns:
+        int64 ``[3, C]``: correct, predicted and true pixels.
 
     Raises:
         ValueError: a class index is outside 0 to C - 1.
@@ -158,43 +169,45 @@ def class_counts(
     predicted, true = prediction[valid].astype(np.int64), truth[valid].astype(np.int64)
     for name, values in (("prediction", predicted), ("truth", true)):
         if values.size and not 0 <= int(values.min()) <= int(values.max()) < classes:
-            raise ValueError(f"the {name} holds class {int(values.max())} or {int(values.min())}, outside {classes}")
+            raise ValueError(
+                f"the {name} has classes from {int(values.min())} to {int(values.max())}, outside 0 to {classes - 1}"
+            )
     rows = (true[predicted == true], predicted, true)
     return np.stack([np.bincount(row, minlength=classes) for row in rows]).astype(np.int64)
 
 
-def class_figures(counts: NDArray[np.int64]) -> dict[str, Any]:
-    """IoU, FPR and FNR of each class, and their means over the classes that occur.
+def class_overlaps(counts: NDArray[np.int64]) -> dict[str, Any]:
+    """Return IoU, FPR and FNR of each class, and their means over the classes that occur.
 
-    A class that is neither predicted nor true anywhere has no union: its figures are NaN, and the means leave it out.
-    One that is predicted and never true counts, with IoU 0 and FPR 1.
+    A class that is neither predicted nor true anywhere has no union: its metrics are NaN, and the means skip it. A
+    class that is predicted but never true is included, with IoU 0 and FPR 1.
 
     Args:
         counts: int64 ``[3, C]``, sums of :func:`class_counts` over images.
 
     Returns:
-        ``iou``, ``fpr`` and ``fnr`` (lists of C), ``miou``, ``mfpr`` and ``mfnr``, which add to one, and ``present``
-        (how many classes the means are over).
+        ``iou``, ``fpr`` and ``fnr`` (lists of C); ``miou``, ``mfpr`` and ``mfnr``, which add up to one; and ``present``
+        (the number of classes in the means).
     """
     both, predicted, true = counts.astype(np.float64)
     union = predicted + true - both
     present = union > 0
-    figures: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, part in (("iou", both), ("fpr", predicted - both), ("fnr", true - both)):
         values = np.full(len(union), np.nan)
         values[present] = part[present] / union[present]
-        figures[name] = values.tolist()
-        figures[f"m{name}"] = float(values[present].mean()) if present.any() else float("nan")
-    return figures | {"present": int(present.sum())}
+        found[name] = values.tolist()
+        found[f"m{name}"] = float(values[present].mean()) if present.any() else float("nan")
+    return found | {"present": int(present.sum())}
 
 
 def intersection_over_union(prediction: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
-    """``|P and T| / |P or T|`` of two masks of one shape; one where both are empty."""
+    """Return ``|P and T| / |P or T|`` of two masks of the same shape; one if both are empty."""
     return mask_overlap(prediction, truth).iou
 
 
 def upsample_map(similarity: NDArray[np.floating], height: int, width: int) -> NDArray[np.float32]:
-    """Bilinear resize of one map ``[H, W]`` to ``[height, width]``, pixel centres aligned (``align_corners=False``)."""
+    """Resize one map ``[H, W]`` to ``[height, width]`` bilinearly (``align_corners=False``)."""
     resized = F.interpolate(
         torch.from_numpy(np.ascontiguousarray(similarity, np.float32))[None, None],
         size=(height, width),
@@ -205,14 +218,14 @@ def upsample_map(similarity: NDArray[np.floating], height: int, width: int) -> N
 
 
 def tag_balance(similarity: NDArray[np.floating], masks: Sequence[NDArray[np.bool_]]) -> float:
-    """How evenly a caption's map covers its tags: the weakest tag's mean inside its mask over the strongest's.
+    """Return how evenly a caption's map covers its tags: the lowest mean inside a tag's mask over the highest.
 
     Args:
-        similarity: the caption's map in [0, 1] at the size of the masks, ``[height, width]``.
-        masks: bool ``[height, width]``, one for each of two true tags or more, none empty.
+        similarity: the caption's map in [0, 1], ``[height, width]``.
+        masks: bool ``[height, width]``, one for each of at least two true tags, none empty.
 
     Returns:
-        A value in [0, 1]: one when every tag is covered alike, near zero under single tag bias, and zero for a map
+        A value in [0, 1]: one if all tags are covered equally, near zero under single tag bias, and zero for a map
         that is zero inside every mask.
     """
     means = [float(similarity[mask].mean()) for mask in masks]
@@ -223,30 +236,31 @@ def tag_balance(similarity: NDArray[np.floating], masks: Sequence[NDArray[np.boo
 def retrieval_recalls(
     image: Tensor, text: Tensor, owner: Sequence[int], groups: Sequence[Any], ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
-    """Recall at k of image-text retrieval in both directions, with any number of captions an image.
+    """Return recall at k of image-text retrieval in both directions, with any number of captions per image.
 
     Args:
         image: ``[N, D]``, L2-normalised.
         text: ``[M, D]``, L2-normalised.
         owner: for each text the row of its image.
-        groups: for each text what makes it interchangeable with others: the caption itself, or a hash of it. Texts of
-            one group are right for each other's images.
-        ks: how many of the best candidates are looked at.
+        groups: for each text its group: the caption itself, or a hash of it. Texts of the same group are correct for
+            each other's images.
+        ks: values of k.
 
     Returns:
-        ``image_to_text_rK``, ``text_to_image_rK`` and their mean ``rK`` for every K. An image is found when any of
-        its captions is among the best.
+        ``image_to_text_rK``, ``text_to_image_rK`` and their mean ``rK`` for every K; NaN without data. Image-to-text
+        retrieval succeeds if any caption of the image is among the k nearest.
     """
     number: dict[Any, int] = {}
-    group = torch.tensor([number.setdefault(name, len(number)) for name in groups], device=image.device)
-    row = torch.as_tensor(owner, device=image.device)
-    # Images and groups that belong together, so that identical captions are right for each other's images.
+    rows_of_groups = [number.setdefault(name, len(number)) for name in groups]
+    group = torch.tensor(rows_of_groups, dtype=torch.long, device=image.device)
+    row = torch.as_tensor(owner, dtype=torch.long, device=image.device)
+    # Which groups belong to which image, so that identical captions are correct for each other's images.
     belongs = torch.zeros(len(image), len(number), dtype=torch.bool, device=image.device)
     belongs[row, group] = True
     hits: dict[str, dict[int, float]] = {}
     for way, queries, targets in (("image_to_text", image, text), ("text_to_image", text, image)):
         found = dict.fromkeys(ks, 0.0)
-        # In blocks, so that memory grows with N and not with N times M.
+        # In blocks, so that memory is linear in N and not in N times M.
         for start in range(0, len(queries), 512):
             block = queries[start : start + 512]
             best = (block @ targets.T).topk(min(max(ks), len(targets)), dim=1).indices
@@ -254,32 +268,34 @@ def retrieval_recalls(
             right = belongs[index, group[best]] if way == "image_to_text" else belongs[best, group[index]]
             for k in ks:
                 found[k] += float(right[:, :k].any(1).sum())
-        hits[way] = {k: count / len(queries) for k, count in found.items()}
-    figures = {f"{way}_r{k}": hits[way][k] for k in ks for way in hits}
-    return figures | {f"r{k}": (hits["image_to_text"][k] + hits["text_to_image"][k]) / 2 for k in ks}
+        hits[way] = {k: count / len(queries) if len(queries) else float("nan") for k, count in found.items()}
+    recalls = {f"{way}_r{k}": hits[way][k] for k in ks for way in hits}
+    return recalls | {f"r{k}": (hits["image_to_text"][k] + hits["text_to_image"][k]) / 2 for k in ks}
 
 
 def retrieval_recall(image: Tensor, text: Tensor, captions: Sequence[str], k: int = 1) -> float:
-    """Recall at k of image-text retrieval, the mean of both directions; identical captions are both right.
+    """Return recall at k of image-text retrieval, the mean of both directions.
 
     Args:
         image: ``[N, D]``, L2-normalised.
-        text: ``[N, D]``, L2-normalised, row n belonging to image n.
-        captions: N texts; pairs with equal ones are interchangeable.
-        k: how many of the best candidates are looked at.
+        text: ``[N, D]``, L2-normalised; row n belongs to image n.
+        captions: N texts. Identical captions are correct for each other's images.
+        k: number of nearest candidates.
     """
     return retrieval_recalls(image, text, range(len(captions)), captions, (k,))[f"r{k}"]
 
 
 def zero_shot_hits(image: Tensor, classes: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> dict[int, int]:
-    """How many images have their class among the k whose embeddings are nearest.
+    """Count the images with a correct class among the k nearest class embeddings.
 
     Args:
         image: ``[N, D]``, L2-normalised pooled embeddings.
         classes: ``[C, D]``, L2-normalised class embeddings.
-        labels: int64 ``[N]``, or bool ``[N, C]`` where an image may show several classes, any of which is right, or
-            none, and then none is a hit.
-        ks: how many of the nearest classes are looked at.
+        labels: int64 ``[N]``; or bool ``[N, C]`` if an image may show several classes, each of them correct, or none.
+        ks: values of k.
+
+    Returns:
+        The number of images for each k.
     """
     best = (image @ classes.T).topk(min(max(ks), len(classes)), dim=1).indices
     right = labels.gather(1, best) if labels.ndim == 2 else best == labels[:, None]
@@ -287,15 +303,19 @@ def zero_shot_hits(image: Tensor, classes: Tensor, labels: Tensor, ks: Sequence[
 
 
 def zero_shot_accuracy(image: Tensor, classes: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> dict[int, float]:
-    """Zero-shot classification accuracy at each k; see :func:`zero_shot_hits`.
+    """Return zero-shot classification accuracy at each k; arguments as in :func:`zero_shot_hits`.
 
-    Images that show none of the classes count nowhere; without any other image it is NaN.
+    Images that show none of the classes are ignored; without any other image the accuracy is NaN.
     """
     count = classified_images(labels)
-    hits = zero_shot_hits(image, classes, labels, ks) if count else {}
-    return {k: hits[k] / count if count else float("nan") for k in ks}
+    return hit_rates(zero_shot_hits(image, classes, labels, ks) if count else dict.fromkeys(ks, 0), count)
+
+
+def hit_rates(hits: Mapping[int, int], images: int) -> dict[int, float]:
+    """Return the fraction of images with a hit for each k; NaN without an image."""
+    return {k: count / images if images else float("nan") for k, count in hits.items()}
 
 
 def classified_images(labels: Tensor) -> int:
-    """How many images show a class; ``labels`` as in :func:`zero_shot_hits`."""
+    """Return the number of images that show a class; ``labels`` as in :func:`zero_shot_hits`."""
     return int(labels.any(1).sum()) if labels.ndim == 2 else len(labels)

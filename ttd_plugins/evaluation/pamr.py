@@ -1,10 +1,10 @@
 """PAMR: pixel-adaptive mask refinement (Araslanov and Roth, Single-Stage Semantic Segmentation from Image Labels,
 CVPR 2020).
 
-Score planes are averaged again and again over each pixel's neighbours, more over those that look alike. The affinity
-of pixel i to neighbour j is the softmax over j of ``-mean_c |x_i - x_j| / s_i``. The paper writes the variance of the
-picture over the neighbourhood for ``s``; its authors' release, and TCL and so TTD after it, take a tenth of the
-standard deviation, and so does this.
+Score planes are averaged repeatedly over each pixel's neighbours, with higher weights for similar colours. The affinity
+of pixel i to neighbour j is the softmax over j of ``-mean_c |x_i - x_j| / s_i``. In the paper ``s`` is the variance of
+the image over the neighbourhood. Its authors' release, TCL and TTD use a tenth of the standard deviation, and so does
+this module.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DILATIONS = (1, 2, 4, 8, 12, 24)
-ITERATIONS = 10
+from ttd_plugins.evaluation.protocol_options import PAMR_DILATIONS, PAMR_ITERATIONS
+from ttd_plugins.utils.deprecation import renamed_keyword
+
 _RING = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0))
 
 
 def _shifted(planes: Tensor, dilation: int) -> list[Tensor]:
-    """The eight neighbours of every pixel at a distance, ``[C, H, W]`` each; borders are repeated."""
+    """Return the eight neighbours of every pixel at a distance, ``[C, H, W]`` each; borders are replicated."""
     height, width = planes.shape[-2:]
     padded = F.pad(planes[None], [dilation] * 4, mode="replicate")[0]
     return [
@@ -28,63 +29,71 @@ def _shifted(planes: Tensor, dilation: int) -> list[Tensor]:
     ]
 
 
-def affinity(picture: Tensor, dilations: tuple[int, ...] = DILATIONS, sharpness: float = 0.1) -> Tensor:
-    """How much each neighbour weighs: ``[8 * len(dilations), H, W]``, adding to one over neighbours.
+@renamed_keyword("picture", "image")
+def affinity(image: Tensor, dilations: tuple[int, ...] = PAMR_DILATIONS, sharpness: float = 0.1) -> Tensor:
+    """Return the weight of each neighbour.
 
     Args:
-        picture: float ``[C, H, W]``; its scale does not matter.
+        image: float ``[C, H, W]``; its scale is irrelevant.
         dilations: distances of the neighbours in pixels.
-        sharpness: what sigma is multiplied with; smaller trusts colour more.
+        sharpness: factor of the standard deviation; smaller values follow colour edges more strictly.
+
+    Returns:
+        ``[8 * len(dilations), H, W]``, which sums to one over neighbours.
     """
-    # Two passes over the neighbours rather than one stack of C times as many planes.
+    # Two passes over the neighbours need less memory than a stack of C times as many planes.
     count = 9 * len(dilations)
-    total, squares = torch.zeros_like(picture), torch.zeros_like(picture)
+    total, squares = torch.zeros_like(image), torch.zeros_like(image)
     for dilation in dilations:
-        for neighbour in (picture, *_shifted(picture, dilation)):
+        for neighbour in (image, *_shifted(image, dilation)):
             # Differences from the centre, so that flat regions have a deviation of exactly zero.
-            difference = neighbour - picture
+            difference = neighbour - image
             total += difference
             squares += difference.square()
     sigma = ((squares - total.square() / count) / (count - 1)).clamp_min(0).sqrt()
     kernel = [
-        -((neighbour - picture).abs() / (1e-8 + sharpness * sigma)).mean(0)
+        -((neighbour - image).abs() / (1e-8 + sharpness * sigma)).mean(0)
         for dilation in dilations
-        for neighbour in _shifted(picture, dilation)
+        for neighbour in _shifted(image, dilation)
     ]
     return torch.stack(kernel).softmax(0)
 
 
+@renamed_keyword("picture", "image")
 def pamr(
     planes: Tensor,
-    picture: Tensor,
+    image: Tensor,
     *,
-    iterations: int = ITERATIONS,
-    dilations: tuple[int, ...] = DILATIONS,
+    iterations: int = PAMR_ITERATIONS,
+    dilations: tuple[int, ...] = PAMR_DILATIONS,
     sharpness: float = 0.1,
 ) -> Tensor:
-    """Refine score planes along the edges of a picture.
+    """Refine score planes along the edges of an image.
 
-    A constant plane stays as it is on any picture, and the result commutes with flips.
+    A constant plane stays unchanged on any image, and the result commutes with flips.
 
     Args:
         planes: float ``[K, H, W]``.
-        picture: float ``[C, H, W]``, of the same height and width.
-        iterations, dilations: ten, and 1, 2, 4, 8, 12, 24, as TCL and TTD use.
+        image: float ``[C, H, W]``.
+        iterations, dilations: the defaults are those of TCL and TTD.
         sharpness: see :func:`affinity`.
 
     Returns:
         ``[K, H, W]``, within the range of each plane.
+
+    Raises:
+        ValueError: planes and image differ in size.
     """
-    if planes.shape[-2:] != picture.shape[-2:]:
-        raise ValueError(f"planes of {tuple(planes.shape)} and a picture of {tuple(picture.shape)} differ in size")
-    weights = affinity(picture.float(), dilations, sharpness)
+    if planes.shape[-2:] != image.shape[-2:]:
+        raise ValueError(f"planes {tuple(planes.shape)} and image {tuple(image.shape)} differ in size")
+    weights = affinity(image.float(), dilations, sharpness)
     refined = planes.float()
     for _ in range(iterations):
         result = torch.zeros_like(refined)
-        place = 0
+        index = 0
         for dilation in dilations:
             for neighbour in _shifted(refined, dilation):
-                result.addcmul_(neighbour, weights[place])
-                place += 1
+                result.addcmul_(neighbour, weights[index])
+                index += 1
         refined = result
     return refined

@@ -1,4 +1,4 @@
-"""The scene protocol: tag selection, maps and retrieval of a backbone on generated scenes with exact ground truth."""
+"""The scene protocol: tag selection, maps and retrieval of a backbone on generated scenes with exact labels."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from ttd_plugins.evaluation.metrics import (
 )
 from ttd_plugins.method.similarity import minmax_normalize
 from ttd_plugins.method.text_embeddings import encode_texts
+from ttd_plugins.utils.deprecation import renamed_names
 
 CAPTION_MAP_THRESHOLD = 0.40
 TAG_MAP_THRESHOLD = 0.50
@@ -34,27 +35,27 @@ TAG_MAP_THRESHOLD = 0.50
 
 @dataclass(frozen=True)
 class SceneMetrics:
-    """Figures over a set of scenes; each in [0, 1] unless said otherwise.
+    """Metrics over a set of scenes, in [0, 1] unless stated otherwise.
 
     Attributes:
         tag_ap: average precision of the pixel score, pooled over candidate words.
-        tag_ap_blind: the same with each word scored by its mean over all pictures, which never looks at the one.
-        tag_ap_image, tag_ap_text: the same by the image score and by the text score.
+        tag_ap_blind: average precision of the image-blind baseline, which scores each word by its mean over all images.
+        tag_ap_image, tag_ap_text: average precision of the image score and of the text score.
         tag_f1: F1 of the engine's selection.
-        caption_iou: mean IoU of the caption's map (min-max-normalised, bilinear to the mask's size, above 0.40) with
-            the union of the regions of the caption's true tags.
+        caption_iou: mean IoU of the caption's map (min-max-normalised, resized bilinearly, above 0.40) with the union
+            of the regions of the caption's true tags.
         tag_iou: mean over true tags of the IoU of the tag's map (likewise, above 0.50) with the tag's region.
-        tag_balance: over captions with two true tags or more, the mean of the weakest true tag's mean of the
-            normalised caption map inside its mask over the strongest's.
-        retrieval_r1: image-text retrieval R@1, mean of both directions, identical captions both right.
-        zero_shot_top1: how often the noun of the scenes whose embedding, in the engine's template, is nearest to the
-            pooled image embedding names something that is pictured, mentioned by the caption or not.
+        tag_balance: over captions with at least two true tags, the mean ratio of the lowest to the highest mean of the
+            normalised caption map inside a true tag's mask.
+        retrieval_r1: image-text retrieval R@1, mean of both directions; identical captions are both correct.
+        zero_shot_top1: fraction of scenes that show the noun whose embedding, in the engine's template, is nearest to
+            the pooled image embedding, mentioned by the caption or not.
         caption_map_in_tag: for each kind of noun, the mean of the normalised caption map inside the masks of true
             tags of that kind: the bias by kind of word.
         caption_map_spread: mean of max - min over patches of the caption's cosines; near zero means collapse.
         selected_per_caption: mean number of selected tags (a count).
         true_per_caption: mean number of true tags (a count).
-        scenes: how many scenes were measured (a count).
+        scenes: number of scenes (a count).
     """
 
     tag_ap: float
@@ -74,26 +75,29 @@ class SceneMetrics:
     scenes: int
 
     def as_dict(self) -> dict[str, Any]:
-        """A dictionary that JSON can hold."""
+        """Return a dictionary for JSON."""
         return asdict(self)
 
 
-def picture_pixels(pictures: NDArray[np.uint8], adapter: DenseAdapter) -> Tensor:
-    """Pictures ``[B, H, W, 3]`` as normalised float32 pixels ``[B, 3, H, W]`` on the adapter's device."""
+def normalized_pixels(images: NDArray[np.uint8], adapter: DenseAdapter) -> Tensor:
+    """Normalise images ``[B, H, W, 3]`` to float32 pixels ``[B, 3, H, W]`` on the adapter's device."""
     description = adapter.description
-    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (description.mean, description.std))
-    return ((images - mean) / std).to(adapter.device)
+    return ((pixels - mean) / std).to(adapter.device)
+
+
+__getattr__ = renamed_names(__name__, {"picture_pixels": "normalized_pixels"})
 
 
 def scene_pixels(scenes: Sequence[Scene], adapter: DenseAdapter) -> Tensor:
-    """Pictures of equally large scenes as normalised float32 pixels ``[B, 3, side, side]`` on the adapter's device."""
-    return picture_pixels(np.stack([scene.image for scene in scenes]), adapter)
+    """Normalise the images of equally large scenes to float32 pixels ``[B, 3, side, side]`` on the adapter's device."""
+    return normalized_pixels(np.stack([scene.image for scene in scenes]), adapter)
 
 
 @dataclass
-class _Pooled:
-    """What is collected over batches."""
+class _Collected:
+    """Results collected over batches."""
 
     words: list[str] = field(default_factory=list)
     labels: list[bool] = field(default_factory=list)
@@ -117,22 +121,22 @@ def measure_on_scenes(
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> SceneMetrics:
-    """Measure the engine's backbone, with the engine's extractor, score and selection rule.
+    """Evaluate the engine's backbone, with the engine's extractor, score and selection rule.
 
     Args:
-        ttd: the engine; its backbone is put into evaluation mode for the time being.
-        scenes: scenes of one size.
-        batch_size: scenes that go through the backbone at once.
-        progress: called with the number of scenes just done.
+        ttd: the engine; its backbone is in evaluation mode meanwhile.
+        scenes: scenes of the same size.
+        batch_size: scenes per batch.
+        progress: callback, called with the number of scenes just done.
     """
-    pool = _Pooled()
+    pool = _Collected()
     with evaluation_mode(ttd.backbone):
         for start in range(0, len(scenes), batch_size):
             batch = list(scenes[start : start + batch_size])
             _measure_batch(ttd, batch, pool)
             if progress is not None:
                 progress(len(batch))
-        blind = _blind_scores(ttd, pool)
+        blind = _image_blind_scores(ttd, pool)
         nouns, _ = encode_texts(ttd.backbone, [ttd.options.template.format(noun) for noun in NOUNS])
 
     labels = np.array(pool.labels)
@@ -149,7 +153,7 @@ def measure_on_scenes(
         retrieval_r1=retrieval_recall(
             torch.cat(pool.pooled), torch.cat(pool.captions), [scene.caption for scene in scenes]
         ),
-        zero_shot_top1=zero_shot_accuracy(torch.cat(pool.pooled), nouns, _pictured(scenes).to(nouns.device), (1,))[1],
+        zero_shot_top1=zero_shot_accuracy(torch.cat(pool.pooled), nouns, _shown(scenes).to(nouns.device), (1,))[1],
         caption_map_in_tag={kind: float(np.mean(values)) for kind, values in sorted(pool.in_tag.items())},
         caption_map_spread=float(np.mean(pool.spread)),
         selected_per_caption=float(np.sum(pool.selected)) / len(scenes),
@@ -159,23 +163,24 @@ def measure_on_scenes(
 
 
 def check_scenes_fit(backbone: DenseAdapter) -> None:
-    """Refuse a backbone that scenes cannot be drawn for.
+    """Check that scenes can be drawn at a backbone's input size.
 
     Raises:
-        InputError: its input is not square, or of a side that scenes do not have.
+        InputError: the input is not square, or scenes do not support its side.
     """
     height, width = backbone.description.image_size
     if height != width:
-        raise InputError(f"scenes are square, and {backbone.description.name} prefers {height} x {width} pixels")
+        name = backbone.description.name
+        raise InputError(f"scenes are square, but {name} takes images of {height} x {width} pixels")
     Scenes("validation", 1, side=height)
 
 
-def _pictured(scenes: Sequence[Scene]) -> Tensor:
-    """Which of the nouns each scene pictures, named or not: bool ``[N, C]``."""
+def _shown(scenes: Sequence[Scene]) -> Tensor:
+    """Return which nouns each scene shows, mentioned or not: bool ``[N, C]``."""
     return torch.tensor([[noun in scene.masks for noun in NOUNS] for scene in scenes])
 
 
-def _measure_batch(ttd: TTD, scenes: list[Scene], pool: _Pooled) -> None:
+def _measure_batch(ttd: TTD, scenes: list[Scene], pool: _Collected) -> None:
     images = scene_pixels(scenes, ttd.backbone)
     captions = [scene.caption for scene in scenes]
     candidates = ttd.candidates(images, captions)
@@ -196,8 +201,8 @@ def _measure_batch(ttd: TTD, scenes: list[Scene], pool: _Pooled) -> None:
     _measure_maps(scenes, alignment, pool)
 
 
-def _measure_maps(scenes: list[Scene], alignment: Alignment, pool: _Pooled) -> None:
-    """Caption IoU, tag IoU, balance and spread of a batch."""
+def _measure_maps(scenes: list[Scene], alignment: Alignment, pool: _Collected) -> None:
+    """Collect caption IoU, tag IoU, balance and spread of a batch."""
     caption_maps = minmax_normalize(alignment.caption_maps).reshape(-1, *alignment.grid).cpu().numpy()
     tag_maps = minmax_normalize(alignment.tag_maps).reshape(-1, *alignment.grid).cpu().numpy()
     pool.spread += (alignment.caption_maps.amax(-1) - alignment.caption_maps.amin(-1)).tolist()
@@ -218,8 +223,8 @@ def _measure_maps(scenes: list[Scene], alignment: Alignment, pool: _Pooled) -> N
         position += len(tags)
 
 
-def _blind_scores(ttd: TTD, pool: _Pooled) -> dict[str, float]:
-    """Mean pixel score of every candidate word over all pictures."""
+def _image_blind_scores(ttd: TTD, pool: _Collected) -> dict[str, float]:
+    """Return the mean pixel score of every candidate word over all images."""
     words = sorted(set(pool.words))
     embeddings, _ = encode_texts(ttd.backbone, [ttd.options.template.format(word) for word in words])
     total = torch.zeros(len(words), device=embeddings.device)

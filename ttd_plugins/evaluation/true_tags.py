@@ -1,9 +1,9 @@
-"""True tags of a caption: the classes that it names and its picture shows.
+"""True tags of a caption: the classes that the caption names and the image shows.
 
-Which words name which class is data: ``coco_synonyms.json`` beside this file, for the 133 classes of COCO panoptic (the
-80 things among them). ``classes`` gives for each class what names it, besides its own name; ``several`` gives words
-that may name any of several classes, so that an "animal" is true where a dog is shown; ``not`` gives phrases in which
-such a word names something else ("light blue", "orange juice"); ``plurals`` the irregular ones.
+``coco_synonyms.json`` defines which phrases name which of the 133 classes of COCO panoptic (including the 80 things):
+``classes`` lists synonyms of each class; ``several`` lists words for any of several classes, so that "animal" is true
+if a dog is shown; ``not`` lists phrases in which such a word means something else ("light blue", "orange juice");
+``plurals`` lists irregular plurals.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SUFFIXES = ("-other-merged", "-merged", "-stuff", "-other")
 
 @dataclass(frozen=True)
 class Mention:
-    """Words ``start`` to ``end`` (exclusive) of a caption, which name any of ``classes``."""
+    """A phrase of a caption, words ``start`` to ``end`` (exclusive), which names any of ``classes``."""
 
     start: int
     end: int
@@ -30,14 +30,14 @@ class Mention:
 
 
 def plain_name(name: str) -> str:
-    """A class name as people write it: ``"door-stuff"`` is a door and ``"wall-brick"`` a wall brick."""
+    """Return a class name in plain English: ``"door-stuff"`` becomes "door" and ``"wall-brick"`` "wall brick"."""
     for suffix in _SUFFIXES:
         name = name.removesuffix(suffix)
     return name.replace("-", " ")
 
 
 def caption_words(caption: str) -> list[str]:
-    """Words of a caption in the form in which they are compared: folded, hyphens apart, possessives taken off."""
+    """Return the words of a caption for comparison: folded, split at hyphens, without possessive endings."""
     words = []
     for word in split_words(caption):
         for part in fold(word).replace("-", " ").split():
@@ -46,7 +46,7 @@ def caption_words(caption: str) -> list[str]:
 
 
 def plurals(phrase: str, irregular: Mapping[str, str]) -> list[str]:
-    """Plural forms of a phrase, of its last word; a phrase that is one already gains nothing that would harm."""
+    """Return the plural forms of a phrase, formed from its last word; harmless for a phrase that is plural already."""
     before, _, last = phrase.rpartition(" ")
     lead = f"{before} " if before else ""
     if last in irregular:
@@ -60,10 +60,10 @@ def plurals(phrase: str, irregular: Mapping[str, str]) -> list[str]:
 
 
 class Vocabulary:
-    """Which phrases name which classes.
+    """Phrases that name classes.
 
     Args:
-        names: for each phrase the classes that it may name; phrases without a class hide what lies inside them.
+        names: for each phrase the classes that it may name; a phrase without classes masks the phrases inside it.
     """
 
     def __init__(self, names: Mapping[str, Sequence[str]]) -> None:
@@ -72,11 +72,14 @@ class Vocabulary:
 
     @property
     def classes(self) -> frozenset[str]:
-        """Every class that can be named."""
+        """All classes of the vocabulary."""
         return frozenset(name for names in self._phrases.values() for name in names)
 
     def mentions(self, caption: str) -> list[Mention]:
-        """What a caption names, from left to right, the longest phrase first; positions count :func:`caption_words`."""
+        """Return the mentions of a caption from left to right, preferring longer phrases.
+
+        Positions are indices into :func:`caption_words`.
+        """
         words, found, start = caption_words(caption), [], 0
         while start < len(words):
             for length in range(min(self._longest, len(words) - start), 0, -1):
@@ -93,7 +96,7 @@ class Vocabulary:
 
 @cache
 def coco_vocabulary() -> Vocabulary:
-    """The table of ``coco_synonyms.json``, with plurals."""
+    """Return the vocabulary of ``coco_synonyms.json``, with plurals."""
     table = json.loads(
         resources.files("ttd_plugins.evaluation").joinpath("coco_synonyms.json").read_text(encoding="utf-8")
     )
@@ -101,7 +104,7 @@ def coco_vocabulary() -> Vocabulary:
     for name, synonyms in table["classes"].items():
         for phrase in (plain_name(name), *synonyms):
             names.setdefault(phrase, []).append(name)
-    # A word of several classes names all of them, whatever else was said of it.
+    # A word of several classes names all of them; this overrides its synonyms.
     names |= table["several"]
     for phrase in list(names):
         for plural in plurals(phrase, table["plurals"]):
@@ -110,25 +113,25 @@ def coco_vocabulary() -> Vocabulary:
 
 
 def mentions_of_tags(caption: str, tags: Iterable[str]) -> list[Mention]:
-    """Where the tags of a caption stand in it, each a class of its own, the longest first."""
+    """Return the positions of tags in their caption; each tag is a class, and longer tags are preferred."""
     return Vocabulary({tag: (tag,) for tag in tags}).mentions(caption)
 
 
 def label_candidates(
     caption: str, candidates: Sequence[str], mentions: Sequence[Mention], true: Sequence[bool | None]
 ) -> list[bool | None]:
-    """Whether each candidate tag is a true tag.
+    """Return whether each candidate tag is a true tag, or ``None`` if unknown.
 
-    A candidate names a mention where, somewhere in the caption, it ends where that ends: "light" of "traffic light",
-    and "baseball player" of "player". It is true if any mention that it names is true, and unknown (``None``) if none
-    is true and one is unknown. A word inside a mention, short of its end, qualifies what is shown and names nothing by
-    itself ("stop" of "stop sign"); it is unknown where the picture may show the whole.
+    A candidate refers to a mention if both end at the same word of the caption: "light" refers to "traffic light", and
+    "baseball player" to "player". It is true if any mention that it refers to is true, and unknown if none is true and
+    one is unknown. A word inside a mention, before its end, is a qualifier and refers to nothing by itself ("stop" of
+    "stop sign"); it is unknown unless the mention is false.
 
     Args:
         caption: the caption.
         candidates: its candidate tags.
-        mentions: what the caption names.
-        true: for each mention whether the picture shows it; ``None`` where nothing tells.
+        mentions: mentions of classes in the caption.
+        true: for each mention whether the image shows it; ``None`` if the annotations do not say.
     """
     words = caption_words(caption)
     labels: list[bool | None] = []

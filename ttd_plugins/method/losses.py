@@ -1,8 +1,8 @@
-"""The losses of TTD and the contrastive terms that keep global alignment, as functions with module twins.
+"""The losses of TTD, and the contrastive loss that preserves global alignment.
 
-The paper (arXiv 2404.00384) says *what* is compared: a tag's map with its own normalised map, and the caption's map
-with the union, gradients of the targets stopped. It does not publish the distance, how a map is brought into [0, 1]
-first, nor the weights: these are named options here, and ``examples/ablation.py`` measures them.
+The paper (arXiv 2404.00384) states what is compared: a tag's map with its own normalised map, and the caption's map
+with the union; gradients of the targets are stopped. It does not publish the distance, the activation that brings a
+map into [0, 1], nor the weights. These are options here, and ``examples/ablation.py`` measures them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ttd_plugins.errors import InputError
 from ttd_plugins.method.similarity import minmax_normalize, normalize, promote
@@ -34,15 +34,15 @@ def map_distance(
         maps: raw cosines ``[N, P]``.
         targets: ``[N, P]`` in [0, 1]; no gradient flows into them.
         distance: ``"bce"`` (binary cross-entropy), ``"mse"`` or ``"l1"``.
-        activation: what brings a map to the range of its target: ``"sigmoid"`` of the calibrated cosine, ``"minmax"``
-            over its own patches, or ``"none"``.
+        activation: how a map is brought into the range of its target: ``"sigmoid"`` of the calibrated cosine,
+            ``"minmax"`` over its own patches, or ``"none"``.
         calibration: the affine map inside the sigmoid; by default ``Calibration()``.
 
     Returns:
         ``[N]`` in at least float32, one distance per map.
 
     Raises:
-        InputError: an option is unknown, or ``"bce"`` is asked for on maps that are not probabilities.
+        InputError: an option is unknown, or ``"bce"`` is combined with maps that are not in [0, 1].
     """
     if distance not in get_args(Distance) or activation not in get_args(Activation):
         raise InputError(
@@ -60,7 +60,7 @@ def map_distance(
     if distance == "bce":
         if activation == "none":
             raise InputError("binary cross-entropy needs maps in [0, 1]; choose the activation 'sigmoid' or 'minmax'")
-        # The extremes of a min-max map are exactly 0 and 1, where the logarithm has no gradient worth following.
+        # The extremes of a min-max map are exactly 0 and 1, where the gradient of the logarithm is unbounded.
         maps = maps.clamp(1e-6, 1 - 1e-6)
         return -(targets * maps.log() + (1 - targets) * (1 - maps).log()).mean(-1)
     difference = maps - targets
@@ -76,16 +76,16 @@ def contrastive_loss(
     form: LogitForm = "softmax",
     groups: Tensor | None = None,
 ) -> Tensor:
-    """The backbone's own loss over a batch of pairs, in at least float32, under autocast too.
+    """The backbone's own contrastive loss of a batch of pairs, in at least float32 even under autocast.
 
     Args:
         image: ``[B, D]``, not necessarily normalised.
-        text: ``[B, D]``, row b belonging to image b.
+        text: ``[B, D]``; row b belongs to image b.
         scale: multiplier of the cosines.
         bias: added to the logits.
         form: ``"softmax"``: the symmetric InfoNCE (arXiv 2103.00020); ``"sigmoid"``: the pairwise loss
             (arXiv 2303.15343), summed over a row and averaged over rows.
-        groups: int64 ``[B]``; pairs of one group show the same image, and are no negatives of each other.
+        groups: int64 ``[B]``; pairs of one group have the same image, and are not negatives of each other.
 
     Returns:
         A scalar.
@@ -109,43 +109,3 @@ def contrastive_loss(
             terms = terms.masked_fill(siblings, 0)
         return terms.sum(-1).mean()
     raise InputError(f"unknown form of logits {form!r}; known: {', '.join(get_args(LogitForm))}")
-
-
-class MapDistance(nn.Module):
-    """Module twin of :func:`map_distance`."""
-
-    def __init__(
-        self,
-        distance: Distance = "bce",
-        activation: Activation = "sigmoid",
-        calibration: Calibration | None = None,
-    ) -> None:
-        super().__init__()
-        self.distance: Distance = distance
-        self.activation: Activation = activation
-        self.calibration = calibration
-
-    def forward(self, maps: Tensor, targets: Tensor) -> Tensor:
-        """``[N, P]`` and ``[N, P]`` to ``[N]``; see :func:`map_distance`."""
-        return map_distance(
-            maps, targets, distance=self.distance, activation=self.activation, calibration=self.calibration
-        )
-
-
-class ContrastiveLoss(nn.Module):
-    """Module twin of :func:`contrastive_loss`."""
-
-    def __init__(self, form: LogitForm = "softmax") -> None:
-        super().__init__()
-        self.form: LogitForm = form
-
-    def forward(
-        self,
-        image: Tensor,
-        text: Tensor,
-        scale: Tensor | float,
-        bias: Tensor | float | None = None,
-        groups: Tensor | None = None,
-    ) -> Tensor:
-        """``[B, D]`` and ``[B, D]`` to a scalar; see :func:`contrastive_loss`."""
-        return contrastive_loss(image, text, scale=scale, bias=bias, form=self.form, groups=groups)

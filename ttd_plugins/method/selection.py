@@ -1,7 +1,8 @@
-"""Which candidate tags are in the picture: scores, and the rule that turns scores into a selection.
+"""Tag selection: which candidate tags are in the image, from their scores and a threshold rule.
 
-The paper scores a tag by its nearest pixel (arXiv 2404.00384, section 3.1). It does not publish the threshold rule; its
-figures fit two, and both are here. All functions take the flat candidates of :mod:`ttd_plugins.method.similarity`.
+The paper scores a tag by its nearest pixel (arXiv 2404.00384, section 3.1). It does not publish the threshold rule. Its
+results are consistent with two rules, and both are here. All functions take the flat candidates of
+:mod:`ttd_plugins.method.similarity`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ttd_plugins.errors import InputError
 from ttd_plugins.options import Calibration, Rule
@@ -35,7 +36,7 @@ def image_scores(pooled: Tensor, tags: Tensor, image_index: Tensor, tag_index: T
 
 
 def text_scores(captions: Tensor, tags: Tensor, image_index: Tensor, tag_index: Tensor) -> Tensor:
-    """Baseline: similarity of each tag to the embedding of its caption, which never looks at the image.
+    """Image-blind baseline: similarity of each tag to the embedding of its caption.
 
     Shapes as in :func:`image_scores`, with captions ``[B, D]`` in place of the pooled embeddings.
     """
@@ -49,8 +50,8 @@ def minmax_over_tags(scores: Tensor, image_index: Tensor, batch: int, eps: float
         scores: ``[N]``.
         image_index: int64 ``[N]``.
         batch: B.
-        eps: where a caption's scores differ by less (one candidate, or equal ones) there is nothing to compare, and
-            each of them becomes one.
+        eps: if the scores of a caption differ by no more than this (one candidate, or equal scores), each becomes
+            one.
 
     Returns:
         ``[N]`` in [0, 1].
@@ -76,9 +77,9 @@ def select_tags(
         scores: cosines ``[N]``.
         image_index: int64 ``[N]``.
         batch: B.
-        rule: ``"minmax"``: the score min-max normalised over the caption's candidates reaches the threshold (the best
-            candidate is always kept, and so is a caption's only one); ``"absolute"``: the cosine itself does;
-            ``"probability"``: its calibrated probability does, which means the same on every backbone.
+        rule: what must reach the threshold: ``"minmax"``, the score min-max normalised over the caption's candidates
+            (the best candidate, or a caption's only one, is always selected); ``"absolute"``, the cosine;
+            ``"probability"``, the calibrated probability, which is comparable between backbones.
         threshold: in [0, 1] for ``"minmax"`` and ``"probability"``, a cosine for ``"absolute"``.
         calibration: for ``"probability"``; by default ``Calibration()``.
 
@@ -96,43 +97,3 @@ def select_tags(
     elif rule != "absolute":
         raise InputError(f"unknown selection rule {rule!r}; known: {', '.join(get_args(Rule))}")
     return scores >= threshold
-
-
-class TagSelection(nn.Module):
-    """Module twin of :func:`select_tags`."""
-
-    def __init__(self, rule: Rule = "minmax", threshold: float = 0.5, calibration: Calibration | None = None) -> None:
-        super().__init__()
-        self.rule: Rule = rule
-        self.threshold = threshold
-        self.calibration = calibration
-
-    def forward(self, scores: Tensor, image_index: Tensor, batch: int) -> Tensor:
-        """``[N]`` cosines to bool ``[N]``; see :func:`select_tags`."""
-        return select_tags(
-            scores, image_index, batch, rule=self.rule, threshold=self.threshold, calibration=self.calibration
-        )
-
-
-class PixelScores(nn.Module):
-    """Module twin of :func:`pixel_scores`."""
-
-    def forward(self, tag_maps: Tensor) -> Tensor:
-        """See :func:`pixel_scores`."""
-        return pixel_scores(tag_maps)
-
-
-class ImageScores(nn.Module):
-    """Module twin of :func:`image_scores`."""
-
-    def forward(self, pooled: Tensor, tags: Tensor, image_index: Tensor, tag_index: Tensor) -> Tensor:
-        """See :func:`image_scores`."""
-        return image_scores(pooled, tags, image_index, tag_index)
-
-
-class TextScores(nn.Module):
-    """Module twin of :func:`text_scores`."""
-
-    def forward(self, captions: Tensor, tags: Tensor, image_index: Tensor, tag_index: Tensor) -> Tensor:
-        """See :func:`text_scores`."""
-        return text_scores(captions, tags, image_index, tag_index)

@@ -23,7 +23,7 @@ from ttd_plugins.errors import PluginError, PluginWarning, choices_sentence, one
 from ttd_plugins.hookspecs import PROJECT_NAME
 from ttd_plugins.plugins.registry import LOAD_PLUGINS_VARIABLE, Plugin, Registry
 
-DEFAULT_PLUGINS = ("ttd_plugins.tags",)
+DEFAULT_PLUGINS = ("ttd_plugins.tag_extractors.word_tags",)
 """Modules that are always loaded; all other plugins, ours included, come through entry points."""
 
 OWN_DISTRIBUTION = "ttd-plugins"

@@ -1,1 +1,1 @@
-"""Tag extractors that come with the package as plugins."""
+"""Tag extractors of this package, each a plugin."""

@@ -1,6 +1,6 @@
 """Candidate tags by part of speech: the nouns of a caption, through Stanza (Qi et al., ACL 2020).
 
-The plugin of the entry point ``stanza``. It imports without Stanza, which is needed when :class:`StanzaTags` is built.
+This module is the plugin of the entry point ``stanza``. Stanza is imported when :class:`StanzaTags` is built.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _HYPHEN = "-"
 
 
 class _Unit(NamedTuple):
-    """A word of a sentence, or words that hyphens join; ``end`` and ``start`` are characters of the caption."""
+    """A word of a sentence, or words joined by hyphens; ``start`` and ``end`` are positions in the caption."""
 
     text: str
     upos: str
@@ -40,24 +40,24 @@ class _Unit(NamedTuple):
 class StanzaTags:
     """Nouns and proper nouns of a caption, in lower case, in order, each once.
 
-    Neighbouring nouns are one tag (``traffic light``), and then their parts are not tags: the light of a traffic light
-    is not what "light" means by itself. A possessive ends a compound (``dog's house`` gives ``dog`` and ``house``),
-    and words joined by hyphens are one word with the part of speech of the last (``t-shirt``). Emoji and other symbols
-    are dropped, as by :class:`~ttd_plugins.tags.WordTags`. Line breaks count as spaces, so that one caption stays one.
+    Adjacent nouns are one compound tag (``traffic light``), and their parts are not tags: the light of a traffic light
+    is not a light. A possessive ends a compound (``dog's house`` yields ``dog`` and ``house``). Words joined by hyphens
+    are one word with the part of speech of the last (``t-shirt``). Emoji and other symbols are dropped, as by
+    :class:`~ttd_plugins.tag_extractors.word_tags.WordTags`. Line breaks count as spaces.
 
     Args:
         resources: Stanza's resources folder; by default the environment variable ``STANZA_RESOURCES_DIR``, or else
             Stanza's own default.
-        adjectives: whether adjectives are tags too, each by itself.
-        compounds: whether neighbouring nouns are joined; otherwise every noun is a tag.
-        download: whether Stanza may download models that are absent. Without it nothing touches the network.
-        batch_size: how many captions Stanza gets at once.
+        adjectives: whether each adjective is a tag too.
+        compounds: whether adjacent nouns are joined; otherwise every noun is a tag.
+        download: whether Stanza may download missing models. Otherwise the network is not used.
+        batch_size: number of captions that Stanza processes at once.
         language: Stanza's code of the captions' language.
-        cache_size: how many captions are remembered with their tags; the oldest are forgotten first.
+        cache_size: number of captions whose tags are cached; the oldest are removed first.
 
     Raises:
-        MissingDependencyError: Stanza is not installed, or only half.
-        TagExtractionError: its models are absent or cannot be read; the message names the folder.
+        MissingDependencyError: Stanza cannot be imported.
+        TagExtractionError: its models are missing or cannot be read; the message names the folder.
         InputError: a size is not positive.
     """
 
@@ -83,7 +83,7 @@ class StanzaTags:
         self._pipeline = _pipeline(resources, language, download)
 
     def __call__(self, captions: Sequence[str]) -> list[list[str]]:
-        """Candidate tags of each caption; see :meth:`ttd_plugins.tags.TagExtractor.__call__`.
+        """Return the candidate tags of each caption; see :meth:`ttd_plugins.tags.TagExtractor.__call__`.
 
         Raises:
             InputError: ``captions`` is not a sequence of strings.
@@ -91,7 +91,7 @@ class StanzaTags:
         """
         check_captions(captions)
         texts = [without_symbols(caption) for caption in captions]
-        # Text without a word gives Stanza nothing to tag.
+        # Stanza cannot process a text without words.
         tags: dict[str, tuple[str, ...]] = {text: () for text in texts if not split_words(text)}
         tags |= {text: self._cache[text] for text in texts if text in self._cache}
         new = [text for text in dict.fromkeys(texts) if text not in tags]
@@ -105,7 +105,7 @@ class StanzaTags:
 
     def _extract(self, texts: list[str]) -> list[tuple[str, ...]]:
         try:
-            with _unnoticed():
+            with _isolated_stanza():
                 documents = self._pipeline.bulk_process(texts)
         except Exception as error:
             raise TagExtractionError(
@@ -131,7 +131,7 @@ class StanzaTags:
 
 
 def _units(text: str, sentence: Any) -> Iterator[_Unit]:
-    """Words of a sentence, those around a hyphen joined as they are written."""
+    """Yield the words of a sentence; words around a hyphen are joined as they are written."""
     current: _Unit | None = None
     for word in sentence.words:
         start, end = word.start_char, word.end_char
@@ -148,7 +148,7 @@ def _units(text: str, sentence: Any) -> Iterator[_Unit]:
 
 
 def _joined(run: list[_Unit]) -> str:
-    """The words of a run in lower case, with a space where the caption has one."""
+    """Return the words of a run in lower case, with a space where the caption has one."""
     text = run[0].text
     for left, right in pairwise(run):
         text += ("" if left.end is not None and left.end == right.start else " ") + right.text
@@ -169,9 +169,9 @@ def _pipeline(resources: str | Path | None, language: str, download: bool) -> An
     default = os.environ.get("STANZA_RESOURCES_DIR") or stanza.resources.common.DEFAULT_MODEL_DIR
     folder = str(resources if resources is not None else default)
     if not download and not os.path.isfile(os.path.join(folder, "resources.json")):
-        raise TagExtractionError(_absent(folder, language, "there is no resources.json"))
+        raise TagExtractionError(_missing_models(folder, language, "resources.json does not exist"))
     try:
-        with _unnoticed():
+        with _isolated_stanza():
             return stanza.Pipeline(
                 language,
                 model_dir=folder,
@@ -183,7 +183,7 @@ def _pipeline(resources: str | Path | None, language: str, download: bool) -> An
             raise TagExtractionError(
                 f"Stanza's models for {language!r} could not be downloaded to {folder!r}: {one_sentence(error)}"
             ) from error
-        raise TagExtractionError(_absent(folder, language, one_sentence(error))) from error
+        raise TagExtractionError(_missing_models(folder, language, one_sentence(error))) from error
     except Exception as error:
         raise TagExtractionError(
             f"Stanza's models for {language!r} in {folder!r} cannot be loaded: {type(error).__name__}: "
@@ -191,16 +191,16 @@ def _pipeline(resources: str | Path | None, language: str, download: bool) -> An
         ) from error
 
 
-def _absent(folder: str, language: str, reason: str) -> str:
+def _missing_models(folder: str, language: str, reason: str) -> str:
     return (
         f"Stanza's models for {language!r} are not in {folder!r} ({reason}); build the extractor with download=True, "
-        f"run stanza.download({language!r}, model_dir={folder!r}), or give a resources folder that has them"
+        f"run stanza.download({language!r}, model_dir={folder!r}), or pass a resources folder that has them"
     )
 
 
 @contextmanager
-def _unnoticed() -> Iterator[None]:
-    """Keep Stanza's messages out of the caller's output, and its draws out of the caller's random numbers."""
+def _isolated_stanza() -> Iterator[None]:
+    """Silence Stanza's log messages, and restore torch's random state."""
     import torch
 
     logger = logging.getLogger("stanza")
@@ -215,5 +215,5 @@ def _unnoticed() -> Iterator[None]:
 
 @hookimpl
 def register_tag_extractors(register: Callable[[str, Callable[..., TagExtractor]], None]) -> None:
-    """Register the nouns of Stanza."""
+    """Register Stanza's nouns."""
     register(StanzaTags.name, StanzaTags)

@@ -6,10 +6,10 @@ Both run the same list, :data:`CHECKS`. Nothing here needs pytest before a test 
 
 from __future__ import annotations
 
-from ttd_plugins.testing.check import Check, CheckFailed, CheckResult, NotApplicable, Report
+from ttd_plugins.testing.all_checks import CHECKS
+from ttd_plugins.testing.check_session import Session, check_adapter
+from ttd_plugins.testing.check_types import Check, CheckFailed, CheckResult, NotApplicable, Report
 from ttd_plugins.testing.conformance import AdapterConformance
-from ttd_plugins.testing.registry import CHECKS
-from ttd_plugins.testing.session import Session, check_adapter
 
 __all__ = [
     "CHECKS",

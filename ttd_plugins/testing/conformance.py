@@ -8,9 +8,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from ttd_plugins.adapter import DenseAdapter
-from ttd_plugins.testing.check import Check
-from ttd_plugins.testing.registry import CHECKS
-from ttd_plugins.testing.session import Session, library_image_embedding, library_text_embedding
+from ttd_plugins.testing.all_checks import CHECKS
+from ttd_plugins.testing.check_session import Session, library_image_embedding, library_text_embedding
+from ttd_plugins.testing.check_types import Check
 
 
 class AdapterConformance:

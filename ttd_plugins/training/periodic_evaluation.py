@@ -95,8 +95,8 @@ class CaptionedSet(LabelledSet):
     """Annotated photographs, measured by the protocols of tag selection and text-level segmentation."""
 
     def __init__(self, options: EvaluationConfig, name: str, root: str, folder: Path) -> None:
+        from ttd_plugins.evaluation.captioned_images import open_labelled, preset_protocols
         from ttd_plugins.evaluation.datasets import CAPTIONS
-        from ttd_plugins.evaluation.labelled import open_labelled, preset_protocols
 
         if name not in CAPTIONS:
             raise InputError(choices_sentence("labelled set of evaluation.data", name, [SCENES, *CAPTIONS]))
@@ -115,7 +115,7 @@ class CaptionedSet(LabelledSet):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def measure(self, ttd: TTD, step: int, stage: Stage) -> dict[str, float]:
-        from ttd_plugins.evaluation.labelled import as_trained
+        from ttd_plugins.evaluation.captioned_images import as_trained
         from ttd_plugins.evaluation.protocols import evaluate_tags, evaluate_text
 
         tag_options, text_options = as_trained((self.tags, self.text), ttd.options)
@@ -124,8 +124,8 @@ class CaptionedSet(LabelledSet):
         def named(name: str, steps: int) -> Any:
             return stage(f"evaluate: {name.removesuffix(': images')}", steps)
 
-        tags = evaluate_tags(ttd.backbone, self.reader, tag_options, out=out / "tags", stage=named).figures or {}
-        text = evaluate_text(ttd.backbone, self.reader, text_options, out=out / "text", stage=named).figures or {}
+        tags = evaluate_tags(ttd.backbone, self.reader, tag_options, out=out / "tags", stage=named).metrics or {}
+        text = evaluate_text(ttd.backbone, self.reader, text_options, out=out / "text", stage=named).metrics or {}
         # The records have every embedding and are large; results.json has the metrics.
         for records in out.glob("*/images-*.jsonl"):
             records.unlink()

@@ -19,6 +19,7 @@ from ttd_plugins.engine import TTD, evaluation_mode
 from ttd_plugins.errors import InputError, TTDError, choices_sentence
 from ttd_plugins.training import checkpoints
 from ttd_plugins.training.checkpoint_manager import CheckpointManager
+from ttd_plugins.training.compiling import compile_image_blocks
 from ttd_plugins.training.config import EvaluationConfig, TrainConfig
 from ttd_plugins.training.loop import run_loop
 from ttd_plugins.training.periodic_evaluation import LabelledSet, open_evaluation
@@ -37,7 +38,6 @@ from ttd_plugins.training.strategies import ReplicatedStrategy, ShardedStrategy,
 from ttd_plugins.training.train_state import TrainState
 from ttd_plugins.training.trainable_parameters import build_backbone, train_mode
 from ttd_plugins.utils import distributed
-from ttd_plugins.utils.compiling import compile_image_blocks
 from ttd_plugins.utils.deprecation import warn_renamed
 from ttd_plugins.utils.files import make_folder, write_atomic
 from ttd_plugins.utils.rng import get_rng_state, preserved_rng, seed_everything
@@ -350,7 +350,7 @@ class _Run:
             batch, rows = found.batch, []
             for number in range(min(self.config.run.heatmap_samples, len(batch.images))):
                 name = f"sample-{number + 1}.png"
-                Image.fromarray(self.ttd._picture(batch.images[number].cpu())).save(folder / name)
+                Image.fromarray(self.ttd.image_array(batch.images[number].cpu())).save(folder / name)
                 tags = batch.tags[number] if batch.tags is not None else None
                 rows.append(
                     {"picture": name, "caption": batch.captions[number], "tags": tags, "key": batch.keys[number]}

@@ -59,9 +59,10 @@ def renamed_names(module: str, renamed: Mapping[str, str]) -> Callable[[str], An
         module: ``__name__`` of the module.
         renamed: old name to new name; a new name with dots is in another module, as in ``"package.module.name"``.
 
-    Example::
+    Example, hidden from type checkers, which would otherwise accept any name of the module::
 
-        __getattr__ = renamed_names(__name__, {"Lines": "JsonlLog"})
+        if not TYPE_CHECKING:
+            __getattr__ = renamed_names(__name__, {"Lines": "JsonlLog"})
     """
 
     def __getattr__(name: str) -> Any:  # noqa: N807

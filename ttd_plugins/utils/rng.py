@@ -20,7 +20,8 @@ def get_rng_state() -> dict[str, Any]:
     """
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    # Not is_available(), which would query the driver in the worker processes of a loader.
+    cuda = torch.cuda.is_initialized()
     return {
         "python": [version, list(words), gauss],
         "numpy": [name, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
@@ -50,8 +51,14 @@ def preserved_rng() -> Iterator[None]:
         set_rng_state(state)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed all generators; negative and large seeds are reduced to the range that each generator accepts."""
+def seed_everything(seed: int, *, accelerators: bool = True) -> None:
+    """Seed all generators; negative and large seeds are reduced to the range that each generator accepts.
+
+    Args:
+        seed: the seed.
+        accelerators: whether to seed the generators of GPUs too. Without them a call is cheap enough for every sample.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed % 2**63)
+    # torch.manual_seed formats a stack trace for GPUs that are not initialised yet.
+    (torch.manual_seed if accelerators else torch.default_generator.manual_seed)(seed % 2**63)

@@ -1,10 +1,9 @@
-"""Segmentation data sets: standard downloads, the layouts that mmsegmentation's converters write, and TTD's
-repackaging.
+"""Readers of segmentation data sets: standard downloads, layouts of mmsegmentation's converters, and TTD's repackaging.
 
-The repackaging of the paper's authors is ``SPLIT/image``, ``SPLIT/mask`` and ``SPLIT/xml`` with files of one stem.
-Their README shows these folders and not what is in them. Assumed: masks hold what the standard download holds, or the
-indices of the classes (both where they cannot be confused); the image-level tags in ``xml`` are not needed, for
-every class is a candidate on every picture.
+The paper's authors repackaged data sets as ``SPLIT/image``, ``SPLIT/mask`` and ``SPLIT/xml`` with files of equal stems.
+Their README shows these folders but not the format of the files. The readers assume that masks contain the ids of the
+standard download, or class indices, or both if they cannot be confused. The image-level tags in ``xml`` are not needed,
+since every class is a candidate on every image.
 """
 
 from __future__ import annotations
@@ -19,36 +18,33 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ttd_plugins.errors import InputError
-from ttd_plugins.evaluation.datasets.base import (
-    IGNORE,
-    PICTURES,
-    ClassNames,
+from ttd_plugins.errors import InputError, choices_sentence
+from ttd_plugins.evaluation.datasets.annotation_files import (
+    IMAGE_SUFFIXES,
     DatasetError,
-    Progress,
-    SegmentationData,
-    apply_table,
-    class_names,
     existing_root,
     first_folder,
+    image_size,
     lookup_table,
-    picture_size,
+    map_indices,
     read_indices,
     read_json,
 )
-from ttd_plugins.evaluation.datasets.masks import annotation_mask
+from ttd_plugins.evaluation.datasets.coco_masks import annotation_mask
+from ttd_plugins.evaluation.datasets.reader import ClassNames, Progress, SegmentationData, class_names
+from ttd_plugins.evaluation.metrics import IGNORE
 
 Pairs = dict[str, tuple[Path, Path]]
 _SPLITS = {"val": ("val", "validation"), "train": ("train", "training"), "trainval": ("trainval",), "test": ("test",)}
 
 
 class MaskFiles(SegmentationData):
-    """A data set of one picture and one mask file for each key.
+    """A data set with one image file and one mask file for each key.
 
     Args:
-        root: the folder of the download, or the one above or below it that is named after the data set.
+        root: the folder of the download, or the folder above or below it that is named after the data set.
         split: ``"val"`` or ``"train"``.
-        limit: how many pictures are taken, from the start; all by default.
+        limit: number of images, from the start; by default all.
 
     Raises:
         DatasetError: the layout is not found, or the split is empty.
@@ -56,25 +52,25 @@ class MaskFiles(SegmentationData):
 
     def __init__(self, root: Path | str, split: str = "val", limit: int | None = None) -> None:
         if split not in _SPLITS:
-            raise InputError(f"unknown split {split!r}; known: {', '.join(_SPLITS)}")
+            raise InputError(choices_sentence("split", split, _SPLITS))
         if limit is not None and limit < 1:
-            raise InputError(f"limit must be 1 or more, not {limit}")
+            raise InputError(f"limit must be at least 1, not {limit}")
         self.root, self.split, self.limit = existing_root(root, self.name), split, limit
         self.layout = ""
         repackaged = self._repackaged()
         self._pairs = self.find() if repackaged is None else repackaged
         if not self._pairs:
-            raise DatasetError(f"the split {split!r} of {self.name} in {str(self.root)!r} has no pictures")
+            raise DatasetError(f"the split {split!r} of {self.name} in {str(self.root)!r} has no images")
         if limit is not None:
             self._pairs = dict(list(self._pairs.items())[:limit])
 
     @abstractmethod
     def find(self) -> Pairs:
-        """Picture and mask of each key in the standard layout; sets :attr:`layout`."""
+        """Return image and mask file of each key in the standard layout, and set :attr:`layout`."""
 
     @abstractmethod
     def ids(self, mask: Path) -> Mapping[int, int]:
-        """Class index of each pixel value that this mask file may hold."""
+        """Return the class index of each pixel value that a mask file may contain."""
 
     def keys(self) -> Sequence[str]:
         return list(self._pairs)
@@ -83,25 +79,25 @@ class MaskFiles(SegmentationData):
         return self._pairs[key][0]
 
     def mask_path(self, key: str) -> Path:
-        """The file of a mask."""
+        """Return the mask file of an image."""
         return self._pairs[key][1]
 
     def labels(self, key: str) -> NDArray[np.uint8]:
         path = self.mask_path(key)
-        return apply_table(self._values(path), self._table(path), path, self.name)
+        return map_indices(self._values(path), self._table(path), path, self.name)
 
     def check(self, keys: Iterable[str] | None = None, progress: Progress | None = None) -> None:
-        # What costs nothing first, for all: whether the files are there.
+        # The cheap check of all files first.
         for image, mask in self._pairs.values():
-            for kind, path in (("picture", image), ("mask", mask)):
+            for kind, path in (("image", image), ("mask", mask)):
                 if not path.is_file():
                     raise DatasetError(f"the {kind} {str(path)!r} of {self.name} is missing")
         for key in self._pairs if keys is None else keys:
             image, mask = self._pairs[key]
-            size, labels = picture_size(image), self.labels(key)
+            size, labels = image_size(image), self.labels(key)
             if labels.shape != size:
                 raise DatasetError(
-                    f"the mask {str(mask)!r} is {labels.shape[1]} x {labels.shape[0]} pixels, and its picture "
+                    f"the mask {str(mask)!r} is {labels.shape[1]} x {labels.shape[0]} pixels, but its image "
                     f"{str(image)!r} is {size[1]} x {size[0]}"
                 )
             if progress is not None:
@@ -110,7 +106,7 @@ class MaskFiles(SegmentationData):
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"split": self.split, "layout": self.layout, "limit": self.limit}
 
-    # Help for the readers below ---------------------------------------------------------------------------------------
+    # Helpers of the readers below -------------------------------------------------------------------------------------
 
     def _values(self, path: Path) -> NDArray[np.int64]:
         return read_indices(path)
@@ -134,13 +130,13 @@ class MaskFiles(SegmentationData):
         return None
 
     def _by_stem(self, images: Path, masks: Path, suffix: str = ".png", image_suffix: str = "") -> Pairs:
-        """Every picture of a folder with the mask of its stem."""
-        files = sorted(p for p in images.iterdir() if p.suffix in PICTURES and p.stem.endswith(image_suffix))
+        """Return each image of a folder with the mask of the same stem."""
+        files = sorted(p for p in images.iterdir() if p.suffix in IMAGE_SUFFIXES and p.stem.endswith(image_suffix))
         stems = [(p, p.stem.removesuffix(image_suffix)) for p in files]
         return {stem: (path, masks / f"{stem}{suffix}") for path, stem in stems}
 
     def _listed(self, file: Path, images: Path, masks: Path) -> Pairs:
-        """The keys of a list of ``ImageSets``, one a line."""
+        """Return image and mask file of each key in a list of ``ImageSets``, with one key per line."""
         try:
             keys = [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         except OSError:
@@ -164,7 +160,7 @@ def _is_rgb(path: Path) -> bool:
 
 
 def voc_palette() -> NDArray[np.uint8]:
-    """The colours ``[256, 3]`` of Pascal VOC's palette: the bits of an index, dealt to red, green and blue in turn."""
+    """Return Pascal VOC's palette, uint8 ``[256, 3]``: the bits of an index go to red, green and blue in turn."""
     palette = np.zeros((256, 3), np.uint8)
     for index in range(256):
         value = index
@@ -178,8 +174,8 @@ def voc_palette() -> NDArray[np.uint8]:
 class PascalVOC(MaskFiles):
     """PASCAL VOC 2012: ``JPEGImages``, ``SegmentationClass`` and ``ImageSets/Segmentation/SPLIT.txt``.
 
-    Masks are palette PNGs: 0 is background, 1 to 20 are the classes, 255 the void border. RGB masks in the colours of
-    the palette are taken too.
+    Masks are palette PNGs: 0 is background, 1 to 20 are the classes, 255 is the void border. RGB masks in the colours
+    of the palette are accepted too.
     """
 
     name = "voc"
@@ -202,9 +198,9 @@ class PascalVOC(MaskFiles):
             colours = voc_palette().astype(np.int64)
             codes = colours[:, 0] + 256 * colours[:, 1] + 65536 * colours[:, 2]
             order = np.argsort(codes)
-            place = np.minimum(np.searchsorted(codes[order], values), 255)
-            index = order[place]
-            # A colour that is not in the palette is no index, however small its number.
+            nearest = np.minimum(np.searchsorted(codes[order], values), 255)
+            index = order[nearest]
+            # A colour outside the palette is not an index, however small its code.
             values = np.where(codes[index] == values, index, np.maximum(values, 256))
         return values
 
@@ -213,8 +209,8 @@ class PascalContext60(MaskFiles):
     """Pascal Context with background: 60 classes.
 
     ``JPEGImages``, ``SegmentationClassContext`` and ``ImageSets/SegmentationContext/SPLIT.txt`` of VOC2010, as
-    mmsegmentation's converter writes them from the annotations: 0 is background, 1 to 59 are the classes in the order
-    of their ids among the 459 of the original, which is alphabetical.
+    mmsegmentation's converter writes them: 0 is background, 1 to 59 are the classes, in the alphabetical order of their
+    ids among the 459 original ones.
     """
 
     name = "context60"
@@ -235,7 +231,7 @@ class PascalContext60(MaskFiles):
 
 
 class PascalContext59(PascalContext60):
-    """Pascal Context without background: the files of :class:`PascalContext60` with labels reduced by one, 0 void."""
+    """Pascal Context without background: the masks of :class:`PascalContext60`; 0 is void, labels are minus one."""
 
     name = "context59"
     classes = class_names("context")[1:]
@@ -248,7 +244,7 @@ class PascalContext59(PascalContext60):
 class ADE20K(MaskFiles):
     """ADE20K scene parsing (``ADEChallengeData2016``): ``images/validation`` and ``annotations/validation``.
 
-    0 is anything else and void; 1 to 150 are the classes, reduced by one.
+    0 is everything else, and void; labels 1 to 150 are reduced by one.
     """
 
     name = "ade20k"
@@ -256,7 +252,7 @@ class ADE20K(MaskFiles):
 
     def find(self) -> Pairs:
         split = {"val": "validation", "train": "training"}.get(self.split, self.split)
-        images = self._folder("pictures", f"ADEChallengeData2016/images/{split}", f"images/{split}")
+        images = self._folder("images", f"ADEChallengeData2016/images/{split}", f"images/{split}")
         base = images.parents[1]
         self.layout = "ADEChallengeData2016"
         masks = base / "annotations" / split
@@ -271,26 +267,26 @@ _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28,
 
 
 class Cityscapes(MaskFiles):
-    """Cityscapes: ``leftImg8bit/SPLIT/CITY`` and ``gtFine/SPLIT/CITY``, in one folder or in the two of the download.
+    """Cityscapes: ``leftImg8bit/SPLIT/CITY`` and ``gtFine/SPLIT/CITY``, in one folder or in the download's two folders.
 
-    ``*_gtFine_labelTrainIds.png`` (0 to 18, 255 void) where cityscapesScripts has written them, and otherwise
+    Masks are ``*_gtFine_labelTrainIds.png`` (0 to 18, 255 void) if cityscapesScripts has written them, and otherwise
     ``*_gtFine_labelIds.png`` (0 to 33, of which 19 are evaluated).
     """
 
     name = "cityscapes"
     classes = class_names("cityscapes")
-    _PICTURE, _TRAIN, _RAW = "_leftImg8bit", "_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"
+    _IMAGE, _TRAIN, _RAW = "_leftImg8bit", "_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"
 
     def find(self) -> Pairs:
         split = self.split
         images = self._folder(
-            "pictures", f"leftImg8bit/{split}", f"leftImg8bit_trainvaltest/leftImg8bit/{split}",
+            "images", f"leftImg8bit/{split}", f"leftImg8bit_trainvaltest/leftImg8bit/{split}",
         )  # fmt: skip
         masks = self._folder("masks", f"gtFine/{split}", f"gtFine_trainvaltest/gtFine/{split}")
         self.layout = "Cityscapes"
         pairs: Pairs = {}
-        for path in sorted(images.glob(f"*/*{self._PICTURE}.png")):
-            stem, city = path.stem.removesuffix(self._PICTURE), path.parent.name
+        for path in sorted(images.glob(f"*/*{self._IMAGE}.png")):
+            stem, city = path.stem.removesuffix(self._IMAGE), path.parent.name
             converted = masks / city / f"{stem}{self._TRAIN}"
             pairs[stem] = (path, converted if converted.is_file() else masks / city / f"{stem}{self._RAW}")
         return pairs
@@ -303,18 +299,18 @@ class Cityscapes(MaskFiles):
 
 
 class _CocoPixelMaps(MaskFiles):
-    """What COCO-Stuff and COCO-Object share: their folders, and pixel maps of several origins."""
+    """Base of COCO-Stuff and COCO-Object: their folders, and pixel maps of several converters."""
 
     _CONVERTED: ClassVar[str]
     _YEARS = ("2017", "2014")
 
     def _images(self) -> tuple[Path, str]:
         tried = [f"{place}{self.split}{year}" for year in self._YEARS for place in ("images/", "")]
-        folder = self._folder("pictures", *tried)
+        folder = self._folder("images", *tried)
         return folder, folder.name
 
     def _pixel_maps(self) -> Pairs | None:
-        """Converted masks, or the pixel maps of the download."""
+        """Return image and mask files: converted masks, or the pixel maps of the download."""
         images, split = self._images()
         for place in ("annotations", "stuffthingmaps", "stuffthingmaps_trainval2017", "."):
             masks = self.root / place / split
@@ -331,9 +327,9 @@ class _CocoPixelMaps(MaskFiles):
 class CocoStuff(_CocoPixelMaps):
     """COCO-Stuff 164k: 171 classes.
 
-    ``annotations/val2017/*_labelTrainIds.png`` of mmsegmentation's converter (0 to 170), or the pixel maps of the
-    download, ``stuffthingmaps_trainval2017/val2017/*.png``, whose values are the category ids 1 to 182 less one; 255 is
-    void in both.
+    ``annotations/val2017/*_labelTrainIds.png`` of mmsegmentation's converter (0 to 170), or the download's pixel maps
+    ``stuffthingmaps_trainval2017/val2017/*.png``, whose values are the category ids 1 to 182 minus one. In both, 255 is
+    void.
     """
 
     name = "coco_stuff"
@@ -356,12 +352,12 @@ class CocoStuff(_CocoPixelMaps):
 
 
 class CocoObject(_CocoPixelMaps):
-    """COCO-Object: the 80 things of COCO and everything else as background.
+    """COCO-Object: the 80 things of COCO, and everything else as background.
 
-    ``annotations/val2017/*_instanceTrainIds.png`` of GroupViT's converter (0 background, 1 to 80), the pixel maps of
-    COCO-Stuff (stuff and unlabelled pixels become background, as that converter has it), or
-    ``annotations/instances_val2017.json`` with polygons and RLE, smaller instances over larger ones and crowds below
-    all. A folder of ``images`` with ``instances.json`` beside it is read as the last of these, whatever the split.
+    Masks are ``annotations/val2017/*_instanceTrainIds.png`` of GroupViT's converter (0 background, 1 to 80); or the
+    pixel maps of COCO-Stuff, where stuff and unlabelled pixels become background, as in that converter; or
+    ``annotations/instances_val2017.json`` with polygons and RLE, where smaller instances cover larger ones and all
+    cover crowds. A folder of ``images`` with ``instances.json`` next to it is read like the last, for any split.
     """
 
     name = "coco_object"
@@ -379,8 +375,8 @@ class CocoObject(_CocoPixelMaps):
             file = self.root / "annotations" / f"instances_{split}.json"
         if not file.is_file():
             raise DatasetError(
-                f"coco_object in {str(self.root)!r} has neither pixel maps nor {str(file)!r}; looked for "
-                f"annotations/{split}/*{self._CONVERTED} and stuffthingmaps_trainval2017/{split}/*.png too"
+                f"coco_object in {str(self.root)!r} has neither pixel maps nor {str(file)!r}; also looked for "
+                f"annotations/{split}/*{self._CONVERTED} and stuffthingmaps_trainval2017/{split}/*.png"
             )
         self.layout = "instances"
         self._instances = CocoInstances(file)
@@ -404,13 +400,13 @@ class CocoObject(_CocoPixelMaps):
 
 
 class CocoInstances:
-    """Instances of COCO's JSON format by picture.
+    """Instances of COCO's JSON format, by image.
 
     Args:
         file: ``instances_SPLIT.json``.
 
     Raises:
-        DatasetError: the file is missing or not of this format.
+        DatasetError: the file is missing or has another format.
     """
 
     def __init__(self, file: Path) -> None:
@@ -419,58 +415,67 @@ class CocoInstances:
         try:
             self.images: dict[int, dict[str, Any]] = {int(info["id"]): info for info in content["images"]}
             self.categories: dict[int, str] = {int(c["id"]): str(c["name"]) for c in content["categories"]}
-            annotations = content["annotations"]
-            self.of: dict[int, list[dict[str, Any]]] = {number: [] for number in self.images}
-            for annotation in annotations:
-                if annotation["image_id"] in self.of:
-                    self.of[annotation["image_id"]].append(annotation)
+            self.annotations: dict[int, list[dict[str, Any]]] = {number: [] for number in self.images}
+            for annotation in content["annotations"]:
+                if annotation["image_id"] in self.annotations:
+                    self.annotations[annotation["image_id"]].append(annotation)
             self.numbers = {str(info["file_name"]): number for number, info in self.images.items()}
         except (KeyError, TypeError, ValueError) as error:
-            raise DatasetError(f"the file {str(file)!r} is no COCO instances file: {error!r} is amiss") from error
+            raise DatasetError(f"the file {str(file)!r} is not a COCO instances file ({error!r})") from error
 
     def masks(self, number: int) -> list[tuple[int, float, bool, NDArray[np.bool_]]]:
-        """Category id, area in pixels, whether a crowd, and mask of each instance of a picture.
+        """Return category id, area in pixels, whether it is a crowd, and mask of each instance of an image.
+
+        Args:
+            number: id of the image.
 
         Raises:
-            DatasetError: a segmentation cannot be decoded or a category is unknown.
+            DatasetError: a segmentation cannot be decoded, or a category is unknown.
         """
         info, found = self.images[number], []
-        for annotation in self.of[number]:
+        for annotation in self.annotations[number]:
             category = int(annotation["category_id"])
             if category not in self.categories:
                 raise DatasetError(
-                    f"{str(self.file)!r} gives annotation {annotation.get('id')} the category id {category}, which it "
-                    "does not list"
+                    f"annotation {annotation.get('id')} in {str(self.file)!r} has the category id {category}, which "
+                    "the file does not list"
                 )
             try:
                 mask = annotation_mask(annotation["segmentation"], int(info["height"]), int(info["width"]))
             except (KeyError, ValueError, TypeError, IndexError) as error:
                 raise DatasetError(
-                    f"{str(self.file)!r} holds a segmentation that cannot be decoded, of annotation "
-                    f"{annotation.get('id')}: {error}"
+                    f"the segmentation of annotation {annotation.get('id')} in {str(self.file)!r} cannot be decoded: "
+                    f"{error}"
                 ) from error
             found.append((category, float(mask.sum()), bool(annotation.get("iscrowd", 0)), mask))
         return found
 
     def paint(self, file_name: str, index: Mapping[int, int]) -> NDArray[np.uint8]:
-        """Class indices of a picture, 0 where there is no instance; crowds lowest, then the larger first."""
+        """Return the class indices of an image, uint8 ``[height, width]``, 0 outside instances.
+
+        Smaller instances cover larger ones, and all cover crowds.
+
+        Args:
+            file_name: file name of the image.
+            index: class index of each category id.
+        """
         number = self.numbers[file_name]
         info = self.images[number]
         labels = np.zeros((int(info["height"]), int(info["width"])), np.uint8)
         for category, _, _, mask in sorted(self.masks(number), key=lambda item: (not item[2], -item[1])):
             if category not in index:
                 raise DatasetError(
-                    f"{str(self.file)!r} holds the category id {category}, which coco_object does not know"
+                    f"{str(self.file)!r} contains the category id {category}, which is not a category of coco_object"
                 )
             labels[mask] = index[category]
         return labels
 
 
 class CocoPanoptic(MaskFiles):
-    """COCO panoptic categories as one class a pixel: 133 classes.
+    """COCO panoptic categories as one class per pixel: 133 classes.
 
     Either ``images`` with ``semantic_masks/STEM.png``, whose values are category ids (0 unlabelled and void), and
-    ``categories.json`` beside them; or the download: ``SPLIT2017``, ``annotations/panoptic_SPLIT2017.json`` and the
+    ``categories.json`` next to them; or the download: ``SPLIT2017``, ``annotations/panoptic_SPLIT2017.json`` and the
     segment-id PNGs in ``annotations/panoptic_SPLIT2017`` or ``panoptic_SPLIT2017``.
     """
 
@@ -482,7 +487,7 @@ class CocoPanoptic(MaskFiles):
         self._known: frozenset[int] | None = None
         if (self.root / "semantic_masks").is_dir():
             self.layout = "semantic_masks"
-            images = self._folder("pictures", "images")
+            images = self._folder("images", "images")
             listed = self.root / "categories.json"
             if listed.is_file():
                 self._check_categories(listed)
@@ -492,7 +497,7 @@ class CocoPanoptic(MaskFiles):
             file = self.root / "annotations" / f"panoptic_{split}.json"
             if file.is_file():
                 self.layout = "panoptic"
-                images = self._folder("pictures", f"images/{split}", split)
+                images = self._folder("images", f"images/{split}", split)
                 masks = self._folder("masks", f"annotations/panoptic_{split}", f"panoptic_{split}")
                 return self._panoptic(file, images, masks)
         raise DatasetError(
@@ -506,9 +511,9 @@ class CocoPanoptic(MaskFiles):
         try:
             wrong = [c for c in content if known.get(c["id"]) != c["name"]]
         except (KeyError, TypeError) as error:
-            raise DatasetError(f"the file {str(file)!r} is no list of categories with id and name") from error
+            raise DatasetError(f"the file {str(file)!r} must be a list of categories with id and name") from error
         if wrong:
-            raise DatasetError(f"the file {str(file)!r} gives {wrong[0]}, which is no COCO panoptic category")
+            raise DatasetError(f"the file {str(file)!r} lists {wrong[0]}, which is not a COCO panoptic category")
 
     def _panoptic(self, file: Path, images: Path, masks: Path) -> Pairs:
         content = read_json(file)
@@ -520,7 +525,7 @@ class CocoPanoptic(MaskFiles):
                 pairs[mask.stem] = (images / names[annotation["image_id"]], mask)
                 self._segments[mask.stem] = {int(s["id"]): int(s["category_id"]) for s in annotation["segments_info"]}
         except (KeyError, TypeError, ValueError) as error:
-            raise DatasetError(f"the file {str(file)!r} is no COCO panoptic file: {error!r} is amiss") from error
+            raise DatasetError(f"the file {str(file)!r} is not a COCO panoptic file ({error!r})") from error
         return dict(sorted(pairs.items()))
 
     def ids(self, mask: Path) -> Mapping[int, int]:
@@ -536,7 +541,7 @@ class CocoPanoptic(MaskFiles):
         unknown = [int(value) for value in distinct if int(value) not in segments]
         if unknown:
             raise DatasetError(
-                f"the mask {str(path)!r} holds the segment id {unknown[0]}, which its JSON does not list"
+                f"the mask {str(path)!r} contains the segment id {unknown[0]}, which its JSON does not list"
             )
         return np.array([segments[int(value)] for value in distinct], np.int64)[inverse].reshape(values.shape)
 

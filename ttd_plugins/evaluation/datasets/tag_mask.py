@@ -1,17 +1,17 @@
-"""CC3M-TagMask, the benchmark of the paper (arXiv 2404.00384): captions, their true tags, and a mask of each tag.
+"""CC3M-TagMask, the paper's benchmark (arXiv 2404.00384): captions, their true tags, and a mask of each tag.
 
-Its folders are published, and what is inside its files is not. Assumed, until someone looks:
+The folders of the data set are published, but not the format of its files. This reader assumes:
 
-- ``image/KEY.jpg`` (or another format) is the picture.
+- ``image/KEY.jpg`` (or another format) is the image.
 - ``json_refined/KEY.json`` is an object with the caption under ``caption`` or ``text``, and the true tags under
-  ``tags``, ``true_tags`` or ``labels``: a list of strings, or an object whose keys are the tags (those with a false
-  value left out).
-- ``mask_using_HQ-SAM/KEY/TAG.png`` is the mask of one tag, nonzero where the tag is, spaces in TAG as spaces or
-  ``_``; or ``mask_using_HQ-SAM/KEY_TAG.png`` likewise; or ``mask_using_HQ-SAM/KEY.png`` holds for every pixel the
-  number of its tag in the list, from 1, and 0 or 255 elsewhere.
+  ``tags``, ``true_tags`` or ``labels``: a list of strings, or an object whose keys are tags (a false value means that
+  the tag is not true).
+- ``mask_using_HQ-SAM/KEY/TAG.png`` or ``mask_using_HQ-SAM/KEY_TAG.png`` is the mask of one tag, nonzero inside, with
+  spaces in TAG as spaces or ``_``; or ``mask_using_HQ-SAM/KEY.png`` has for each pixel the number of its tag in the
+  list, from 1, and elsewhere 0 or 255.
 
-A file that is otherwise is refused by one sentence. For another layout, override :meth:`TagMask.read_json` or
-:meth:`TagMask.read_masks` and hand the reader to the protocol.
+A file of another format is an error that names it. For another layout, override :meth:`TagMask.read_json` or
+:meth:`TagMask.read_masks` and pass the reader to the protocol.
 """
 
 from __future__ import annotations
@@ -24,33 +24,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ttd_plugins.errors import InputError
-from ttd_plugins.evaluation.datasets.base import (
-    PICTURES,
-    CaptionData,
-    CaptionedImage,
-    CaptionTruth,
+from ttd_plugins.evaluation.datasets.annotation_files import (
+    IMAGE_SUFFIXES,
     DatasetError,
-    Progress,
     existing_root,
-    picture_size,
+    image_size,
     read_indices,
     read_json,
 )
+from ttd_plugins.evaluation.datasets.reader import CaptionData, CaptionedImage, CaptionTruth, Progress
 from ttd_plugins.evaluation.true_tags import Mention, mentions_of_tags
 
 
 class TagMask(CaptionData):
     """Reader of CC3M-TagMask under the assumptions above.
 
-    A word of the caption is a true tag where it ends as a tag does. A tag whose words are not in the
-    caption in that order cannot be a candidate, and its mask still belongs to the caption's region.
+    A candidate is true if it ends where a tag ends in the caption. A tag whose words are not in the caption in that
+    order cannot be a candidate, but its mask belongs to the caption's region.
 
     Args:
         root: the folder with ``image``, ``json_refined`` and ``mask_using_HQ-SAM``.
-        limit: how many pictures are taken, from the start; all by default.
+        limit: number of images, from the start; by default all.
 
     Raises:
-        DatasetError: a folder is missing, or there is no picture with an annotation.
+        DatasetError: a folder or an image is missing, or there are no annotations.
     """
 
     name = "cc3m_tagmask"
@@ -58,7 +55,7 @@ class TagMask(CaptionData):
 
     def __init__(self, root: Path | str, limit: int | None = None) -> None:
         if limit is not None and limit < 1:
-            raise InputError(f"limit must be 1 or more, not {limit}")
+            raise InputError(f"limit must be at least 1, not {limit}")
         self.root, self.limit = existing_root(root, self.name), limit
         for folder in (self.IMAGES, self.JSON, self.MASKS):
             if not (self.root / folder).is_dir():
@@ -66,31 +63,31 @@ class TagMask(CaptionData):
         annotations = sorted(path.stem for path in (self.root / self.JSON).glob("*.json"))
         if not annotations:
             raise DatasetError(f"the folder {str(self.root / self.JSON)!r} has no .json file")
-        pictures = {path.stem: path for path in (self.root / self.IMAGES).iterdir() if path.suffix in PICTURES}
-        missing = [stem for stem in annotations if stem not in pictures]
+        images = {path.stem: path for path in (self.root / self.IMAGES).iterdir() if path.suffix in IMAGE_SUFFIXES}
+        missing = [stem for stem in annotations if stem not in images]
         if missing:
             raise DatasetError(
-                f"the picture of {str(self.root / self.JSON / (missing[0] + '.json'))!r} is missing from "
+                f"the image of {str(self.root / self.JSON / (missing[0] + '.json'))!r} is missing from "
                 f"{str(self.root / self.IMAGES)!r}"
             )
-        self._pictures = {stem: pictures[stem] for stem in annotations[:limit]}
+        self._images = {stem: images[stem] for stem in annotations[:limit]}
 
     def keys(self) -> Sequence[str]:
-        return list(self._pictures)
+        return list(self._images)
 
     def image_path(self, key: str) -> Path:
-        return self._pictures[key]
+        return self._images[key]
 
     def read_json(self, key: str) -> tuple[str, list[str]]:
-        """Caption and true tags of a picture.
+        """Return caption and true tags of an image.
 
         Raises:
-            DatasetError: the file holds something else than is assumed.
+            DatasetError: the file has another format than assumed.
         """
         file = self.root / self.JSON / f"{key}.json"
         content = read_json(file)
         if not isinstance(content, dict):
-            raise DatasetError(f"the file {str(file)!r} holds no object with a caption and tags")
+            raise DatasetError(f"the file {str(file)!r} must contain an object with a caption and tags")
         caption = next((content[name] for name in ("caption", "text") if name in content), None)
         tags = next((content[name] for name in ("tags", "true_tags", "labels") if name in content), None)
         if not isinstance(caption, str):
@@ -102,10 +99,10 @@ class TagMask(CaptionData):
         return caption, list(dict.fromkeys(tags))
 
     def read_masks(self, key: str, tags: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
-        """The mask of each true tag.
+        """Return the mask of each true tag, bool ``[height, width]``.
 
         Raises:
-            DatasetError: a mask is missing, or a map of tags holds a number that is not a tag's.
+            DatasetError: a mask is missing, or a map of tags contains a number without a tag.
         """
         folder = self.root / self.MASKS
         together = folder / f"{key}.png"
@@ -114,7 +111,7 @@ class TagMask(CaptionData):
             unknown = np.setdiff1d(values, [0, 255, *range(1, len(tags) + 1)])
             if unknown.size:
                 raise DatasetError(
-                    f"the mask {str(together)!r} holds {int(unknown[0])}, and there are {len(tags)} tags"
+                    f"the mask {str(together)!r} contains {int(unknown[0])}, but there are only {len(tags)} tags"
                 )
             return {tag: values == number for number, tag in enumerate(tags, 1)}
         masks = {}
@@ -132,7 +129,7 @@ class TagMask(CaptionData):
     def read(self, key: str) -> CaptionedImage:
         caption, tags = self.read_json(key)
         masks = self.read_masks(key, tags)
-        # By the words of the tag as they stand in the caption, which may be spelt otherwise.
+        # A tag is found by its words, which the caption may spell differently.
         mentions = mentions_of_tags(caption, tags)
         placed = {mention.classes[0] for mention in mentions}
         absent = [Mention(0, 0, tag, (tag,)) for tag in tags if tag not in placed]
@@ -141,8 +138,8 @@ class TagMask(CaptionData):
         return CaptionedImage(key, self.image_path(key), (truth,), masks)
 
     def check(self, keys: Iterable[str] | None = None, progress: Progress | None = None) -> None:
-        for path in self._pictures.values():
-            picture_size(path)
+        for path in self._images.values():
+            image_size(path)
         super().check(keys, progress)
 
     def describe(self) -> dict[str, Any]:

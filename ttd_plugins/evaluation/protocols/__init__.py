@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from ttd_plugins.evaluation.protocols.running import EvaluationResult, process_place
-from ttd_plugins.evaluation.protocols.segment import SEGMENT_PRESETS, SegmentProtocol, evaluate_segment
-from ttd_plugins.evaluation.protocols.tags import TAG_PRESETS, TagProtocol, evaluate_tags
-from ttd_plugins.evaluation.protocols.text import TEXT_PRESETS, TextProtocol, evaluate_text
+from ttd_plugins.evaluation.protocol_options import (
+    SEGMENT_PRESETS,
+    TAG_PRESETS,
+    TEXT_PRESETS,
+    SegmentProtocol,
+    TagProtocol,
+    TextProtocol,
+)
+from ttd_plugins.evaluation.protocols.runner import EvaluationResult, process_place
+from ttd_plugins.evaluation.protocols.segment import evaluate_segment
+from ttd_plugins.evaluation.protocols.tags import evaluate_tags
+from ttd_plugins.evaluation.protocols.text import evaluate_text
 
 __all__ = [
     "SEGMENT_PRESETS",

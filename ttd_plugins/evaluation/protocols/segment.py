@@ -1,24 +1,21 @@
-"""Open-vocabulary segmentation: the class of every pixel among a data set's class names (arXiv 2404.00384)."""
+"""Open-vocabulary segmentation: each pixel gets one of a data set's classes by their names (arXiv 2404.00384)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
-from ttd_plugins.adapter import Calibration, DenseAdapter
+from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.data.images import read_image
-from ttd_plugins.engine import evaluation_mode
 from ttd_plugins.errors import InputError, choices_sentence
 from ttd_plugins.evaluation.datasets import SegmentationData
 from ttd_plugins.evaluation.dense_inference import (
-    Activation,
-    DenseOptions,
     activate,
     class_embeddings,
     dense_features,
@@ -26,68 +23,13 @@ from ttd_plugins.evaluation.dense_inference import (
     refine_maps,
     templates_by_name,
 )
-from ttd_plugins.evaluation.metrics import IGNORE, class_counts, class_figures
-from ttd_plugins.evaluation.protocols.running import EvaluationResult, Record, describe_backbone, run_protocol
-from ttd_plugins.evaluation.protocols.text import PAPER_SCALES
-from ttd_plugins.evaluation.protocols.zero_shot import shown_hits, zero_shot_figures
-from ttd_plugins.utils.progress import Stage, no_progress
-
-Background = Literal["constant", "auto", "words", "none"]
-
-BACKGROUND_WORDS = (
-    "ground", "land", "grass", "tree", "building", "wall", "sky", "lake", "water", "river", "sea", "railway",
-    "railroad", "keyboard", "helmet", "cloud", "house", "mountain", "ocean", "road", "rock", "street", "valley",
-    "bridge", "sign",
-)  # fmt: skip
-"""Words for what VOC calls background, as Lin et al. (CVPR 2023) list them; those that name a class are left out."""
-
-
-@dataclass(frozen=True)
-class SegmentProtocol:
-    """How every pixel gets its class.
-
-    Attributes:
-        dense: how a picture is looked at.
-        activation: what is compared with the background plane: ``"probability"`` (calibrated, as in TCL),
-            ``"minmax"`` or ``"cosine"``.
-        templates: ``"imagenet"`` (80), ``"photo"`` or ``"none"``.
-        aliases: whether a class has the usual aliases beside its name; its score is the best of them.
-        background: ``"constant"``: a plane of ``threshold`` takes part, which is class background where the data set
-            has one, and no class elsewhere; ``"auto"``: that plane where the data set has a background, and none
-            elsewhere; ``"words"``: ``background_words`` in its place; ``"none"``: neither, and a class named
-            background is a class like others.
-        threshold: the constant plane; ``None`` means the paper's for the data set (:data:`THRESHOLDS`).
-        background_words: names of the background for ``"words"``.
-        calibration: for the activation ``"probability"``; ``None`` means the backbone's own.
-    """
-
-    dense: DenseOptions = field(
-        default_factory=lambda: DenseOptions(size=448, scales=PAPER_SCALES, flip=True, refine=True)
-    )
-    activation: Activation = "probability"
-    templates: str = "imagenet"
-    aliases: bool = True
-    background: Background = "constant"
-    threshold: float | None = None
-    background_words: tuple[str, ...] = BACKGROUND_WORDS
-    calibration: Calibration | None = None
-
-
-THRESHOLDS = {
-    "voc": 0.40, "cityscapes": 0.40, "coco_stuff": 0.40, "coco_object": 0.45, "ade20k": 0.45, "context59": 0.45,
-    "context60": 0.45,
-}  # fmt: skip
-"""Constant background planes of the paper's commands; 0.40 for other data sets."""
-
-SEGMENT_PRESETS: dict[str, SegmentProtocol] = {
-    "paper": SegmentProtocol(),
-    # TCL's own evaluation: short side 448, windows of 448 every 224 pixels, one scale, no flip.
-    "tcl": SegmentProtocol(
-        dense=DenseOptions(size=448, resize="short", window=448, stride=224, refine=True), background="auto"
-    ),
-    "fast": SegmentProtocol(dense=DenseOptions(size=224), templates="photo", background="auto"),
-}
-"""``"paper"``: 448 pixels, scales 1, 0.5, 1.5, 2, flip, PAMR, 80 templates, a constant plane on every data set."""
+from ttd_plugins.evaluation.metric_accumulators import ClassOverlapAccumulator
+from ttd_plugins.evaluation.metrics import IGNORE, class_counts
+from ttd_plugins.evaluation.protocol_options import THRESHOLDS, Background, SegmentProtocol
+from ttd_plugins.evaluation.protocols.runner import EvaluationResult, Record, run_protocol, run_settings
+from ttd_plugins.evaluation.protocols.zero_shot import image_hits, zero_shot_metrics
+from ttd_plugins.utils.deprecation import renamed_names
+from ttd_plugins.utils.progress import Stage, list_with_progress, no_progress
 
 
 def evaluate_segment(
@@ -100,13 +42,14 @@ def evaluate_segment(
     world: int = 1,
     stage: Stage | None = None,
 ) -> EvaluationResult:
-    """Measure open-vocabulary segmentation.
+    """Evaluate open-vocabulary segmentation.
 
-    Figures: ``miou``, ``mfpr``, ``mfnr`` (means over the classes that occur, adding to one), ``classes`` with the
-    three of each, ``present``, ``pixel_accuracy``, and ``zero_shot_top1`` and ``zero_shot_top5``: how often one of
-    the nearest class names to the pooled image embedding names a class that the picture shows, background aside.
+    Metrics: ``miou``, ``mfpr``, ``mfnr`` (means over the ``present`` classes, which add up to one), ``classes`` with
+    the three metrics of each class, ``pixel_accuracy``, and ``zero_shot_top1`` and ``zero_shot_top5``: the fraction of
+    images that show one of the 1 or 5 classes whose names are nearest to the pooled image embedding, without the
+    background.
 
-    Args and errors as in :func:`ttd_plugins.evaluation.protocols.tags.evaluate_tags`.
+    Arguments and errors are those of :func:`ttd_plugins.evaluation.protocols.tags.evaluate_tags`.
     """
     options = options or SegmentProtocol()
     if options.background not in get_args(Background):
@@ -116,27 +59,21 @@ def evaluate_segment(
     calibration = options.calibration or adapter.description.calibration
     templates = templates_by_name(options.templates)
     count = len(data.classes)
-    # Pixels of no class are one more class, which no truth holds and no figure counts.
+    # "No class" is one more class, which never occurs in the truth and is in no metric.
     nothing = count if data.background is None else data.background
     plane = options.background == "constant" or (options.background == "auto" and data.background is not None)
     names, owners = _names(data, options, nothing, plane)
     owner = torch.tensor(owners)
-    lazily: dict[str, torch.Tensor] = {}
+    cache: list[torch.Tensor] = []
 
-    def embeddings() -> torch.Tensor:
-        # Thousands of texts: only once the files were found to be right.
-        if "names" not in lazily:
-            advance = (stage or no_progress)("class names", len(names))
-            parts = []
-            for name in names:
-                parts.append(class_embeddings(adapter, [name], templates))
-                advance(1)
-            lazily["names"] = torch.cat(parts)
-        return lazily["names"]
+    def encode_names() -> None:
+        # Thousands of texts, so only after the files were checked.
+        embeddings = (class_embeddings(adapter, [name], templates) for name in names)
+        cache.append(torch.cat(list_with_progress(embeddings, (stage or no_progress)("class names", len(names)))))
 
-    def one(key: str) -> Record:
+    def record_of(key: str) -> Record:
         truth = data.labels(key)
-        texts = embeddings()
+        (texts,) = cache
         features = dense_features(adapter, read_image(data.image_path(key)), options.dense, pooled=True)
         maps = activate(features.maps(texts), options.activation, calibration)
         maps = refine_maps(maps, features, options.dense)
@@ -153,25 +90,18 @@ def evaluate_segment(
         shown = [int(i) for i in np.unique(truth) if i != IGNORE and i != data.background]
         return {
             "counts": {str(i): counts[:, i].tolist() for i in used},
-            "zero_shot": shown_hits(features.pooled, texts, owner, count, shown, left_out=nothing),
+            "zero_shot": image_hits(features.pooled, texts, owner, count, shown, left_out=nothing),
         }
 
-    settings = {
-        "protocol": "segment",
-        "options": asdict(options),
-        "calibration": asdict(calibration),
-        "backbone": describe_backbone(adapter),
-        "data": data.describe(),
-        "names": {
-            label: [n for n, o in zip(names, owners, strict=True) if o == i] for i, label in _labels(data, nothing)
-        },
+    settings = run_settings("segment", adapter, options, calibration, data.describe())
+    settings["names"] = {
+        label: [n for n, o in zip(names, owners, strict=True) if o == i] for i, label in _labels(data, nothing)
     }
-    with evaluation_mode(adapter):
-        return run_protocol(
-            "segment", adapter, list(data.keys()), one,
-            partial(segment_figures, classes=[names.name for names in data.classes]), settings,
-            check=data.check, prepare=embeddings, out=out, rank=rank, world=world, stage=stage,
-        )  # fmt: skip
+    return run_protocol(
+        "segment", adapter, list(data.keys()), record_of,
+        partial(segment_metrics, classes=[names.name for names in data.classes]), settings,
+        check=data.check, prepare=encode_names, out=out, rank=rank, world=world, stage=stage,
+    )  # fmt: skip
 
 
 def _labels(data: SegmentationData, nothing: int) -> list[tuple[int, str]]:
@@ -180,7 +110,7 @@ def _labels(data: SegmentationData, nothing: int) -> list[tuple[int, str]]:
 
 
 def _names(data: SegmentationData, options: SegmentProtocol, nothing: int, plane: bool) -> tuple[list[str], list[int]]:
-    """The texts that are encoded, and the class of each."""
+    """Return the texts to encode, and the class index of each."""
     names: list[str] = []
     owners: list[int] = []
     for index, item in enumerate(data.classes):
@@ -197,20 +127,27 @@ def _names(data: SegmentationData, options: SegmentProtocol, nothing: int, plane
     return names, owners
 
 
-def segment_figures(records: Iterable[Record], classes: list[str]) -> dict[str, Any]:
-    """The figures of :func:`evaluate_segment` from the records of its pictures."""
-    counts = np.zeros((3, len(classes) + 1), np.int64)
+def segment_metrics(records: Iterable[Record], classes: list[str]) -> dict[str, Any]:
+    """Compute the metrics of :func:`evaluate_segment` from the records of its images."""
+    overlap = ClassOverlapAccumulator(len(classes))
+    correct = pixels = 0
     hits = []
     for record in records:
+        # The last column is "no class".
+        counts = np.zeros((3, len(classes) + 1), np.int64)
         for index, column in record["counts"].items():
-            counts[:, int(index)] += np.array(column, np.int64)
+            counts[:, int(index)] = column
+        overlap.add({"counts": counts[:, :-1]})
+        correct, pixels = correct + int(counts[0].sum()), pixels + int(counts[2].sum())
         hits.append(record["zero_shot"])
-    figures = class_figures(counts[:, :-1])
-    each = {name: {part: figures[part][index] for part in ("iou", "fpr", "fnr")} for index, name in enumerate(classes)}
-    pixels = int(counts[2].sum())
+    found = overlap.compute()
+    each = {name: {part: found[part][index] for part in ("iou", "fpr", "fnr")} for index, name in enumerate(classes)}
     return {
-        **{name: figures[name] for name in ("miou", "mfpr", "mfnr", "present")},
-        "pixel_accuracy": int(counts[0].sum()) / pixels if pixels else float("nan"),
-        **{f"zero_shot_{name}": value for name, value in zero_shot_figures(hits).items()},
+        **{name: found[name] for name in ("miou", "mfpr", "mfnr", "present")},
+        "pixel_accuracy": correct / pixels if pixels else float("nan"),
+        **{f"zero_shot_{name}": value for name, value in zero_shot_metrics(hits).items()},
         "classes": each,
     }
+
+
+__getattr__ = renamed_names(__name__, {"segment_figures": "segment_metrics"})

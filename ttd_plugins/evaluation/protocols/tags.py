@@ -1,84 +1,51 @@
-"""Tag selection: which words of a caption are in its picture (arXiv 2404.00384, the protocol of CC3M-TagMask).
+"""Tag selection: which words of a caption the image shows (arXiv 2404.00384, the protocol of CC3M-TagMask).
 
-Candidates are pooled over captions; figures are precision, recall, F1 and accuracy of what is selected, and the average
-precision of the scores. The baselines score a word by the pooled image embedding and by the caption's embedding, or
-take all nouns. Beside them stand retrieval and zero-shot classification, which fine-tuning may cost.
+Candidates are pooled over captions. Metrics are precision, recall, F1 and accuracy of the selection, and the average
+precision of the scores. The baselines score a tag with the pooled image embedding or with the caption's embedding, or
+select all nouns. Retrieval and zero-shot classification are measured too, since fine-tuning may degrade them.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from ttd_plugins.adapter import Calibration, DenseAdapter
+from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.data.images import read_image
-from ttd_plugins.engine import TTDOptions, evaluation_mode
+from ttd_plugins.engine import TTDOptions
 from ttd_plugins.errors import InputError
 from ttd_plugins.evaluation.datasets import CaptionData
-from ttd_plugins.evaluation.dense_inference import DenseOptions, class_embeddings, dense_features, templates_by_name
-from ttd_plugins.evaluation.metrics import SelectionCounts, average_precision, retrieval_recalls, selection_counts
-from ttd_plugins.evaluation.protocols.running import (
+from ttd_plugins.evaluation.dense_inference import class_embeddings, dense_features, templates_by_name
+from ttd_plugins.evaluation.metric_accumulators import (
+    AveragePrecisionAccumulator,
+    RetrievalAccumulator,
+    TagSelectionAccumulator,
+)
+from ttd_plugins.evaluation.protocol_options import TagProtocol
+from ttd_plugins.evaluation.protocols.runner import (
     EvaluationResult,
     Record,
-    describe_backbone,
     pack,
     run_protocol,
+    run_settings,
     unpack,
 )
-from ttd_plugins.evaluation.protocols.zero_shot import shown_hits, zero_shot_figures
+from ttd_plugins.evaluation.protocols.zero_shot import image_hits, zero_shot_metrics
 from ttd_plugins.evaluation.true_tags import label_candidates
 from ttd_plugins.method import selection
 from ttd_plugins.method.text_embeddings import TextEmbeddingCache
-from ttd_plugins.options import Rule, Score
+from ttd_plugins.options import Score
 from ttd_plugins.tags import fold, split_words
+from ttd_plugins.utils.deprecation import renamed_names
 from ttd_plugins.utils.progress import Stage
 
-REMEMBERED_TEXTS = 20_000
-"""Words come again and again over a data set, and so are not encoded anew for each picture."""
+TEXT_CACHE_SIZE = 20_000
+"""Number of cached text embeddings: the same words occur in many captions of a data set."""
 SCORES: tuple[Score, ...] = ("pixel", "image", "text")
-
-
-@dataclass(frozen=True)
-class TagProtocol:
-    """How tags are scored and selected.
-
-    Attributes:
-        dense: how a picture is looked at; the score of a tag is the maximum of its map averaged over views.
-        extractor, extractor_options: the tag extractor by name, and its options.
-        template: what a tag is put into before it is encoded.
-        rule, threshold: the selection rule (:func:`~ttd_plugins.method.selection.select_tags`), for every score.
-        calibration: for the rule ``"probability"``; ``None`` means the backbone's own.
-        nouns: whether the baseline of all nouns is measured, which needs Stanza.
-        nouns_options: options of the extractor ``stanza``.
-        retrieval: whether image-text retrieval is measured with the captions.
-        zero_shot: templates of class names for zero-shot classification, as ``"photo"``, ``"imagenet"`` or ``"none"``;
-            ``None`` leaves it out, as do data sets that label no classes.
-    """
-
-    dense: DenseOptions = field(default_factory=lambda: DenseOptions(size=224, flip=True))
-    extractor: str = "words"
-    extractor_options: Mapping[str, Any] = field(default_factory=dict)
-    template: str = "{}"
-    rule: Rule = "minmax"
-    threshold: float = 0.5
-    calibration: Calibration | None = None
-    nouns: bool = False
-    nouns_options: Mapping[str, Any] = field(default_factory=dict)
-    retrieval: bool = True
-    zero_shot: str | None = "photo"
-
-
-TAG_PRESETS: dict[str, TagProtocol] = {
-    "paper": TagProtocol(),
-    "fast": TagProtocol(dense=DenseOptions(size=224)),
-}
-"""``"paper"``: 224 pixels, one scale, flip averaged. The selection rule is unpublished; the engine's default here."""
 
 
 def evaluate_tags(
@@ -91,64 +58,65 @@ def evaluate_tags(
     world: int = 1,
     stage: Stage | None = None,
 ) -> EvaluationResult:
-    """Measure tag selection on captioned pictures.
+    """Evaluate tag selection on captioned images.
 
-    Figures: for each of ``pixel``, ``image`` and ``text`` (and ``nouns``) ``precision``, ``recall``, ``f1``,
-    ``accuracy`` and ``map``; the numbers of candidates, of positives and of those left out because nothing tells;
-    ``retrieval``; and, where the data set labels classes, ``zero_shot``: how often a class that the picture shows has
-    the name or alias nearest to the pooled image embedding (``top1``), or one of the nearest five (``top5``).
+    Metrics: for each of ``pixel``, ``image`` and ``text`` (and ``nouns``) ``precision``, ``recall``, ``f1``,
+    ``accuracy`` and ``map`` (not for ``nouns``); the numbers ``captions``, ``candidates``, ``positives`` and
+    ``unknown`` (candidates without a label, which are skipped); ``retrieval``; and, if the data set labels classes,
+    ``zero_shot``: the fraction of images that show the class whose name or alias is nearest to the pooled image
+    embedding (``top1``), or one of the five nearest classes (``top5``).
 
     Args:
-        adapter: the backbone; in evaluation mode for the time being.
+        adapter: the backbone, which is in evaluation mode meanwhile.
         data: the reader of the data set.
-        options: a preset of :data:`TAG_PRESETS`, or settings of one's own.
-        out, rank, world, stage: see :func:`~ttd_plugins.evaluation.protocols.running.run_protocol`.
+        options: a preset of :data:`TAG_PRESETS`, or other options.
+        out, rank, world, stage: see :func:`~ttd_plugins.evaluation.protocols.runner.run_protocol`.
 
     Raises:
-        InputError, DatasetError: an option is wrong, or the data set is.
-        TagExtractionError, MissingDependencyError: a tag extractor cannot be had.
+        InputError, DatasetError: an option or the data set is invalid.
+        TagExtractionError, MissingDependencyError: a tag extractor cannot be loaded.
     """
     from ttd_plugins.plugins import make_tag_extractor
 
     options = options or TagProtocol()
     if options.dense.refine:
-        raise InputError("tags are scored by their nearest patch, before any refinement; leave PAMR out")
-    # The engine's own check of the template, the rule and the score.
+        raise InputError("PAMR does not apply to tag selection, which scores unrefined maps; leave it out")
+    # The engine validates the template, the rule and the threshold.
     TTDOptions(template=options.template, rule=options.rule, threshold=options.threshold)
     extractor = make_tag_extractor(options.extractor, **options.extractor_options)
     nouns = make_tag_extractor("stanza", **options.nouns_options) if options.nouns else None
     calibration = options.calibration or adapter.description.calibration
-    memory = TextEmbeddingCache(REMEMBERED_TEXTS)
+    cache = TextEmbeddingCache(TEXT_CACHE_SIZE)
     templates = None if options.zero_shot is None or not data.classes else templates_by_name(options.zero_shot)
     owner = torch.tensor([index for index, item in enumerate(data.classes) for _ in item.texts])
-    place_of = {item.name: index for index, item in enumerate(data.classes)}
+    class_index = {item.name: index for index, item in enumerate(data.classes)}
     names: list[torch.Tensor] = []
 
-    def name_classes() -> None:
+    def encode_classes() -> None:
         if templates is not None:
             texts_of_classes = [text for item in data.classes for text in item.texts]
             names.append(class_embeddings(adapter, texts_of_classes, templates))
 
-    def texts(words: Sequence[str]) -> torch.Tensor:
-        return memory.encode(adapter, words)[0]
+    def encode(texts: Sequence[str]) -> torch.Tensor:
+        return cache.encode(adapter, texts)[0]
 
-    def one(key: str) -> Record:
+    def record_of(key: str) -> Record:
         item = data.read(key)
         features = dense_features(adapter, read_image(item.path), options.dense, pooled=True)
         assert features.pooled is not None
         captions = [truth.caption for truth in item.captions]
-        caption_embeddings = texts(captions)
+        caption_embeddings = encode(captions)
         candidates = extractor(captions)
-        # Each distinct tag once: equal scores of one picture are then equal to the last bit, whatever the batch.
+        # Each distinct tag once, so that the same tag has bitwise equal scores in all captions of an image.
         distinct = list(dict.fromkeys(tag for tags in candidates for tag in tags))
-        embeddings = texts([options.template.replace("{}", tag) for tag in distinct])
-        place = {tag: number for number, tag in enumerate(distinct)}
+        embeddings = encode([options.template.replace("{}", tag) for tag in distinct])
+        row_of = {tag: row for row, tag in enumerate(distinct)}
         pixel = features.maps(embeddings).flatten(1).amax(1) if distinct else embeddings.new_zeros(0)
         image = embeddings @ features.pooled.to(embeddings)
         found = []
         all_nouns = nouns(captions) if nouns is not None else [[] for _ in captions]
         for truth, tags, named, caption in zip(item.captions, candidates, all_nouns, caption_embeddings, strict=True):
-            rows = torch.tensor([place[tag] for tag in tags], dtype=torch.long, device=embeddings.device)
+            rows = torch.tensor([row_of[tag] for tag in tags], dtype=torch.long, device=embeddings.device)
             scores = {"pixel": pixel[rows], "image": image[rows], "text": (embeddings @ caption)[rows]}
             index = torch.zeros(len(tags), dtype=torch.long, device=embeddings.device)
             selected = {
@@ -175,36 +143,29 @@ def evaluate_tags(
                 "words": captions,
             }
         if names:
-            shown = sorted(place_of[name] for name in item.shown)
-            record["zero_shot"] = shown_hits(features.pooled, names[0], owner, len(data.classes), shown)
+            shown = sorted(class_index[name] for name in item.shown)
+            record["zero_shot"] = image_hits(features.pooled, names[0], owner, len(data.classes), shown)
         return record
 
-    settings = {
-        "protocol": "tags",
-        "options": asdict(options),
-        "calibration": asdict(calibration),
-        "backbone": describe_backbone(adapter),
-        "data": data.describe(),
-    }
-    with evaluation_mode(adapter):
-        return run_protocol(
-            "tags", adapter, list(data.keys()), one, tag_figures, settings,
-            check=data.check, prepare=name_classes, out=out, rank=rank, world=world, stage=stage,
-        )  # fmt: skip
+    return run_protocol(
+        "tags", adapter, list(data.keys()), record_of, tag_metrics,
+        run_settings("tags", adapter, options, calibration, data.describe()),
+        check=data.check, prepare=encode_classes, out=out, rank=rank, world=world, stage=stage,
+    )  # fmt: skip
 
 
 def _is_noun(tag: str, nouns: Iterable[str]) -> bool:
-    """Whether a candidate is a noun of the caption, or a word of a compound noun."""
+    """Return whether a candidate is a noun of the caption, or a word of a compound noun."""
     return any(fold(tag) == fold(noun) or fold(tag) in map(fold, split_words(noun)) for noun in nouns)
 
 
-def tag_figures(records: Iterable[Record]) -> dict[str, Any]:
-    """The figures of :func:`evaluate_tags` from the records of its pictures."""
-    counts: dict[str, SelectionCounts] = defaultdict(SelectionCounts)
-    scores: dict[str, list[float]] = {name: [] for name in SCORES}
-    labels: list[bool] = []
-    captions = unknown = 0
-    images, texts, owner, words, hits = [], [], [], [], []
+def tag_metrics(records: Iterable[Record]) -> dict[str, Any]:
+    """Compute the metrics of :func:`evaluate_tags` from the records of its images."""
+    selections: dict[str, TagSelectionAccumulator] = defaultdict(TagSelectionAccumulator)
+    precisions = {name: AveragePrecisionAccumulator() for name in SCORES}
+    retrieval, retrieved = RetrievalAccumulator(), False
+    captions = candidates = positives = unknown = 0
+    hits = []
     for number, record in enumerate(records):
         if "zero_shot" in record:
             hits.append(record["zero_shot"])
@@ -213,24 +174,25 @@ def tag_figures(records: Iterable[Record]) -> dict[str, Any]:
             known = [i for i, label in enumerate(caption["labels"]) if label is not None]
             unknown += len(caption["labels"]) - len(known)
             own = [bool(caption["labels"][i]) for i in known]
-            labels += own
+            candidates, positives = candidates + len(own), positives + sum(own)
             for name, values in caption["scores"].items():
-                scores[name] += [values[i] for i in known]
+                precisions[name].update([values[i] for i in known], own)
             for name, chosen in caption["selected"].items():
-                counts[name] += selection_counts(np.array([chosen[i] for i in known], bool), np.array(own, bool))
+                selections[name].update([chosen[i] for i in known], own)
         if "image" in record:
-            images.append(record["image"])
-            texts += record["texts"]
-            owner += [number] * len(record["texts"])
-            words += record["words"]
-    figures: dict[str, Any] = {
-        name: counts[name].as_dict()
-        | ({"map": average_precision(np.array(scores[name]), np.array(labels, bool))} if name in scores else {})
-        for name in counts
+            owners = [number] * len(record["texts"])
+            retrieval.update(unpack([record["image"]]), unpack(record["texts"]), [number], owners, record["words"])
+            retrieved = True
+    found: dict[str, Any] = {
+        name: selections[name].compute() | ({"map": precisions[name].compute()} if name in precisions else {})
+        for name in selections
     }
-    figures |= {"captions": captions, "candidates": len(labels), "positives": sum(labels), "unknown": unknown}
-    if images:
-        figures["retrieval"] = retrieval_recalls(unpack(images), unpack(texts), owner, words)
+    found |= {"captions": captions, "candidates": candidates, "positives": positives, "unknown": unknown}
+    if retrieved:
+        found["retrieval"] = retrieval.compute()
     if hits:
-        figures["zero_shot"] = zero_shot_figures(hits)
-    return figures
+        found["zero_shot"] = zero_shot_metrics(hits)
+    return found
+
+
+__getattr__ = renamed_names(__name__, {"tag_figures": "tag_metrics", "REMEMBERED_TEXTS": "TEXT_CACHE_SIZE"})

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ttd_plugins.adapter import API_VERSION, SUPPORTED_API_VERSIONS, AdapterFamily, BackboneDescription, Calibration
 from ttd_plugins.errors import AdapterConflictError, BackboneNameError, PluginError, TTDError
-from ttd_plugins.testing.check import Check, CheckFailed, NotApplicable, collect
-from ttd_plugins.testing.session import BUILT, Session, said
+from ttd_plugins.testing.check_session import BUILT, Session, said
+from ttd_plugins.testing.check_types import Check, CheckFailed, NotApplicable, collect
 
 CHECKS: list[Check] = []
 check = partial(collect, CHECKS)

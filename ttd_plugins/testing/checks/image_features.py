@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ttd_plugins.errors import ImageSizeError
-from ttd_plugins.testing.check import Check, CheckFailed, NotApplicable, collect
-from ttd_plugins.testing.session import BUILT, Session, said
+from ttd_plugins.testing.check_session import BUILT, Session, said
+from ttd_plugins.testing.check_types import Check, CheckFailed, NotApplicable, collect
 
 CHECKS: list[Check] = []
 check = partial(collect, CHECKS)

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ttd_plugins.testing.check import Check, CheckFailed, collect
-from ttd_plugins.testing.session import BUILT, Session, said
+from ttd_plugins.testing.check_session import BUILT, Session, said
+from ttd_plugins.testing.check_types import Check, CheckFailed, collect
 
 CHECKS: list[Check] = []
 check = partial(collect, CHECKS)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.errors import one_sentence
-from ttd_plugins.testing.check import Check, CheckFailed, NotApplicable, collect
+from ttd_plugins.testing.check_session import BUILT, Session, said
+from ttd_plugins.testing.check_types import Check, CheckFailed, NotApplicable, collect
 from ttd_plugins.testing.module_snapshot import ModuleSnapshot
-from ttd_plugins.testing.session import BUILT, Session, said
 
 CHECKS: list[Check] = []
 check = partial(collect, CHECKS)

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ttd_plugins.testing.check import Check, CheckFailed, NotApplicable, collect
-from ttd_plugins.testing.session import BUILT, Session
+from ttd_plugins.testing.check_session import BUILT, Session
+from ttd_plugins.testing.check_types import Check, CheckFailed, NotApplicable, collect
 
 CHECKS: list[Check] = []
 check = partial(collect, CHECKS)

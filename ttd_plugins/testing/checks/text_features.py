@@ -6,9 +6,9 @@ from functools import partial
 
 import torch
 
-from ttd_plugins.testing.check import Check, CheckFailed, NotApplicable, collect
+from ttd_plugins.testing.check_session import BUILT, Session, said
+from ttd_plugins.testing.check_types import Check, CheckFailed, NotApplicable, collect
 from ttd_plugins.testing.checks.image_features import compare_with_library
-from ttd_plugins.testing.session import BUILT, Session, said
 
 CHECKS: list[Check] = []
 check = partial(collect, CHECKS)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ttd_plugins.adapter import TOWERS, DenseAdapter, Tower
 from ttd_plugins.errors import MissingDependencyError
 from ttd_plugins.method.text_embeddings import checkpointed_text_blocks
-from ttd_plugins.testing.check import Check, CheckFailed, NotApplicable, collect
+from ttd_plugins.testing.check_session import BUILT, Session, said
+from ttd_plugins.testing.check_types import Check, CheckFailed, NotApplicable, collect
 from ttd_plugins.testing.module_snapshot import ModuleSnapshot, same
-from ttd_plugins.testing.session import BUILT, Session, said
 
 CHECKS: list[Check] = []
 check = partial(collect, CHECKS)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ttd_plugins.adapter import BackboneDescription, DenseAdapter, ImageFeatures, Tokens
 from ttd_plugins.errors import InputError, choices_sentence, one_sentence
-from ttd_plugins.testing.check import Check, CheckFailed, CheckResult, NotApplicable, Report
+from ttd_plugins.testing.check_types import Check, CheckFailed, CheckResult, NotApplicable, Report
 from ttd_plugins.testing.module_snapshot import ModuleSnapshot, kept_random_state
 
 SEED = 20240400
@@ -69,7 +69,7 @@ class Session:
         image_reference: Reference | None = None,
         text_reference: Reference | None = None,
     ) -> None:
-        from ttd_plugins.testing.registry import CHECKS
+        from ttd_plugins.testing.all_checks import CHECKS
 
         self.checks: dict[str, Check] = {check.name: check for check in CHECKS}
         self.not_applicable = dict(not_applicable or {})

@@ -1,4 +1,4 @@
-"""Captioned photographs as what a training or a comparison measures on: a checked reader, and protocols for its run."""
+"""Captioned images on which a training run or a comparison is evaluated: a checked reader, and options of protocols."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ Protocols = tuple[TagProtocol, TextProtocol]
 
 
 def open_labelled(name: str, root: Path | str, *, limit: int | None = None, split: str | None = None) -> CaptionData:
-    """A reader whose every file was looked through.
+    """Open a captioned data set and check all its files.
 
     Args:
-        name: as ``ttd eval tags --data`` takes it.
-        root: the data set's folder.
-        limit: how many pictures are taken, from the start; all by default.
-        split: where the layout has several; by default the reader's.
+        name: name of the data set, as for ``ttd eval tags --data``.
+        root: its folder.
+        limit: number of images, from the start; by default all.
+        split: the split, if the layout has several; by default the reader's.
 
     Raises:
-        InputError: there is no picture.
+        InputError: the name is unknown, or there are no images.
         DatasetError: the layout is wrong; the message names the path.
     """
     more: dict[str, Any] = {"limit": limit, "split": split}
     reader = open_captions(name, root, **{key: value for key, value in more.items() if value is not None})
     if not len(reader):
-        raise InputError(f"{str(root)!r} holds no captioned picture")
+        raise InputError(f"{str(root)!r} contains no captioned images")
     reader.check()
     return reader
 
 
 def preset_protocols(preset: str) -> Protocols:
-    """Tag selection and text-level segmentation by a preset's name.
+    """Return the options of tag selection and text-level segmentation of a preset.
 
     Raises:
-        InputError: there is no such preset.
+        InputError: the preset is unknown.
     """
     if preset not in TAG_PRESETS:
         raise InputError(choices_sentence("preset", preset, TAG_PRESETS))
@@ -47,7 +47,7 @@ def preset_protocols(preset: str) -> Protocols:
 
 
 def as_trained(protocols: Protocols, options: TTDOptions) -> Protocols:
-    """Protocols with the words, the rule and the calibration of an engine, so that its own selection is measured."""
+    """Return the protocols with the extractor, selection rule and calibration of an engine's options."""
     tags, text = protocols
     return (
         replace(

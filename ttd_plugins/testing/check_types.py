@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from ttd_plugins.testing.session import Session
+    from ttd_plugins.testing.check_session import Session
 
 Status = Literal["passed", "failed", "skipped"]
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ttd_plugins.adapter import DenseAdapter, image_features, text_tokens
-from ttd_plugins.benchmark import unshared
+from ttd_plugins.benchmark import unshared_baseline
 from ttd_plugins.benchmark.captions import BUILT_IN, StandInTokenizer, batch_of_captions, open_captions
 from ttd_plugins.engine import TTD
 from ttd_plugins.errors import InputError, TTDError, choices_sentence
 from ttd_plugins.method.text_embeddings import encode_texts
-from ttd_plugins.testing.session import library_image_embedding
-from ttd_plugins.utils.compiling import compile_image_blocks, uncompiled
+from ttd_plugins.testing.check_session import library_image_embedding
+from ttd_plugins.training.compiling import compile_image_blocks, uncompiled
 
 STEPS = ("contrastive", "contrastive_trimmed", "ttd", "ttd_alone", "unshared")
 ENCODINGS = ("encode_image", "dense", "dense_and_pooled")
@@ -221,14 +221,14 @@ class Bench:
         if variant == "ttd_alone":
             return self.ttd_alone(self.images, self.captions, self.tags).loss
         if variant == "unshared":
-            return unshared.unshared_losses(self.adapter, self.images, self.captions, self.tags)["loss"]
+            return unshared_baseline.unshared_losses(self.adapter, self.images, self.captions, self.tags)["loss"]
         image = self._library_image()
         if variant == "contrastive":
-            text = unshared.full_context_texts(self.adapter, self.captions)
+            text = unshared_baseline.full_context_texts(self.adapter, self.captions)
         else:
             text, _ = encode_texts(self.adapter, self.captions)
         with torch.autocast(self.device.type, enabled=False):
-            return unshared.contrastive_term(self.adapter, image, text)
+            return unshared_baseline.contrastive_term(self.adapter, image, text)
 
     # Measuring -----------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ttd_plugins.testing.check import Check
+from ttd_plugins.testing.check_types import Check
 from ttd_plugins.testing.checks import (
     description,
     image_features,

@@ -1,4 +1,4 @@
-"""COCO captions with masks: a caption's true tags are the classes that it names and its picture shows."""
+"""COCO captions with masks: a caption's true tags are the classes that it names and its image shows."""
 
 from __future__ import annotations
 
@@ -10,42 +10,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ttd_plugins.errors import InputError
-from ttd_plugins.evaluation.datasets.base import (
-    CaptionData,
-    CaptionedImage,
-    CaptionTruth,
+from ttd_plugins.evaluation.datasets.annotation_files import (
     DatasetError,
-    Progress,
-    class_names,
     existing_root,
     first_folder,
-    picture_size,
+    image_size,
     read_json,
 )
+from ttd_plugins.evaluation.datasets.reader import CaptionData, CaptionedImage, CaptionTruth, Progress, class_names
 from ttd_plugins.evaluation.datasets.segmentation import CocoInstances, CocoPanoptic
 from ttd_plugins.evaluation.metrics import IGNORE
 from ttd_plugins.evaluation.true_tags import Vocabulary, coco_vocabulary
 
 
 class CocoCaptions(CaptionData):
-    """COCO captions with the masks of COCO.
+    """COCO captions with COCO's masks.
 
     Files: ``captions.json`` with ``images``, and ``semantic_masks`` with ``categories.json`` or ``instances.json``; or
-    the download, ``annotations/captions_SPLIT2017.json``, ``annotations/panoptic_SPLIT2017.json`` with its PNGs or
-    ``annotations/instances_SPLIT2017.json``, and ``SPLIT2017``. Dense masks are taken where both are there.
+    the download: ``annotations/captions_SPLIT2017.json``, ``annotations/panoptic_SPLIT2017.json`` with its PNGs or
+    ``annotations/instances_SPLIT2017.json``, and ``SPLIT2017``. If both kinds of masks exist, dense masks are used.
 
-    With dense masks, pixels without a label are void. With instances everything that is not annotated is taken as not
-    shown, crowds count, and a word that names one of the 53 stuff classes is unknown, since nothing tells.
+    With dense masks, unlabelled pixels are ignored. With instances, whatever is not annotated counts as not shown,
+    crowds count as shown, and a word for one of the 53 stuff classes has an unknown label.
 
     Args:
         root: the folder.
         split: ``"val"`` or ``"train"``, for the download's layout.
-        limit: how many pictures are taken, from the start; all by default.
-        vocabulary: which phrases name which classes; ``coco_synonyms.json`` by default.
-        min_pixels: how many pixels of a class make it shown.
+        limit: number of images, from the start; by default all.
+        vocabulary: which phrases name which classes; by default ``coco_synonyms.json``.
+        min_pixels: smallest number of pixels for which a class counts as shown.
 
     Raises:
-        DatasetError: the layout is not found, or no picture has a caption.
+        DatasetError: the layout is not found, or no image has a caption.
     """
 
     name = "coco_captions"
@@ -60,7 +56,7 @@ class CocoCaptions(CaptionData):
         min_pixels: int = 1,
     ) -> None:
         if limit is not None and limit < 1:
-            raise InputError(f"limit must be 1 or more, not {limit}")
+            raise InputError(f"limit must be at least 1, not {limit}")
         self.root, self.split, self.limit, self.min_pixels = existing_root(root, self.name), split, limit, min_pixels
         self.vocabulary = vocabulary or coco_vocabulary()
         file = next(
@@ -81,9 +77,9 @@ class CocoCaptions(CaptionData):
             folder = first_folder(self.root, f"images/{split}2017", f"{split}2017")
         if folder is None:
             raise DatasetError(
-                f"coco_captions in {str(self.root)!r} has no pictures; looked for images and {split}2017"
+                f"coco_captions in {str(self.root)!r} has no images; looked for the folders images and {split}2017"
             )
-        self._pictures = folder
+        self._images = folder
         self._read_captions(file)
         self._dense, self._instances = self._annotations(file)
         listed = None if self._dense is not None else set(self._listed_instances.categories.values())
@@ -98,12 +94,12 @@ class CocoCaptions(CaptionData):
                 if annotation["image_id"] in names:
                     captions.setdefault(names[annotation["image_id"]], []).append(str(annotation["caption"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise DatasetError(f"the file {str(file)!r} is no COCO captions file: {error!r} is amiss") from error
+            raise DatasetError(f"the file {str(file)!r} is not a COCO captions file ({error!r})") from error
         if not captions:
-            raise DatasetError(f"the file {str(file)!r} has no caption of any of its pictures")
-        kept = sorted(captions)[: self.limit]
-        self._captions = {Path(name).stem: [" ".join(text.split()) for text in captions[name]] for name in kept}
-        self._files = {Path(name).stem: name for name in kept}
+            raise DatasetError(f"the file {str(file)!r} has no caption of any of its images")
+        used = sorted(captions)[: self.limit]
+        self._captions = {Path(name).stem: [" ".join(text.split()) for text in captions[name]] for name in used}
+        self._files = {Path(name).stem: name for name in used}
 
     def _annotations(self, captions: Path) -> tuple[CocoPanoptic | None, CocoInstances | None]:
         dense = (self.root / "semantic_masks").is_dir()
@@ -114,7 +110,7 @@ class CocoCaptions(CaptionData):
         instances = captions.with_name(captions.name.replace("captions", "instances", 1))
         if not instances.is_file():
             raise DatasetError(
-                f"coco_captions in {str(self.root)!r} has captions and no masks; looked for semantic_masks, "
+                f"coco_captions in {str(self.root)!r} has captions but no masks; looked for semantic_masks, "
                 f"{str(instances)!r} and annotations/panoptic_{self.split}2017.json"
             )
         return None, CocoInstances(instances)
@@ -123,13 +119,13 @@ class CocoCaptions(CaptionData):
         return list(self._captions)
 
     def image_path(self, key: str) -> Path:
-        return self._pictures / self._files[key]
+        return self._images / self._files[key]
 
     def check(self, keys: Iterable[str] | None = None, progress: Progress | None = None) -> None:
         masked = frozenset(self._dense.keys()) if self._dense is not None else frozenset()
         for key in self._captions:
             if not self.image_path(key).is_file():
-                raise DatasetError(f"the picture {str(self.image_path(key))!r} of coco_captions is missing")
+                raise DatasetError(f"the image {str(self.image_path(key))!r} of coco_captions is missing")
             if self._instances is not None:
                 if self._files[key] not in self._instances.numbers:
                     raise DatasetError(
@@ -138,16 +134,16 @@ class CocoCaptions(CaptionData):
             else:
                 assert self._dense is not None
                 if key not in masked:
-                    raise DatasetError(f"the picture {str(self.image_path(key))!r} has captions and no mask")
+                    raise DatasetError(f"the image {str(self.image_path(key))!r} has captions but no mask")
                 if not self._dense.mask_path(key).is_file():
                     raise DatasetError(f"the mask {str(self._dense.mask_path(key))!r} is missing")
-        # Sizes from what read() has decoded, whichever classes the captions name.
+        # Sizes of the masks that read() decodes, whichever classes the captions name.
         for key in self._captions if keys is None else keys:
-            size, (height, width) = picture_size(self.image_path(key)), self._shape(key)
+            size, (height, width) = image_size(self.image_path(key)), self._shape(key)
             if (height, width) != size:
                 source = self._dense.mask_path(key) if self._dense is not None else self._listed_instances.file
                 raise DatasetError(
-                    f"{str(source)!r} gives {width} x {height} pixels to the picture {str(self.image_path(key))!r}, "
+                    f"{str(source)!r} states {width} x {height} pixels for the image {str(self.image_path(key))!r}, "
                     f"which is {size[1]} x {size[0]}"
                 )
             if progress is not None:
@@ -171,7 +167,7 @@ class CocoCaptions(CaptionData):
         return int(height), int(width)
 
     def _masks(self, key: str) -> tuple[dict[str, NDArray[np.bool_]], NDArray[np.bool_] | None]:
-        """Mask of each class that a picture shows, and which pixels are labelled."""
+        """Return the mask of each class that an image shows, and which pixels are labelled."""
         if self._dense is not None:
             labels = self._dense.labels(key)
             classes = [int(i) for i in np.unique(labels) if i != IGNORE]
@@ -201,9 +197,9 @@ class CocoCaptions(CaptionData):
                 here = [name for name in mention.classes if name in shown]
                 if here:
                     masks[mention.text] = np.any([shown[name] for name in here], axis=0)
-                # A class that the annotations leave out says nothing, shown or not.
-                everything = all(name in known for name in mention.classes)
-                true.append(True if here else False if everything else None)
+                # The annotations do not say whether a class that they leave out is shown.
+                annotated = all(name in known for name in mention.classes)
+                true.append(True if here else False if annotated else None)
             captions.append(CaptionTruth(caption, tuple(mentions), tuple(true)))
         named = frozenset(shown) & {item.name for item in self.classes}
         return CaptionedImage(key, self.image_path(key), tuple(captions), masks, valid, named)

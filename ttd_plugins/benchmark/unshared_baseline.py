@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.engine import TTDOptions
-from ttd_plugins.testing.session import library_text_embedding
+from ttd_plugins.testing.check_session import library_text_embedding
 
 
 def full_context_texts(adapter: DenseAdapter, texts: Sequence[str]) -> Tensor:

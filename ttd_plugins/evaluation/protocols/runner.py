@@ -1,8 +1,8 @@
-"""What every protocol does the same: resume after an interruption, share the work, show progress, and write results.
+"""The common runner of all protocols: it resumes, shares work between processes, shows progress and writes results.
 
-The figures of a protocol are functions of records, one for each picture, which are appended to a file as they are made.
-Whatever was stopped is taken up at the pictures that have no record yet; several processes (``rank`` of ``world``)
-write files of their own into one folder, and the one that finds every picture done writes ``results.json``.
+The metrics of a protocol are computed from records, one per image, which are appended to a file. An interrupted run
+resumes with the images that have no record yet. Several processes (``rank`` of ``world``) write separate files into one
+folder, and the process that finds a record of every image writes ``results.json``.
 """
 
 from __future__ import annotations
@@ -25,32 +25,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import ttd_plugins
-from ttd_plugins.adapter import DenseAdapter
+from ttd_plugins._version import __version__
+from ttd_plugins.adapter import Calibration, DenseAdapter
+from ttd_plugins.engine import evaluation_mode
 from ttd_plugins.errors import InputError, one_sentence
+from ttd_plugins.utils.deprecation import RenamedAttribute
+from ttd_plugins.utils.files import make_folder, write_atomic
 from ttd_plugins.utils.progress import Stage, no_progress
+from ttd_plugins.utils.settings import first_difference
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What a protocol found, with enough to repeat it.
+    """Result of a protocol, with everything needed to repeat it.
 
     Attributes:
         protocol: ``"tags"``, ``"text"`` or ``"segment"``.
         settings: every option, the backbone with a hash of its weights, and the data set.
-        figures: the metrics by name, or ``None`` while other processes still have pictures to do.
-        done, images: pictures with a record, and pictures in all.
-        seconds_per_image: mean wall time a picture, reading included.
-        peak_memory_bytes: the most that any process held: resident memory, or device memory on a GPU.
+        metrics: the metrics by name, or ``None`` while other processes still have images to do.
+        done, images: number of images with a record, and of all images.
+        seconds_per_image: mean wall-clock time per image, including reading.
+        peak_memory_bytes: peak memory over all processes: resident memory, or on a GPU allocated device memory.
         environment: versions and machine.
-        path: ``results.json``, or ``None`` where nothing was written.
+        path: ``results.json``, or ``None`` if nothing was written.
     """
 
     protocol: str
     settings: dict[str, Any]
-    figures: dict[str, Any] | None
+    metrics: dict[str, Any] | None
     done: int
     images: int
     seconds_per_image: float
@@ -58,9 +62,12 @@ class EvaluationResult:
     environment: dict[str, str]
     path: Path | None = None
 
+    figures = RenamedAttribute("metrics")
+
     def as_dict(self) -> dict[str, Any]:
-        """A dictionary that JSON can hold; NaN, which JSON has not, becomes null."""
-        return _plain(asdict(self) | {"path": str(self.path) if self.path else None})
+        """Return a dictionary for JSON, as in ``results.json``: metrics are under ``"figures"``, NaN becomes null."""
+        content = asdict(self) | {"path": str(self.path) if self.path else None}
+        return _plain({"figures" if name == "metrics" else name: value for name, value in content.items()})
 
 
 def _plain(value: Any) -> Any:
@@ -76,20 +83,20 @@ def _plain(value: Any) -> Any:
 
 
 def process_place() -> tuple[int, int]:
-    """Rank and world size as torchrun and accelerate set them (``RANK``, ``WORLD_SIZE``); ``(0, 1)`` without them.
+    """Return rank and world size from ``RANK`` and ``WORLD_SIZE``, which torchrun and accelerate set, or ``(0, 1)``.
 
     Raises:
-        InputError: they are no numbers that fit together.
+        InputError: one of them is not an integer.
     """
     try:
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     except ValueError as error:
-        raise InputError(f"RANK and WORLD_SIZE must be numbers: {one_sentence(error)}") from error
+        raise InputError(f"RANK and WORLD_SIZE must be integers: {one_sentence(error)}") from error
     return rank, world
 
 
 def weights_hash(adapter: DenseAdapter) -> str:
-    """Sixteen digits of the SHA-256 of all parameters and buffers, by name."""
+    """Return the first 16 hexadecimal digits of the SHA-256 of all parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(adapter.model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -98,7 +105,7 @@ def weights_hash(adapter: DenseAdapter) -> str:
 
 
 def describe_backbone(adapter: DenseAdapter) -> dict[str, Any]:
-    """What repeats a backbone: its name, dense mode, calibration and a hash of its weights."""
+    """Return what identifies a backbone: its name, dense mode, calibration and a hash of its weights."""
     description = adapter.description
     return {
         "name": description.name,
@@ -108,46 +115,69 @@ def describe_backbone(adapter: DenseAdapter) -> dict[str, Any]:
     }
 
 
+def run_settings(
+    protocol: str, adapter: DenseAdapter, options: Any, calibration: Calibration, data: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the settings that identify a run.
+
+    Args:
+        protocol: name of the protocol.
+        adapter: the backbone.
+        options: the protocol's options, a dataclass.
+        calibration: the calibration in use.
+        data: description of the data set.
+    """
+    return {
+        "protocol": protocol,
+        "options": asdict(options),
+        "calibration": asdict(calibration),
+        "backbone": describe_backbone(adapter),
+        "data": data,
+    }
+
+
 def pack(vector: Tensor) -> str:
-    """A float32 vector as text."""
+    """Encode a float32 vector as text."""
     return base64.b64encode(vector.detach().float().cpu().numpy().astype("<f4").tobytes()).decode()
 
 
 def unpack(texts: Sequence[str]) -> Tensor:
-    """Vectors ``[N, D]`` of texts that :func:`pack` made."""
+    """Decode N texts from :func:`pack` to vectors ``[N, D]``."""
     return torch.from_numpy(np.stack([np.frombuffer(base64.b64decode(text), "<f4") for text in texts]))
 
 
 class _Records:
-    """The records of a run, in files of a folder or in memory."""
+    """The records of a run, in the files of a folder or in memory."""
 
     def __init__(self, out: Path | None, settings: dict[str, Any], rank: int) -> None:
         self.out, self._memory = out, list[Record]()
         if out is None:
             return
+        make_folder(out)
+        self._require_settings(out / "settings.json", settings)
+        self._own = out / f"images-{rank}.jsonl"
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            self._agree(out / "settings.json", settings)
+            _remove_incomplete_line(self._own)
         except OSError as error:
             raise InputError(f"results cannot be written to {str(out)!r}: {one_sentence(error)}") from error
-        self._own = out / f"images-{rank}.jsonl"
-        _cut_unfinished(self._own)
 
-    def _agree(self, file: Path, settings: dict[str, Any]) -> None:
+    def _require_settings(self, file: Path, settings: dict[str, Any]) -> None:
+        """Check that earlier records of the folder have the same settings; write them to a new folder."""
         if file.is_file():
             try:
                 before = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise InputError(f"{str(file)!r} cannot be read; give another folder: {one_sentence(error)}") from error
-            different = sorted(k for k in settings.keys() | before.keys() if settings.get(k) != before.get(k))
-            if different:
+            except (OSError, ValueError) as error:
                 raise InputError(
-                    f"the folder {str(file.parent)!r} holds results with other settings ({different[0]}: "
-                    f"{json.dumps(before.get(different[0]))[:120]} there, "
-                    f"{json.dumps(settings.get(different[0]))[:120]} now); give another folder or empty it"
+                    f"{str(file)!r} cannot be read ({one_sentence(error)}); choose another folder"
+                ) from error
+            difference = first_difference(before, settings)
+            if difference is not None:
+                raise InputError(
+                    f"the folder {str(file.parent)!r} contains results with other settings ({difference}); choose "
+                    "another folder or empty it"
                 )
             return
-        _write_whole(file, settings)
+        _write_json(file, settings)
 
     def add(self, record: Record) -> None:
         if self.out is None:
@@ -157,7 +187,7 @@ class _Records:
             file.write(json.dumps(_plain(record), separators=(",", ":")) + "\n")
 
     def __iter__(self) -> Iterator[Record]:
-        """Records of all processes, each picture once."""
+        """Yield the records of all processes, each image once."""
         if self.out is None:
             yield from self._memory
             return
@@ -165,7 +195,7 @@ class _Records:
         for path in sorted(self.out.glob("images-*.jsonl")):
             with path.open(encoding="utf-8") as file:
                 for line in file:
-                    # Another process may be writing its last line.
+                    # Another process may still be writing this line.
                     if not line.endswith("\n"):
                         continue
                     record = json.loads(line)
@@ -174,25 +204,22 @@ class _Records:
                         yield record
 
 
-def _cut_unfinished(file: Path) -> None:
-    """Take off a last line that an interruption left half written."""
+def _remove_incomplete_line(file: Path) -> None:
+    """Remove a last line that an interruption left incomplete."""
     if file.is_file():
         content = file.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole != len(content):
+        end = content.rfind(b"\n") + 1
+        if end != len(content):
             with file.open("r+b") as stream:
-                stream.truncate(whole)
+                stream.truncate(end)
 
 
-def _write_whole(file: Path, content: Any) -> None:
-    """Write JSON such that nobody ever reads half of it."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, file)
+def _write_json(file: Path, content: Any) -> None:
+    write_atomic(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held: of the device's memory on a GPU, resident ones elsewhere."""
+    """Return the peak memory of this process in bytes: allocated device memory on a GPU, otherwise resident memory."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     # The unit is a kilobyte on Linux and a byte on macOS.
@@ -203,7 +230,7 @@ def run_protocol(
     protocol: str,
     adapter: DenseAdapter,
     keys: Sequence[str],
-    one: Callable[[str], Record],
+    record_of: Callable[[str], Record],
     summarise: Callable[[Iterable[Record]], dict[str, Any]],
     settings: dict[str, Any],
     *,
@@ -214,29 +241,29 @@ def run_protocol(
     world: int = 1,
     stage: Stage | None = None,
 ) -> EvaluationResult:
-    """Make a record of every picture, and figures of the records.
+    """Create a record of every image, and compute metrics from the records.
 
     Args:
-        protocol: its name.
-        adapter: the backbone, whose device is asked for its memory.
-        keys: the pictures.
-        one: the record of a picture, without its key and time.
-        summarise: figures of an iterable of records; it may hold no more of them than it needs.
-        settings: what makes two runs the same.
-        check: looks at the files of the pictures that this process will do, before any is computed.
-        prepare: called once between the check and the first picture; its time is no picture's.
-        out: folder of the records and ``results.json``; ``None`` keeps everything in memory.
-        rank, world: this process does every ``world``-th picture, starting at ``rank``.
-        stage: announces stages, for progress bars.
+        protocol: name of the protocol.
+        adapter: the backbone, which is in evaluation mode meanwhile; memory is measured on its device.
+        keys: keys of the images.
+        record_of: returns the record of an image, without its key and time.
+        summarise: computes metrics from an iterable of records, which it need not store.
+        settings: everything that identifies a run.
+        check: checks the files of the images that this process will do, before the first one.
+        prepare: called once between the check and the first image; its time counts for no image.
+        out: folder of the records and of ``results.json``; ``None`` stores everything in memory.
+        rank, world: this process does every ``world``-th image, starting with ``rank``.
+        stage: starts subtasks, for progress bars.
 
     Raises:
-        InputError: the folder holds results of other settings or cannot be written, or rank and world do not fit.
-        DatasetError: the data are not as their reader expects.
+        InputError: the folder contains results of other settings or cannot be written, or ``rank`` is out of range.
+        DatasetError: the data set is not laid out as its reader expects.
     """
     if not 0 <= rank < world:
-        raise InputError(f"rank must be from 0 to {world - 1} of {world} processes, not {rank}")
+        raise InputError(f"rank must be from 0 to {world - 1} for {world} processes, not {rank}")
     if world > 1 and out is None:
-        raise InputError("several processes meet in a folder; give one with out (--out)")
+        raise InputError("several processes need a common folder for their records; choose one with out (--out)")
     stage = stage or no_progress
     settings = _plain(settings)
     records = _Records(Path(out) if out is not None else None, settings, rank)
@@ -245,16 +272,16 @@ def run_protocol(
     pending = [key for key in keys[rank::world] if key not in done]
     if pending:
         check(pending, stage("check files", len(pending)))
-        if prepare is not None:
-            prepare()
-        advance = stage(f"{protocol}: images", len(pending))
-        for key in pending:
-            start = time.perf_counter()
-            with torch.no_grad():
-                record = one(key)
-            seconds = time.perf_counter() - start
-            records.add({"key": key, "seconds": seconds, "peak": peak_memory(adapter.device), **record})
-            advance(1)
+        with evaluation_mode(adapter), torch.no_grad():
+            if prepare is not None:
+                prepare()
+            advance = stage(f"{protocol}: images", len(pending))
+            for key in pending:
+                start = time.perf_counter()
+                record = record_of(key)
+                seconds = time.perf_counter() - start
+                records.add({"key": key, "seconds": seconds, "peak": peak_memory(adapter.device), **record})
+                advance(1)
     cost = [(r["seconds"], r["peak"], r["key"]) for r in records if r["key"] in wanted]
     complete = len(cost) == len(wanted)
     result = EvaluationResult(
@@ -266,7 +293,7 @@ def run_protocol(
         float(np.mean([seconds for seconds, _, _ in cost])) if cost else float("nan"),
         max((peak for _, peak, _ in cost), default=0),
         {
-            "ttd_plugins": ttd_plugins.__version__,
+            "ttd_plugins": __version__,
             "torch": torch.__version__,
             "numpy": np.__version__,
             "python": platform.python_version(),
@@ -275,7 +302,7 @@ def run_protocol(
         Path(out) / "results.json" if out is not None and complete else None,
     )
     if result.path is not None:
-        _write_whole(result.path, result.as_dict())
+        _write_json(result.path, result.as_dict())
     return result
 
 

@@ -1,0 +1,126 @@
+"""Reading the files of annotated data sets: images, masks and JSON, with errors that name the path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from ttd_plugins.errors import InputError, one_sentence
+from ttd_plugins.utils.deprecation import renamed_names
+
+__getattr__ = renamed_names(
+    __name__, {"PICTURES": "IMAGE_SUFFIXES", "picture_size": "image_size", "apply_table": "map_indices"}
+)
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPEG", ".JPG")
+
+
+class DatasetError(InputError):
+    """A data set has another layout or encoding than its reader expects; the message names the path."""
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Return height and width of an image after its EXIF rotation, from the header alone.
+
+    Raises:
+        DatasetError: the file is missing or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            rotated = image.getexif().get(0x0112, 1) >= 5
+            width, height = image.size
+            return (width, height) if rotated else (height, width)
+    except FileNotFoundError:
+        raise DatasetError(f"the image {str(path)!r} is missing") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DatasetError(f"the image {str(path)!r} cannot be read: {one_sentence(error)}") from error
+
+
+def read_indices(path: Path) -> NDArray[np.int64]:
+    """Return the pixel values of a mask: palette indices, grey values, or ``R + 256 G + 65536 B``.
+
+    Returns:
+        int64 ``[height, width]``.
+
+    Raises:
+        DatasetError: the file is missing or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("P", "L", "1", "I", "I;16", "RGB"):
+                raise DatasetError(
+                    f"the mask {str(path)!r} has mode {image.mode}; it must have palette indices, grey values or RGB"
+                )
+            values = np.asarray(ImageOps.exif_transpose(image)).astype(np.int64)
+    except DatasetError:
+        raise
+    except FileNotFoundError:
+        raise DatasetError(f"the mask {str(path)!r} is missing") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DatasetError(f"the mask {str(path)!r} cannot be read: {one_sentence(error)}") from error
+    return values if values.ndim == 2 else values[..., 0] + 256 * values[..., 1] + 65536 * values[..., 2]
+
+
+def lookup_table(known: Mapping[int, int]) -> NDArray[np.int16]:
+    """Return a table from pixel values to class indices, int16 ``[65536]``; -1 for unknown values."""
+    table = np.full(65536, -1, np.int16)
+    for value, index in known.items():
+        table[value] = index
+    return table
+
+
+def map_indices(values: NDArray[np.int64], table: NDArray[np.int16], path: Path, what: str) -> NDArray[np.uint8]:
+    """Map pixel values to class indices with a table of :func:`lookup_table`.
+
+    Args:
+        values: int64 ``[height, width]``.
+        table: the table.
+        path: the mask file, for messages.
+        what: name of the data set, for messages.
+
+    Raises:
+        DatasetError: a value is unknown.
+    """
+    inside = np.minimum(np.maximum(values, 0), len(table) - 1)
+    found = np.where(values == inside, table[inside], -1)
+    if (found < 0).any():
+        unknown = int(values[found < 0][0])
+        raise DatasetError(f"the mask {str(path)!r} contains the id {unknown}, which is not an id of {what}")
+    return found.astype(np.uint8)
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        DatasetError: the file is missing or not valid JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DatasetError(f"the file {str(path)!r} is missing") from None
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"the file {str(path)!r} cannot be read: {one_sentence(error)}") from error
+
+
+def first_folder(root: Path, *candidates: str) -> Path | None:
+    """Return the first of several folders below ``root`` that exists."""
+    return next((root / name for name in candidates if (root / name).is_dir()), None)
+
+
+def existing_root(root: Path | str, name: str) -> Path:
+    """Return ``root`` as a path.
+
+    Raises:
+        DatasetError: the folder does not exist.
+    """
+    folder = Path(root)
+    if not folder.is_dir():
+        raise DatasetError(f"the folder {str(folder)!r} of {name} does not exist")
+    return folder

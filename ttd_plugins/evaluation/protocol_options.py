@@ -1,0 +1,174 @@
+"""Options of dense inference and of the paper's three protocols, and their presets.
+
+This module imports neither torch nor numpy, so that the command line can build its flags from the options.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from ttd_plugins.errors import InputError
+from ttd_plugins.options import Calibration, Rule
+from ttd_plugins.utils.configuration import Flag, Float, Int, Text, configuration, option
+
+if TYPE_CHECKING:
+    from ttd_plugins.adapter import DenseAdapter
+
+Resize = Literal["square", "short"]
+MapActivation = Literal["probability", "minmax", "cosine"]
+Background = Literal["constant", "auto", "words", "none"]
+TemplateSet = Literal["imagenet", "photo", "none"]
+
+PAPER_SCALES = (1.0, 0.5, 1.5, 2.0)
+PAMR_ITERATIONS = 10
+PAMR_DILATIONS = (1, 2, 4, 8, 12, 24)
+"""TCL's."""
+BACKGROUND_WORDS = (
+    "ground", "land", "grass", "tree", "building", "wall", "sky", "lake", "water", "river", "sea", "railway",
+    "railroad", "keyboard", "helmet", "cloud", "house", "mountain", "ocean", "road", "rock", "street", "valley",
+    "bridge", "sign",
+)  # fmt: skip
+"""Words for VOC's class background from Lin et al. (CVPR 2023); words that name a class of the data set are dropped."""
+
+Positive = Annotated[Int, option("A positive number.", ge=1)]
+Scale = Annotated[Float, option("A scale.", gt=0)]
+
+
+@configuration()
+class DenseOptions:
+    """Views of one image in dense inference: size, scales, flip, sliding windows and refinement."""
+
+    size: Annotated[Int, option("Side in pixels at scale one, rounded to whole patches.", ge=1)] = 448
+    resize: Annotated[Resize, option("Resize the whole image to a square of that side, or its short side to it.")] = (
+        "square"
+    )
+    scales: Annotated[tuple[Scale, ...], option("Scales over which maps are averaged, on the finest grid.")] = (1.0,)
+    flip: Annotated[Flag, option("Average with the mirrored image.")] = False
+    window: Annotated[
+        Int | None, option("Side of sliding windows in pixels; null means the whole image at once.", ge=1)
+    ] = None
+    stride: Annotated[Int | None, option("Step of the windows in pixels; null means half a window.", ge=1)] = None
+    refine: Annotated[Flag, option("Refine maps with PAMR at the size of scale one.", flag="--pamr")] = False
+    iterations: Annotated[Int, option("Iterations of PAMR.", flag="--pamr-iterations", ge=1)] = PAMR_ITERATIONS
+    dilations: Annotated[tuple[Positive, ...], option("Dilations of PAMR.", flag="--pamr-dilations")] = PAMR_DILATIONS
+    batch: Annotated[
+        Int, option("Windows in one forward pass, mirrored ones included.", flag="--window-batch", ge=1)
+    ] = 16
+
+    def __post_init__(self) -> None:
+        if not self.scales or not self.dilations:
+            raise InputError("scales and dilations must not be empty")
+
+    def input_size(self, adapter: DenseAdapter, width: int, height: int, scale: float = 1.0) -> tuple[int, int]:
+        """Return height and width in pixels at which an image of ``width`` by ``height`` is encoded at a scale."""
+        rows, columns = adapter.description.patch_size
+        short = min(width, height) if self.resize == "short" else 0
+        factor = (height / short, width / short) if short else (1.0, 1.0)
+
+        def whole_patches(pixels: float, patch: int) -> int:
+            return max(int(pixels / patch + 0.5), 1) * patch
+
+        size = self.size * scale
+        return whole_patches(size * factor[0], rows), whole_patches(size * factor[1], columns)
+
+
+def _paper_dense() -> DenseOptions:
+    return DenseOptions(size=448, scales=PAPER_SCALES, flip=True, refine=True)
+
+
+@configuration()
+class TagProtocol:
+    """How tags are scored and selected; the score of a tag is the maximum of its map, averaged over views."""
+
+    dense: Annotated[DenseOptions, option("Views of an image.")] = field(
+        default_factory=lambda: DenseOptions(size=224, flip=True)
+    )
+    extractor: Annotated[Text, option("Tag extractor, see `ttd plugins`.", flag="--tags")] = "words"
+    extractor_options: Annotated[dict[str, Any], option("Options of the tag extractor.", flag="--tags-option")] = field(
+        default_factory=dict
+    )
+    template: Annotated[Text, option("Prompt around a tag, with {} for the tag.")] = "{}"
+    rule: Annotated[Rule, option("Selection rule, for every score.")] = "minmax"
+    threshold: Annotated[Float, option("Threshold of the selection rule.")] = 0.5
+    calibration: Annotated[
+        Calibration | None, option("Map from cosine to probability; null means the backbone's own.")
+    ] = None
+    nouns: Annotated[Flag, option("Measure the baseline of all nouns too, which needs Stanza.")] = False
+    nouns_options: Annotated[dict[str, Any], option("Options of the extractor stanza.", flag="--nouns-option")] = field(
+        default_factory=dict
+    )
+    retrieval: Annotated[Flag, option("Measure image-text retrieval with the captions.")] = True
+    zero_shot: Annotated[
+        TemplateSet | None,
+        option("Templates of class names for zero-shot classification; null skips it, as do data without classes."),
+    ] = "photo"
+
+
+@configuration()
+class TextProtocol:
+    """How a caption's map is computed and thresholded."""
+
+    dense: Annotated[DenseOptions, option("Views of an image.")] = field(default_factory=_paper_dense)
+    activation: Annotated[
+        MapActivation, option("How a map is scaled to [0, 1] before the threshold: minmax or probability.")
+    ] = "minmax"
+    threshold: Annotated[Float, option("Constant background plane; the caption's region is above it.")] = 0.40
+    templates: Annotated[TemplateSet, option("Templates around the caption.")] = "none"
+    calibration: Annotated[
+        Calibration | None, option("Map from cosine to probability; null means the backbone's own.")
+    ] = None
+
+
+@configuration()
+class SegmentProtocol:
+    """How each pixel is assigned a class.
+
+    Backgrounds: ``"constant"`` adds a plane of ``threshold``, which is the class background where the data set has one
+    and no class elsewhere; ``"auto"`` adds it only where the data set has a background; ``"words"`` adds
+    ``background_words`` instead; ``"none"`` adds nothing, and a class named background is a class like others.
+    """
+
+    dense: Annotated[DenseOptions, option("Views of an image.")] = field(default_factory=_paper_dense)
+    activation: Annotated[
+        MapActivation, option("What is compared with the background plane; probability is TCL's.")
+    ] = "probability"
+    templates: Annotated[TemplateSet, option("Templates of class names: imagenet (80), photo or none.")] = "imagenet"
+    aliases: Annotated[Flag, option("Use the usual aliases of a class; its score is the best of them.")] = True
+    background: Annotated[Background, option("Treatment of the background.")] = "constant"
+    threshold: Annotated[
+        Float | None, option("Constant background plane; null means the paper's for the data set.")
+    ] = None
+    background_words: Annotated[tuple[Text, ...], option("Names of the background for words.")] = BACKGROUND_WORDS
+    calibration: Annotated[
+        Calibration | None, option("Map from cosine to probability; null means the backbone's own.")
+    ] = None
+
+
+THRESHOLDS = {
+    "voc": 0.40, "cityscapes": 0.40, "coco_stuff": 0.40, "coco_object": 0.45, "ade20k": 0.45, "context59": 0.45,
+    "context60": 0.45,
+}  # fmt: skip
+"""Constant background planes of the paper's commands; 0.40 for other data sets."""
+
+TAG_PRESETS: dict[str, TagProtocol] = {
+    "paper": TagProtocol(),
+    "fast": TagProtocol(dense=DenseOptions(size=224)),
+}
+"""``"paper"``: 224 pixels, one scale, flip averaged. The selection rule is unpublished: the engine's default."""
+
+TEXT_PRESETS: dict[str, TextProtocol] = {
+    "paper": TextProtocol(),
+    "fast": TextProtocol(dense=DenseOptions(size=224)),
+}
+"""``"paper"``: 448 pixels, scales 1, 0.5, 1.5, 2, flip, PAMR, background 0.40. Min-max before the threshold is ours."""
+
+SEGMENT_PRESETS: dict[str, SegmentProtocol] = {
+    "paper": SegmentProtocol(),
+    # TCL's own evaluation: short side 448, windows of 448 every 224 pixels, one scale, no flip.
+    "tcl": SegmentProtocol(
+        dense=DenseOptions(size=448, resize="short", window=448, stride=224, refine=True), background="auto"
+    ),
+    "fast": SegmentProtocol(dense=DenseOptions(size=224), templates="photo", background="auto"),
+}
+"""``"paper"``: 448 pixels, scales 1, 0.5, 1.5, 2, flip, PAMR, 80 templates, a constant plane on every data set."""

@@ -1,0 +1,121 @@
+"""Save LoRA to a folder in peft's format, and load it back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from ttd_plugins.errors import TTDError, one_sentence
+from ttd_plugins.lora.attach import LoRABackbone
+from ttd_plugins.lora.handle import PREFIX, TOWERS, Tower
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PEFT_TYPE, OWN_TYPE = "LORA", "TTD_LORA"
+
+_BackboneT = TypeVar("_BackboneT", bound=LoRABackbone)
+
+
+def save_lora(adapter: LoRABackbone, folder: str | Path) -> bool:
+    """Write LoRA alone into an existing folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    If every layer is peft's own and the library's own forward calls it, this is peft's format, and
+    ``peft.PeftModel.from_pretrained`` loads the folder. Otherwise ``peft_type`` is ``TTD_LORA``: peft would replace
+    our layers by its own, which compute something else, and refuses the folder instead; :func:`load_lora` loads it.
+
+    Returns:
+        Whether peft alone can load the folder.
+
+    Raises:
+        TTDError: the model has no LoRA.
+        OSError, safetensors.SafetensorError: the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    handle = adapter._lora
+    if handle is None:
+        raise TTDError(f"{adapter.description.name} has no LoRA to save; add_lora() adds it")
+    peft_suffices = not (handle.needs_own_layers or adapter.lora_needs_adapter)
+    settings = handle.config.to_dict() | {
+        "peft_type": PEFT_TYPE if peft_suffices else OWN_TYPE,
+        "base_model_name_or_path": adapter.description.model,
+        "inference_mode": True,
+    }
+    content = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+    save_file(handle.tensors(), str(Path(folder) / WEIGHTS_FILE), metadata={"format": "pt"})
+    (Path(folder) / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return peft_suffices
+
+
+def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
+    """Add the LoRA that :func:`save_lora` wrote to the same backbone, bitwise and ready to be trained.
+
+    Args:
+        adapter: the backbone that it was trained on, in the same dense mode, without LoRA.
+        folder: the folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns:
+        ``adapter``.
+
+    Raises:
+        TTDError: a file cannot be read, or belongs to another backbone; the adapter has no LoRA then.
+        MissingDependencyError: peft cannot be imported.
+    """
+    folder = Path(folder)
+    content, tensors = _read_lora(folder)
+    unsupported = _unsupported_options(content)
+    if unsupported:
+        raise TTDError(
+            f"{folder / CONFIG_FILE} describes more than plain LoRA ({', '.join(unsupported)}); load it with peft"
+        )
+    names = {name.removeprefix(PREFIX) for name in tensors}
+    towers: list[Tower] = [
+        tower
+        for tower in TOWERS
+        if any(name.startswith(f"{target}.") for target in adapter.lora_targets(tower) for name in names)
+    ]
+    if not towers:
+        raise TTDError(
+            f"{folder} holds LoRA for none of the modules of {adapter.description.name}; load the backbone that it was "
+            f"trained on ({content.get('base_model_name_or_path') or 'its name was not saved'})"
+        )
+    adapter.add_lora(int(content["r"]), alpha=content["lora_alpha"], dropout=content["lora_dropout"], towers=towers)
+    handle = adapter._lora
+    assert handle is not None
+    try:
+        handle.load_tensors(tensors)
+    except BaseException:
+        handle.remove()
+        adapter._lora = None
+        raise
+    return adapter
+
+
+def _read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        if content["peft_type"] not in (PEFT_TYPE, OWN_TYPE):
+            raise ValueError(f"its peft_type is {content['peft_type']}")
+        numbers = [content[name] for name in ("r", "lora_alpha", "lora_dropout")]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError("r, lora_alpha and lora_dropout must be numbers")
+        return content, load_file(str(folder / WEIGHTS_FILE))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise TTDError(
+            f"no LoRA can be read from {folder} ({type(error).__name__}: {one_sentence(error)}); pass a folder with "
+            f"{CONFIG_FILE} and {WEIGHTS_FILE}, as save_lora writes them"
+        ) from error
+
+
+def _unsupported_options(content: Mapping[str, Any]) -> list[str]:
+    """Return the names of options that change what LoRA computes and that :func:`save_lora` never writes."""
+    plain = {"bias": ("none", None), "init_lora_weights": (True, False, None)}
+    names = ("use_dora", "use_rslora", "lora_bias", "bias", "modules_to_save", "layer_replication", "target_parameters",
+             "trainable_token_indices", "fan_in_fan_out", "rank_pattern", "alpha_pattern")  # fmt: skip
+    return [name for name in names if content.get(name) and content[name] not in plain.get(name, ())]
