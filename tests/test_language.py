@@ -52,9 +52,7 @@ RULES = (
 INVERSION = r"(?:^|(?<=[.:;] ))Of (?!course)\w+"
 
 # Where a phrase is right: (file, phrase in lower case, why).
-EXCEPTIONS = (
-    ("ttd_plugins/embedded/scenes/vocabulary.py", "picture", "a filler of captions: the scenes are data"),
-)
+EXCEPTIONS = (("ttd_plugins/embedded/scenes/vocabulary.py", "picture", "a filler of captions: the scenes are data"),)
 
 
 @dataclass(frozen=True)
