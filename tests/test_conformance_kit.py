@@ -696,3 +696,12 @@ def test_results_can_be_sent_to_another_process() -> None:
     assert pickle.loads(pickle.dumps(report)) == report
     assert json.loads(json.dumps(report.as_dict()))["ok"] is True
     assert str(report).startswith("conforming:toy@random:\ncalibration: passed")
+
+
+def test_old_names_of_checks_work_and_warn() -> None:
+    with pytest.warns(FutureWarning, match="the check any_picture is now any_image_mode"):
+        report = check_adapter(conforming, only=["any_picture"])
+    assert report.passed == ["any_image_mode"]
+    with pytest.warns(FutureWarning, match="the check any_picture is now any_image_mode"):
+        report = check_adapter(conforming, only=["any_image_mode"], not_applicable={"any_picture": "not here"})
+    assert report.skipped == {"any_image_mode": "not here"}

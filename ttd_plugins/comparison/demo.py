@@ -55,7 +55,7 @@ def run_demo(
         TTDError: the backbone cannot be loaded, or a package that draws scenes is not installed.
     """
     if (out / METRICS).exists() and not (out / RESULTS).exists():
-        # A folder of version 0.1: its results are recomputed, and those of other settings are left alone.
+        # A folder of version 0.1: same settings are run anew, and the results of other settings stay as they are.
         ExperimentRecord(out / METRICS, _settings(options))
     comparison = run_comparison(out, options, stage=stage, command=command)
     content = {"settings": _settings(options), **_results(comparison, options.first_seed)}
