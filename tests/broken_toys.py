@@ -113,7 +113,7 @@ class ShiftsThePicture(ConformingAdapter):
 # Features ------------------------------------------------------------------------------------------------------------
 
 
-@broken("pooled_is_the_librarys")
+@broken("pooled_matches_library")
 class NormTwice(Features):
     def change(self, found: ImageFeatures, pixels: Tensor) -> Any:
         if found.pooled is None:
@@ -123,7 +123,7 @@ class NormTwice(Features):
 
 
 # The class token and the queries are the library's way to the pooled embedding, and here no gradient goes it.
-@broken("pooled_is_the_librarys", "gradients_to_image_parameters")
+@broken("pooled_matches_library", "gradients_to_image_parameters")
 class MeanForPooled(Features):
     def change(self, found: ImageFeatures, pixels: Tensor) -> Any:
         return ImageFeatures(found.patches, found.patches.mean((1, 2)) if found.pooled is not None else None)
@@ -148,19 +148,19 @@ class NormalisedPatches(Features):
 
 
 # The library's are not, and so differ.
-@broken("not_normalised", "pooled_is_the_librarys")
+@broken("not_normalised", "pooled_matches_library")
 class NormalisedPooled(Features):
     def change(self, found: ImageFeatures, pixels: Tensor) -> Any:
         return ImageFeatures(found.patches, None if found.pooled is None else F.normalize(found.pooled, dim=-1))
 
 
-@broken("not_normalised", "text_is_the_librarys")
+@broken("not_normalised", "text_matches_library")
 class NormalisedText(ConformingAdapter):
     def encode_text(self, ids: Tensor) -> Tensor:
         return F.normalize(super().encode_text(ids), dim=-1)
 
 
-@broken("text_is_the_librarys")
+@broken("text_matches_library")
 class OtherText(ConformingAdapter):
     def encode_text(self, ids: Tensor) -> Tensor:
         return 1.5 * super().encode_text(ids)
@@ -533,7 +533,7 @@ class RGBOnly:
         return self.rest(image)
 
 
-@broken("any_picture")
+@broken("any_image_mode")
 class NoConversion(Transforming):
     def change(self, made: DenseTransform) -> ImageTransform:
         return RGBOnly(made)
@@ -835,7 +835,7 @@ class BaseText(ConformingAdapter):
             self.model.text_mlp = layer
 
 
-@broken("lora_comes_out")
+@broken("lora_unloads_and_merges")
 class NudgesWeights(ConformingAdapter):
     def add_lora(self, *arguments: Any, **options: Any) -> Any:
         with torch.no_grad():
@@ -843,7 +843,7 @@ class NudgesWeights(ConformingAdapter):
         return super().add_lora(*arguments, **options)
 
 
-@broken("lora_comes_out")
+@broken("lora_unloads_and_merges")
 class MergeForgets(ConformingAdapter):
     def merge(self) -> nn.Module:
         return self.unload()

@@ -26,7 +26,8 @@ from torch import Tensor
 from ttd_plugins import load
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.testing import CHECKS, check_adapter
-from ttd_plugins.testing.check_session import distance, library_image_embedding, library_text_embedding
+from ttd_plugins.testing.check_session import distance
+from ttd_plugins.testing.library_reference import library_image_embedding, library_text_embedding
 
 TINY = [f"{family}:tiny@random" for family in ("openai_clip", "open_clip", "siglip", "eva_clip")]
 CAPTIONS = ["a dog", "two cats on the green grass beside a red umbrella"]

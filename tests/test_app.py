@@ -211,6 +211,8 @@ def test_the_old_name_of_the_image_works_and_warns(fake: FakeFamily, picture: Pa
     result = Studio([FAKE]).view(picture, CAPTION, [FAKE])
     with pytest.warns(FutureWarning, match=r"AppResult.picture is now AppResult.image"):
         assert result.picture is result.image
+    with pytest.warns(FutureWarning, match=r"studio.MOST_STEPS is now .*studio.MAX_STEPS"):
+        assert studio_module.MOST_STEPS == studio_module.MAX_STEPS
 
 
 # Fine-tuning here ----------------------------------------------------------------------------------------------------

@@ -22,11 +22,11 @@ from ttd_plugins import TTD, cli
 from ttd_plugins.benchmark import memory
 from ttd_plugins.benchmark.captions import (
     BUILT_IN,
-    StandInTokenizer,
+    SubstituteTokenizer,
     batch_of_captions,
-    made_up_captions,
-    made_up_tags,
     open_captions,
+    synthetic_captions,
+    synthetic_tags,
 )
 from ttd_plugins.benchmark.growth import axis_result, fit_exponent, run_growth
 from ttd_plugins.benchmark.measure import run_benchmark, summary
@@ -96,9 +96,9 @@ def test_the_same_as_tables(report: dict[str, Any], capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--batch-size", "1"], "batch_size must be 2 or more"),
-        (["--repeats", "0"], "repeats must be 1 or more"),
-        (["--peak-tflops", "0"], "peak_tflops must be more than 0"),
+        (["--batch-size", "1"], "batch_size must be at least 2"),
+        (["--repeats", "0"], "repeats must be at least 1"),
+        (["--peak-tflops", "0"], "peak_tflops must be positive"),
         (["--precision", "bfloat"], "did you mean 'bfloat16'"),
         (["--data", "nowhere.json"], "nowhere.json"),
         (["--image-size", "65"], "multiple of"),
@@ -163,7 +163,7 @@ def test_captions_come_from_whatever_training_takes(tmp_path: Path) -> None:
     table = tmp_path / "pairs.tsv"
     table.write_text("image\tcaption\n0.jpg\ta dog\n1.jpg\t\n2.jpg\ta cat\n")
     assert open_captions(str(table)) == ["a dog", "a cat"]
-    assert open_captions(str(table), most=1) == ["a dog"]
+    assert open_captions(str(table), limit=1) == ["a dog"]
     folder = tmp_path / "pictures"
     folder.mkdir()
     for name in ("a", "b"):
@@ -192,15 +192,15 @@ def test_built_in_captions_have_about_eight_candidates() -> None:
 
 
 def test_made_up_tags_are_all_distinct() -> None:
-    names = [name for one in made_up_tags(64, 64) for name in one]
+    names = [name for one in synthetic_tags(64, 64) for name in one]
     assert len(set(names)) == 64 * 64
-    assert len(set(made_up_captions(8, 4))) == 8
-    with pytest.raises(InputError, match="made-up tags"):
-        made_up_tags(10**6, 64)
+    assert len(set(synthetic_captions(8, 4))) == 8
+    with pytest.raises(InputError, match="synthetic tags"):
+        synthetic_tags(10**6, 64)
 
 
 def test_the_stand_in_tokenizer_keeps_its_end_token() -> None:
-    tokenizer = StandInTokenizer(6, 100)
+    tokenizer = SubstituteTokenizer(6, 100)
     rows = tokenizer(["a dog.", "extraordinarily long words here", ""])
     assert rows.shape == (3, 6) and int(rows.max()) == 99
     assert rows.argmax(-1).tolist() == [4, 5, 1]

@@ -178,11 +178,11 @@ def test_an_affine_change_of_the_cosines_changes_nothing_that_uses_the_refitted_
 @pytest.mark.parametrize(
     ("scores", "present", "message"),
     [
-        ([0.1, 0.2], [True, True], "words that are not"),
-        ([], [], "words that are not"),
+        ([0.1, 0.2], [True, True], "words that are absent"),
+        ([], [], "words that are absent"),
         ([0.2, 0.2, 0.2, 0.2], [True, False, True, False], "the same score"),
         ([0.1, float("nan")], [True, False], "not finite"),
-        ([0.1, 0.3, 0.2, 0.4], [True, False, True, False], "score as high"),
+        ([0.1, 0.3, 0.2, 0.4], [True, False, True, False], "scores as high"),
     ],
 )
 def test_what_cannot_be_fitted(scores: list[float], present: list[bool], message: str) -> None:
@@ -232,11 +232,11 @@ def test_own_words_score_as_by_hand_and_borrowed_ones_are_never_own(monkeypatch:
     borrowed = 0
     for pair, (_, caption) in zip(seen["pairs"], found, strict=True):
         assert pair.own == caption.split(" and ")
-        assert len(pair.borrowed) == len(pair.own)
-        assert not {fold(word) for word in pair.borrowed} & {fold(word) for word in pair.own}
-        borrowed += len(pair.borrowed)
+        assert len(pair.sampled) == len(pair.own)
+        assert not {fold(word) for word in pair.sampled} & {fold(word) for word in pair.own}
+        borrowed += len(pair.sampled)
     assert borrowed == 72
-    words = [[*pair.own, *pair.borrowed] for pair in seen["pairs"]]
+    words = [[*pair.own, *pair.sampled] for pair in seen["pairs"]]
     np.testing.assert_allclose(np.concatenate(seen["scores"]), by_hand(adapter, found, words), atol=1e-5)
 
 
@@ -453,7 +453,7 @@ class Short(Silent):
     ("pairs", "options", "kind", "message"),
     [
         ([], {}, InputError, "0 of 0 pairs"),
-        (pictures(MIN_IMAGES - 1), {}, InputError, f"{MIN_IMAGES} different images or more"),
+        (pictures(MIN_IMAGES - 1), {}, InputError, f"at least {MIN_IMAGES} different images"),
         ([pictures(1)[0]] * 50, {}, InputError, f"{MIN_IMAGES} different images"),
         ([(image, "and the of") for image, _ in pictures(30)], {}, TagExtractionError, "'words' finds no word"),
         (pictures(30), {"extractor": Silent()}, TagExtractionError, "'silent' finds no word in any of 30 captions"),
@@ -462,9 +462,9 @@ class Short(Silent):
         (pictures(30), {"held_out": 1.0}, InputError, "held_out"),
         (pictures(30), {"batch_size": 0}, InputError, "batch_size"),
         (pictures(30), {"template": "a photo"}, InputError, "template"),
-        (["ab"], {}, InputError, "item 0 is no pair"),
+        (["ab"], {}, InputError, "item 0 is not a pair"),
         ([(torch.zeros(2, 3, 16, 16), "a dog")], {}, InputError, "item 0 has shape"),
-        ([(torch.zeros(2, 3, 16, 16), ["a dog"])], {}, InputError, "item 0 is no batch"),
+        ([(torch.zeros(2, 3, 16, 16), ["a dog"])], {}, InputError, "item 0 is not a batch"),
         ([(7, caption) for _, caption in pictures(30)], {}, InputError, "not a int"),
         ([("none.png", caption) for _, caption in pictures(30)], {}, InputError, "'none.png' does not exist"),
     ],

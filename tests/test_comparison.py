@@ -10,7 +10,7 @@ import shutil
 import statistics
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -237,8 +237,58 @@ def test_compare_from_python_gives_what_the_command_gives(tmp_path: Path) -> Non
     assert run_command("compare", "--backbones", "open_clip:tiny", *flags, "--jobs", "1", "--out", str(out)) == 0
     content = json.loads((out / "results.json").read_text())["backbones"]["open_clip:tiny"]
     assert found.backbones[0].metrics == content["figures"] and found.backbones[0].bias == content["bias"]
-    with pytest.raises(TypeError, match="stepz"):
+    with pytest.raises(InputError, match="stepz"):
         compare("open_clip:tiny", out=tmp_path / "c", stepz=3)
+
+
+def test_every_option_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[CompareOptions] = []
+
+    def reading(out: Path, options: CompareOptions, **more: Any) -> None:
+        read.append(options)
+        raise InputError("not run")
+
+    monkeypatch.setattr(running, "run_comparison", reading)
+    flags = (
+        "--data coco_captions --root data --split train --pairs p --no-tune --seeds 1 --first-seed 2 --steps 7 "
+        "--rank 4 --batch-size 5 --lr 1e-5 --limit 11 --gallery 0 --preset paper --workers 2 --jobs 1 --device cuda:1 "
+        "--tags stanza --tags-option deep=null --tags-option name=3 --rule absolute --threshold 0.25 --distance mse "
+        "--ttd template=the_{} --distill-weight 2.5 --teacher ema"
+    )
+    assert run_command("compare", "--backbones", "open_clip:tiny, eva_clip:tiny+a", *flags.split()) == 2
+    ttd = TTDOptions(
+        extractor="stanza", extractor_options={"deep": None, "name": 3}, rule="absolute", threshold=0.25,
+        distance="mse", template="the_{}", distill_weight=2.5, teacher="ema",
+    )  # fmt: skip
+    expected = CompareOptions(
+        ("open_clip:tiny", "eva_clip:tiny+a"), data="coco_captions", root=Path("data"), split="train", pairs="p",
+        tune=False, seeds=1, first_seed=2, steps=7, rank=4, batch_size=5, learning_rate=1e-5, limit=11, gallery=0,
+        preset="paper", workers=2, device="cuda:1", ttd=ttd,
+    )  # fmt: skip
+    assert read == [expected]
+    plain = CompareOptions(("open_clip:tiny",))
+    changed = {one.name for one in fields(CompareOptions) if getattr(expected, one.name) != getattr(plain, one.name)}
+    assert changed == {one.name for one in fields(CompareOptions)} - {"jobs"}
+    assert run_command("compare", "--backbones", "open_clip:tiny", "--full", "--jobs", "3", "--device", "cpu") == 2
+    assert (read[1].rank, read[1].jobs) == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"seeds": 0}, "seeds must be 1 or more, not 0"),
+        ({"batch_size": 1}, "batch_size must be 2 or more, not 1"),
+        ({"limit": 1}, "limit must be 2 or more, not 1"),
+        ({"backbones": ()}, "name one or more backbones, each once"),
+        ({"backbones": ("a:b", "a:b")}, "name one or more backbones, each once"),
+        ({"jobs": 2, "device": "cuda"}, "jobs must be 1"),
+        ({"ttd": TTDOptions(contrastive_weight=0.0)}, "contrastive_weight must be above 0"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence) as caught:
+        replace(SMALL, **change)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_first_seed_moves_all_seeds(finished: tuple[Path, Any], tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_without_a_registered_family_its_checks_are_skipped_with_the_reason() ->
 @pytest.mark.parametrize(
     ("kind", "skipped"),
     [
-        (NoLoRA, {"lora_targets", "lora_reaches_features", "lora_comes_out"}),
+        (NoLoRA, {"lora_targets", "lora_reaches_features", "lora_unloads_and_merges"}),
         (TextLoRAOnly, set()),
         (OneSize, {"other_sizes"}),
         (EveryPositionMatters, {"text_trimming"}),
@@ -107,7 +107,7 @@ def test_what_stays_within_the_contract_is_skipped_and_does_not_fail(
 
 
 # A third of the time, and left to the slow run where a toy is broken in nothing that they look at.
-COSTLY = {"lora_reaches_features", "lora_comes_out", "meta_images", "meta_texts"}
+COSTLY = {"lora_reaches_features", "lora_unloads_and_merges", "meta_images", "meta_texts"}
 
 
 @pytest.mark.parametrize("name", sorted(BROKEN))
@@ -151,9 +151,9 @@ def test_names_are_unique_and_needs_exist() -> None:
 def test_a_check_that_builds_on_a_failed_one_is_skipped_and_says_on_which() -> None:
     report = check_adapter(lambda: conforming(Raises))
     assert report.failed == ["image_features"]
-    assert report.skipped["gradients_to_pixels"] == "it builds on image_features"
+    assert report.skipped["gradients_to_pixels"] == "it depends on image_features"
     # Through another one, which was skipped itself.
-    assert report.skipped["lora_reaches_features"].startswith("it builds on")
+    assert report.skipped["lora_reaches_features"].startswith("it depends on")
     assert "text_features" in report.passed and "calibration" in report.passed
 
 
@@ -161,7 +161,7 @@ def test_the_seen_says_what_happened() -> None:
     raised = check_adapter(lambda: conforming(Raises), only=["image_features"]).results[0]
     assert raised.seen == "ZeroDivisionError: two lines [bold]"
     place = check_adapter(lambda: conforming(Transposed), only=["patches_in_place"]).results[0]
-    assert place.seen is not None and "right cell for" in place.seen
+    assert place.seen is not None and "in that cell for" in place.seen
     text = str(place)
     assert text.splitlines()[0].startswith("patches_in_place: ")
     assert "  expected: " in text and "  seen: " in text and "  usual cause: the grid is transposed" in text
@@ -260,7 +260,7 @@ def test_a_family_must_state_its_version_itself(plugin: ConformingFamily, monkey
     monkeypatch.delattr(ConformingFamily, "api_version")
     report = check_adapter(lambda: load("conforming:toy@fixed"))
     assert report.failed == ["api_version"]
-    assert "states none" in (report.results[0].seen or "")
+    assert "sets none" in (report.results[0].seen or "")
     assert "image_features" in report.passed
 
 
@@ -269,7 +269,7 @@ def test_a_family_that_is_registered_twice(plugin: ConformingFamily) -> None:
         report = check_adapter(lambda: load("conforming:toy@fixed"), family="conforming")
     assert report.failed == ["registered_once"]
     assert "'again'" in (report.results[1].seen or "")
-    assert report.skipped["adapter_is_built"] == "it builds on registered_once"
+    assert report.skipped["adapter_is_built"] == "it depends on registered_once"
 
 
 @pytest.mark.parametrize("made", [None, nn.Linear(2, 2), ZeroDivisionError("no"), SystemExit(4), PluginError("p")])
@@ -344,7 +344,7 @@ def test_what_an_adapter_prints_is_kept_out_of_the_report(capsys: pytest.Capture
         (lambda m: m.norm.weight.data.mul_(2), "the values of norm.weight changed"),
         (lambda m: m.eval(), "evaluation mode"),
         (lambda m: m.norm.requires_grad_(False), "requires_grad of norm.weight became False"),
-        (lambda m: m.norm.register_forward_pre_hook(print), "a hook was left on or taken from norm"),
+        (lambda m: m.norm.register_forward_pre_hook(print), "a hook was added to or removed from norm"),
         (lambda m: setattr(m, "norm", nn.LayerNorm(WIDTH)), "modules were added, removed or replaced (norm)"),
         (lambda m: setattr(m, "class_token", nn.Parameter(m.class_token.clone())), "tensors were replaced"),
         (lambda m: setattr(m.norm, "eps", 1.0), "the attribute eps of norm changed"),
@@ -353,7 +353,7 @@ def test_what_an_adapter_prints_is_kept_out_of_the_report(capsys: pytest.Capture
         (lambda m: m.calls.add_(1), "the values of calls changed"),
     ],
 )
-def test_the_keeper_sees_and_undoes(change: Any, phrase: str) -> None:
+def test_the_snapshot_sees_and_undoes(change: Any, phrase: str) -> None:
     model = conforming().model
     keeper = ModuleSnapshot(model)
     assert keeper.changes() == []
@@ -369,7 +369,7 @@ def test_the_keeper_sees_and_undoes(change: Any, phrase: str) -> None:
 def test_only_some_checks_run_with_what_they_need() -> None:
     report = check_adapter(lambda: conforming(Transposed), only=["moving_object", "calibration"])
     assert [result.name for result in report.results] == ["calibration", "moving_object"]
-    assert report.skipped == {"moving_object": "it builds on patches_in_place"}
+    assert report.skipped == {"moving_object": "it depends on patches_in_place"}
 
 
 def test_exceptions_with_a_reason() -> None:
@@ -389,12 +389,12 @@ def test_the_reference_can_be_given_and_its_absence_is_a_reason() -> None:
         pass
 
     made = conforming(Bare)
-    names = ["pooled_is_the_librarys", "text_is_the_librarys"]
+    names = ["pooled_matches_library", "text_matches_library"]
     nothing = check_adapter(lambda: made, only=names, image_reference=lambda *_: None, text_reference=lambda *_: None)
     assert set(nothing.skipped) == set(names)
-    assert "neither encode_image nor get_image_features" in nothing.skipped["pooled_is_the_librarys"]
+    assert "neither encode_image nor get_image_features" in nothing.skipped["pooled_matches_library"]
     other = check_adapter(lambda: made, only=names, image_reference=lambda a, p: 2 * a.model.encode_image(p))
-    assert other.failed == ["pooled_is_the_librarys"]
+    assert other.failed == ["pooled_matches_library"]
 
     def raises(*_: Any) -> Tensor:
         raise KeyError("nothing")
@@ -407,7 +407,7 @@ def test_a_library_that_normalises_is_compared_in_direction() -> None:
         model: Any = adapter.model
         return nn.functional.normalize(model.encode_image(pixels), dim=-1)
 
-    assert check_adapter(conforming, only=["pooled_is_the_librarys"], image_reference=unit).ok
+    assert check_adapter(conforming, only=["pooled_matches_library"], image_reference=unit).ok
 
 
 class InFloat32(ConformingModel):
@@ -424,7 +424,7 @@ def test_a_model_that_cannot_do_bfloat16_itself_is_no_fault_of_the_adapter() -> 
     names = ["half_precision", "image_features"]
     report = check_adapter(lambda: ConformingAdapter(InFloat32()), only=names)
     assert report.passed == ["image_features"]
-    assert report.skipped["half_precision"].startswith("the model itself cannot do it: ")
+    assert report.skipped["half_precision"].startswith("the model itself does not support bfloat16: ")
     own = check_adapter(lambda: conforming(BROKEN["KeepsFloat32Pixels"][0]), only=names)
     assert own.failed == ["half_precision"]
 
@@ -465,7 +465,7 @@ def test_large_images_go_through_the_model_few_times() -> None:
 def test_outputs_of_transformers_are_understood() -> None:
     from types import SimpleNamespace
 
-    from ttd_plugins.testing.check_session import library_image_embedding, library_text_embedding
+    from ttd_plugins.testing.library_reference import library_image_embedding, library_text_embedding
 
     class Model(nn.Module):
         def get_image_features(self, pixels: Tensor) -> Any:
@@ -488,7 +488,7 @@ class Peeks(ConformingAdapter):
 def test_a_device_without_data_is_a_reason_and_not_a_failure() -> None:
     report = check_adapter(lambda: conforming(Peeks))
     assert report.ok, lines(report)
-    assert "cannot be done without data" in report.skipped["meta_texts"]
+    assert "computation needs data" in report.skipped["meta_texts"]
 
 
 # As a class of tests -------------------------------------------------------------------------------------------------
@@ -546,7 +546,7 @@ def test_a_failed_check_is_a_failed_test_that_explains_itself(tmp_path: Path) ->
     assert f"2 failed, {len(NAMES) - 5} passed, {len(NAMES) + 3} skipped" in done.stdout, done.stdout
     assert "TestMine.test_patches_in_place" in done.stdout
     assert "usual cause: the grid is transposed" in done.stdout
-    assert "TestForgotten must have make_adapter(self)" in done.stdout
+    assert "TestForgotten must define make_adapter(self)" in done.stdout
     assert "Traceback" not in done.stdout
 
 
@@ -607,7 +607,7 @@ def test_the_command_prints_a_table_and_its_status_says_whether_all_is_well(plug
     result = ttd("conforming:toy@fixed")
     assert result.exit_code == 1
     assert "1 failed, 1 skipped" in result.stdout
-    for part in ("expected: ", "seen: ", "usual cause: the grid is transposed", "it builds on"):
+    for part in ("expected: ", "seen: ", "usual cause: the grid is transposed", "it depends on"):
         assert part in result.stdout
 
 
@@ -696,3 +696,12 @@ def test_results_can_be_sent_to_another_process() -> None:
     assert pickle.loads(pickle.dumps(report)) == report
     assert json.loads(json.dumps(report.as_dict()))["ok"] is True
     assert str(report).startswith("conforming:toy@random:\ncalibration: passed")
+
+
+def test_old_names_of_checks_work_and_warn() -> None:
+    with pytest.warns(FutureWarning, match="the check any_picture is now any_image_mode"):
+        report = check_adapter(conforming, only=["any_picture"])
+    assert report.passed == ["any_image_mode"]
+    with pytest.warns(FutureWarning, match="the check any_picture is now any_image_mode"):
+        report = check_adapter(conforming, only=["any_image_mode"], not_applicable={"any_picture": "not here"})
+    assert report.skipped == {"any_image_mode": "not here"}

@@ -11,6 +11,8 @@ from fakes import FakeAdapter, FakeModel
 
 from ttd_plugins import adapter as contract
 from ttd_plugins.adapter import BackboneDescription, DenseAdapter
+from ttd_plugins.engine import TTD
+from ttd_plugins.method import text_embeddings
 
 
 def test_a_description_is_built_and_read_with_the_old_name_of_a_field() -> None:
@@ -80,3 +82,24 @@ def test_an_adapter_that_overrides_the_new_name_is_called_under_the_old_one() ->
         warnings.simplefilter("error")
         adapter.snapshot_weights()
     assert adapter.calls == 2
+
+
+def test_results_of_the_engine_have_old_names() -> None:
+    ttd = TTD(FakeAdapter(FakeModel()))
+    output = ttd(torch.randn(2, 3, 32, 32), ["a red dog", "a cat"])
+    with pytest.warns(FutureWarning, match=r"TTDOutput.figures is now TTDOutput.device_statistics;"):
+        assert output.figures.keys() == output.device_statistics.keys() == output.statistics.keys()
+    candidates = output.alignment.candidates
+    with pytest.warns(FutureWarning, match=r"Candidates.most is now Candidates.max_tags;"):
+        assert candidates.most == candidates.max_tags == 2
+
+
+def test_text_encoding_has_old_names() -> None:
+    adapter = FakeAdapter(FakeModel())
+    with pytest.warns(FutureWarning, match=r"encode_texts\(activation_checkpointing=...\)"):
+        old, _ = text_embeddings.encode_texts(adapter, ["a dog"], recompute=False)  # type: ignore[call-arg]
+    with pytest.warns(FutureWarning, match=r"encode_texts\(token_cache=...\)"):
+        text_embeddings.encode_texts(adapter, ["a dog"], memory=None)  # type: ignore[call-arg]
+    assert torch.equal(old, text_embeddings.encode_texts(adapter, ["a dog"])[0])
+    with pytest.warns(FutureWarning, match=r"TextMemory is now ttd_plugins.method.text_embeddings.TextEmbeddingCache"):
+        assert text_embeddings.TextMemory is text_embeddings.TextEmbeddingCache

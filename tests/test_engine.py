@@ -837,7 +837,7 @@ def test_an_average_made_before_lora_is_told() -> None:
     pytest.importorskip("peft", reason="LoRA needs peft")
     ttd = engine(teacher="ema").train()
     ttd.backbone.add_lora(2)
-    with pytest.raises(TTDError, match="gained or lost LoRA after the engine was made"):
+    with pytest.raises(TTDError, match="LoRA was added to or removed from the backbone after"):
         ttd(toy_images(1), ["dog"])
 
 
@@ -997,18 +997,18 @@ def test_maps_take_a_path_and_given_tags(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"template": "a photo"}, "must hold {} once"),
-        ({"template": "{} {}"}, "must hold {} once"),
+        ({"template": "a photo"}, "must contain {} once"),
+        ({"template": "{} {}"}, "must contain {} once"),
         ({"template": "{} in {place}"}, "no other brace"),
         ({"template": "{{}}"}, "no other brace"),
-        ({"score": "best"}, "unknown score 'best'; known: pixel, image, text"),
-        ({"rule": "top"}, "unknown rule 'top'; known: minmax"),
-        ({"teacher": "wise"}, "unknown teacher 'wise'; known: self, frozen, ema"),
-        ({"distance": "kl"}, "unknown loss 'kl'"),
-        ({"distance": "bce", "activation": "none"}, "binary cross-entropy needs"),
+        ({"score": "best"}, "unknown value of score 'best'; known: image, pixel, text"),
+        ({"rule": "top"}, "unknown value of rule 'top'; known: absolute, minmax, probability"),
+        ({"teacher": "wise"}, "unknown value of teacher 'wise'; did you mean 'self'? known: ema, frozen, self"),
+        ({"distance": "kl"}, "unknown value of distance 'kl'"),
+        ({"distance": "bce", "activation": "none"}, "the distance bce needs maps in [0, 1]"),
         ({"tag_weight": -1.0}, "tag_weight must be 0 or more, not -1.0"),
-        ({"contrastive_weight": float("nan")}, "contrastive_weight must be 0 or more, not nan"),
-        ({"ema_decay": 1.5}, "ema_decay must be from 0 to 1, not 1.5"),
+        ({"contrastive_weight": float("nan")}, "contrastive_weight must be a finite number, 0 or more, not nan"),
+        ({"ema_decay": 1.5}, "ema_decay must be at least 0 and at most 1, not 1.5"),
         ({"treshold": 0.5}, "TTD has no option 'treshold'; options: extractor"),
     ],
 )

@@ -25,7 +25,7 @@ LIBRARIES = r"timm|transformers|torchvision|hugging_?face\w*|convnext\w*|vit|res
 PARTS = r"vision_model|text_model|vision_tower|resblocks|qkv|attn_pool|get_(?:image|text)_features|visual"
 NAMES = re.compile(rf"\b(?:{FAMILIES}|{LIBRARIES}|{PARTS})\b", re.IGNORECASE)
 # The kind of model that the method is for, as its paper calls it, and the verb.
-ALLOWED = re.compile(r"\bCLIP-like\b|\b[Cc]lip (?:gradients|all)\b")
+ALLOWED = re.compile(r"\bCLIP-like\b|\b[Cc]lip (?:gradients|all|everything)\b")
 
 
 def found(text: str) -> list[str]:

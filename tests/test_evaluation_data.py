@@ -466,7 +466,7 @@ def test_wrong_instances_are_told(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"segmentation of annotation 1 in .* cannot be decoded"):
         open_segmentation("coco_object", tmp_path).check()
     file.write_text("[]")
-    with pytest.raises(DatasetError, match="no COCO instances file"):
+    with pytest.raises(DatasetError, match="not a COCO instances file"):
         open_segmentation("coco_object", tmp_path)
     file.write_text("{")
     with pytest.raises(DatasetError, match="cannot be read"):
@@ -595,7 +595,7 @@ def test_tag_mask_that_is_otherwise_is_told(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="contains 2, but there are only 1 tags"):
         data.check()
     for content, match in (
-        ("[]", "no object"),
+        ("[]", "must contain an object"),
         ('{"tags": []}', "no text under"),
         ('{"caption": "a"}', "no list of strings"),
     ):
@@ -603,7 +603,7 @@ def test_tag_mask_that_is_otherwise_is_told(tmp_path: Path) -> None:
         with pytest.raises(DatasetError, match=match):
             data.check()
     (tmp_path / "image/000012.jpg").unlink()
-    with pytest.raises(DatasetError, match=r"the picture of .*000012.json' is missing"):
+    with pytest.raises(DatasetError, match=r"the image of .*000012.json' is missing"):
         TagMask(tmp_path)
 
 

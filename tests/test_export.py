@@ -407,7 +407,7 @@ def test_lora_alone_that_would_leave_out_trained_weights_is_refused(tmp_path: Pa
     assert any("logit_scale" in note for note in done.model.notes)
     for _, parameter in adapter.tower_parameters("text"):
         parameter.requires_grad_(True)
-    with pytest.raises(TTDError, match="trained as well, such as text_model"):
+    with pytest.raises(TTDError, match="trainable tensors beside LoRA, such as text_model"):
         export_backbone(adapter, tmp_path / "out", form="lora")
 
 
@@ -438,7 +438,7 @@ def test_eva_clip_tiny_says_why_it_cannot_be_rebuilt(tmp_path: Path) -> None:
 
 def test_a_family_that_does_not_say_how_has_the_other_forms(tmp_path: Path) -> None:
     adapter = ToyAdapter(ToyModel(), logits="softmax")
-    with pytest.raises(UnsupportedModelError, match="does not say how its models are exported"):
+    with pytest.raises(UnsupportedModelError, match="does not implement export"):
         export_backbone(adapter, tmp_path / "out")
     done = export_backbone(adapter, tmp_path / "out", form="weights")
     assert load_file(done.folder / "model.safetensors").keys() == adapter.model.state_dict().keys()
@@ -482,7 +482,7 @@ def test_lora_with_values_that_are_not_finite_is_not_folded_in(tmp_path: Path) -
 
 
 def test_lora_alone_needs_lora(tmp_path: Path) -> None:
-    with pytest.raises(TTDError, match="has no LoRA that could be exported"):
+    with pytest.raises(TTDError, match="has no LoRA to export"):
         export_backbone(load("openai_clip:tiny@random"), tmp_path / "out", form="lora")
     assert not list(tmp_path.iterdir())
 
@@ -554,19 +554,19 @@ def test_the_card_says_what_is_known_and_nothing_else(tmp_path: Path) -> None:
         base="open_clip:tiny@embedded",
         data={"pairs": 591, "source": "my | photographs\n<b>of</b> shoes"},
         settings={"steps": 200, "lora": {"rank": 16, "dropout": 0.0}, "never set": None},
-        figures={"before": {"tag AP": 0.971234567}, "after": {"tag AP": 0.98}},
+        metrics={"before": {"tag AP": 0.971234567}, "after": {"tag AP": 0.98}},
     )
     done = export_backbone(load("open_clip:tiny"), tmp_path / "out", card=card)
     text = (done.folder / "README.md").read_text()
-    for part in ("| pairs | 591 |", "my \\| photographs &lt;b>of&lt;/b> shoes", "| lora.rank | 16 |", "Figures: after",
+    for part in ("| pairs | 591 |", "my \\| photographs &lt;b>of&lt;/b> shoes", "| lora.rank | 16 |", "Metrics: after",
                  "| tag AP | 0.971235 |", CITATION, "local-dir:PATH",
                  "import open_clip", "arXiv 2404.00384"):  # fmt: skip
         assert part in text, part
     assert "None" not in text and "never set" not in text and str(tmp_path) not in text
     bare = export_backbone(load("openai_clip:tiny"), tmp_path / "bare")
     text = (bare.folder / "README.md").read_text()
-    assert not any(heading in text for heading in ("## Data", "## Settings", "## Figures"))
-    assert "import transformers\n" in text and "its licence holds" in text
+    assert not any(heading in text for heading in ("## Data", "## Settings", "## Metrics"))
+    assert "import transformers\n" in text and "its licence applies" in text
     assert text.startswith("---\nlibrary_name: transformers\n")
 
 

@@ -49,5 +49,5 @@ def test_blocks_are_run_again_and_gradients_are_the_same(name: str) -> None:
 
 def test_it_is_a_method_with_a_body_so_that_the_contract_keeps_its_version() -> None:
     assert API_VERSION == 1 and "set_grad_checkpointing" not in DenseAdapter.__abstractmethods__
-    with pytest.raises(UnsupportedModelError, match="has no switch for gradient checkpointing"):
+    with pytest.raises(UnsupportedModelError, match="has no switch for activation checkpointing"):
         toy().set_grad_checkpointing()

@@ -304,3 +304,9 @@ def test_drawing_leaves_pyplot_and_settings_alone(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
     draw_maps(make_maps("c", ["a"]), tmp_path / "maps.png")
     assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize(("old", "new"), [("HEAT_ALPHA", "HEAT_OPACITY"), ("greyed", "grey"), ("png_data_uri",) * 2])
+def test_names_that_moved_to_the_overlay_work_and_warn(old: str, new: str) -> None:
+    with pytest.warns(FutureWarning, match=f"heatmaps.{old} is now ttd_plugins.reports.heat_overlay.{new}"):
+        assert getattr(heatmaps, old) is getattr(heat_overlay, new)

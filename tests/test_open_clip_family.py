@@ -405,7 +405,7 @@ def test_a_tokenizer_of_another_model_is_noticed(tiny_folder: Path) -> None:
 
 def test_missing_settings_are_named(tiny_folder: Path) -> None:
     (tiny_folder / "ttd.json").write_text('{"dense_mode": "maskclip", "calibration": {"scale": 3}}')
-    with pytest.raises(TTDError, match=r"ttd\.json must hold .*shift"):
+    with pytest.raises(TTDError, match=r"ttd\.json must contain .*shift"):
         read_settings(tiny_folder)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +23,10 @@ from typer.testing import CliRunner
 
 from ttd_plugins import cli
 from ttd_plugins.errors import InputError
+from ttd_plugins.evaluation import evaluate
 from ttd_plugins.evaluation.datasets import DatasetError, open_captions, open_segmentation
 from ttd_plugins.evaluation.dense_inference import DenseOptions
+from ttd_plugins.evaluation.pamr import pamr
 from ttd_plugins.evaluation.protocols import (
     SEGMENT_PRESETS,
     TAG_PRESETS,
@@ -350,25 +356,25 @@ def test_other_settings_weights_or_places_are_refused(folder: Path, tmp_path: Pa
         evaluate_tags(toy(), data, TagProtocol(dense=PLAIN, threshold=0.4), out=out)
     with pytest.raises(InputError, match=r"contains results with other settings .backbone.weights_sha256: "):
         evaluate_tags(toy(1), data, TagProtocol(dense=PLAIN), out=out)
-    with pytest.raises(InputError, match="rank must be from 0 to 1 of 2 processes, not 2"):
+    with pytest.raises(InputError, match="rank must be from 0 to 1 for 2 processes, not 2"):
         evaluate_tags(toy(), data, TagProtocol(dense=PLAIN), out=out, rank=2, world=2)
-    with pytest.raises(InputError, match="several processes meet in a folder"):
+    with pytest.raises(InputError, match="several processes need a common folder"):
         evaluate_tags(toy(), data, TagProtocol(dense=PLAIN), rank=0, world=2)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="results cannot be written"):
+    with pytest.raises(InputError, match=r"the folder .*out cannot be made .*choose another --out"):
         evaluate_tags(toy(), data, TagProtocol(dense=PLAIN), out=tmp_path / "file" / "out")
 
 
 def test_a_wrong_layout_is_told_before_the_backbone_is_asked_anything(folder: Path) -> None:
     Image.fromarray(np.zeros((3, 3), np.uint8)).save(folder / "semantic_masks/d.png")
     backbone = toy()
-    for evaluate in (
+    for run in (
         lambda: evaluate_tags(backbone, open_captions("coco_captions", folder)),
         lambda: evaluate_text(backbone, open_captions("coco_captions", folder)),
         lambda: evaluate_segment(backbone, open_segmentation("coco_panoptic", folder)),
     ):
         with pytest.raises(DatasetError, match=r"d\.png"):
-            evaluate()
+            run()
     assert not backbone.images and not backbone.texts
 
 
@@ -520,3 +526,100 @@ def test_all_photographs_by_a_small_and_a_full_size_model(name: str, tmp_path: P
             assert found.metrics is not None and found.done == len(data)
             assert found.metrics["miou"] + found.metrics["mfpr"] + found.metrics["mfnr"] == pytest.approx(1)
             print(f"  segment {found.seconds_per_image:.2f} s an image, {found.peak_memory_bytes / 2**30:.2f} GiB")
+
+
+# The function for Python users ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("protocol", "data", "options", "command"),
+    [
+        ("tags", "coco_captions", {"rule": "absolute", "threshold": 0.1}, ("--rule", "absolute", "--threshold", "0.1")),
+        ("text", "coco_captions", {"scales": (1, 2), "flip": True, "limit": 2},
+         ("--scales", "1,2", "--flip", "--limit", "2")),
+        ("segment", "coco_panoptic", {"background": "none", "templates": "none"},
+         ("--data", "coco_panoptic", "--background", "none", "--templates", "none")),
+    ],
+)  # fmt: skip
+def test_the_function_does_what_the_command_does(
+    folder: Path, tmp_path: Path, loaded: list[str], protocol: Any, data: str, options: Any, command: tuple[str, ...]
+) -> None:
+    arguments = ("eval", protocol, folder, "--preset", "fast", "--size", "16", "--backbone", "toy:x", *command)
+    assert ttd(*arguments, "--out", tmp_path / "command").exit_code == 0
+    result = evaluate(
+        "toy:x", f"{data}:{folder}", protocol=protocol, preset="fast", size=16, out=tmp_path / "function", **options
+    )
+    assert loaded == ["toy:x"] * 2
+    written, own = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("command", "function"))
+    for name in ("settings", "figures", "done", "images"):
+        assert written[name] == own[name], name
+    assert result.path == tmp_path / "function" / "results.json" and result.metrics is not None
+
+
+def test_the_function_takes_an_adapter_and_a_reader(folder: Path) -> None:
+    reader = open_captions("coco_captions", folder, limit=2)
+    expected = evaluate_tags(toy(), reader, TagProtocol(dense=PLAIN)).metrics
+    assert evaluate(toy(), reader, size=16, flip=False).metrics == expected
+
+
+def test_the_function_shares_the_work_between_processes(folder: Path, tmp_path: Path) -> None:
+    more: Any = {"protocol": "text", "preset": "fast", "size": 16, "out": tmp_path / "out"}
+    first = evaluate(toy(), f"coco_captions:{folder}", rank=0, world=2, **more)
+    second = evaluate(toy(), f"coco_captions:{folder}", rank=1, world=2, **more)
+    assert first.metrics is None and second.metrics is not None and second.done == second.images == 4
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ("coco_captions:nowhere", {}, "the folder 'nowhere' of coco_captions does not exist"),
+        ("coco_captions", {}, "the data set 'coco_captions' needs a folder; write coco_captions:FOLDER"),
+        ("vocc:.", {"protocol": "segment"}, "unknown segmentation data set 'vocc'; did you mean 'voc'"),
+        ("voc:.", {}, "unknown captioned data set 'voc'"),
+        ("coco_captions:.", {"protocol": "tag"}, "unknown protocol 'tag'; did you mean 'tags'"),
+        ("coco_captions:.", {"preset": "papre"}, "unknown preset 'papre'; did you mean 'paper'"),
+        ("coco_captions:.", {"threshhold": 0.1}, "unknown option 'threshhold'; did you mean 'threshold'"),
+        ("coco_captions:.", {"resize": "long"}, "unknown resize 'long'"),
+    ],
+)
+def test_wrong_arguments_of_the_function_are_one_sentence(
+    data: str, options: dict[str, Any], message: str, loaded: list[str]
+) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        evaluate("toy:x", data, **options)
+    assert not loaded, "the backbone is loaded after the arguments were checked"
+
+
+def test_options_of_a_reader_do_not_apply_to_an_open_one(folder: Path) -> None:
+    with pytest.raises(InputError, match="split and limit apply to a data set by name; pass them to the reader"):
+        evaluate(toy(), open_captions("coco_captions", folder), limit=2)
+
+
+def test_the_package_is_light() -> None:
+    code = "import sys, ttd_plugins.evaluation; print([n for n in ('torch', 'numpy', 'PIL') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# Old names ------------------------------------------------------------------------------------------------------------
+
+
+def test_old_names_work_and_warn(folder: Path) -> None:
+    result = evaluate_text(toy(), open_captions("coco_captions", folder), TextProtocol(dense=PLAIN))
+    with pytest.warns(FutureWarning, match="EvaluationResult.figures is now EvaluationResult.metrics"):
+        assert result.figures is result.metrics
+    assert "figures" in result.as_dict() and "metrics" not in result.as_dict(), "results.json keeps its keys"
+    for module, old, new in (
+        ("evaluation.metrics", "class_figures", "class_overlaps"),
+        ("evaluation.scene_protocol", "picture_pixels", "normalized_pixels"),
+        ("evaluation.protocols.tags", "tag_figures", "tag_metrics"),
+        ("evaluation.protocols.text", "text_figures", "text_metrics"),
+        ("evaluation.protocols.segment", "segment_figures", "segment_metrics"),
+        ("evaluation.datasets.annotation_files", "picture_size", "image_size"),
+        ("benchmark.captions", "made_up_tags", "synthetic_tags"),
+    ):
+        found = importlib.import_module(f"ttd_plugins.{module}")
+        with pytest.warns(FutureWarning, match=f"{old} is now .*{new}; the old name goes with the next minor release"):
+            assert getattr(found, old) is getattr(found, new)
+    with pytest.warns(FutureWarning, match=r"pamr\(picture=...\) is now pamr\(image=...\)"):
+        pamr(torch.zeros(1, 4, 4), picture=torch.zeros(3, 4, 4))

@@ -14,13 +14,16 @@ from hypothesis import strategies as st
 
 pytest.importorskip("yaml", reason="needs the extra 'train'")
 
+import typer
 import yaml
 from typer.testing import CliRunner
 
 from ttd_plugins import cli
 from ttd_plugins.adapter import Calibration
+from ttd_plugins.cli.config_flags import flags_of
 from ttd_plugins.cli.train import FLAGS
 from ttd_plugins.errors import InputError
+from ttd_plugins.evaluation.protocol_options import DenseOptions
 from ttd_plugins.options import TTDOptions
 from ttd_plugins.training.config import TrainConfig
 from ttd_plugins.utils.configuration import field_information
@@ -247,3 +250,34 @@ def test_the_command_says_what_is_wrong(arguments: list[str], said: str, tmp_pat
     found = CliRunner().invoke(cli.app, ["train", "--out", str(tmp_path / "run"), *arguments])
     assert found.exit_code == 2 and said in found.output
     assert not (tmp_path / "run").exists()
+
+
+def flags_of_command(*words: str) -> set[str]:
+    command: Any = typer.main.get_command(cli.app)
+    for word in words:
+        command = command.commands[word]
+    return {name for parameter in command.params for name in parameter.opts if name.startswith("--")}
+
+
+def test_no_command_lacks_a_flag_that_another_has() -> None:
+    """Commands that read the same section have the same flags for it."""
+    reads_pairs = {flag.name for flag in FLAGS if flag.path.startswith(("backbone.", "data.options"))}
+    reads_pairs |= {"--size", "--workers", "--max-skipped", "--batch-size"}
+    for command in (("train",), ("prune",)):
+        assert reads_pairs <= flags_of_command(*command), command
+    protocols = [flags_of_command("eval", name) for name in ("tags", "text", "segment")]
+    views = {flag.name for flag in flags_of(DenseOptions)}
+    shared = {
+        "--backbone",
+        "--backbone-option",
+        "--device",
+        "--preset",
+        "--out",
+        "--split",
+        "--limit",
+        "--rank",
+        "--world",
+    }
+    for flags in protocols:
+        assert views | shared | {"--threshold", "--json"} <= flags
+    assert {"--tags", "--tags-option", "--rule", "--template"} <= protocols[0] & flags_of_command("train")

@@ -511,7 +511,7 @@ def test_figures_are_written_for_tensorboard(tmp_path: Path) -> None:
 def test_what_cannot_be_tuned_so_is_told(tmp_path: Path) -> None:
     with pytest.raises(TTDError, match=r"patch\.weight has dtype bfloat16, which rounds small steps away"):
         run_toy(tmp_path / "a", backbone=toy(dtype=torch.bfloat16))
-    with pytest.raises(UnsupportedModelError, match="has no switch for gradient checkpointing"):
+    with pytest.raises(UnsupportedModelError, match="has no switch for activation checkpointing"):
         run_toy(tmp_path / "b", toy_config(run={"gradient_checkpointing": True}))
     with pytest.raises(InputError, match="fp16 scales its loss on a GPU only"):
         run_toy(tmp_path / "c", toy_config(run={"mixed_precision": "fp16"}))

@@ -12,9 +12,9 @@ _renamed_modules.install()
 if TYPE_CHECKING:
     from ttd_plugins._version import __version__
     from ttd_plugins.adapter import Calibration, DenseAdapter
-    from ttd_plugins.comparison import compare  # type: ignore[attr-defined,unused-ignore]
+    from ttd_plugins.comparison.running import compare
     from ttd_plugins.engine import TTD
-    from ttd_plugins.evaluation import evaluate  # type: ignore[attr-defined,unused-ignore]
+    from ttd_plugins.evaluation import evaluate
     from ttd_plugins.export import export_backbone
     from ttd_plugins.fine_tuning import fine_tune
     from ttd_plugins.hookspecs import hookimpl
@@ -30,7 +30,7 @@ _MODULES = {
     "TTD": "ttd_plugins.engine",
     "TTDOptions": "ttd_plugins.options",
     "__version__": "ttd_plugins._version",
-    "compare": "ttd_plugins.comparison",
+    "compare": "ttd_plugins.comparison.running",
     "evaluate": "ttd_plugins.evaluation",
     "export_backbone": "ttd_plugins.export",
     "fine_tune": "ttd_plugins.fine_tuning",

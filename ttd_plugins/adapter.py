@@ -132,7 +132,7 @@ class Tokens:
 class ExportedModel:
     """How the backbone's own library loads what :meth:`DenseAdapter.export` wrote.
 
-    Every text contains ``PATH`` in the place of the folder, which may be moved; :meth:`at` replaces it.
+    Texts contain ``PATH`` instead of the folder, which may be moved; :meth:`at` inserts it.
 
     Attributes:
         library: name of the package that loads it.
@@ -149,7 +149,7 @@ class ExportedModel:
     notes: tuple[str, ...] = ()
 
     def at(self, folder: str | Path) -> tuple[str, ...]:
-        """Return the lines of code with ``folder`` in the place of ``PATH``, :attr:`load` first."""
+        """Return the lines of code with ``folder`` instead of ``PATH``, :attr:`load` first."""
         return tuple(line.replace("PATH", str(folder)) for line in (self.load, *self.more))
 
 

@@ -1,8 +1,8 @@
-"""Fit the map from cosine to probability to a backbone, from a few hundred unlabelled image-text pairs.
+"""Calibration: fit the map from cosine to probability of a backbone to a few hundred unlabelled image-text pairs.
 
-Cosines of different families live on different scales, so the probability that a tag is in a picture needs a scale and
-a shift of its own for each backbone. They are fitted without a label: a caption's own words are taken for present, and
-words borrowed from other captions for absent, which is right often enough to place the middle and the slope.
+Cosines of different families have different ranges, so the probability that a tag is in an image needs a scale and a
+shift per backbone. The fit needs no labels: a caption's own words are positives, and words sampled from other captions
+are negatives. Both are noisy, but good enough to fit two parameters.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ if TYPE_CHECKING:
     from ttd_plugins.tags import TagExtractor
 
 MIN_IMAGES = 20
-"""Fewest images with tags that a fit is made from; a few hundred are wanted for a good one."""
+"""Minimal number of images with tags; a good fit needs a few hundred."""
 
 RIDGE = 1e-4
-"""Weight of half the squared slope of the standardised score in the mean log-loss: it keeps separable data finite."""
+"""Weight of half the squared slope of the standardised score, so that the optimum of separable data is finite."""
 
 
 @dataclass(frozen=True)
 class CalibrationFit:
-    """A fitted calibration, and how much better than the backbone's default it is on images that it has not seen.
+    """A fitted calibration, and its log-loss and that of the backbone's default on a held-out set.
 
     Attributes:
         calibration: the fitted map, for ``TTDOptions(calibration=...)``.
-        default: the backbone's own.
-        log_loss, default_log_loss: mean negative log-likelihood, in nats a word, of own and borrowed words on the
-            held-out images; 0.693 is a coin's.
-        images, held_out_images: distinct images that it was fitted on and measured on.
-        words, held_out_words: how many own and, in equal number, borrowed words they gave.
-        captions_without_words: captions that were left out because they have no tag, or none to compare it with.
+        default: the backbone's own calibration.
+        log_loss, default_log_loss: mean negative log-likelihood of own and sampled words of the held-out images, in
+            nats per word; a coin flip has 0.693.
+        images, held_out_images: number of distinct images in the fit and in the held-out set.
+        words, held_out_words: number of own words in each; there are as many sampled words.
+        captions_without_words: number of captions that were left out, without a tag or without negatives.
     """
 
     calibration: Calibration
@@ -61,36 +61,40 @@ class CalibrationFit:
     captions_without_words: int
 
     def as_dict(self) -> dict[str, Any]:
-        """A dictionary that JSON can hold."""
+        """Return the attributes as a mapping that JSON can store."""
         return asdict(self)
 
 
 def fit_logistic(scores: NDArray[Any], present: NDArray[Any], *, ridge: float = RIDGE) -> Calibration:
-    """Scale and shift of the logistic regression of ``present`` on ``scores``, to the optimum, in float64.
+    """Fit the logistic regression of ``present`` on ``scores`` to its optimum, in float64.
 
-    The objective is the mean log-loss and ``ridge / 2`` times the square of the slope of the *standardised* score, so
-    that an affine change of all scores changes no fitted probability. It is strictly convex and solved by Newton's
-    method with step halving.
+    The objective is the mean log-loss plus ``ridge / 2`` times the square of the slope of the *standardised* score, so
+    that an affine change of all scores changes no fitted probability. It is strictly convex; Newton's method with step
+    halving solves it.
 
     Args:
         scores: cosines ``[N]``.
         present: bool ``[N]``.
-        ridge: above zero; data that a threshold separates have no finite optimum without it.
+        ridge: above zero; separable data have no finite optimum without it.
+
+    Returns:
+        Scale and shift of the fitted map.
 
     Raises:
-        TTDError: there is only one class, a score is not finite, all scores are equal, or present words do not score
-            higher than absent ones, so that no increasing map fits.
+        InputError: the ridge is not above zero.
+        TTDError: there is only one class, a score is not finite, all scores are equal, or positives do not have higher
+            scores than negatives, so that no increasing map fits.
     """
     x, y = np.asarray(scores, np.float64), np.asarray(present, np.float64)
     if not ridge > 0:
         raise InputError(f"the ridge must be above 0, not {ridge}")
     if x.ndim != 1 or x.shape != y.shape or not 0 < y.sum() < len(y):
-        raise TTDError("a calibration is fitted to scores of words that are there and of words that are not")
+        raise TTDError("a calibration needs scores of words that are present and of words that are absent")
     if not np.isfinite(x).all():
-        raise TTDError("a calibration cannot be fitted: the backbone gave scores that are not finite")
+        raise TTDError("a calibration cannot be fitted: the backbone returned scores that are not finite")
     mean, spread = x.mean(), x.std()
     if spread <= 1e-7 * max(abs(mean), 1e-30):
-        raise TTDError("a calibration cannot be fitted: the backbone gives every word on every image the same score")
+        raise TTDError("a calibration cannot be fitted: the backbone returned the same score for every word and image")
     z = np.stack([(x - mean) / spread, np.ones_like(x)], axis=1)
     penalty = np.array([ridge, 0.0])
 
@@ -114,14 +118,14 @@ def fit_logistic(scores: NDArray[Any], present: NDArray[Any], *, ridge: float = 
         weights = weights - size * step
     if weights[0] <= 0:
         raise TTDError(
-            "a calibration cannot be fitted: words of other captions score as high as a caption's own, so the backbone "
-            "does not tell which words are in a picture; check that captions belong to their images"
+            "a calibration cannot be fitted: words of other captions have scores as high as a caption's own, so the "
+            "backbone does not separate present from absent words; check that captions belong to their images"
         )
     return Calibration(float(weights[0] / spread), float(weights[1] - weights[0] * mean / spread))
 
 
 def log_loss(calibration: Calibration, scores: NDArray[Any], present: NDArray[Any]) -> float:
-    """Mean negative log-likelihood in nats of ``present`` (bool ``[N]``) under the calibrated ``scores`` (``[N]``)."""
+    """Return the mean negative log-likelihood, in nats, of ``present`` (bool ``[N]``) given ``scores`` (``[N]``)."""
     logits = calibration.scale * np.asarray(scores, np.float64) + calibration.shift
     return float((np.logaddexp(0, logits) - np.asarray(present, np.float64) * logits).mean())
 
@@ -132,12 +136,12 @@ def _sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @dataclass
 class _Pair:
-    """One image with one caption: what it is now, the digest of its pixels, its own words and borrowed ones."""
+    """One image with one caption: own words, sampled words of other captions, and a digest of the pixels."""
 
     image: Any
     caption: str
     own: list[str]
-    borrowed: list[str]
+    sampled: list[str]
     digest: str = ""
 
 
@@ -156,27 +160,27 @@ def fit_calibration(
 ) -> CalibrationFit:
     """Fit a backbone's calibration by logistic regression on nearest-patch scores.
 
-    A caption's own words are compared with as many words borrowed from other captions, drawn as often as they are
-    used there and never words of the caption itself. A probability of one half therefore means "as likely a word of
-    this picture's caption as of another's". Images, each with all of its captions, are held out for the log-loss. The
-    backbone is put into evaluation mode for the time being, and the same seed gives the same answer.
+    The positives are a caption's own words. The negatives are as many words sampled from other captions, by their
+    frequency there, and never words of the caption itself. A probability of one half thus means "as likely a word of
+    this image's caption as of another". Images, each with all of its captions, are held out for the log-loss. The
+    backbone is in evaluation mode meanwhile. The result is deterministic in ``seed``.
 
     Args:
         backbone: the backbone, with or without LoRA.
-        pairs: pairs ``(image, caption)``, the image as a PIL image, a path or normalised pixels ``[3, height,
-            width]``; or batches ``(pixels [B, 3, height, width], B captions)``, as a data loader gives.
-        extractor: a tag extractor, or the name of one.
-        template: what a word is put into before it is encoded, with ``{}`` for the word.
+        pairs: pairs ``(image, caption)``, the image being a PIL image, a path or normalised pixels ``[3, height,
+            width]``; or batches ``(pixels [B, 3, height, width], B captions)``, as from a data loader.
+        extractor: a tag extractor, or its name.
+        template: prompt around a word, with ``{}`` for the word.
         size: input (height, width) in pixels of PIL images and paths; by default the backbone's preferred size.
-        held_out: share of the images that the log-loss is measured on.
-        batch_size: images that go through the backbone at once.
+        held_out: share of the images in the held-out set.
+        batch_size: number of images per forward pass.
         ridge: see :func:`fit_logistic`.
-        seed: decides which images are held out and which words are borrowed.
+        seed: seed of the held-out set and of the sampled words.
 
     Raises:
-        InputError: an option is out of range, an item is no pair, an image cannot be read, or there are fewer than
-            20 distinct images whose captions have words.
-        TagExtractionError: the extractor finds no word in any caption, or gives as many lists as no caption count.
+        InputError: an option is out of range, an item is not a pair, an image cannot be read, or fewer than 20
+            distinct images have captions with words.
+        TagExtractionError: the extractor finds no word in any caption, or returns the wrong number of lists.
         TTDError: no increasing map fits; see :func:`fit_logistic`.
     """
     if not 0 < held_out < 1:
@@ -184,7 +188,7 @@ def fit_calibration(
     if batch_size < 1:
         raise InputError(f"batch_size must be 1 or more, not {batch_size}")
     if template.count("{}") != 1:
-        raise InputError(f"the template {template!r} must hold {{}} once, where the word goes")
+        raise InputError(f"the template {template!r} must contain {{}} once, where the word goes")
     found = _read_pairs(pairs)
     without = _draw_words(found, extractor, np.random.default_rng([seed, 0]))
     usable = [pair for pair in found if pair.own]
@@ -193,17 +197,17 @@ def fit_calibration(
     images = sorted({pair.digest for pair in usable})
     if len(images) < MIN_IMAGES:
         raise InputError(
-            f"a calibration needs {MIN_IMAGES} different images or more whose captions have words, better a few "
-            f"hundred; {len(images)} of {len(found)} pairs were left"
+            f"a calibration needs at least {MIN_IMAGES} different images whose captions have words, better a few "
+            f"hundred; {len(images)} of {len(found)} pairs have some"
         )
     count = min(max(round(held_out * len(images)), 1), len(images) - 1)
     chosen = np.random.default_rng([seed, 1]).permutation(len(images))[:count]
-    kept_back = {images[index] for index in chosen}
+    held_out_digests = {images[index] for index in chosen}
     parts: dict[bool, tuple[list[float], list[bool]]] = {False: ([], []), True: ([], [])}
     for pair, values in zip(usable, scores, strict=True):
-        into = parts[pair.digest in kept_back]
-        into[0].extend(values)
-        into[1].extend([True] * len(pair.own) + [False] * len(pair.borrowed))
+        part_scores, part_present = parts[pair.digest in held_out_digests]
+        part_scores.extend(values)
+        part_present.extend([True] * len(pair.own) + [False] * len(pair.sampled))
     (x, y), (test_x, test_y) = ((np.array(s, np.float64), np.array(p, bool)) for s, p in parts.values())
     fitted = fit_logistic(x, y, ridge=ridge)
     default = backbone.description.calibration
@@ -221,30 +225,28 @@ def fit_calibration(
 
 
 def _read_pairs(pairs: Iterable[tuple[Any, Any]]) -> list[_Pair]:
-    """One item for each caption, batches taken apart."""
+    """Return one item per caption; batches are split."""
     found: list[_Pair] = []
     for position, item in enumerate(pairs):
         if not isinstance(item, Sequence) or isinstance(item, str) or len(item) != 2:
-            raise InputError(f"item {position} is no pair of an image and a caption, or of pixels and captions")
+            raise InputError(f"item {position} is not a pair of an image and a caption, or of pixels and captions")
         image, captions = item
         if isinstance(captions, str):
             if isinstance(image, Tensor) and image.ndim != 3:
                 raise InputError(
                     f"the image of item {position} has shape {tuple(image.shape)}, not [3, height, width]; a batch "
-                    "comes with a list of captions"
+                    "needs a list of captions"
                 )
             found.append(_Pair(image, captions, [], []))
             continue
         if not isinstance(image, Tensor) or image.ndim != 4 or len(image) != len(captions):
-            raise InputError(
-                f"item {position} is no batch: it needs pixels [B, 3, height, width] and a list of B captions"
-            )
+            raise InputError(f"item {position} is not a batch of pixels [B, 3, height, width] and a list of B captions")
         found += [_Pair(one, caption, [], []) for one, caption in zip(image, captions, strict=True)]
     return found
 
 
 def _draw_words(pairs: list[_Pair], extractor: str | TagExtractor, rng: np.random.Generator) -> int:
-    """Give each pair its own words and as many borrowed ones; returns how many captions have none."""
+    """Set own and sampled words of each pair; return the number of captions without words."""
     if isinstance(extractor, str):
         from ttd_plugins.plugins import make_tag_extractor
 
@@ -257,8 +259,8 @@ def _draw_words(pairs: list[_Pair], extractor: str | TagExtractor, rng: np.rando
     everything = [word for own in words for word in own]
     if pairs and not everything:
         raise TagExtractionError(
-            f"tag extractor {extractor.name!r} finds no word in any of {len(pairs)} captions, so there is nothing to "
-            "fit a calibration to; give captions that name things, or another extractor"
+            f"tag extractor {extractor.name!r} finds no word in any of {len(pairs)} captions, so no calibration can be "
+            "fitted; use captions that name things, or another extractor"
         )
     folded = [fold(word) for word in everything]
     without = 0
@@ -269,17 +271,17 @@ def _draw_words(pairs: list[_Pair], extractor: str | TagExtractor, rng: np.rando
             without += 1
             continue
         pair.own = list(own)
-        pair.borrowed = [everything[index] for index in rng.choice(others, size=len(own))]
+        pair.sampled = [everything[index] for index in rng.choice(others, size=len(own))]
     return without
 
 
 def _score(
     backbone: DenseAdapter, pairs: list[_Pair], template: str, size: Size | None, batch_size: int
 ) -> list[list[float]]:
-    """Nearest-patch scores of each pair's own words and then its borrowed ones; notes the digests of the pixels."""
+    """Return nearest-patch scores of each pair's own and then sampled words; set the digests of the pixels."""
     number: dict[str, int] = {}
     for pair in pairs:
-        for word in (*pair.own, *pair.borrowed):
+        for word in (*pair.own, *pair.sampled):
             number.setdefault(word, len(number))
     names = [template.format(word) for word in number]
     parts = [encode_texts(backbone, names[start : start + 256])[0] for start in range(0, len(names), 256)]
@@ -290,7 +292,7 @@ def _score(
         features = similarity.normalize(image_features(backbone, pixels, pooled=False).patches.flatten(1, 2))
         for (pair, one), patches in zip(batch, features, strict=True):
             pair.digest = hashlib.blake2b(one.float().cpu().numpy().tobytes(), digest_size=16).hexdigest()
-            chosen = words[[number[word] for word in (*pair.own, *pair.borrowed)]]
+            chosen = words[[number[word] for word in (*pair.own, *pair.sampled)]]
             scores.append(selection.pixel_scores(chosen.to(patches.device) @ patches.T).double().cpu().tolist())
     return scores
 
@@ -298,7 +300,7 @@ def _score(
 def _batches(
     backbone: DenseAdapter, pairs: list[_Pair], size: Size | None, batch_size: int
 ) -> Iterable[list[tuple[_Pair, Tensor]]]:
-    """Consecutive pairs with their pixels, of one size a batch."""
+    """Yield batches of consecutive pairs with their pixels; a batch has one image size."""
     transform = backbone.dense_transform(size)
     batch: list[tuple[_Pair, Tensor]] = []
     for pair in pairs:

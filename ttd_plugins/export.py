@@ -1,7 +1,7 @@
-"""A tuned backbone back into the form in which it came: its own library's files, LoRA alone, or the weights alone.
+"""Export a fine-tuned backbone: as files of its own library, as LoRA alone, or as weights alone.
 
-What is written holds safetensors and JSON, and a model card. A folder is complete or absent: everything goes into a
-hidden folder beside it, which gets its name at the end.
+An export has safetensors and JSON files and a model card. Its folder is complete or absent: everything is written to a
+hidden folder beside it, which is renamed at the end.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from ttd_plugins._version import __version__
 from ttd_plugins.adapter import ExportedModel
 from ttd_plugins.errors import InputError, TTDError, choices_sentence, one_sentence
+from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_keyword
 from ttd_plugins.utils.settings import flatten
 
 if TYPE_CHECKING:
@@ -36,34 +37,37 @@ CITATION = """\
 }"""
 
 
+@renamed_keyword("figures", "metrics")
 @dataclass(frozen=True)
 class ModelCard:
-    """What a model card may say beyond how to load the model; nothing that is left out is made up.
+    """Content of a model card beyond how to load the model; missing parts are left out.
 
     Attributes:
-        base: name of the backbone that was tuned; by default the adapter's own.
-        data: what it was tuned on, a text or named facts.
+        base: name of the backbone that was fine-tuned; by default the adapter's own.
+        data: the training data, as a text or as named facts.
         settings: named settings of the run; a nested mapping becomes ``outer.inner``.
-        figures: what was measured: a number by its name, or numbers by name under a heading each.
-        licence: a note on licences; by default that those of the base and of the data hold on.
+        metrics: metrics by name, or mappings of metrics by heading.
+        licence: a note on licences; by default that those of the base and of the data apply.
     """
 
     base: str | None = None
     data: str | Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
-    figures: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
     licence: str | None = None
+
+    figures = RenamedAttribute("metrics")
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What :func:`export_backbone` wrote.
+    """Result of :func:`export_backbone`.
 
     Attributes:
-        folder: where it is.
+        folder: the folder.
         form: ``"native"``, ``"lora"`` or ``"weights"``.
-        files: every file, relative to the folder, in order.
-        model: how it is loaded.
+        files: every file, relative to the folder, sorted.
+        model: how to load it.
     """
 
     folder: Path
@@ -72,7 +76,7 @@ class Exported:
     model: ExportedModel
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as a mapping that JSON can write."""
+        """Return the attributes as a mapping that JSON can store."""
         return {
             "folder": str(self.folder),
             "form": self.form,
@@ -87,36 +91,33 @@ class Exported:
 def export_backbone(
     adapter: DenseAdapter, out: str | Path, *, form: Form = "native", card: ModelCard | None = None
 ) -> Exported:
-    """Write a backbone as it is now, with a model card beside it, into the new folder ``out``.
+    """Write a backbone in its current state, with a model card, to the new folder ``out``.
 
-    The adapter is left bitwise as it was, LoRA in place, so that training can go on. Where LoRA is in it, ``"native"``
-    and ``"weights"`` fold it in for as long as they write. ``"native"`` also loads what it wrote with the backbone's
-    library, where that can be imported, and compares embeddings, which takes the memory of a second model.
+    The adapter is bitwise unchanged afterwards, with LoRA attached, so that training can continue. ``"native"`` and
+    ``"weights"`` merge LoRA temporarily. ``"native"`` also loads the export with the backbone's library, if it can be
+    imported, and compares embeddings; this needs the memory of a second model.
 
     Args:
         adapter: the backbone, with or without LoRA.
         out: the folder; it must not exist, or be empty.
-        form: ``"native"`` for what the backbone's own library loads, ``"lora"`` for the small LoRA alone in peft's
-            format, ``"weights"`` for the state dict alone, which ``load_state_dict`` of the same model takes.
-        card: what the model card says.
+        form: ``"native"`` for files that the backbone's own library loads, ``"lora"`` for LoRA alone in peft's format,
+            ``"weights"`` for the state dict alone, for ``load_state_dict`` of the same model.
+        card: content of the model card.
 
     Raises:
-        InputError: the form is unknown, or the folder is not empty or cannot be written (a full disk included); nothing
-            is left there then.
-        UnsupportedModelError: the library could not rebuild this model, with the reason.
-        TTDError: there is no LoRA to save, or it holds values that are not finite.
+        InputError: the form is unknown, or the folder is not empty or cannot be written (a full disk included); no
+            file is left then.
+        UnsupportedModelError: the library cannot rebuild this model, with the reason.
+        TTDError: there is no LoRA to save, or it has values that are not finite.
         MissingDependencyError: the backbone's library is not installed.
     """
     if form not in FORMS:
         raise InputError(choices_sentence("form of export", str(form), FORMS))
     if form == "lora" and not adapter.has_lora:
-        raise TTDError(
-            f"{adapter.description.name} has no LoRA that could be exported alone; export it with form='native', or "
-            "form='weights'"
-        )
+        raise TTDError(f"{adapter.description.name} has no LoRA to export; use form='native' or form='weights'")
     card = card if card is not None else ModelCard()
     out = Path(out)
-    # Before anything slow, so that a wrong path is told at once.
+    # Before anything slow, so that a wrong path fails at once.
     _require_free(out)
     with _complete_or_absent(out) as folder:
         if form == "lora":
@@ -138,10 +139,10 @@ def export_run(run: str | Path, out: str | Path, *, form: Form = "native", step:
         run: the run's folder.
         out: the folder to write.
         form: as in :func:`export_backbone`.
-        step: the checkpoint's step; the last one by default.
+        step: the step of the checkpoint; by default the last one.
 
     Raises:
-        TTDError: the run cannot be read, or as :func:`export_backbone` says.
+        TTDError: the run cannot be read, or as :func:`export_backbone`.
     """
     _require_free(Path(out))
     adapter, card = read_run(Path(run), step)
@@ -160,7 +161,7 @@ def _write_model(adapter: DenseAdapter, folder: Path, form: Form) -> ExportedMod
     return ExportedModel(
         "safetensors",
         f'model.load_state_dict(safetensors.torch.load_file("PATH/{WEIGHTS_FILE}"))',
-        notes=(f"The weights alone: `model` has to be built as it was before, a {_class_of(adapter)}.",),
+        notes=(f"The weights alone: `model` must be built as before, a {_class_of(adapter)}.",),
     )
 
 
@@ -172,22 +173,22 @@ def _write_lora(adapter: DenseAdapter, folder: Path) -> ExportedModel:
     lost = [name for name in others if not name.startswith("logit_")]
     if lost:
         raise TTDError(
-            f"{adapter.description.name} has {len(lost)} tensors beside LoRA that were trained as well, such as "
-            f"{lost[0]}, which LoRA alone would leave out; export it with form='native'"
+            f"{adapter.description.name} has {len(lost)} trainable tensors beside LoRA, such as {lost[0]}, which "
+            "form='lora' would leave out; use form='native'"
         )
-    alone = save_lora(adapter, folder)
+    peft_suffices = save_lora(adapter, folder)
     description = adapter.description
     ours = f'ttd_plugins.lora.load_lora(ttd_plugins.load("{description.name}"), "PATH")'
-    dense = f"load_lora wants the backbone in the dense mode {description.dense_mode}, which decides what LoRA wraps."
-    left = tuple(f"{name}, which was trained as well, is not part of LoRA." for name in others)
-    if alone:
-        kind = f"`base` is the untuned model, a {_class_of(adapter)}."
+    dense = f"load_lora needs the backbone in the dense mode {description.dense_mode}, which decides what LoRA wraps."
+    left = tuple(f"{name} was trained too, and is not part of LoRA." for name in others)
+    if peft_suffices:
+        kind = f"`base` is the model before fine-tuning, a {_class_of(adapter)}."
         return ExportedModel(
             "peft", 'model = peft.PeftModel.from_pretrained(base, "PATH")', (ours,), None, (kind, dense, *left)
         )
     why = (
-        "peft alone refuses this folder, because it has no layer that computes the same for some of the modules; "
-        "ttd_plugins.lora.load_lora reads it back exactly, and form='native' needs neither."
+        "peft alone refuses this folder, because it has no equivalent layer for some of the modules; "
+        "ttd_plugins.lora.load_lora loads it exactly, and form='native' needs neither."
     )
     return ExportedModel("ttd_plugins", ours, notes=(why, dense, *left))
 
@@ -199,16 +200,16 @@ def _class_of(adapter: DenseAdapter) -> str:
 def _require_free(out: Path) -> None:
     try:
         if out.exists() and not out.is_dir():
-            raise InputError(f"{str(out)!r} is a file; give another folder to export to")
+            raise InputError(f"{str(out)!r} is a file; choose another folder to export to")
         if out.is_dir() and any(out.iterdir()):
-            raise InputError(f"the folder {str(out)!r} is not empty; give another one to export to")
+            raise InputError(f"the folder {str(out)!r} is not empty; choose another one to export to")
     except OSError as error:
-        raise InputError(f"{str(out)!r} cannot be read ({error.strerror}); give another folder to export to") from error
+        raise InputError(f"{str(out)!r} cannot be read ({error.strerror}); choose another folder") from error
 
 
 @contextmanager
 def _complete_or_absent(out: Path) -> Iterator[Path]:
-    """A hidden folder beside ``out``, which becomes ``out`` if all goes well and is removed otherwise."""
+    """Yield a hidden folder beside ``out``; it is renamed to ``out`` on success and removed otherwise."""
     from safetensors import SafetensorError
 
     beside: Path | None = None
@@ -218,12 +219,12 @@ def _complete_or_absent(out: Path) -> Iterator[Path]:
         inner = beside / "export"
         inner.mkdir()
         yield inner
-        # An empty folder of that name gives way.
+        # This replaces an empty folder.
         os.replace(inner, out)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or one_sentence(error)
         raise InputError(
-            f"{str(out)!r} cannot be written ({reason}); free some space or give another folder"
+            f"{str(out)!r} cannot be written ({reason}); free some space or choose another folder"
         ) from error
     finally:
         if beside is not None:
@@ -234,11 +235,11 @@ def _complete_or_absent(out: Path) -> Iterator[Path]:
 
 
 def render_card(adapter: DenseAdapter, model: ExportedModel, form: Form, card: ModelCard) -> str:
-    """The model card as Markdown: what it is, how it is loaded, and what is known of data, settings and figures."""
+    """Return the model card as Markdown: what it is, how to load it, and known data, settings and metrics."""
     description = adapter.description
     base = card.base or description.name
     what = {
-        "native": "tuned with Text-Tag Self-Distillation (TTD)",
+        "native": "fine-tuned with Text-Tag Self-Distillation (TTD)",
         "lora": "the LoRA that Text-Tag Self-Distillation (TTD) trained, without its backbone",
         "weights": "the weights after Text-Tag Self-Distillation (TTD), without a configuration",
     }
@@ -248,7 +249,7 @@ def render_card(adapter: DenseAdapter, model: ExportedModel, form: Form, card: M
         "tags: [clip, image-text, ttd, text-tag-self-distillation]",
         "---",
         "",
-        f"# {_text(base)}, {'LoRA of TTD' if form == 'lora' else 'tuned with TTD'}",
+        f"# {_text(base)}, {'LoRA of TTD' if form == 'lora' else 'fine-tuned with TTD'}",
         "",
         f"`{_code(base)}`, {what[form]} by ttd-plugins {__version__}. TTD teaches the map of a whole caption "
         "to match the union of its tags' maps, from image-text pairs alone ([arXiv 2404.00384](https://arxiv.org/abs/2404.00384)).",
@@ -286,16 +287,16 @@ def render_card(adapter: DenseAdapter, model: ExportedModel, form: Form, card: M
     if isinstance(card.data, str):
         lines += ["## Data", "", _text(card.data), ""] if card.data else []
     else:
-        lines += _table("Data", _given(card.data))
-    lines += _table("Settings", _given(card.settings))
-    plain = {name: value for name, value in card.figures.items() if not isinstance(value, Mapping)}
-    lines += _table("Figures", plain)
-    for heading, figures in card.figures.items():
-        if isinstance(figures, Mapping):
-            lines += _table(f"Figures: {_text(heading)}", _given(figures))
+        lines += _table("Data", _without_empty(card.data))
+    lines += _table("Settings", _without_empty(card.settings))
+    plain = {name: value for name, value in card.metrics.items() if not isinstance(value, Mapping)}
+    lines += _table("Metrics", plain)
+    for heading, metrics in card.metrics.items():
+        if isinstance(metrics, Mapping):
+            lines += _table(f"Metrics: {_text(heading)}", _without_empty(metrics))
     licence = card.licence or (
-        f"The weights come from `{_code(base)}`: its licence holds for them, and so may that of the data. ttd-plugins "
-        "itself is under the MIT licence."
+        f"The weights come from `{_code(base)}`: its licence applies to them, and that of the data may too. "
+        "ttd-plugins itself is under the MIT licence."
     )
     lines += ["## Licence", "", _text(licence) if card.licence else licence, ""]
     lines += ["## Citation", "", "```bibtex", CITATION, "```", ""]
@@ -303,7 +304,7 @@ def render_card(adapter: DenseAdapter, model: ExportedModel, form: Form, card: M
 
 
 def _packages(model: ExportedModel) -> set[str]:
-    """Top-level packages that the lines of code name."""
+    """Return the packages that the lines of code import."""
     known = ("open_clip", "transformers", "peft", "ttd_plugins", "clip", "safetensors")
     text = " ".join(line.replace("open_clip.", "open_clip .") for line in (model.load, *model.more))
     words = text.replace("(", " ").replace("=", " ").split()
@@ -313,7 +314,7 @@ def _packages(model: ExportedModel) -> set[str]:
     }
 
 
-def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+def _without_empty(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flatten(values).items() if value is not None and value != {}}
 
 
@@ -335,7 +336,7 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 
 def _text(value: Any) -> str:
-    """A text on one line, in which nothing is taken for Markdown's tables or HTML."""
+    """Return a text on one line, with characters of Markdown tables and HTML escaped."""
     return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
@@ -347,7 +348,7 @@ def _code(value: str) -> str:
 
 
 def read_run(run: Path, step: int | None = None) -> tuple[DenseAdapter, ModelCard]:
-    """The backbone of a run at a step, LoRA in place, and what its folder says for the model card.
+    """Return the backbone of a run at a step, with LoRA attached, and its model card.
 
     Raises:
         TTDError: the run or the checkpoint cannot be read.
@@ -360,7 +361,7 @@ def read_run(run: Path, step: int | None = None) -> tuple[DenseAdapter, ModelCar
     config, state = asdict(TrainConfig.read(run / "config.yaml")), read_state(run, step)
     source = config["data"]["source"]
     data = {
-        # A path says nothing to others, but the name of the folder or file does.
+        # The name of the folder or file: the rest of a path means nothing elsewhere.
         "source": Path(source).name if source and Path(source).is_absolute() else source,
         "captions": config["data"]["captions"],
         "image_size": config["data"]["image_size"],
@@ -372,8 +373,8 @@ def read_run(run: Path, step: int | None = None) -> tuple[DenseAdapter, ModelCar
         "optimizer": config["optimizer"],
         "ttd": config["ttd"],
     }
-    figures = {name: value for name, value in state.get("figures", {}).items() if isinstance(value, int | float)}
-    logged = {"last logged figures of the training": figures} if figures else {}
+    metrics = {name: value for name, value in state.get("figures", {}).items() if isinstance(value, int | float)}
+    logged = {"last log line of the training": metrics} if metrics else {}
     lines = [line for line in JsonlLog(run / "log.jsonl").read() if "evaluation" in line]
     for line in [line for line in lines if line["step"] <= state["step"]][-1:]:
         logged[f"evaluation after step {line['step']}"] = line["evaluation"]
@@ -381,4 +382,4 @@ def read_run(run: Path, step: int | None = None) -> tuple[DenseAdapter, ModelCar
     if name:
         settings["evaluation"] = config["evaluation"] | {"data": f"{name}{colon}{Path(place).name}"}
     base = config["backbone"]["name"] or adapter.description.name
-    return adapter, ModelCard(base=base, data=data, settings=settings | how, figures=logged)
+    return adapter, ModelCard(base=base, data=data, settings=settings | how, metrics=logged)

@@ -100,6 +100,8 @@ def draw_samples(ttd: TTD, step: int, folder: Path, samples: list[Sample]) -> No
 class TerminalReporter(Reporter):
     """A progress bar with the metrics of the last log line; messages appear above it. Without a terminal: lines."""
 
+    displays_messages = True
+
     def __init__(self) -> None:
         from rich.console import Console
 

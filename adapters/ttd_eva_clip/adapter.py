@@ -20,7 +20,7 @@ from ttd_plugins.toolkit.position_embeddings import embedded_patches, resampled_
 
 
 class EvaCLIPAdapter(OpenCLIPModelAdapter):
-    """``open_clip.CustomTextCLIP`` whose ``visual.trunk`` is a timm ``Eva``, or an object built alike."""
+    """``open_clip.CustomTextCLIP`` whose ``visual.trunk`` is a timm ``Eva``, or an object with the same structure."""
 
     family = "eva_clip"
     export_failure = (

@@ -1,1 +1,1 @@
-"""Adapter for open_clip's native vision transformers (OpenCLIP and OpenAI weights alike)."""
+"""Adapter for open_clip's native vision transformers (OpenCLIP and OpenAI weights)."""

@@ -20,7 +20,7 @@ from ttd_plugins.toolkit.residual_blocks import residual_block_targets
 
 
 class OpenCLIPAdapter(OpenCLIPModelAdapter):
-    """``open_clip.CLIP`` or ``CustomTextCLIP`` with open_clip's own vision transformer, or an object built alike."""
+    """``open_clip.CLIP`` or ``CustomTextCLIP`` with open_clip's vision transformer, or an object of the same form."""
 
     family = "open_clip"
     recognition = recognition

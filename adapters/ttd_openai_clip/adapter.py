@@ -21,7 +21,7 @@ from ttd_plugins.toolkit.transforms import Normalisation
 
 
 class OpenAICLIPAdapter(CLIPAdapter):
-    """One of OpenAI's CLIP models behind the contract; subclasses serve one library each.
+    """One of OpenAI's CLIP models behind the contract; subclasses support one library each.
 
     The tokenizer is one of transformers (or a processor), ``clip.tokenize``, or a callable with open_clip's calling
     convention; ``preprocess`` is an image processor (or a processor) of transformers, a torchvision ``Compose``, or a

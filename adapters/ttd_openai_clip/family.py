@@ -36,8 +36,8 @@ class OpenAICLIPFamily(CLIPFamily):
     Names are a model on the hub (``openai/clip-vit-base-patch16``, any ``ORG/NAME`` with a ``CLIPModel``), a short name
     for OpenAI's own (``ViT-B-16``), the path of a folder, and ``tiny``, the embedded model.
 
-    Objects are ``transformers.CLIPModel``, models of ``clip.load``, or objects built alike. The default dense mode is
-    ``maskclip``, and ``value_only`` for ResNets, which have no other.
+    Objects are ``transformers.CLIPModel``, models of ``clip.load``, or objects with the same structure. The default
+    dense mode is ``maskclip``, and ``value_only`` for ResNets, which have no other.
     """
 
     summary = "OpenAI's CLIP in transformers (CLIPModel) or in the original clip package, ResNets included"
@@ -71,7 +71,7 @@ class OpenAICLIPFamily(CLIPFamily):
             raise TTDError(f"there is no folder {model}; give the path of a folder, or ORG/NAME on the model hub")
         if not _HUB_NAME.fullmatch(name):
             choices = [*self.models(), *SHORT_NAMES]
-            hint = "; ORG/NAME on the model hub and the path of a folder are taken too"
+            hint = "; ORG/NAME on the model hub and the path of a folder are accepted too"
             raise BackboneNameError(choices_sentence("openai_clip model", model, choices) + hint)
         return name
 

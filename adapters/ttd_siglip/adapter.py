@@ -34,6 +34,9 @@ class SiglipAdapter(CLIPAdapter):
     modes = MODES
     default_mode = "value"
 
+    # Padding is attended to, as in training.
+    _text_needs_full_context = True
+
     def __init__(self, model: nn.Module, *, dense: Any = None, last_block: str | None = None, **options: Any) -> None:
         """Adapt ``model`` without changing it.
 
@@ -61,10 +64,6 @@ class SiglipAdapter(CLIPAdapter):
     def _grid(self) -> tuple[int, int]:
         (height, width), (rows, columns) = self._input_size, self._patch_size
         return height // rows, width // columns
-
-    @property
-    def _text_needs_full_context(self) -> bool:
-        return True
 
     @abstractmethod
     def _embed(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -48,7 +48,9 @@ class SiglipFamily(OpenCLIPModelFamily):
     summary = "SigLIP and SigLIP 2 (transformers' SiglipModel, open_clip's SigLIP architectures with timm)"
     api_version = 1
     adapter_class = TimmSiglipAdapter
-    name_hint = "ORG/NAME on transformers' hub, the path of a folder, hf-hub:ORG/NAME and local-dir:PATH are taken too"
+    name_hint = (
+        "ORG/NAME on transformers' hub, the path of a folder, hf-hub:ORG/NAME and local-dir:PATH are accepted too"
+    )
     # open_clip knows the preprocessing for its tags only, and uses OpenAI's for checkpoint files.
     preprocessing = {"mean": HALF, "std": HALF, "interpolation": "bicubic", "resize_mode": "squash"}  # noqa: RUF012
 

@@ -23,7 +23,7 @@ from ttd_plugins.data.images import read_image
 from ttd_plugins.engine import TTD, CaptionMaps, TTDOptions
 from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.plugins import explain, families, load, make_tag_extractor, parse_name
-from ttd_plugins.utils.deprecation import RenamedAttribute
+from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_names
 
 if TYPE_CHECKING:
     from ttd_plugins.training.loop import StepReport
@@ -355,3 +355,16 @@ def error_sentence(error: BaseException, what: str) -> str:
         return one_sentence(known)
     log.error("%s failed", what, exc_info=error)
     return f"{what} failed ({type(error).__name__}: {one_sentence(error, 120)}); the traceback is in the terminal"
+
+
+__getattr__ = renamed_names(
+    __name__,
+    {
+        "LONGEST_CAPTION": "MAX_CAPTION_CHARACTERS",
+        "MOST_STEPS": "MAX_STEPS",
+        "MOST_TAGS": "MAX_TAGS",
+        "MOST_TUNED": "MAX_TUNED",
+        "SHOWN_SIDE": "IMAGE_SIDE",
+        "told": "error_sentence",
+    },
+)

@@ -1,1 +1,1 @@
-"""What TTD costs beside a contrastive step: time, memory and counted operations, and how they grow."""
+"""Benchmark of TTD against a contrastive step: time, memory, counted operations, and their growth."""

@@ -1,4 +1,4 @@
-"""What a benchmark is run on: captions with their pictures left out, since no cost depends on what pixels show."""
+"""Texts of a benchmark: captions without their images, since costs do not depend on the content of pixels."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ttd_plugins.errors import InputError
+from ttd_plugins.utils.deprecation import renamed_keyword, renamed_names
 
 BUILT_IN = (
     "a small brown dog carries a wooden stick along the wet beach near two children",
@@ -32,7 +33,7 @@ BUILT_IN = (
     "a boy in yellow boots kicks a puddle while his brother holds an umbrella",
     "horses graze in a sunny meadow behind a broken wooden fence",
 )
-"""Captions of about eight candidate words each."""
+"""Captions with about eight candidate words each."""
 
 ADJECTIVES = (
     "red blue green yellow black white brown grey small large old new wet dry open empty round square tall short "
@@ -45,16 +46,17 @@ NOUNS = (
 ).split()
 
 
-def open_captions(spec: str, most: int = 4096) -> list[str]:
-    """One usable caption of each picture, of whatever ``ttd train --data`` takes; no picture is decoded.
+@renamed_keyword("most", "limit")
+def open_captions(spec: str, limit: int = 4096) -> list[str]:
+    """Return one usable caption per image of any data that ``ttd train --data`` accepts, without decoding images.
 
     Args:
-        spec: see :func:`ttd_plugins.data.open_pairs`; a folder that holds ``captions.json`` in COCO's format means it.
-        most: pictures that are looked at.
+        spec: see :func:`ttd_plugins.data.open_pairs`; for a folder with ``captions.json`` it is that file.
+        limit: number of images to read.
 
     Raises:
-        InputError: there is no such data, or it holds no captions.
-        MissingDependencyError: its layout needs a package that is not installed.
+        InputError: the data do not exist or contain no usable caption.
+        MissingDependencyError: the layout needs a package that is not installed.
     """
     from ttd_plugins.data.caption_parsing import BadPairError, usable_caption
     from ttd_plugins.data.pair_source import MapSource, RawPair, ReadNow, StreamSource
@@ -71,38 +73,52 @@ def open_captions(spec: str, most: int = 4096) -> list[str]:
                 yield from source.read_shard(shard, ReadNow(False))
 
     captions = []
-    for pair in islice(pairs(), most):
+    for pair in islice(pairs(), limit):
         with suppress(BadPairError, IndexError):
             captions.append(usable_caption(pair.captions[0]))
     if not captions:
-        raise InputError(f"{spec} holds no caption that can be used; give other pairs with --data")
+        raise InputError(f"{spec} contains no usable caption; choose other pairs with --data")
     return captions
 
 
 def batch_of_captions(captions: Sequence[str], batch: int) -> list[str]:
-    """The first ``batch`` captions, from the beginning again where there are fewer."""
+    """Return the first ``batch`` captions, repeated from the start if there are fewer."""
     return list(islice(cycle(captions), batch))
 
 
-def made_up_tags(batch: int, tags: int) -> list[list[str]]:
-    """``tags`` candidate tags for each of ``batch`` captions, no two the same; two or three words each."""
+def synthetic_tags(batch: int, tags: int) -> list[list[str]]:
+    """Return ``tags`` candidate tags for each of ``batch`` captions, all distinct, of two or three words.
+
+    Raises:
+        InputError: there are not enough distinct tags.
+    """
     pairs = [f"{adjective} {noun}" for noun in NOUNS for adjective in ADJECTIVES]
     names = pairs + [f"{adjective} {pair}" for adjective in ADJECTIVES for pair in pairs]
     if batch * tags > len(names):
-        raise InputError(f"there are {len(names)} made-up tags, and {batch} captions of {tags} were asked for")
+        raise InputError(f"{batch} captions of {tags} tags exceed the {len(names)} synthetic tags; use fewer")
     return [names[number * tags : (number + 1) * tags] for number in range(batch)]
 
 
-def made_up_captions(batch: int, tags: int) -> list[str]:
-    """Captions that name so many made-up tags each, no two alike."""
-    return [f"a {', a '.join(names[:-1])} and a {names[-1]}" for names in made_up_tags(batch, tags)]
+def synthetic_captions(batch: int, tags: int) -> list[str]:
+    """Return distinct captions that mention ``tags`` synthetic tags each."""
+    return [f"a {', a '.join(names[:-1])} and a {names[-1]}" for names in synthetic_tags(batch, tags)]
 
 
-class StandInTokenizer:
-    """A tokenizer of the right size for random weights whose own vocabulary is not on this machine.
+__getattr__ = renamed_names(
+    __name__,
+    {
+        "made_up_tags": "synthetic_tags",
+        "made_up_captions": "synthetic_captions",
+        "StandInTokenizer": "SubstituteTokenizer",
+    },
+)
 
-    One id a word or punctuation mark, and one more for every further eight letters, which is about what byte-pair
-    vocabularies give for English; ids are hashes. Called as open_clip's are.
+
+class SubstituteTokenizer:
+    """A tokenizer for models with random weights whose own vocabulary is not on this machine.
+
+    It returns one id per word or punctuation mark, and one more for each further eight letters, which is about the
+    number of tokens of byte-pair vocabularies for English. Ids are hashes. The interface is that of open_clip.
     """
 
     def __init__(self, context_length: int, vocabulary: int) -> None:
@@ -110,7 +126,7 @@ class StandInTokenizer:
         self.vocabulary = vocabulary
 
     def __call__(self, texts: str | list[str], context_length: int | None = None) -> Tensor:
-        """Rows of ids ``[N, context]``: start token, words, end token (the last id of the vocabulary), zeros."""
+        """Return ids, int64 ``[N, context]``: start token, words, end token (the last id), zeros."""
         length = context_length or self.context_length
         texts = [texts] if isinstance(texts, str) else texts
         rows = torch.zeros(len(texts), length, dtype=torch.long)

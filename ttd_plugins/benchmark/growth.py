@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from ttd_plugins.adapter import DenseAdapter
-from ttd_plugins.benchmark.captions import batch_of_captions, made_up_captions, made_up_tags, open_captions
+from ttd_plugins.benchmark.captions import batch_of_captions, open_captions, synthetic_captions, synthetic_tags
 from ttd_plugins.benchmark.step_variants import Bench, BenchOptions
 from ttd_plugins.errors import InputError
 
@@ -21,17 +21,17 @@ BATCH_TAGS, TAGS_BATCH, SIZES_BATCH = 8, 4, 2
 
 
 def fit_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The exponent e of ``values = c * sizes ** e``, by least squares of the logarithms.
+    """Return the exponent e of ``values = c * sizes ** e`` by least squares of the logarithms.
 
     Raises:
-        InputError: there are fewer than two sizes, or something is not positive.
+        InputError: there are fewer than two different sizes, or a number is not positive.
     """
     if len(sizes) != len(values) or len(set(sizes)) < 2 or min(*sizes, *values) <= 0:
-        raise InputError("an exponent needs two different sizes or more, each with a value, all of them positive")
+        raise InputError("an exponent needs at least two different sizes with one positive value each")
     xs, ys = [math.log(size) for size in sizes], [math.log(value) for value in values]
     x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
-    above = sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True))
-    return above / sum((x - x_mean) ** 2 for x in xs)
+    covariance = sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True))
+    return covariance / sum((x - x_mean) ** 2 for x in xs)
 
 
 def run_growth(
@@ -44,18 +44,20 @@ def run_growth(
     """Measure the TTD step and the full-context contrastive step along three axes.
 
     Args:
-        options: what is measured; its batch and image size are replaced along their axes.
+        options: the benchmark's options; batch size and image size vary along their axes.
         batches: batch sizes.
-        tags: tags per caption, all of them distinct.
-        on_progress: told what is done next.
+        tags: numbers of distinct tags per caption.
+        on_progress: callback, called with a description of the next measurement.
 
     Returns:
         For ``"batch"``, ``"image_tokens"`` and ``"tags_per_caption"``: the ``sizes``, the ``seconds`` and
-        ``operations`` of both steps, and the fitted ``exponents`` of each.
+        ``operations`` of both steps, and the fitted ``exponents``.
     """
-    tell = on_progress or (lambda _: None)
+    report = on_progress or (lambda _: None)
     adapter = Bench(options).adapter
-    captions = open_captions(options.data) if options.data else made_up_captions(max(*batches, TAGS_BATCH), BATCH_TAGS)
+    captions = (
+        open_captions(options.data) if options.data else synthetic_captions(max(*batches, TAGS_BATCH), BATCH_TAGS)
+    )
     found: dict[str, Any] = {}
 
     def along(
@@ -63,7 +65,7 @@ def run_growth(
     ) -> None:
         rows = []
         for size in sizes:
-            tell(f"growth with {axis}: {size}")
+            report(f"growth with {axis}: {size}")
             bench = benches(size)
             rows.append((label(bench, size), _measure(bench, options.repeats)))
         found[axis] = axis_result([size for size, _ in rows], [row for _, row in rows])
@@ -88,7 +90,7 @@ def run_growth(
             adapter,
             replace(options, batch_size=TAGS_BATCH),
             batch_of_captions(captions, TAGS_BATCH),
-            made_up_tags(TAGS_BATCH, count),
+            synthetic_tags(TAGS_BATCH, count),
         ),
         tags,
         lambda _, count: count,
@@ -97,7 +99,7 @@ def run_growth(
 
 
 def axis_result(sizes: Sequence[int], rows: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """Sizes, what was measured at each, and the exponents of every row of it."""
+    """Return the sizes, the measurements at each size, and their exponents."""
     kinds = {kind: {step: [row[kind][step] for row in rows] for step in rows[0][kind]} for kind in rows[0]}
     exponents = {
         kind: {step: fit_exponent(sizes, values) for step, values in steps.items()} for kind, steps in kinds.items()
@@ -110,7 +112,7 @@ def _bench(adapter: DenseAdapter, options: BenchOptions, captions: Sequence[str]
 
 
 def _sides(adapter: DenseAdapter) -> list[int]:
-    """Sides in pixels of square inputs about as large as the preferred one, each a multiple of the patch side."""
+    """Return sides in pixels of square inputs around the preferred size, each a multiple of the patch size."""
     height, width = adapter.description.patch_size
     step = math.lcm(height, width)
     preferred = adapter.description.image_size[0]

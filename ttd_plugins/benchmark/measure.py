@@ -1,4 +1,4 @@
-"""A whole benchmark: variants timed in turns, operations counted, memory, and where the time goes."""
+"""A complete benchmark: alternating timings of variants, counted operations, memory, and the parts of a step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ttd_plugins.benchmark.memory import give_back, peak_memory
+from ttd_plugins.benchmark.memory import peak_memory, trim_memory
 from ttd_plugins.benchmark.step_variants import RATIOS, VARIANTS, Bench, BenchOptions
 from ttd_plugins.errors import TTDError, one_sentence
 
@@ -24,26 +24,27 @@ def run_benchmark(
     memory: bool = True,
     on_progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure a backbone.
+    """Benchmark a backbone.
 
     Args:
-        options: what is measured.
-        bench: what was built of them already.
-        memory: whether peak memory is measured, in one fresh process a variant.
-        on_progress: told what is done next.
+        options: the benchmark's options.
+        bench: a :class:`Bench` that was built with these options already.
+        memory: whether to measure peak memory, in one new process per variant.
+        on_progress: callback, called with a description of the next measurement.
 
     Returns:
-        A JSON object: what was measured (``unshared`` is left out where the device has too little memory for it, and
-        its ratios are ``None``); ``seconds`` of each variant (median, low and high); ``ratios``, medians of the
-        rounds' own ratios, and ``spread``, their lowest and highest; ``operations`` of each variant, ``limits``, the
-        same ratios of these, and ``over_limit``, how far each measured ratio is from it; ``parts`` of a TTD step in
-        seconds and ``share`` of each; ``images_per_second`` of a TTD step; ``model_flops_utilisation`` of each variant,
-        counted operations a second over ``peak_operations_per_second``, and whether that one was ``"measured"`` or
-        ``"given"``; ``memory`` in bytes, and in ``memory_errors`` why that of a variant is not known.
+        A dictionary for JSON: a description of the setup (see :meth:`Bench.describe`); ``seconds`` of each variant
+        (median, low and high); ``ratios``, medians over rounds, and ``spread``, their lowest and highest value;
+        ``operations`` of each variant; ``limits``, the same ratios of operations; ``over_limit``, each measured ratio
+        over its limit; ``parts`` of a TTD step in seconds and the ``share`` of each; ``images_per_second`` of a TTD
+        step; ``model_flops_utilisation`` of each variant, its operations per second over
+        ``peak_operations_per_second``, which is ``"measured"`` or ``"given"`` (``peak_source``); ``memory`` in bytes,
+        and ``memory_errors``, why the memory of a variant is unknown. If the device lacks memory for ``unshared``, that
+        variant is missing and its ratios are ``None``.
 
     Raises:
         InputError: the data cannot be read.
-        TTDError: the backbone cannot be had, or a step does not fit into the memory of the device.
+        TTDError: the backbone cannot be loaded, or a step does not fit into the device's memory.
     """
     try:
         return _run(options, bench, memory, on_progress or (lambda _: None))
@@ -53,42 +54,42 @@ def run_benchmark(
 
 def _too_large(what: str, options: BenchOptions) -> str:
     return (
-        f"{what} with a batch of {options.batch_size} does not fit into the memory of the device (to count operations, "
-        "the activations of all texts are held); give a smaller --batch-size"
+        f"{what} with a batch of {options.batch_size} does not fit into the device's memory (counting operations "
+        "stores the activations of all texts); use a smaller --batch-size"
     )
 
 
-def _run(options: BenchOptions, bench: Bench | None, memory: bool, tell: Callable[[str], None]) -> dict[str, Any]:
-    tell(f"building {options.name}")
+def _run(options: BenchOptions, bench: Bench | None, memory: bool, report: Callable[[str], None]) -> dict[str, Any]:
+    report(f"building {options.name}")
     bench = Bench(options) if bench is None else bench
     operations: dict[str, int] = {}
     for variant in VARIANTS:
-        tell(f"counting: {variant}")
+        report(f"counting: {variant}")
         fits = True
         try:
             operations[variant] = bench.count(variant)
         except torch.OutOfMemoryError:
             fits = False
-        # Outside of the handler, which holds on to what the failed step had made.
+        # Outside the handler, whose exception references the tensors of the failed step.
         if not fits:
-            bench.forget()
+            bench.free_memory()
             if variant != "unshared":
                 raise TTDError(_too_large(variant, options))
     measured = tuple(operations)
     rounds: list[dict[str, float]] = []
     parts: list[dict[str, float]] = []
     bench.parts()
-    tell("warming up")
+    report("warming up")
     bench.warm_up(measured)
     for number in range(options.repeats):
-        tell(f"timing: round {number + 1} of {options.repeats}")
-        # Another one begins each round, so that none always follows the same.
+        report(f"timing: round {number + 1} of {options.repeats}")
+        # Each round starts with another variant, so that none always runs after the same one.
         first = number % len(measured)
         order = measured[first:] + measured[:first]
         rounds.append({variant: bench.seconds(partial(bench.call, variant), bench.in_a_row) for variant in order})
         parts.append(bench.parts())
     found = bench.describe() | {"repeats": options.repeats} | summary(rounds, operations)
-    medians = {name: median(one[name] for one in parts) for name in parts[0]}
+    medians = {name: median(part[name] for part in parts) for name in parts[0]}
     found["parts"] = medians
     found["share"] = {name: seconds / sum(medians.values()) for name, seconds in medians.items()}
     found["images_per_second"] = found["batch_size"] / found["seconds"]["ttd"]["median"]
@@ -100,18 +101,18 @@ def _run(options: BenchOptions, bench: Bench | None, memory: bool, tell: Callabl
     found["memory"] = None
     found["ratios"]["memory_ttd_over_contrastive"] = None
     if memory:
-        # Its own weights and gradients would be there beside those of the processes that measure.
+        # Free the weights and gradients of this process before the measuring processes allocate theirs.
         del bench
         gc.collect()
-        give_back()
+        trim_memory()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         used: dict[str, dict[str, int] | None] = {}
-        for variant in (one for one in MEMORY_VARIANTS if one in measured):
-            tell(f"memory: {variant}")
+        for variant in (name for name in MEMORY_VARIANTS if name in measured):
+            report(f"memory: {variant}")
             try:
                 used[variant] = peak_memory(options, variant)
-            # A machine that has too little for it has measured the times all the same.
+            # The times are valid even if the machine lacks memory for this measurement.
             except TTDError as error:
                 used[variant] = None
                 found.setdefault("memory_errors", {})[variant] = one_sentence(error)
@@ -123,13 +124,17 @@ def _run(options: BenchOptions, bench: Bench | None, memory: bool, tell: Callabl
 
 
 def summary(rounds: Sequence[Mapping[str, float]], operations: Mapping[str, int]) -> dict[str, Any]:
-    """Medians and spread of the seconds of variants and of the ratios of each round, beside the counted limits.
+    """Return medians and spread of times and of the ratios in each round, with the counted limits.
 
-    Those of a variant that was not measured are ``None``.
+    Ratios of a variant that was not measured are ``None``.
+
+    Args:
+        rounds: seconds of each variant, per round.
+        operations: counted operations of each variant.
     """
     seconds = {}
     for variant in rounds[0]:
-        times = [one[variant] for one in rounds]
+        times = [times_of_round[variant] for times_of_round in rounds]
         seconds[variant] = {"median": median(times), "low": min(times), "high": max(times)}
     ratios: dict[str, float | None] = dict.fromkeys(RATIOS)
     spread: dict[str, list[float] | None] = dict.fromkeys(RATIOS)
@@ -137,7 +142,7 @@ def summary(rounds: Sequence[Mapping[str, float]], operations: Mapping[str, int]
     for name, (above, below) in RATIOS.items():
         if not {above, below} <= operations.keys():
             continue
-        values = [one[above] / one[below] for one in rounds]
+        values = [times_of_round[above] / times_of_round[below] for times_of_round in rounds]
         ratios[name] = middle = median(values)
         spread[name] = [min(values), max(values)]
         limits[name] = limit = operations[above] / operations[below]

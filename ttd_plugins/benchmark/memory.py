@@ -1,4 +1,4 @@
-"""Peak memory of one variant in a process of its own: ``python -m ttd_plugins.benchmark.memory``, options as JSON."""
+"""Peak memory of one variant in a separate process: ``python -m ttd_plugins.benchmark.memory`` with options as JSON."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def peak_memory(options: BenchOptions, variant: str) -> dict[str, int] | None:
-    """Bytes of one call of a variant, in a fresh process, once model, gradients and optimizer state exist.
+    """Measure the memory of one call of a variant in a new process, after model, gradients and optimizer state exist.
 
     Returns:
-        ``"resident"``: what is there before the call; ``"peak"``: the largest on top of it during the call. ``None``
-        where the operating system does not say (on a CPU, everywhere but on Linux).
+        ``"resident"``: bytes before the call; ``"peak"``: additional peak bytes during the call. ``None`` if the
+        operating system does not report them (on a CPU, other systems than Linux).
 
     Raises:
         TTDError: the process failed.
@@ -39,7 +39,7 @@ def peak_memory(options: BenchOptions, variant: str) -> dict[str, int] | None:
 
 
 def measure(bench: Bench, variant: str) -> dict[str, int] | None:
-    """The same in this process, which should be a fresh one but on a GPU, whose allocator keeps count."""
+    """Measure in this process, which should be new unless the device is a GPU; see :func:`peak_memory`."""
     import torch
 
     bench.call(variant, keep_gradients=True)
@@ -53,9 +53,9 @@ def measure(bench: Bench, variant: str) -> dict[str, int] | None:
         return {"resident": resident, "peak": torch.cuda.max_memory_allocated() - resident}
     if bench.device.type != "cpu" or not CLEAR_REFS.exists():
         return None
-    give_back()
+    trim_memory()
     try:
-        # Sets the largest resident size so far to the present one.
+        # Resets the peak resident size to the current one.
         CLEAR_REFS.write_text("5")
     except OSError:
         return None
@@ -64,8 +64,8 @@ def measure(bench: Bench, variant: str) -> dict[str, int] | None:
     return {"resident": resident * 1024, "peak": (_kibibytes("VmHWM") - resident) * 1024}
 
 
-def give_back() -> None:
-    """Give freed memory back to the system, where the C library can, so that it is not taken for used."""
+def trim_memory() -> None:
+    """Return freed memory to the system if the C library can, so that it does not count as used."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError):
@@ -78,7 +78,7 @@ def _kibibytes(name: str) -> int:
 
 
 def main() -> None:
-    """Print the answer as the last line."""
+    """Print the result as the last line."""
     given: dict[str, Any] = json.loads(sys.argv[1])
     try:
         found = measure(Bench(BenchOptions(**given["options"])), given["variant"])

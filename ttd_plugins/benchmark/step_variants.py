@@ -1,4 +1,4 @@
-"""What is measured: training steps and encodings of one backbone on one batch, each a call without arguments."""
+"""The variants of a benchmark: training steps and encodings of one backbone on one batch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ttd_plugins.adapter import DenseAdapter, image_features, text_tokens
 from ttd_plugins.benchmark import unshared_baseline
-from ttd_plugins.benchmark.captions import BUILT_IN, StandInTokenizer, batch_of_captions, open_captions
+from ttd_plugins.benchmark.captions import BUILT_IN, SubstituteTokenizer, batch_of_captions, open_captions
 from ttd_plugins.engine import TTD
 from ttd_plugins.errors import InputError, TTDError, choices_sentence
 from ttd_plugins.method.text_embeddings import encode_texts
-from ttd_plugins.testing.check_session import library_image_embedding
+from ttd_plugins.testing.library_reference import library_image_embedding
 from ttd_plugins.training.compiling import compile_image_blocks, uncompiled
 
 STEPS = ("contrastive", "contrastive_trimmed", "ttd", "ttd_alone", "unshared")
@@ -29,8 +29,8 @@ TITLES = {
     "contrastive": "contrastive step, texts at the full context",
     "contrastive_trimmed": "contrastive step, texts trimmed",
     "ttd": "TTD step with the contrastive term",
-    "ttd_alone": "TTD step without it",
-    "unshared": "TTD step that shares nothing",
+    "ttd_alone": "TTD step without the contrastive term",
+    "unshared": "unshared TTD step (baseline)",
     "encode_image": "the library's image encoding",
     "dense": "dense features",
     "dense_and_pooled": "dense features and pooled embedding",
@@ -48,21 +48,21 @@ PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What is measured, and how.
+    """Options of a benchmark.
 
     Attributes:
-        backbone: ``family:model``, or with ``@weights``; random weights where none are named.
+        backbone: ``family:model`` (random weights) or ``family:model@weights``.
         backbone_options: keyword arguments of the family's ``load``.
-        batch_size: pairs of a step.
-        data: captions; see :func:`ttd_plugins.benchmark.captions.open_captions`. Built-in ones by default.
+        batch_size: image-text pairs per step.
+        data: captions; see :func:`ttd_plugins.benchmark.captions.open_captions`. By default built-in captions.
         image_size: side of the square input in pixels; by default the backbone's preferred size.
         lora: rank of LoRA on both towers; 0 trains all weights.
-        compile: compile the blocks of the image tower, which all variants share.
-        precision: ``"float32"``, or ``"bfloat16"`` for autocast around float32 weights.
-        repeats: rounds, in each of which every variant is timed once.
-        device: where to compute.
-        seed: decides the pixels.
-        peak_tflops: what the device can do, in 10^12 operations a second, by its datasheet; by default it is measured.
+        compile: whether to compile the blocks of the image tower, which all variants share.
+        precision: ``"float32"``, or ``"bfloat16"`` for autocast with float32 weights.
+        repeats: number of rounds; each round times every variant once.
+        device: the device.
+        seed: seed of the random pixels.
+        peak_tflops: peak performance of the device in 10^12 operations per second; by default it is measured.
     """
 
     backbone: str
@@ -80,35 +80,34 @@ class BenchOptions:
 
     def __post_init__(self) -> None:
         if self.batch_size < 2:
-            raise InputError(f"batch_size must be 2 or more, since a contrastive step of one pair has nothing to tell "
-                             f"apart, not {self.batch_size}")  # fmt: skip
+            raise InputError(f"batch_size must be at least 2, since one pair has no negatives, not {self.batch_size}")
         if self.repeats < 1:
-            raise InputError(f"repeats must be 1 or more, not {self.repeats}")
+            raise InputError(f"repeats must be at least 1, not {self.repeats}")
         if self.lora < 0:
-            raise InputError(f"lora must be a rank of 0 (all weights are trained) or more, not {self.lora}")
+            raise InputError(f"lora must be a positive rank, or 0 to train all weights, not {self.lora}")
         if self.peak_tflops is not None and not self.peak_tflops > 0:
-            raise InputError(f"peak_tflops must be more than 0, not {self.peak_tflops}")
+            raise InputError(f"peak_tflops must be positive, not {self.peak_tflops}")
         if self.precision not in PRECISIONS:
             raise InputError(choices_sentence("precision", self.precision, PRECISIONS))
 
     @property
     def name(self) -> str:
-        """The backbone's name with its weights said."""
+        """The backbone's name including its weights."""
         return self.backbone if "@" in self.backbone else f"{self.backbone}@random"
 
 
 class Bench:
-    """One backbone, one batch, one optimizer, and the variants that share them.
+    """One backbone, one batch and one optimizer, shared by all variants.
 
     Attributes:
         adapter: the backbone.
-        ttd: the engine with the contrastive term; ``ttd_alone`` is the one without.
-        optimizer: AdamW over everything that requires a gradient, with a learning rate that changes next to nothing.
+        ttd, ttd_alone: the engine with and without the contrastive term.
+        optimizer: AdamW over all parameters that require a gradient, with a negligible learning rate.
         captions, tags: the texts of the batch.
         images: ``[B, 3, height, width]``, random normal pixels.
-        own_size: whether images have the size that the library takes, so that its own encoding can be measured; at
-            others the adapter's pooled embedding stands in for it.
-        own_tokenizer: whether the backbone's own tokenizer is used, and not a stand-in of its size.
+        own_size: whether images have the library's own size, so that its encoding can be measured; otherwise the
+            adapter's pooled embedding replaces it.
+        own_tokenizer: whether the backbone's own tokenizer is used, not a :class:`SubstituteTokenizer`.
     """
 
     def __init__(
@@ -119,16 +118,16 @@ class Bench:
         captions: Sequence[str] | None = None,
         tags: Sequence[Sequence[str]] | None = None,
     ) -> None:
-        """Build what is measured.
+        """Load the backbone and create the batch.
 
         Args:
-            options: what is measured.
-            adapter: a backbone that is there already; otherwise the options' is loaded.
-            captions, tags: texts of the batch, in place of those that the options name and of those that are found.
+            options: the benchmark's options.
+            adapter: an existing backbone to use instead of loading one.
+            captions, tags: texts of the batch; by default those of the options, and the extracted tags.
 
         Raises:
             InputError: the data cannot be read.
-            TTDError: the backbone cannot be had.
+            TTDError: the backbone cannot be loaded.
         """
         from ttd_plugins.plugins import load
 
@@ -136,13 +135,13 @@ class Bench:
         if captions is None:
             captions = batch_of_captions(open_captions(options.data) if options.data else BUILT_IN, options.batch_size)
         self.captions = list(captions)
-        fresh = adapter is None
+        is_new = adapter is None
         adapter = load(options.name, device=options.device, **options.backbone_options) if adapter is None else adapter
         self.adapter = adapter
-        self.own_tokenizer = not fresh or self._ensure_tokenizer()
-        if fresh and options.lora:
+        self.own_tokenizer = not is_new or self._ensure_tokenizer()
+        if is_new and options.lora:
             adapter.add_lora(options.lora)
-        if fresh and options.compile:
+        if is_new and options.compile:
             compile_image_blocks(adapter)
         self.device = adapter.device
         self.ttd, self.ttd_alone = TTD(adapter), TTD(adapter, contrastive_weight=0.0)
@@ -169,18 +168,18 @@ class Bench:
                 raise
             vocabulary = max(table.num_embeddings for table in tables)
             adapter: Any = self.adapter
-            adapter.tokenizer = StandInTokenizer(adapter.description.context_length, vocabulary)
+            adapter.tokenizer = SubstituteTokenizer(adapter.description.context_length, vocabulary)
             return False
         return True
 
     # Variants ------------------------------------------------------------------------------------------------------
 
     def call(self, variant: str, *, keep_gradients: bool = False) -> None:
-        """Run a variant once, in training mode for steps and evaluation mode without gradient for encodings.
+        """Run a variant once: steps in training mode, encodings in evaluation mode without gradient.
 
         Args:
             variant: one of ``VARIANTS``.
-            keep_gradients: whether the memory of gradients is kept from step to step.
+            keep_gradients: whether to keep the memory of gradients between steps.
         """
         training = variant in STEPS
         if not training:
@@ -195,7 +194,7 @@ class Bench:
         self.optimizer.step()
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The precision that was asked for."""
+        """Return the autocast context of the chosen precision."""
         dtype = PRECISIONS[self.options.precision]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
@@ -208,14 +207,14 @@ class Bench:
                 self.adapter.encode_image(self.images, pooled=variant == "dense_and_pooled")
 
     def _library_image(self) -> Tensor:
-        # At other sizes libraries fail, or want options that each names otherwise.
+        # At other sizes libraries fail, or need options with different names.
         found = library_image_embedding(self.adapter, self.images) if self.own_size else None
         pooled = self.adapter.encode_image(self.images).pooled if found is None else found
         assert pooled is not None
         return pooled
 
     def loss(self, variant: str) -> Tensor:
-        """The loss of a training step, a scalar with gradient."""
+        """Return the loss of a training step, a scalar with gradient."""
         if variant == "ttd":
             return self.ttd(self.images, self.captions, self.tags).loss
         if variant == "ttd_alone":
@@ -233,46 +232,46 @@ class Bench:
     # Measuring -----------------------------------------------------------------------------------------------------
 
     def seconds(self, function: Callable[[], Any], calls: int = 1) -> float:
-        """Wall-clock seconds of a call, of so many in a row, the device's work included."""
-        self._wait()
+        """Return the wall-clock seconds per call over ``calls`` calls, including the device's work."""
+        self._synchronize()
         start = time.perf_counter()
         for _ in range(calls):
             function()
-        self._wait()
+        self._synchronize()
         return (time.perf_counter() - start) / calls
 
     @property
     def in_a_row(self) -> int:
-        """Calls that are timed together: on a GPU, where the host prepares a step while the last one runs, a few."""
+        """Number of calls that are timed together: several on a GPU, where host and device overlap between steps."""
         return 5 if self.device.type == "cuda" else 1
 
-    def _wait(self) -> None:
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
     def warm_up(self, variants: Sequence[str]) -> None:
-        """Call variants once where blocks are compiled, since compiling waits for the first call in each mode."""
+        """Call variants once if blocks are compiled, since compilation happens in the first call in each mode."""
         for variant in variants if self.options.compile else ():
             self.call(variant)
 
-    def forget(self) -> None:
-        """Give back what a step left behind, as one that failed for want of memory."""
+    def free_memory(self) -> None:
+        """Free gradients and cached memory, for instance after a step that ran out of memory."""
         self.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def count(self, variant: str) -> int:
-        """Floating-point operations of a variant: of products of matrices and convolutions, backward pass included.
+        """Count the floating-point operations of a variant: matrix products and convolutions, with backward pass.
 
-        What is computed a second time to save memory is not counted, since a limit is what the mathematics needs.
+        Recomputation by activation checkpointing is not counted, since the count is a lower limit.
         """
         from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.utils.flop_counter import FlopCounterMode
 
-        # Fused attention is counted on GPUs alone; elsewhere the plain products are.
+        # The counter supports fused attention on GPUs only.
         attention = nullcontext() if self.device.type == "cuda" else sdpa_kernel(SDPBackend.MATH)
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
@@ -282,7 +281,7 @@ class Bench:
             engine.options = replace(engine.options, text_activation_checkpointing=False)
         try:
             with attention, uncompiled(self.adapter.model), FlopCounterMode(display=False) as counter:
-                # The counter cannot follow views of parameters without gradients; the operations are the same.
+                # The counter fails for views of parameters without gradients; the operations are the same.
                 self.call(variant) if variant in STEPS else self._encode(variant)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
@@ -291,7 +290,7 @@ class Bench:
         return int(counter.get_total_flops())
 
     def peak(self) -> float:
-        """Operations a second of the device: those of the options, or of a large product of matrices, measured."""
+        """Return peak operations per second: from the options, or measured with a large matrix product."""
         if self.options.peak_tflops is not None:
             return self.options.peak_tflops * 1e12
         side = 8192 if self.device.type == "cuda" else 2048
@@ -300,7 +299,7 @@ class Bench:
         return 2 * side**3 / min(self.seconds(lambda: one @ other) for _ in range(10))
 
     def parts(self) -> dict[str, float]:
-        """Seconds of the parts of a TTD step with the contrastive term, in the order in which they happen."""
+        """Return the seconds of each part of a TTD step with the contrastive term, in order of execution."""
         found: dict[str, float] = {}
         adapter, ttd = self.adapter, self.ttd
         adapter.train(True)
@@ -326,7 +325,7 @@ class Bench:
         return found
 
     def describe(self) -> dict[str, Any]:
-        """What was measured, for a report."""
+        """Return a description of the setup for a report."""
         tokens = text_tokens(self.adapter, self.captions).lengths.float()
         return {
             "backbone": self.options.name,
@@ -341,11 +340,9 @@ class Bench:
             "batch_size": len(self.captions),
             "image_size": list(self.images.shape[-2:]),
             "patches": self.grid[0] * self.grid[1],
-            "image_encoding": "the library's own"
-            if self.own_size
-            else "the adapter's, at a size not the library's own",
+            "image_encoding": "the library's own" if self.own_size else "the adapter's, at another size",
             "data": self.options.data or "built-in captions",
-            "tokenizer": "the backbone's own" if self.own_tokenizer else "a stand-in of its size",
+            "tokenizer": "the backbone's own" if self.own_tokenizer else "a substitute",
             "tokens_per_caption": float(tokens.mean()),
             "tags_per_caption": sum(map(len, self.tags)) / len(self.tags),
             "distinct_tags": self.distinct,

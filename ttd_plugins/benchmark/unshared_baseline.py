@@ -1,8 +1,8 @@
-"""The yardstick: a TTD step as a reader of the paper would write it (arXiv 2404.00384), in plain PyTorch.
+"""The baseline of the benchmark: a TTD step written directly from the paper (arXiv 2404.00384), in plain PyTorch.
 
-One pass over the images; every candidate word of every caption is a text of its own, encoded at the full context by the
-library's own text tower, repeats included; then caption by caption, as the method is described. It is correct, and none
-of its parts is slower than it has to be; nothing is shared.
+It encodes the images once. Every candidate word of every caption, including repeated words, is a separate text that the
+library's own text tower encodes at the full context. Maps and losses are computed caption by caption. The step is
+correct and has no needless cost in its parts, but it shares nothing.
 """
 
 from __future__ import annotations
@@ -15,18 +15,23 @@ from torch import Tensor
 
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.engine import TTDOptions
-from ttd_plugins.testing.check_session import library_text_embedding
+from ttd_plugins.testing.library_reference import library_text_embedding
 
 
 def full_context_texts(adapter: DenseAdapter, texts: Sequence[str]) -> Tensor:
-    """Text embeddings ``[N, D]`` by the library's own function, every text at the full context."""
+    """Return text embeddings ``[N, D]`` by the library's own function, at the full context."""
     ids = adapter.tokenize(texts).ids.to(adapter.device)
     embeddings = library_text_embedding(adapter, ids)
     return adapter.encode_text(ids) if embeddings is None else embeddings
 
 
 def contrastive_term(adapter: DenseAdapter, image: Tensor, text: Tensor) -> Tensor:
-    """The backbone's own loss of ``[B, D]`` and ``[B, D]``, InfoNCE or pairwise sigmoid, a scalar."""
+    """Return the backbone's own contrastive loss, InfoNCE or pairwise sigmoid, a scalar.
+
+    Args:
+        adapter: the backbone.
+        image, text: embeddings ``[B, D]``.
+    """
     logits = adapter.logit_scale() * F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T
     bias = adapter.logit_bias()
     if bias is not None:
@@ -41,13 +46,13 @@ def contrastive_term(adapter: DenseAdapter, image: Tensor, text: Tensor) -> Tens
 def unshared_losses(
     adapter: DenseAdapter, images: Tensor, captions: Sequence[str], tags: Sequence[Sequence[str]]
 ) -> dict[str, Tensor]:
-    """Losses of a batch under the default :class:`~ttd_plugins.engine.TTDOptions`.
+    """Return the losses of a batch with the default :class:`~ttd_plugins.engine.TTDOptions`.
 
     Args:
         adapter: the backbone.
         images: ``[B, 3, height, width]``, normalised.
         captions: B strings.
-        tags: candidate words of each caption.
+        tags: candidate tags of each caption.
 
     Returns:
         ``"tag"``, ``"distill"``, ``"contrastive"`` and their weighted sum ``"loss"``, scalars.
@@ -77,10 +82,10 @@ def unshared_losses(
         logits = calibration.scale * (patches[number] @ unit[number]) + calibration.shift
         caption_distances.append(F.binary_cross_entropy_with_logits(logits, union))
         usable.append((union.amax() > 0).float())
-    nothing = patches.sum() * 0
+    zero = patches.sum() * 0
     losses = {
-        "tag": torch.cat(tag_distances).mean() if tag_distances else nothing,
-        "distill": _mean(torch.stack(caption_distances), torch.stack(usable)) if usable else nothing,
+        "tag": torch.cat(tag_distances).mean() if tag_distances else zero,
+        "distill": _mean(torch.stack(caption_distances), torch.stack(usable)) if usable else zero,
         "contrastive": contrastive_term(adapter, _pooled(features.pooled), texts[: len(captions)]),
     }
     losses["loss"] = (

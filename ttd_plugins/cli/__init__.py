@@ -1,13 +1,15 @@
-"""The command ``ttd``. Each command is a short file around something that Python users can call too.
+"""The command ``ttd``. Each command is a short file around a function that Python users can call too.
 
-Nothing heavy is imported here or at the top of a command's file, so that ``ttd --help`` is quick.
+Heavy modules are imported inside the commands, so that ``ttd --help`` is quick.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -58,19 +60,46 @@ COMMANDS: dict[str, Callable[..., None]] = {
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
     "eval": ("Measure a backbone by the paper's protocols: tags, text, segment.", eval.COMMANDS),
 }
-"""Commands with commands of their own: the help of the group, and its commands."""
+"""Groups of commands: the help of the group, and its commands."""
+
+
+class _MessageHandler(logging.Handler):
+    """Prints the messages of the package as plain sentences on standard error, which ``--json`` leaves alone."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "reported", False):
+            return
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        typer.echo(f"{prefix}{_one_line(record.getMessage())}", err=True)
+
+
+@contextmanager
+def _messages_on_stderr() -> Iterator[None]:
+    """Route the logger ``ttd_plugins`` to standard error, unless the host program has configured it."""
+    logger = logging.getLogger("ttd_plugins")
+    if logger.handlers or logging.getLogger().handlers:
+        yield
+        return
+    handler, level = _MessageHandler(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 class _Group(TyperGroup):
-    """Turns what users can cause into one sentence and an exit status; a bug keeps its traceback."""
+    """Prints errors that users can cause as one sentence and sets the exit status; a bug keeps its traceback."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta[ARGUMENTS] = list(args)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        with warnings.catch_warnings():
-            # The refusal of such a picture says the same again.
+        with warnings.catch_warnings(), _messages_on_stderr():
+            # The error about such an image says the same.
             warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
             others = warnings.showwarning
 
@@ -98,7 +127,7 @@ class _Group(TyperGroup):
 
 
 def _plugin_error(error: BaseException) -> TTDError | None:
-    # Without it no plugin was loaded, and none can be to blame.
+    # Where this module is not loaded, no plugin is.
     plugins_module = sys.modules.get("ttd_plugins.plugins")
     return plugins_module.explain(error) if plugins_module is not None else None
 
@@ -133,14 +162,14 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _ttd(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Text-Tag Self-Distillation (TTD, arXiv 2404.00384) for any CLIP-like backbone."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``ttd`` and end the process: status 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Run ``ttd`` and end the process: status 0, 2 after an error that users can cause, 130 after Ctrl-C."""
     try:
         app(args=arguments, prog_name="ttd")
     except SystemExit as ended:

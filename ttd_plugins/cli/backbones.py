@@ -12,7 +12,7 @@ import typer
 def command(
     family: Annotated[str | None, typer.Argument(help="Only this family.")] = None,
     pattern: Annotated[
-        str | None, typer.Option("--filter", help="Only names that hold this text, or fit it where it has * or ?.")
+        str | None, typer.Option("--filter", help="Only names that contain this text, or match it where it has * or ?.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead.")] = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""``ttd bench``: what TTD costs beside a contrastive step, in time, memory and counted operations."""
+"""``ttd bench``: the cost of a TTD step next to a contrastive step: time, memory and counted operations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def command(
         str, typer.Option("--backbone", help="family:model, or with @weights; random weights where none are named.")
     ] = image_maps.DEFAULT_BACKBONE,
     backbone_option: image_maps.BackboneSettings = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Pairs of a step.")] = 16,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Pairs in a step.")] = 16,
     data: Annotated[
         str | None,
         typer.Option("--data", help="Captions: a file in COCO's format, or its folder.  [default: built-in ones]"),
@@ -25,27 +25,27 @@ def command(
     image_size: Annotated[
         int | None, typer.Option("--image-size", help="Side of the input in pixels.  [default: the backbone's]")
     ] = None,
-    lora: Annotated[int, typer.Option("--lora", help="Rank of LoRA on both towers; 0 trains all weights.")] = 0,
+    lora: Annotated[int, typer.Option("--lora", help="LoRA rank on both towers; 0 trains all weights.")] = 0,
     compile_blocks: Annotated[bool, typer.Option("--compile", help="Compile the image tower; for GPUs.")] = False,
     precision: Annotated[str, typer.Option("--precision", help="float32, or bfloat16 for autocast.")] = "float32",
-    repeats: Annotated[int, typer.Option("--repeats", help="Rounds; each times every variant once.")] = 5,
+    repeats: Annotated[int, typer.Option("--repeats", help="Rounds; each measures every variant once.")] = 5,
     growth: Annotated[
-        bool, typer.Option("--growth", help="Also how cost grows with batch, image size and tags per caption.")
+        bool, typer.Option("--growth", help="Also measure growth with batch size, image size and tags per caption.")
     ] = False,
     memory: Annotated[
-        bool, typer.Option("--memory/--no-memory", help="Peak memory, each variant in a process of its own.")
+        bool, typer.Option("--memory/--no-memory", help="Measure peak memory, each variant in its own process.")
     ] = True,
     peak_tflops: Annotated[
         float | None,
-        typer.Option("--peak-tflops", help="What the device can do by its datasheet.  [default: measured]"),
+        typer.Option("--peak-tflops", help="Peak of the device from its datasheet.  [default: measured]"),
     ] = None,
     device: image_maps.DeviceOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
 ) -> None:
-    """Measure what TTD costs beside a contrastive step.
+    """Measure the cost of a TTD step next to a contrastive step.
 
-    In one run and in turns: contrastive steps at the full context and with trimmed texts; the TTD step with and
-    without the contrastive term; a TTD step that shares nothing; dense features and the library's own image encoding.
+    Variants take turns in one run: contrastive steps with full and with trimmed texts; the TTD step with and without
+    the contrastive term; a TTD step that shares nothing; dense features and the library's own image encoding.
     """
     from ttd_plugins.benchmark.step_variants import BenchOptions
 
@@ -140,7 +140,7 @@ def print_report(found: dict[str, Any]) -> None:
                 rows.add_row(label, *(f"{value / unit:.3g}" for value in values), f"{exponent:.2f}")
         console.print(rows)
     if "unshared" not in found["seconds"]:
-        console.print("the step that shares nothing was left out: it does not fit into the memory of the device")
+        console.print("the step that shares nothing was skipped: it does not fit into the memory of the device")
     for sentence in found.get("memory_errors", {}).values():
         console.print(sentence, highlight=False, soft_wrap=True)
     console.print(

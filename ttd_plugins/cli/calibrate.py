@@ -1,4 +1,4 @@
-"""``ttd calibrate``: the map from cosine to probability that suits a backbone."""
+"""``ttd calibrate``: fit the map from cosine to probability of a backbone."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ttd_plugins.errors import InputError
 def command(
     name: Annotated[str, typer.Argument(help="family:model@weights, see `ttd backbones`.", show_default=False)],
     backbone_option: image_maps.BackboneSettings = None,
-    scenes: Annotated[int, typer.Option("--scenes", help="Validation scenes; a quarter of them is held out.")] = 400,
-    seed: Annotated[int, typer.Option("--seed", help="Decides what is held out and which words are borrowed.")] = 0,
+    scenes: Annotated[int, typer.Option("--scenes", help="Validation scenes; a quarter is held out.")] = 400,
+    seed: Annotated[int, typer.Option("--seed", help="Decides the held-out set and the borrowed words.")] = 0,
     device: image_maps.DeviceOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
 ) -> None:
     """Fit the map from cosine to probability on generated scenes.
 
-    A backbone of your own data is calibrated in Python: ttd_plugins.calibration.fit_calibration(backbone, pairs).
+    In Python, ttd_plugins.calibration.fit_calibration(backbone, pairs) fits it on your own pairs.
     """
     if scenes < 1:
         raise InputError(f"--scenes must be 1 or more, not {scenes}")
@@ -32,8 +32,8 @@ def command(
     from ttd_plugins.plugins import load
 
     backbone = load(name, device=device, **image_maps.parse_settings(backbone_option))
-    pictures = ((Image.fromarray(scene.image), scene.caption) for scene in Scenes("validation", scenes))
-    fit = fit_calibration(backbone, pictures, seed=seed)
+    images = ((Image.fromarray(scene.image), scene.caption) for scene in Scenes("validation", scenes))
+    fit = fit_calibration(backbone, images, seed=seed)
     if as_json:
         typer.echo(json.dumps({"backbone": name, "scenes": scenes, "seed": seed, **fit.as_dict()}, indent=2))
         return

@@ -1,4 +1,4 @@
-"""``ttd check-adapter``: whether a backbone's adapter does what the contract asks."""
+"""``ttd check-adapter``: check the adapter of a backbone against the contract."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def command(
     name: Annotated[str, typer.Argument(help="family:model@weights, see `ttd backbones`.", show_default=False)],
     backbone_option: image_maps.BackboneSettings = None,
     check: Annotated[
-        list[str] | None, typer.Option("--check", help="Only this check, and what it needs; repeatable.")
+        list[str] | None, typer.Option("--check", help="Only this check and those that it needs; repeatable.")
     ] = None,
     device: image_maps.DeviceOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
 ) -> None:
     """Check the adapter of a backbone against the contract.
 
-    Prints every check, and for each failure what was expected, what was seen and what usually causes it. The status
-    is 0 where none failed and 1 where one did. Random weights (@random) serve.
+    Prints every check, and for each failure the expected and the actual result and its usual cause. The status is 0 if
+    none failed and 1 otherwise. Random weights (@random) are sufficient.
     """
     report = run_checks(name, backbone_option, check, device)
     if as_json:
@@ -40,11 +40,11 @@ def command(
 
 
 def run_checks(name: str, settings: list[str] | None, only: list[str] | None, device: str | None) -> Report:
-    """The report on a backbone by name; what the adapter raises becomes a failed check.
+    """Return the report on a backbone by name; what the adapter raises becomes a failed check.
 
     Raises:
-        BackboneNameError, InputError, MissingDependencyError: what the user can mend: a name or an option is
-            unknown, or a library is not installed.
+        BackboneNameError, InputError, MissingDependencyError: a name or an option is unknown, or a library is not
+            installed.
     """
     from ttd_plugins.errors import BackboneNameError, InputError, MissingDependencyError
     from ttd_plugins.plugins import load
@@ -70,7 +70,7 @@ def run_checks(name: str, settings: list[str] | None, only: list[str] | None, de
 
 
 def print_report(report: Report) -> None:
-    """Print a table of the checks, then each failure in full, then the count."""
+    """Print a table of the checks, then each failure in full, then the counts."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
@@ -82,7 +82,7 @@ def print_report(report: Report) -> None:
         table.add_column(column)
     styles = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
     for result in report.results:
-        # Whatever an adapter says may hold what rich takes for markup.
+        # An adapter's text may contain what rich takes for markup.
         what = Text(result.what if result.status != "skipped" else f"skipped: {result.reason}")
         table.add_row(Text(result.name), Text(result.status, style=styles[result.status]), what)
     console.print(table)

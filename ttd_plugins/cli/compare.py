@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,15 +10,21 @@ import typer
 
 from ttd_plugins.cli import image_maps
 from ttd_plugins.cli.command_line import command_line
+from ttd_plugins.cli.config_flags import flags_of, nested, with_flags
+from ttd_plugins.comparison.options import CompareOptions, default_jobs
+from ttd_plugins.options import TTDOptions
 
 if TYPE_CHECKING:
     from ttd_plugins.comparison.results import Comparison
-    from ttd_plugins.options import TTDOptions
 
 SOME_FAILED = 1
 """Exit status if a backbone failed."""
 
 
+FLAGS = flags_of(CompareOptions, skip=("backbones", "jobs"))
+
+
+@with_flags(FLAGS)
 def command(
     context: typer.Context,
     backbones: Annotated[
@@ -31,64 +38,32 @@ def command(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("comparison"),
-    data: Annotated[str, typer.Option("--data", help="scenes, coco_captions or cc3m_tagmask.")] = "scenes",
-    root: Annotated[Path | None, typer.Option("--root", help="Folder of the data set.")] = None,
-    split: Annotated[
-        str | None, typer.Option("--split", help="Split of the data set.  [default: that of the data set]")
-    ] = None,
-    pairs: Annotated[
-        str | None,
-        typer.Option("--pairs", help="Image-text pairs to train on, as for `ttd train --data`; scenes need none."),
-    ] = None,
-    tune: Annotated[bool, typer.Option("--tune/--no-tune", help="Train, or measure as loaded.")] = True,
-    seeds: Annotated[int, typer.Option("--seeds", help="Number of seeds.")] = 3,
-    first_seed: Annotated[int, typer.Option("--first-seed", help="The first seed; the others follow it.")] = 0,
-    steps: Annotated[int, typer.Option("--steps", help="Training steps of each arm.")] = 200,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Pairs per step.")] = 48,
-    rank: Annotated[int, typer.Option("--rank", help="Rank of LoRA.")] = 16,
-    full: Annotated[bool, typer.Option("--full", help="Train all weights instead of LoRA.")] = False,
-    learning_rate: Annotated[
-        float | None, typer.Option("--lr", help="Peak learning rate.  [default: 1e-3 on scenes, 1e-4 on pairs]")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", help="Images that are measured.  [default: 512 scenes, or all]")
-    ] = None,
-    gallery: Annotated[int, typer.Option("--gallery", help="Images in the report.")] = 12,
-    preset: Annotated[str, typer.Option("--preset", help="Protocols on a data set: fast or paper.")] = "fast",
-    tags: image_maps.TagsOption = "words",
-    tags_option: image_maps.TagsSettings = None,
-    rule: image_maps.RuleOption = None,
-    threshold: image_maps.ThresholdOption = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option("--ttd", metavar="KEY=VALUE", help="Any other option of TTD, as distill_weight=5; repeatable."),
-    ] = None,
-    workers: Annotated[int, typer.Option("--workers", help="Processes that decode pairs.")] = 0,
+    full: Annotated[bool, typer.Option("--full", help="Train all weights instead of LoRA, as --rank 0.")] = False,
     jobs: Annotated[
         int | None,
-        typer.Option(
-            "--jobs", help="Arms trained at a time on scenes.  [default: one per core, at most 4, on the CPU]"
-        ),
+        typer.Option("--jobs", help="Arms trained at once on scenes.  [default: one per core, at most 4, on the CPU]"),
     ] = None,
-    device: image_maps.DeviceOption = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--ttd", metavar="KEY=VALUE", help="An option of TTD, as distill_weight=5; repeatable."),
+    ] = None,
+    *,
+    given: dict[str, Any],
 ) -> None:
     """Compare backbones before and after TTD, with a control.
 
     Each backbone is measured, trained by TTD and by the contrastive term alone, and measured again. Prints a table and
     writes a report. If it is stopped, the same command continues it.
     """
-    from ttd_plugins.comparison.options import CompareOptions, default_jobs
     from ttd_plugins.comparison.running import run_comparison
     from ttd_plugins.training.stop_signals import TrainingStoppedError
     from ttd_plugins.utils.progress import progress_bars
 
-    options = CompareOptions(
-        backbones=tuple(name.strip() for name in backbones.split(",") if name.strip()),
-        data=data, root=root, split=split, pairs=pairs, tune=tune, seeds=seeds, first_seed=first_seed, steps=steps,
-        batch_size=batch_size, rank=0 if full else rank, learning_rate=learning_rate, limit=limit, gallery=gallery,
-        preset=preset, workers=workers, jobs=default_jobs(data, device) if jobs is None else jobs, device=device,
-        ttd=ttd_options(tags, tags_option, rule, threshold, option),
-    )  # fmt: skip
+    values: dict[str, Any] = {"ttd": {}} | nested(given) | ({"rank": 0} if full else {})
+    values["ttd"] = TTDOptions(**values["ttd"] | image_maps.parse_settings(option))
+    names = tuple(name.strip() for name in backbones.split(",") if name.strip())
+    options = CompareOptions(names, **values)
+    options = replace(options, jobs=default_jobs(options.data, options.device) if jobs is None else jobs)
     with progress_bars(width=40, keep_finished=4) as stage:
         try:
             comparison = run_comparison(out, options, stage=stage, command=command_line(context))
@@ -98,21 +73,6 @@ def command(
     print_summary(comparison, out)
     if comparison.failures:
         raise typer.Exit(SOME_FAILED)
-
-
-def ttd_options(
-    tags: str, tags_option: list[str] | None, rule: str | None, threshold: float | None, option: list[str] | None
-) -> TTDOptions:
-    """Return the options of TTD that the flags name.
-
-    Raises:
-        InputError: an option is unknown, or has the wrong type or range.
-    """
-    from ttd_plugins.options import TTDOptions
-
-    changes: dict[str, Any] = {"extractor": tags, "extractor_options": image_maps.parse_settings(tags_option)}
-    changes |= {name: value for name, value in (("rule", rule), ("threshold", threshold)) if value is not None}
-    return TTDOptions(**changes | image_maps.parse_settings(option))
 
 
 def print_summary(comparison: Comparison, out: Path) -> None:

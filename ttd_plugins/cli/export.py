@@ -1,4 +1,4 @@
-"""``ttd export``: a tuned backbone for the pipeline that it came from."""
+"""``ttd export``: write a tuned backbone in the format of its own library."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def command(
             "state dict alone.",
         ),
     ] = "native",
-    step: Annotated[int | None, typer.Option("--step", help="Checkpoint to take.  [default: the last]")] = None,
+    step: Annotated[int | None, typer.Option("--step", help="Step of the checkpoint.  [default: the last]")] = None,
     backbone: Annotated[
-        str | None, typer.Option("--backbone", help="In place of a run: a backbone by name, as it is.")
+        str | None, typer.Option("--backbone", help="Instead of a run: the name of a backbone, exported as it is.")
     ] = None,
     backbone_option: image_maps.BackboneSettings = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
@@ -40,9 +40,9 @@ def command(
     if (run is None) == (backbone is None):
         raise InputError("give either the folder of a run or --backbone NAME")
     if backbone is not None and step is not None:
-        raise InputError("--step picks a checkpoint of a run, and --backbone has none; leave one of them out")
+        raise InputError("--step selects a checkpoint of a run, and --backbone has none; remove one of them")
     if backbone is None and backbone_option:
-        raise InputError("--backbone-option goes with --backbone; a run's own settings say how its backbone is built")
+        raise InputError("--backbone-option needs --backbone; a run stores the options of its backbone")
     from ttd_plugins.export import FORMS, export_backbone, export_run
     from ttd_plugins.plugins import load
 
@@ -61,7 +61,7 @@ def command(
 
 
 def print_export(done: Exported) -> None:
-    """Print where the files are, how they are loaded, and what needs care."""
+    """Print where the files are, how to load them, and what needs care."""
     typer.echo(f"wrote {done.folder}: {', '.join(done.files)}")
     typer.echo(f"load it with {done.model.library}:")
     for line in done.model.at(done.folder):

@@ -1,4 +1,4 @@
-"""``ttd heatmap``: the maps of a caption and of its tags as a picture."""
+"""``ttd heatmap``: the maps of a caption and of its tags as a PNG file."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def command(
     threshold: image_maps.ThresholdOption = None,
     device: image_maps.DeviceOption = None,
 ) -> None:
-    """Draw the maps of CAPTION and its tags on IMAGE.
+    """Draw the maps of CAPTION and its tags over IMAGE.
 
-    The picture shows the map of the caption, the map and score of each tag, and the union of the selected ones.
+    The file shows the map of the caption, the map and score of each tag, and the union of the selected tags.
     """
     check_writable(out)
     found = image_maps.compute_maps(
@@ -51,10 +51,10 @@ def command(
 
 
 def check_writable(out: Path) -> None:
-    """Refuse a path that no PNG can be written to, before anything slow.
+    """Check that a PNG can be written to ``out``, before anything slow.
 
     Raises:
-        InputError: the name does not end in .png, the folder is missing, or nothing can be written there.
+        InputError: the name does not end in .png, the folder is missing, or it is not writable.
     """
     name = f"--out {str(out)!r}"
     if out.suffix.lower() != ".png":

@@ -1,4 +1,4 @@
-"""What ``ttd tags`` and ``ttd heatmap`` share: their options, and the maps of one picture and caption."""
+"""Options that commands share, and the maps of one image and caption for ``ttd tags`` and ``ttd heatmap``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 DEFAULT_BACKBONE = "open_clip:tiny"
 
-ImageArgument = Annotated[Path, typer.Argument(help="A picture.", show_default=False)]
-CaptionArgument = Annotated[str, typer.Argument(help="What it shows.", show_default=False)]
+ImageArgument = Annotated[Path, typer.Argument(help="An image file.", show_default=False)]
+CaptionArgument = Annotated[str, typer.Argument(help="Its caption.", show_default=False)]
 BackboneOption = Annotated[str, typer.Option("--backbone", help="family:model@weights, see `ttd backbones`.")]
 BackboneSettings = Annotated[
     list[str] | None,
@@ -29,7 +29,8 @@ TagsSettings = Annotated[
     typer.Option("--tags-option", metavar="KEY=VALUE", help="An option of the tag extractor; repeatable."),
 ]
 TagOption = Annotated[
-    list[str] | None, typer.Option("--tag", help="A candidate tag, in place of those found in the caption; repeatable.")
+    list[str] | None,
+    typer.Option("--tag", help="A candidate tag, instead of those extracted from the caption; repeatable."),
 ]
 SizeOption = Annotated[
     str | None, typer.Option("--size", metavar="N or HxW", help="Input size in pixels.  [default: the backbone's]")
@@ -40,7 +41,7 @@ DeviceOption = Annotated[str | None, typer.Option("--device", help="Where to com
 
 
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:
-    """``KEY=VALUE`` pairs as a dict; a value that is JSON (``true``, ``3``, ``null``) is read as such.
+    """Return ``KEY=VALUE`` texts as a dict; a value that is JSON (``true``, ``3``, ``null``) is parsed.
 
     Raises:
         InputError: an item has no ``=``.
@@ -58,10 +59,10 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
 
 
 def parse_size(size: str | None) -> int | tuple[int, int] | None:
-    """``"224"`` as 224 and ``"224x320"`` as (height, width).
+    """Return 224 for ``"224"`` and (224, 320), height and width, for ``"224x320"``.
 
     Raises:
-        InputError: the text is neither.
+        InputError: the text has neither form.
     """
     if size is None:
         return None
@@ -86,18 +87,18 @@ def compute_maps(
     threshold: float | None = None,
     device: str | None = None,
 ) -> CaptionMaps:
-    """Maps of one picture and caption: :meth:`ttd_plugins.engine.TTD.maps` with the backbone and tags by name.
+    """Return the maps of one image and caption: :meth:`ttd_plugins.engine.TTD.maps` with names of backbone and tags.
 
     Raises:
-        InputError: the picture cannot be read, the caption is empty, or an option is unknown.
-        TTDError: the backbone or the tag extractor cannot be had.
+        InputError: the image cannot be read, the caption is empty, or an option is unknown.
+        TTDError: the backbone or the tag extractor cannot be loaded.
     """
     if not caption.strip():
-        raise InputError("the caption is empty; say what the picture shows")
+        raise InputError("the caption is empty; describe the image")
     from ttd_plugins.data.images import read_image
 
-    # Before anything slow, so that a wrong path is told at once.
-    picture = read_image(image)
+    # Before anything slow, so that a wrong path is reported at once.
+    pixels = read_image(image)
     from ttd_plugins.engine import TTD, TTDOptions
     from ttd_plugins.plugins import load
 
@@ -108,8 +109,8 @@ def compute_maps(
         **{name: value for name, value in changes.items() if value is not None},
     )
     ttd = TTD(load(backbone, device=device, **(backbone_options or {})), options)
-    maps = ttd.maps(picture, caption, size=size, tags=tags)
+    maps = ttd.maps(pixels, caption, size=size, tags=tags)
     if maps.truncated:
         length = ttd.backbone.description.context_length
-        typer.echo(f"warning: the caption is longer than {length} tokens; its end was not read", err=True)
+        typer.echo(f"warning: the caption is longer than {length} tokens; its end was cut off", err=True)
     return maps

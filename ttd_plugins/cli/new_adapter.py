@@ -1,4 +1,4 @@
-"""``ttd new-adapter``: a project of one's own for an adapter, which passes the conformance kit as written."""
+"""``ttd new-adapter``: write a project for a new adapter, which passes the conformance kit as written."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def command(
 ) -> None:
     """Write a project for an adapter of your own.
 
-    It adapts a toy and passes its own tests; what is yours to fill in is marked BLANK.
+    It adapts a toy model and passes its own tests; the parts to fill in are marked BLANK.
     """
     folder = write_project(name, out)
-    # Quoted only where a shell would need it, so that the lines can be copied.
+    # Quoted where a shell needs it, so that the lines can be copied.
     shown = str(folder) if re.fullmatch(r"[\w./+-]+", str(folder)) else f"'{folder}'"
     typer.echo(f"wrote {folder}; next:")
     typer.echo(f"  python -m pip install -e {shown}")
@@ -47,7 +47,7 @@ def write_project(name: str, out: Path | None = None) -> Path:
     """Write the project of a family ``name`` into the folder ``out``, all of it or nothing, and return the folder.
 
     Raises:
-        InputError: the name cannot be that of a family or is taken, or the folder cannot be written or is not empty.
+        InputError: the name is invalid or taken, or the folder cannot be written or is not empty.
     """
     from ttd_plugins.adapter import API_VERSION
     from ttd_plugins.errors import InputError, one_sentence
@@ -72,7 +72,7 @@ def write_project(name: str, out: Path | None = None) -> Path:
         beside = Path(tempfile.mkdtemp(prefix=".ttd-new-adapter-", dir=folder.parent))
         try:
             _render(files("ttd_plugins.cli") / "adapter_template", beside / "project", values)
-            # An empty folder of that name gives way.
+            # Replaces an empty folder of that name.
             os.replace(beside / "project", folder)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
@@ -102,7 +102,7 @@ def _require_free(name: str) -> None:
 
 
 def _render(source: Traversable, target: Path, values: dict[str, str]) -> None:
-    """Copy a tree of templates, names and contents filled in."""
+    """Copy a tree of templates and fill in names and contents."""
     target.mkdir()
     for item in source.iterdir():
         if item.is_dir():

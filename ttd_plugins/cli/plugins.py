@@ -1,4 +1,4 @@
-"""``ttd plugins``: what is loaded, and what was left out and why."""
+"""``ttd plugins``: list the plugins that are loaded, and those that are not, with the reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead.")] = False,
 ) -> None:
-    """List plugins and what is wrong with them.
+    """List plugins and their problems.
 
     Shows the families, tag extractors and hooks of each.
     """

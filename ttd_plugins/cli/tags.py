@@ -1,4 +1,4 @@
-"""``ttd tags``: which words of a caption are in the picture."""
+"""``ttd tags``: which words of a caption are in the image."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def command(
     device: image_maps.DeviceOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
 ) -> None:
-    """Say which words of CAPTION are in IMAGE.
+    """Select the words of CAPTION that are in IMAGE.
 
-    Every candidate tag is scored by its nearest pixel, and the selection rule decides.
+    Each candidate tag is scored by its nearest patch, and the selection rule decides.
     """
     found = image_maps.compute_maps(
         image,
@@ -71,6 +71,6 @@ def _print_table(found: CaptionMaps) -> None:
         table.add_column(column, justify="right")
     for i, tag in enumerate(found.tags):
         selected = "yes" if found.selected[i] else "no"
-        # A tag is somebody's text, and may hold what rich takes for markup.
+        # A tag may contain what rich takes for markup.
         table.add_row(Text(tag), f"{found.scores[i]:.3f}", f"{found.probabilities[i]:.3f}", selected)
     Console().print(table)

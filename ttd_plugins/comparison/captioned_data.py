@@ -37,8 +37,8 @@ class CaptionedData:
         Raises:
             InputError, DatasetError: the data set or the pairs are unknown, missing or incomplete.
         """
+        from ttd_plugins.evaluation.captioned_images import as_trained, open_labelled, preset_protocols
         from ttd_plugins.evaluation.datasets import CAPTIONS
-        from ttd_plugins.evaluation.labelled import as_trained, open_labelled, preset_protocols
 
         self.options = options
         if options.data not in CAPTIONS:
@@ -77,8 +77,8 @@ class CaptionedData:
         from ttd_plugins.evaluation.protocols import evaluate_tags, evaluate_text
 
         # Each protocol resumes from the records in its folder.
-        tags = evaluate_tags(backbone, self.reader, self.tags, out=folder / "tags", stage=stage).figures or {}
-        text = evaluate_text(backbone, self.reader, self.text, out=folder / "text", stage=stage).figures or {}
+        tags = evaluate_tags(backbone, self.reader, self.tags, out=folder / "tags", stage=stage).metrics or {}
+        text = evaluate_text(backbone, self.reader, self.text, out=folder / "text", stage=stage).metrics or {}
         values = {
             "caption_iou": text["caption_iou"],
             "caption_fpr": text["mfpr"],

@@ -1,77 +1,67 @@
-"""The options of a comparison."""
+"""The options of a comparison.
+
+This module imports neither torch nor numpy, so that the command line can build its flags from the options.
+"""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
-from ttd_plugins.comparison.results import ARMS, Arm
 from ttd_plugins.errors import InputError
 from ttd_plugins.options import TTDOptions
+from ttd_plugins.utils.configuration import Flag, Float, Int, Text, configuration, option
 
+Arm = Literal["before", "control", "after"]
+ARMS: tuple[Arm, ...] = ("before", "control", "after")
+"""Backbone as loaded; trained by the contrastive term alone for the same steps; trained by TTD."""
 SCENES = "scenes"
 """Name of the generated scenes among the data sets."""
 
 
-@dataclass(frozen=True)
+@configuration()
 class CompareOptions:
     """What is compared, on which data, and how backbones are fine-tuned.
 
-    Attributes:
-        backbones: names for :func:`ttd_plugins.backbone_sources.open_backbone`, in the table's order.
-        data: ``"scenes"``, or a captioned data set with masks: ``"coco_captions"`` or ``"cc3m_tagmask"``.
-        root: folder of the data set.
-        split: split of the data set; its default split if ``None``.
-        pairs: image-text pairs for fine-tuning, as :func:`ttd_plugins.data.open_pairs` accepts them. Required for
-            fine-tuning with a data set; scenes have their own training set.
-        tune: whether to fine-tune; otherwise backbones are measured as loaded.
-        seeds: number of seeds.
-        first_seed: the first seed; the others follow it.
-        steps, batch_size, rank: of each fine-tuning; rank 0 trains all weights instead of LoRA.
-        learning_rate: peak learning rate; ``None`` means 1e-3 on scenes and 1e-4 on pairs.
-        limit: number of images measured; ``None`` means 512 scenes or the whole data set.
-        gallery: number of images in the report.
-        preset: settings of the evaluation protocols on a data set, ``"fast"`` or ``"paper"``.
-        workers: processes that decode pairs.
-        jobs: arms that are fine-tuned at the same time, each in its own process with an equal share of the cores.
-            Only for scenes on the CPU, where two processes of one core outperform one process of two cores. Results
-            are the same up to the order of float sums, as for another number of threads.
-        device: device of the backbones; the library's default if ``None``.
-        ttd: options of the engine, the same for every backbone. Without a calibration each backbone uses its own.
+    Raises:
+        InputError: an option has the wrong type or range, or two options contradict each other.
     """
 
-    backbones: tuple[str, ...]
-    data: str = SCENES
-    root: Path | None = None
-    split: str | None = None
-    pairs: str | None = None
-    tune: bool = True
-    seeds: int = 3
-    first_seed: int = 0
-    steps: int = 200
-    batch_size: int = 48
-    rank: int = 16
-    learning_rate: float | None = None
-    limit: int | None = None
-    gallery: int = 12
-    preset: str = "fast"
-    workers: int = 0
-    jobs: int = 1
-    device: str | None = None
-    ttd: TTDOptions = field(default_factory=TTDOptions)
+    backbones: Annotated[
+        tuple[str, ...], option("Names for open_backbone() of ttd_plugins.backbone_sources, in the table's order.")
+    ]
+    data: Annotated[Text, option("Data: scenes, or the data set coco_captions or cc3m_tagmask.")] = SCENES
+    root: Annotated[Path | None, option("Folder of the data set.")] = None
+    split: Annotated[Text | None, option("Split of the data set; null means the data set's default.")] = None
+    pairs: Annotated[
+        Text | None, option("Image-text pairs to train on beside a data set, as `ttd train --data` accepts them.")
+    ] = None
+    tune: Annotated[Flag, option("Whether to fine-tune; otherwise backbones are measured as loaded.")] = True
+    seeds: Annotated[Int, option("Number of seeds.", ge=1)] = 3
+    first_seed: Annotated[Int, option("The first seed; the others follow it.")] = 0
+    steps: Annotated[Int, option("Training steps of each arm.", ge=1)] = 200
+    batch_size: Annotated[Int, option("Pairs per step.", ge=2)] = 48
+    rank: Annotated[Int, option("Rank of LoRA on both towers; 0 trains all weights.", ge=0)] = 16
+    learning_rate: Annotated[
+        Float | None, option("Peak learning rate; null means 1e-3 on scenes and 1e-4 on pairs.", flag="--lr", gt=0)
+    ] = None
+    limit: Annotated[Int | None, option("Images measured; null means 512 scenes or the whole data set.", ge=2)] = None
+    gallery: Annotated[Int, option("Images in the report.", ge=0)] = 12
+    preset: Annotated[Text, option("Settings of the protocols on a data set: fast or paper.")] = "fast"
+    workers: Annotated[Int, option("Processes that decode pairs.", ge=0)] = 0
+    # Two processes of one core outperform one process of two cores; results are equal up to the order of float sums.
+    jobs: Annotated[Int, option("Arms trained at the same time, on scenes on the CPU.", ge=1)] = 1
+    device: Annotated[Text | None, option("Device, such as cpu or cuda.")] = None
+    ttd: Annotated[TTDOptions, option("Options of TTD; without a calibration each backbone uses its own.")] = field(
+        default_factory=TTDOptions
+    )
 
     def __post_init__(self) -> None:
         if not self.backbones or len(set(self.backbones)) != len(self.backbones):
             raise InputError("name one or more backbones, each once")
-        if self.seeds < 1 or self.steps < 1 or self.batch_size < 2 or self.rank < 0:
-            raise InputError(
-                "seeds and steps must be 1 or more, batch_size 2 or more and rank 0 or more; not "
-                f"{self.seeds}, {self.steps}, {self.batch_size} and {self.rank}"
-            )
-        if (self.limit is not None and self.limit < 2) or self.gallery < 0:
-            raise InputError(f"limit must be 2 or more and gallery 0 or more, not {self.limit} and {self.gallery}")
-        if self.jobs < 1 or (self.jobs > 1 and (self.data != SCENES or self.device not in (None, "cpu"))):
+        if self.jobs > 1 and (self.data != SCENES or self.device not in (None, "cpu")):
             raise InputError(f"jobs must be 1 (or more on scenes on the CPU), not {self.jobs}")
         if self.ttd.contrastive_weight <= 0 and self.tune:
             raise InputError("contrastive_weight must be above 0, since the control trains with that term alone")

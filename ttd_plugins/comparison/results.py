@@ -9,11 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ttd_plugins.comparison.options import ARMS as ARMS
+from ttd_plugins.comparison.options import Arm as Arm
 from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_names
-
-Arm = Literal["before", "control", "after"]
-ARMS: tuple[Arm, ...] = ("before", "control", "after")
-"""Backbone as loaded; trained by the contrastive term alone for the same steps; trained by TTD."""
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:

@@ -90,8 +90,6 @@ def compare(
         print(comparison.backbones[0].mean("after", "caption_iou"))
     """
     names = (backbones,) if isinstance(backbones, str) else tuple(backbones)
-    if options.get("root") is not None:
-        options["root"] = Path(options["root"])
     settings = CompareOptions(names, data=data, seeds=seeds, steps=steps, tune=tune, **options)
     with progress_bars(width=40, keep_finished=4) if progress else nullcontext(no_progress) as stage:
         return run_comparison(Path(out), settings, stage=stage)

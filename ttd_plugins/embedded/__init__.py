@@ -1,4 +1,4 @@
-"""The small models, and the generated scenes, that come with the package."""
+"""Small models and generated scenes that are part of the package."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ MODELS_FOLDER = Path(__file__).parent / "models"
 
 
 def model_folder(name: str) -> Path:
-    """Folder of the embedded model ``name``, such as ``"open_clip_tiny"``."""
+    """Return the folder of the embedded model ``name``, such as ``"open_clip_tiny"``."""
     return MODELS_FOLDER / name

@@ -1,4 +1,4 @@
-"""What the folder of an embedded model holds beside its configuration: weights, tokenizer and settings."""
+"""Files in the folder of an embedded model beside its configuration: weights, tokenizer and settings."""
 
 from __future__ import annotations
 
@@ -19,22 +19,26 @@ SETTINGS_FILE = "ttd.json"
 
 @dataclass(frozen=True)
 class TinySettings:
-    """What ``ttd.json`` says of a model: the dense mode that suits it, and its map from cosine to probability."""
+    """Content of ``ttd.json``: the default dense mode of a model, and its map from cosine to probability."""
 
     dense_mode: str
     calibration: Calibration
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, or raise TTDError naming the file."""
+    """Read a JSON object.
+
+    Raises:
+        TTDError: the file cannot be read, or contains something else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TTDError(
-            f"{path} cannot be read ({one_sentence(error)}); reinstall ttd-plugins or give a complete model folder"
+            f"{path} cannot be read ({one_sentence(error)}); reinstall ttd-plugins or pass a complete model folder"
         ) from error
     if not isinstance(content, dict):
-        raise TTDError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+        raise TTDError(f"{path} must contain a JSON object, not a {type(content).__name__}")
     return content
 
 
@@ -42,7 +46,7 @@ def read_settings(folder: Path) -> TinySettings:
     """Read ``ttd.json`` of a model folder.
 
     Raises:
-        TTDError: the file is absent, or an entry is missing.
+        TTDError: the file cannot be read, or an entry is missing or invalid.
     """
     content = read_json(folder / SETTINGS_FILE)
     try:
@@ -52,15 +56,15 @@ def read_settings(folder: Path) -> TinySettings:
         return TinySettings(dense_mode=str(content["dense_mode"]), calibration=calibration)
     except (KeyError, TypeError, ValueError) as error:
         raise TTDError(
-            f"{folder / SETTINGS_FILE} must hold dense_mode and calibration (scale, shift): {one_sentence(error)}"
+            f"{folder / SETTINGS_FILE} must contain dense_mode and calibration (scale, shift): {one_sentence(error)}"
         ) from error
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Load ``model.safetensors``, which is stored as float16, into a float32 model.
+    """Load ``model.safetensors``, which has float16 tensors, into a float32 model.
 
     Raises:
-        TTDError: the file is absent, damaged, or of another model.
+        TTDError: the file cannot be read, or belongs to another model.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -70,6 +74,6 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         model.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
     except (OSError, SafetensorError, RuntimeError) as error:
         raise TTDError(
-            f"the weights {path} cannot be loaded ({one_sentence(error)}); reinstall ttd-plugins or give a "
+            f"the weights {path} cannot be loaded ({one_sentence(error)}); reinstall ttd-plugins or pass a "
             "complete model folder"
         ) from error

@@ -1,4 +1,4 @@
-"""The subword tokenizer of the embedded models: byte-level BPE, so that any string can be encoded."""
+"""Tokenizer of the embedded models: byte-level BPE, which encodes any string."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ PAD, START, END = "<pad>", "<start>", "<end>"
 class TinyTokenizer:
     """A byte-level BPE tokenizer with open_clip's calling convention; it encodes any string.
 
-    Ids: 0 pads, the last two ids of the vocabulary are the start and the end token, so that the end token is the
-    largest id of its row, which is where a tower with argmax pooling looks.
+    Id 0 is padding; the last two ids of the vocabulary are the start and the end token. The end token is the largest id
+    of its row, so that towers with argmax pooling find it.
     """
 
     def __init__(self, path: str | Path, context_length: int) -> None:
         """Read ``tokenizer.json``.
 
         Args:
-            path: the file that ``tokenizers.Tokenizer.save`` wrote.
-            context_length: positions of the text tower, the start and end token included.
+            path: a file from ``tokenizers.Tokenizer.save``.
+            context_length: positions of the text tower, including the start and the end token.
 
         Raises:
             MissingDependencyError: the ``tokenizers`` library is not installed.
@@ -42,14 +42,13 @@ class TinyTokenizer:
             ) from error
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for all that is wrong with a file
+        except Exception as error:  # the library raises bare Exception for any invalid file
             raise TTDError(
-                f"the tokenizer {path} cannot be read ({one_sentence(error)}); give the tokenizer.json that belongs "
-                "to the model"
+                f"the tokenizer {path} cannot be read ({one_sentence(error)}); pass the tokenizer.json of the model"
             ) from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        # A caption that spells a special token is text like any other.
+        # A special token spelled in a caption is ordinary text.
         self._tokenizer.encode_special_tokens = True
         self.context_length = context_length
         self.vocab_size = self._tokenizer.get_vocab_size()
@@ -59,19 +58,21 @@ class TinyTokenizer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        # The library leaves this setting out of its pickles.
+        # The library does not pickle this setting.
         self._tokenizer.encode_special_tokens = True
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``tokenizer.json`` and ``tokenizer_config.json``, from which transformers' ``AutoTokenizer`` loads the
-        same: start and end token around the text, padding at the right, special tokens spelled in a text left as text.
+        """Write ``tokenizer.json`` and ``tokenizer_config.json``, for ``AutoTokenizer`` of transformers.
+
+        It then tokenises equally: start and end token around the text, padding on the right, and special tokens that
+        are spelled in a text are ordinary text.
         """
         from tokenizers import Tokenizer, processors
 
-        whole = Tokenizer.from_str(self._tokenizer.to_str())
+        complete = Tokenizer.from_str(self._tokenizer.to_str())
         ends = [(START, self.sot_token_id), (END, self.eot_token_id)]
-        whole.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=ends)
-        whole.save(str(Path(folder) / "tokenizer.json"))
+        complete.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=ends)
+        complete.save(str(Path(folder) / "tokenizer.json"))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": START,
@@ -88,15 +89,15 @@ class TinyTokenizer:
         (Path(folder) / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text`` without start and end token, of any length."""
+        """Return the ids of ``text`` without start and end token, untruncated."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
-        """Tokenise; a text that is too long loses its last words and keeps the end token.
+        """Tokenise; a text that is too long loses its last tokens and keeps the end token.
 
         Args:
-            texts: one string, or N of them.
-            context_length: positions a row; by default the tokenizer's own.
+            texts: one string, or N strings.
+            context_length: positions per row; by default those of the tokenizer.
 
         Returns:
             int64 ``[N, context_length]``: start token, text, end token, padding.
@@ -111,12 +112,12 @@ class TinyTokenizer:
 
 
 def train_tokenizer(path: Path, *, vocabulary: int, captions: int = 8_000, seed: int = 0) -> None:
-    """Train on captions of training scenes and on emoji names (for English words beyond the scenes), and save.
+    """Train a tokenizer on captions of training scenes and on emoji names, for words beyond the scenes, and save it.
 
     Args:
         path: file to write, in the format of the ``tokenizers`` library.
         vocabulary: size with the special tokens; id 0 pads, the last two ids are the start and the end token.
-        captions: how many captions of training scenes to learn from.
+        captions: number of captions of training scenes.
         seed: seed of those scenes.
     """
     import emoji
@@ -127,18 +128,18 @@ def train_tokenizer(path: Path, *, vocabulary: int, captions: int = 8_000, seed:
 
 
 def train_bpe(path: Path, texts: Sequence[str], *, vocabulary: int) -> None:
-    """Train byte-level BPE on texts, and save it as :class:`TinyTokenizer` reads it.
+    """Train byte-level BPE on texts, and save it for :class:`TinyTokenizer`.
 
     Args:
         path: file to write, in the format of the ``tokenizers`` library.
-        texts: what to learn from; letter case is ignored.
+        texts: the training texts; case is ignored.
         vocabulary: size with the special tokens.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    # A leading space on every text gives a word one token wherever it stands.
+    # With a leading space on every text, a word has the same token at every position.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -40,7 +40,7 @@ def evaluate(
 
     Example::
 
-        result = evaluate("open_clip:ViT-B-16@openai", "coco_captions:photos/", protocol="text", size=336)
+        result = evaluate("FAMILY:MODEL@WEIGHTS", "coco_captions:photos/", protocol="text", size=336)
         print(result.metrics["caption_iou"])
 
     Args:

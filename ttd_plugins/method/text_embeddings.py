@@ -1,8 +1,8 @@
-"""Text embeddings of a batch: each distinct text once, together with others of about its length, and cut to that.
+"""Text embeddings of a batch: each distinct text is encoded once, in chunks of texts of similar length.
 
-A tag is three tokens where a caption is twelve and the context 77, and the text tower's cost is that of its tokens. So
-texts are sorted by length into a few chunks, each cut to its own longest text, where the backbone says that positions
-after the end token cannot matter. How many chunks pay is decided by what one more call of the tower costs.
+The cost of a text tower is proportional to its tokens. A tag has about 3 tokens, a caption 12, the context 77. So texts
+are sorted by length into a few chunks, each trimmed to its longest text, if the backbone allows it
+(``text_needs_full_context``). The number of chunks balances tokens against the cost of a call of the tower.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,34 +19,45 @@ from torch.utils.checkpoint import checkpoint
 
 from ttd_plugins.adapter import DenseAdapter, Tokens, text_embeddings, text_tokens
 from ttd_plugins.method.similarity import normalize
+from ttd_plugins.utils.deprecation import renamed_keyword, renamed_names
+
+if not TYPE_CHECKING:
+    __getattr__ = renamed_names(
+        __name__,
+        {
+            "TextMemory": "TextEmbeddingCache",
+            "TokenMemory": "TokenCache",
+            "computed_twice": "checkpointed_text_blocks",
+        },
+    )
 
 CPU_CALL_COST = 80
-"""What one more call of a text tower costs on a CPU, in tokens: its weights are read once more."""
+"""Cost of one more call of a text tower on a CPU, in tokens: its weights are read once more."""
 GPU_CALL_WORK = 400e9
-"""What it costs elsewhere, in tokens times weights: some 700 kernels more are launched in a step, which takes the host
-about ten milliseconds, in which an H200 does as much."""
+"""Cost of one more call on another device, in tokens times weights. The host launches about 700 more kernels per step,
+which takes about 10 ms; an H200 does this much work in that time."""
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """A tensor on ``device``; one from the CPU without waiting for what the device is busy with."""
+    """Return a tensor on ``device``; a copy from the CPU to a GPU needs no host synchronisation."""
     if device.type != "cuda" or values.device.type != "cpu":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
 
 
 def plan_chunks(lengths: Sequence[int], call_cost: int) -> list[list[int]]:
-    """Split texts into chunks such that tokens, each text padded to the longest of its chunk, and calls cost least.
+    """Split texts into chunks of minimal total cost; each text is padded to the longest of its chunk.
 
     Args:
-        lengths: positions of each text up to and including its end token.
+        lengths: number of positions of each text up to and including its end token.
         call_cost: cost of one more chunk, in tokens.
 
     Returns:
-        Numbers of the texts of each chunk, in their order; shorter texts in earlier chunks.
+        Indices of the texts of each chunk, ascending; earlier chunks have shorter texts.
     """
     counts = Counter(lengths)
     sizes = sorted(counts)
-    # best[j]: the least cost of all texts of the j shortest sizes, and where the last chunk of them begins.
+    # best[j]: the least cost of all texts of the j shortest sizes, and the start of their last chunk.
     best: list[tuple[int, int]] = [(0, 0)]
     for end in range(1, len(sizes) + 1):
         texts, choices = 0, []
@@ -65,15 +77,15 @@ def plan_chunks(lengths: Sequence[int], call_cost: int) -> list[list[int]]:
 
 @contextmanager
 def checkpointed_text_blocks(adapter: DenseAdapter) -> Iterator[None]:
-    """Within it, blocks of the text tower keep their input alone, and run again in the backward pass.
+    """Use activation checkpointing (arXiv 1604.06174) in the text tower within a ``with`` block.
 
-    This is arXiv 1604.06174. What draws random numbers draws the same ones again. The model is left as it was found,
-    and a tower that checkpoints its blocks itself is not touched.
+    Blocks store their input only, and run again in the backward pass with the same random numbers. The model is
+    restored at the end. A tower that checkpoints its blocks itself is not changed.
     """
     blocks = list(dict.fromkeys(adapter.tower_blocks("text")))
     if _are_checkpointed(adapter.model, blocks):
         blocks = []
-    # A block that was compiled in place is called by its compiled call.
+    # torch calls a block that was compiled in place through its compiled call.
     names = ["forward" if block._compiled_call_impl is None else "_compiled_call_impl" for block in blocks]
     own = [vars(block).get(name) for block, name in zip(blocks, names, strict=True)]
     try:
@@ -83,16 +95,16 @@ def checkpointed_text_blocks(adapter: DenseAdapter) -> Iterator[None]:
     finally:
         for block, name, call in zip(blocks, names, own, strict=True):
             vars(block).pop(name, None)
-            # Other libraries put a forward of theirs into an object too.
+            # Other libraries set a forward on an object too.
             if call is not None:
                 setattr(block, name, call)
 
 
-def _shape(count: int, length: int, context: int, device: torch.device) -> tuple[int, int]:
-    """How many texts of which length a call is given: on a GPU a little more than there are, so that few shapes occur.
+def _padded_shape(count: int, length: int, context: int, device: torch.device) -> tuple[int, int]:
+    """Return the padded number and length of the texts of a call: on a GPU both are rounded up, for fewer shapes.
 
-    Libraries of GPU kernels prepare themselves for each new shape; cuDNN's attention, for one, takes some hundred
-    milliseconds. No more than an eighth is added to the count, and seven positions to the length.
+    GPU libraries prepare kernels for each new shape; cuDNN's attention takes some 100 ms. The count grows by an eighth
+    at most, the length by seven positions.
     """
     if device.type == "cpu":
         return count, length
@@ -101,7 +113,7 @@ def _shape(count: int, length: int, context: int, device: torch.device) -> tuple
 
 
 def _are_checkpointed(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
-    """Whether a library's own gradient checkpointing of blocks is on; once more would cost one more forward pass."""
+    """Whether the library's own activation checkpointing of blocks is on; a second one would cost a forward pass."""
     modules, wanted = dict(model.named_modules()), set(blocks)
     names = [name.split(".") for name, module in modules.items() if module in wanted]
     above = {".".join(name[:depth]) for name in names for depth in range(len(name) + 1)}
@@ -113,15 +125,15 @@ def _are_checkpointed(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
 
 
 class TokenCache:
-    """Token rows of short texts, kept from one batch to the next.
+    """Cache of the token rows of short texts, across batches.
 
-    A tag comes in many batches, a caption once an epoch; and what the host spends on tokenising, a GPU waits for. Rows
-    are forgotten with the adapter's ``tokenizer`` and its context length; an adapter that keeps its tokenizer under
-    another name is asked every time.
+    Tags repeat in many batches, captions once an epoch, and a GPU waits while the host tokenises. The cache is cleared
+    when the adapter's ``tokenizer`` or context length changes. An adapter without an attribute ``tokenizer`` is not
+    cached.
 
     Attributes:
-        limit: how many rows are kept; the one that was not used for longest gives way.
-        longest: characters of the longest text that is kept.
+        limit: maximal number of rows; the least recently used one is removed first.
+        longest: maximal number of characters of a cached text.
     """
 
     def __init__(self, limit: int = 16_384, longest: int = 32) -> None:
@@ -134,7 +146,7 @@ class TokenCache:
         return len(self._rows)
 
     def tokenize(self, adapter: DenseAdapter, texts: Sequence[str]) -> Tokens:
-        """What the backbone's :meth:`~ttd_plugins.adapter.DenseAdapter.tokenize` gives; no text twice in ``texts``."""
+        """Return the result of :meth:`~ttd_plugins.adapter.DenseAdapter.tokenize`; ``texts`` are distinct."""
         valid_for = getattr(adapter, "tokenizer", None), adapter.description.context_length
         if valid_for[0] is None:
             return text_tokens(adapter, texts)
@@ -145,7 +157,7 @@ class TokenCache:
         rows = {text: self._rows[text] for text in texts if text in self._rows}
         if new:
             tokens = text_tokens(adapter, new)
-            # A row of its own each, or one that is kept would keep its whole batch.
+            # Copies, because a view would keep the memory of its whole batch.
             rows |= {
                 text: (ids.clone(), length, cut)
                 for text, ids, length, cut in zip(
@@ -163,7 +175,7 @@ class TokenCache:
 
 
 def _call_cost(adapter: DenseAdapter) -> int:
-    """What one more call of the text tower costs, in tokens."""
+    """Return the cost of one more call of the text tower, in tokens."""
     if adapter.device.type == "cpu":
         return CPU_CALL_COST
     blocks = [parameter for block in adapter.tower_blocks("text") for parameter in block.parameters()]
@@ -171,26 +183,35 @@ def _call_cost(adapter: DenseAdapter) -> int:
     return int(GPU_CALL_WORK / weights)
 
 
+@renamed_keyword("recompute", "activation_checkpointing")
+@renamed_keyword("memory", "token_cache")
 def encode_texts(
-    adapter: DenseAdapter, texts: Sequence[str], *, recompute: bool = False, memory: TokenCache | None = None
+    adapter: DenseAdapter,
+    texts: Sequence[str],
+    *,
+    activation_checkpointing: bool = False,
+    token_cache: TokenCache | None = None,
 ) -> tuple[Tensor, list[bool]]:
-    """L2-normalised embeddings ``[N, D]`` of texts in at least float32, and which texts were longer than the context.
+    """Encode texts: L2-normalised embeddings ``[N, D]`` in at least float32.
 
-    Equal texts are encoded once. Positions after the last end token of a chunk are cut where the backbone says that
-    they cannot matter. Lengths are read from tokens on the CPU, so that nothing waits for the device.
+    Equal texts are encoded once. Positions after the last end token of a chunk are trimmed if the backbone allows it.
+    Lengths come from tokens on the CPU, without host synchronisation.
 
     Args:
         adapter: the backbone.
         texts: N strings.
-        recompute: where a gradient is wanted, keep what enters each block of the text tower alone, and compute the rest
-            again in the backward pass, one block at a time.
-        memory: token rows of earlier batches; by default every text is tokenised.
+        activation_checkpointing: whether the blocks of the text tower store their input only and run again in the
+            backward pass; without effect if gradients are disabled.
+        token_cache: cache of token rows; by default every text is tokenised.
+
+    Returns:
+        The embeddings, and for each text whether it was longer than the context.
     """
     if not texts:
         width = adapter.description.embedding_width
         return torch.zeros(0, width, device=adapter.device), []
     distinct = list(dict.fromkeys(texts))
-    tokens = text_tokens(adapter, distinct) if memory is None else memory.tokenize(adapter, distinct)
+    tokens = text_tokens(adapter, distinct) if token_cache is None else token_cache.tokenize(adapter, distinct)
     device = adapter.device
     if adapter.description.text_needs_full_context:
         lengths = [tokens.ids.shape[1]] * len(distinct)
@@ -199,9 +220,10 @@ def encode_texts(
         lengths = tokens.lengths.tolist()
         chunks = plan_chunks(lengths, _call_cost(adapter))
     parts = []
-    with checkpointed_text_blocks(adapter) if recompute and torch.is_grad_enabled() else nullcontext():
+    checkpointing = activation_checkpointing and torch.is_grad_enabled()
+    with checkpointed_text_blocks(adapter) if checkpointing else nullcontext():
         for chunk in chunks:
-            count, length = _shape(len(chunk), max(lengths[text] for text in chunk), tokens.ids.shape[1], device)
+            count, length = _padded_shape(len(chunk), max(lengths[text] for text in chunk), tokens.ids.shape[1], device)
             ids = tokens.ids[chunk + chunk[:1] * (count - len(chunk)), :length]
             parts.append(text_embeddings(adapter, on_device(ids, device))[: len(chunk)])
     embeddings = normalize(torch.cat(parts) if len(parts) > 1 else parts[0])
@@ -214,14 +236,14 @@ def encode_texts(
 
 
 class TextEmbeddingCache:
-    """What is known of texts from one batch to the next: token rows, and embeddings whose gradient nobody wants.
+    """Cache of token rows, and of embeddings that need no gradient, across batches.
 
-    A frozen text tower, and the teacher ``"frozen"``, give the same embedding of a word whenever it comes again. What
-    is kept is forgotten once a weight of the tower changes or moves, or the precision does, and a tower whose gradient
-    is wanted, or that draws dropout, is asked every time.
+    A frozen text tower, and the teacher ``"frozen"``, always return the same embedding of a text. The cache is cleared
+    when a weight of the tower changes or moves, or when the precision changes. Embeddings are not cached if the tower
+    needs a gradient or applies dropout.
 
     Attributes:
-        limit: how many embeddings are kept; the one that was not used for longest gives way. 0 keeps none.
+        limit: maximal number of embeddings; the least recently used one is removed first. 0 caches none.
     """
 
     def __init__(self, limit: int) -> None:
@@ -233,14 +255,17 @@ class TextEmbeddingCache:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @renamed_keyword("recompute", "activation_checkpointing")
     def encode(
-        self, adapter: DenseAdapter, texts: Sequence[str], *, recompute: bool = False
+        self, adapter: DenseAdapter, texts: Sequence[str], *, activation_checkpointing: bool = False
     ) -> tuple[Tensor, list[bool]]:
-        """What :func:`encode_texts` gives, to rounding: texts that are new share chunks of another length."""
+        """Return the result of :func:`encode_texts`, equal to rounding: new texts are in chunks of other lengths."""
         state = _state_of_text_tower(adapter) if self.limit and texts else None
         if state is None:
             self._rows.clear()
-            return encode_texts(adapter, texts, recompute=recompute, memory=self._tokens)
+            return encode_texts(
+                adapter, texts, activation_checkpointing=activation_checkpointing, token_cache=self._tokens
+            )
         if state != self._valid_for:
             self._rows.clear()
             self._valid_for = state
@@ -249,8 +274,8 @@ class TextEmbeddingCache:
         new = [text for text in distinct if text not in found]
         if new:
             with torch.no_grad():
-                embeddings, truncated = encode_texts(adapter, new, memory=self._tokens)
-            # A row of its own each, or one that is kept would keep its whole batch.
+                embeddings, truncated = encode_texts(adapter, new, token_cache=self._tokens)
+            # Copies, because a view would keep the memory of its whole batch.
             found |= {text: (row.clone(), cut) for text, row, cut in zip(new, embeddings, truncated, strict=True)}
         for text in distinct:
             self._rows[text] = found[text]
@@ -261,20 +286,20 @@ class TextEmbeddingCache:
 
 
 def _state_of_text_tower(adapter: DenseAdapter) -> Hashable:
-    """What an embedding is a function of beside the text; ``None`` where it is not one, or is wanted with gradient."""
+    """Return everything but the text that determines an embedding; ``None`` if embeddings cannot be cached."""
     parameters = [parameter for _, parameter in adapter.tower_parameters("text")]
     if torch.is_inference_mode_enabled():
         return None
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
         return None
-    if any(module.training and _drops(module) for module in adapter.model.modules()):
+    if any(module.training and _has_dropout(module) for module in adapter.model.modules()):
         return None
     device = adapter.device.type
     precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    # Loading and averaging change a tensor's version, and moving or casting its address.
+    # In-place changes raise a tensor's version; moving and casting change its address.
     return (precision, *((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters))
 
 
-def _drops(module: nn.Module) -> bool:
+def _has_dropout(module: nn.Module) -> bool:
     share = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0.0)
     return isinstance(share, int | float) and share > 0

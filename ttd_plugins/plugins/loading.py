@@ -110,7 +110,7 @@ def family_for_model(model: object) -> str:
 def _claimant(model: object) -> tuple[Plugin, AdapterFamily]:
     """Return the one family whose ``claims`` accepts a model object, with its plugin.
 
-    Every family is asked, so that the order of plugins never decides.
+    ``claims`` of every family is called, so that the order of plugins never decides.
     """
     what = _class_name(model)
     if isinstance(model, str):

@@ -162,7 +162,7 @@ class Registry:
             else:
                 plugin.tag_extractors.append((name, factory))
 
-        # Of this plugin alone, so that its exceptions are known to be its own.
+        # Each plugin is called separately, so that an exception can be attributed to it.
         others = [other for other in self.manager.get_plugins() if other is not implementation]
         for hook, register in (
             ("register_adapters", register_family),

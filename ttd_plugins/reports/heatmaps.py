@@ -15,6 +15,7 @@ from ttd_plugins.reports.charts import drawing_style, figure_png, font_families
 from ttd_plugins.reports.formatting import plural, printable
 from ttd_plugins.reports.heat_overlay import COLOUR_MAP, overlay
 from ttd_plugins.reports.palette import light
+from ttd_plugins.utils.deprecation import renamed_names
 from ttd_plugins.utils.files import write_atomic
 
 if TYPE_CHECKING:
@@ -235,3 +236,16 @@ def _draw_colour_bar(figure: Figure, above: float) -> None:
     axes.grid(visible=False)
     _write(figure, _MARGIN, above + 0.1, "lowest", size=8.5, colour=light("muted"), va="center")
     _write(figure, _MARGIN + 2.3, above + 0.1, "highest similarity", size=8.5, colour=light("muted"), va="center")
+
+
+_OVERLAY = "ttd_plugins.reports.heat_overlay"
+__getattr__ = renamed_names(
+    __name__,
+    {
+        "HEAT_ALPHA": f"{_OVERLAY}.HEAT_OPACITY",
+        "colour_table": f"{_OVERLAY}.colour_table",
+        "greyed": f"{_OVERLAY}.grey",
+        "heat_levels": f"{_OVERLAY}.heat_levels",
+        "png_data_uri": f"{_OVERLAY}.png_data_uri",
+    },
+)

@@ -1,4 +1,4 @@
-"""Run checks on one adapter: each on its own, whatever it raises, everything as found afterwards."""
+"""Running checks on one adapter: each check is isolated, and the adapter is restored afterwards."""
 
 from __future__ import annotations
 
@@ -16,66 +16,52 @@ from torch import Tensor
 from ttd_plugins.adapter import BackboneDescription, DenseAdapter, ImageFeatures, Tokens
 from ttd_plugins.errors import InputError, choices_sentence, one_sentence
 from ttd_plugins.testing.check_types import Check, CheckFailed, CheckResult, NotApplicable, Report
-from ttd_plugins.testing.module_snapshot import ModuleSnapshot, kept_random_state
+from ttd_plugins.testing.library_reference import Reference, library_image_embedding, library_text_embedding
+from ttd_plugins.testing.module_snapshot import ModuleSnapshot
+from ttd_plugins.utils.deprecation import warn_renamed
+from ttd_plugins.utils.rng import preserved_rng, seed_everything
 
 SEED = 20240400
 BUILT = "adapter_is_built"
 # Relative to the largest value. Accelerators multiply float32 in fewer bits.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 ACCELERATOR = 4e-3
-
-Reference = Callable[[DenseAdapter, Tensor], "Tensor | None"]
-
-
-def library_image_embedding(adapter: DenseAdapter, pixels: Tensor) -> Tensor | None:
-    """The library's own image embedding ``[B, D]``: ``model.encode_image`` or ``model.get_image_features``.
-
-    ``None`` where the model has neither; a conformance class overrides it then.
-    """
-    return _library_embedding(adapter.model, ("encode_image", "get_image_features"), pixels)
+RENAMED_CHECKS = {
+    "any_picture": "any_image_mode",
+    "lora_comes_out": "lora_unloads_and_merges",
+    "pooled_is_the_librarys": "pooled_matches_library",
+    "text_is_the_librarys": "text_matches_library",
+}
+"""Old name of a check to its new name."""
 
 
-def library_text_embedding(adapter: DenseAdapter, ids: Tensor) -> Tensor | None:
-    """The library's own text embedding ``[N, D]`` of whole rows: ``model.encode_text`` or ``get_text_features``."""
-    return _library_embedding(adapter.model, ("encode_text", "get_text_features"), ids)
-
-
-def _library_embedding(model: Any, names: tuple[str, str], given: Tensor) -> Tensor | None:
-    for name in names:
-        function = getattr(model, name, None)
-        if callable(function):
-            found = function(given)
-            found = getattr(found, "pooler_output", found)
-            return found[0] if isinstance(found, tuple) else found
-    return None
-
-
-class Session:
-    """One adapter under test, and what the checks share.
+class CheckSession:
+    """An adapter under test, and the inputs and helpers that checks share.
 
     Args:
         make_adapter: builds the adapter; called once, when a check first needs it.
-        family: name of the family that the adapter should belong to; by default the one that it states.
-        not_applicable: names of checks that cannot be passed for a good reason, with the reason.
-        image_reference, text_reference: the library's own embeddings; see :func:`library_image_embedding`.
+        checks: the checks, in their order.
+        family: expected family of the adapter; by default the family in its description.
+        not_applicable: names of checks that do not apply to the adapter, with the reason.
+        image_reference, text_reference: the library's own embeddings; by default :func:`library_image_embedding` and
+            :func:`library_text_embedding`.
+
+    Raises:
+        InputError: ``not_applicable`` names an unknown check.
     """
 
     def __init__(
         self,
         make_adapter: Callable[[], DenseAdapter],
+        checks: Iterable[Check],
         *,
         family: str | None = None,
         not_applicable: Mapping[str, str] | None = None,
         image_reference: Reference | None = None,
         text_reference: Reference | None = None,
     ) -> None:
-        from ttd_plugins.testing.all_checks import CHECKS
-
-        self.checks: dict[str, Check] = {check.name: check for check in CHECKS}
-        self.not_applicable = dict(not_applicable or {})
-        for name in self.not_applicable:
-            if name not in self.checks:
-                raise InputError(choices_sentence("check", name, self.checks))
+        self.checks: dict[str, Check] = {check.name: check for check in checks}
+        self.not_applicable = {self._current_name(name): why for name, why in (not_applicable or {}).items()}
         self.given_family = family
         self.image_reference = image_reference or library_image_embedding
         self.text_reference = text_reference or library_text_embedding
@@ -83,18 +69,18 @@ class Session:
         self._adapter: DenseAdapter | None = None
         self._problem: BaseException | None = None
         self._results: dict[str, CheckResult] = {}
-        self._keeper: ModuleSnapshot | None = None
+        self._snapshot: ModuleSnapshot | None = None
         self._native: ImageFeatures | None = None
         self._meta: DenseAdapter | None = None
 
-    # The adapter and inputs for it -----------------------------------------------------------------------------------
+    # The adapter and its inputs --------------------------------------------------------------------------------------
 
     @property
     def adapter(self) -> DenseAdapter:
         """The adapter under test, in evaluation mode while a check runs.
 
         Raises:
-            CheckFailed: it cannot be built.
+            CheckFailed: the adapter cannot be built.
         """
         if self._adapter is None and self._problem is None:
             try:
@@ -108,17 +94,17 @@ class Session:
                 self._problem = error
         if self._adapter is None:
             assert self._problem is not None
-            raise CheckFailed("a DenseAdapter around a model", said(self._problem))
+            raise CheckFailed("a DenseAdapter around a model", error_text(self._problem))
         return self._adapter
 
     @property
     def description(self) -> BackboneDescription:
-        """The adapter's description; the check of that name has been through it."""
+        """The adapter's description, which the check ``description`` validates."""
         return self.adapter.description
 
     @property
     def family(self) -> str | None:
-        """Name of the family, or ``None`` where nothing tells."""
+        """Name of the family, or ``None`` if it is unknown."""
         if self.given_family is not None:
             return self.given_family
         try:
@@ -129,7 +115,7 @@ class Session:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the model: that of most of its parameters."""
+        """Dtype of most of the model's parameters."""
         sizes: dict[torch.dtype, int] = {}
         for parameter in self.adapter.model.parameters():
             if parameter.is_floating_point():
@@ -138,12 +124,12 @@ class Session:
 
     @property
     def tolerance(self) -> float:
-        """How far apart, relative to the largest value, equal computations may be."""
+        """Largest difference between equal computations, relative to the largest value."""
         found = TOLERANCES.get(self.dtype, 8e-2)
         return found if self.adapter.device.type == "cpu" else max(found, ACCELERATOR)
 
     def sizes(self) -> list[tuple[int, int]]:
-        """Input sizes other than the preferred one for which the adapter's ``patch_grid`` has an answer."""
+        """Return input sizes (height, width) other than the preferred one that ``patch_grid`` accepts."""
         rows, columns = self.description.patch_size
         height, width = self.description.image_size
         native = (max(height // rows, 1), max(width // columns, 1))
@@ -152,7 +138,7 @@ class Session:
         return [size for size in sizes if size != (height, width) and self.grid(*size) is not None]
 
     def grid(self, height: int, width: int) -> tuple[int, int] | None:
-        """Rows and columns of the patch grid at a size, or ``None`` where the adapter refuses the size."""
+        """Return rows and columns of the patch grid at a size, or ``None`` if the adapter refuses the size."""
         from ttd_plugins.errors import ImageSizeError
 
         try:
@@ -161,25 +147,25 @@ class Session:
             return None
 
     def pixels(self, count: int = 2, size: tuple[int, int] | None = None, seed: int = 1) -> Tensor:
-        """Random normalised images ``[count, 3, height, width]``, float32, on the adapter's device."""
+        """Return random normalised images ``[count, 3, height, width]``, float32, on the adapter's device."""
         height, width = size or self.description.image_size
         generator = torch.Generator().manual_seed(SEED + seed)
         return torch.randn(count, 3, height, width, generator=generator).to(self.adapter.device)
 
     def quick_size(self) -> tuple[int, int]:
-        """A small size for checks that do not depend on it: large models take long at their own."""
+        """Return a small input size, for checks that do not depend on the size."""
         native = self.description.image_size
         rows, columns = self.description.patch_size
         small = [size for size in self.sizes() if 9 * rows * columns <= size[0] * size[1] < native[0] * native[1]]
-        # A size that does not work is the finding of that check alone.
+        # Only the check other_sizes reports sizes that fail.
         if not small or self.run("other_sizes").status != "passed":
             return native
         return min(small, key=lambda size: size[0] * size[1])
 
     def native_features(self) -> ImageFeatures:
-        """Features of :meth:`pixels` by the adapter as it was found, without gradient, computed once.
+        """Return cached features of :meth:`pixels` by the unmodified adapter, without gradient.
 
-        For checks that build on ``deterministic``: they must not change them.
+        Checks that use them need ``deterministic`` and must not modify them.
         """
         if self._native is None:
             with torch.no_grad():
@@ -187,16 +173,16 @@ class Session:
         return self._native
 
     def on_meta(self) -> DenseAdapter:
-        """A copy of the adapter without weights, on the meta device."""
+        """Return a copy of the adapter without weights, on the meta device."""
         if self._meta is None:
             self._meta = copy.deepcopy(self.adapter).to("meta")
         return copy.deepcopy(self._meta)
 
     def encode(self, pixels: Tensor, *, pooled: bool = True, adapter: DenseAdapter | None = None) -> ImageFeatures:
-        """Features, once their types and shapes are known to be right.
+        """Return image features after checking their types and shapes.
 
         Raises:
-            CheckFailed: they are not.
+            CheckFailed: a type or a shape is wrong.
         """
         adapter = adapter or self.adapter
         features = adapter.encode_image(pixels, pooled=pooled)
@@ -204,7 +190,7 @@ class Session:
         width = self.description.embedding_width
         where = f"for pixels {tuple(pixels.shape)}"
         if not isinstance(features, ImageFeatures):
-            raise CheckFailed("encode_image gives ImageFeatures", f"a {type(features).__name__}")
+            raise CheckFailed("encode_image returns ImageFeatures", f"a {type(features).__name__}")
         expect_shape(f"patches {where}", features.patches, (len(pixels), *grid, width))
         if pooled:
             expect_shape(f"pooled {where}", features.pooled, (len(pixels), width))
@@ -213,14 +199,14 @@ class Session:
         return features
 
     def tokens(self, texts: list[str]) -> Tokens:
-        """Tokens, once their types and shapes are known to be right.
+        """Return tokens after checking their types and shapes.
 
         Raises:
-            CheckFailed: they are not.
+            CheckFailed: a type or a shape is wrong.
         """
         tokens = self.adapter.tokenize(texts)
         if not isinstance(tokens, Tokens):
-            raise CheckFailed("tokenize gives Tokens", f"a {type(tokens).__name__}")
+            raise CheckFailed("tokenize returns Tokens", f"a {type(tokens).__name__}")
         expect_shape(f"ids of {len(texts)} texts", tokens.ids, (len(texts), self.description.context_length))
         expect_shape("lengths", tokens.lengths, (len(texts),))
         if tokens.ids.dtype != torch.int64 or tokens.lengths.dtype != torch.int64:
@@ -230,10 +216,10 @@ class Session:
         return tokens
 
     def embed(self, ids: Tensor, *, adapter: DenseAdapter | None = None) -> Tensor:
-        """Text embeddings, once their type and shape are known to be right.
+        """Return text embeddings after checking their type and shape.
 
         Raises:
-            CheckFailed: they are not.
+            CheckFailed: the type or the shape is wrong.
         """
         adapter = adapter or self.adapter
         found = adapter.encode_text(ids.to(next(adapter.model.parameters()).device))
@@ -243,56 +229,69 @@ class Session:
     def expect_close(self, what: str, seen: Tensor, expected: Tensor, *, tolerance: float | None = None) -> None:
         """Fail unless two tensors agree.
 
+        Args:
+            what: name of the tensors, for the message.
+            seen, expected: the tensors.
+            tolerance: largest difference relative to the largest expected value; by default :attr:`tolerance`.
+
         Raises:
-            CheckFailed: their shapes differ, one holds values that are not finite, or they are too far apart.
+            CheckFailed: shapes differ, a value is not finite, or the difference exceeds the tolerance.
         """
         expect_shape(what, seen, tuple(expected.shape))
         allowed = self.tolerance if tolerance is None else tolerance
-        far = distance(seen, expected)
-        if not far <= allowed:
+        difference = distance(seen, expected)
+        if not difference <= allowed:
             raise CheckFailed(
-                f"{what} within {allowed:g} of the largest value", f"a difference of {far:.3g} of the largest value"
+                f"{what} differ by at most {allowed:g} of the largest value", f"{difference:.3g} of the largest value"
             )
 
     # Running ---------------------------------------------------------------------------------------------------------
 
     def run(self, name: str) -> CheckResult:
-        """Run one check, and before it those that it needs; each runs once.
+        """Run one check after its prerequisites; each check runs once.
 
-        Nothing that the adapter does is raised, and afterwards model, modes and random states are as before.
+        Exceptions of the adapter become failures. Model, modes and random states are unchanged afterwards.
 
         Raises:
-            InputError: there is no such check.
+            InputError: the name of the check is unknown.
         """
-        if name not in self.checks:
-            raise InputError(choices_sentence("check", name, self.checks))
+        name = self._current_name(name)
         if name not in self._results:
             check = self.checks[name]
-            broken = [need for need in check.needs if not self._stands(need)]
+            broken = [need for need in check.needs if not self._usable(need)]
             if name in self.not_applicable:
                 self._results[name] = CheckResult(name, check.what, "skipped", reason=self.not_applicable[name])
             elif broken:
-                reason = f"it builds on {' and '.join(broken)}"
+                reason = f"it depends on {' and '.join(broken)}"
                 self._results[name] = CheckResult(name, check.what, "skipped", reason=reason)
             else:
                 self._results[name] = self._run(check)
         return self._results[name]
 
-    def _stands(self, name: str) -> bool:
-        """Whether a check that others need did not fail, nor any that it needs itself; and there is an adapter."""
+    def _current_name(self, name: str) -> str:
+        """Return the current name of a check, also for an old one; raises InputError for an unknown name."""
+        if name in RENAMED_CHECKS:
+            warn_renamed(f"the check {name}", RENAMED_CHECKS[name], stacklevel=3)
+            name = RENAMED_CHECKS[name]
+        if name not in self.checks:
+            raise InputError(choices_sentence("check", name, self.checks))
+        return name
+
+    def _usable(self, name: str) -> bool:
+        """Return whether checks that need this one can run: neither it nor any of its prerequisites failed."""
         result = self.run(name)
         if name == BUILT and self._adapter is None:
             return False
         if name in self.not_applicable:
             return True
-        return result.status != "failed" and all(self._stands(need) for need in self.checks[name].needs)
+        return result.status != "failed" and all(self._usable(need) for need in self.checks[name].needs)
 
     def _run(self, check: Check) -> CheckResult:
         started = time.perf_counter()
         status: Any = "passed"
         details: dict[str, Any] = {}
         try:
-            self._guarded(check)
+            self._run_isolated(check)
         except NotApplicable as skipped:
             status, details = "skipped", {"reason": str(skipped)}
         except CheckFailed as failure:
@@ -300,15 +299,15 @@ class Session:
             details = {"expected": failure.expected, "seen": failure.seen, "causes": check.causes}
         except (Exception, SystemExit) as error:
             status = "failed"
-            details = {"expected": check.what, "seen": said(error), "causes": check.causes}
+            details = {"expected": check.what, "seen": error_text(error), "causes": check.causes}
         return CheckResult(check.name, check.what, status, seconds=time.perf_counter() - started, **details)
 
-    def _guarded(self, check: Check) -> None:
+    def _run_isolated(self, check: Check) -> None:
         try:
             adapter: DenseAdapter | None = self.adapter
         except CheckFailed:
             adapter = None
-        # What an adapter prints must not get between the lines of a report.
+        # Output of an adapter must not mix with the report.
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             stack.enter_context(warnings.catch_warnings())
@@ -318,87 +317,53 @@ class Session:
                 if adapter is None
                 else next((p.device for p in adapter.model.parameters()), torch.device("cpu"))
             )
-            stack.enter_context(kept_random_state(SEED, device))
+            stack.enter_context(preserved_rng())
+            seed_everything(SEED, accelerators=device.type != "cpu")
             stack.enter_context(torch.enable_grad())
             if adapter is not None:
-                if self._keeper is None:
-                    # One for all checks: copying a large model takes longer than most of them.
-                    self._keeper = ModuleSnapshot(adapter)
-                stack.callback(self._keeper.restore)
+                if self._snapshot is None:
+                    # One snapshot for all checks: copying a large model takes longer than most checks.
+                    self._snapshot = ModuleSnapshot(adapter)
+                stack.callback(self._snapshot.restore)
                 adapter.eval()
             check.function(self)
 
-    def start_again(self) -> None:
-        """Within a check, put the adapter back to where the check started."""
-        assert self._keeper is not None
-        self._keeper.restore()
+    def restore(self) -> None:
+        """Within a check, restore the adapter to its state at the start of the check."""
+        assert self._snapshot is not None
+        self._snapshot.restore()
         self.adapter.eval()
 
     def report(self, only: Iterable[str] | None = None) -> Report:
-        """Run all checks, or ``only`` some, in their order.
+        """Run all checks, or ``only`` some of them, in their order.
 
         Raises:
-            InputError: ``only`` names no check.
+            InputError: ``only`` names an unknown check.
         """
-        wanted = list(self.checks) if only is None else list(only)
-        for name in wanted:
-            if name not in self.checks:
-                raise InputError(choices_sentence("check", name, self.checks))
+        wanted = set(self.checks) if only is None else {self._current_name(name) for name in only}
         results = tuple(self.run(name) for name in self.checks if name in wanted)
         return Report(self.name, results)
 
     @property
     def name(self) -> str:
-        """The backbone's name as far as it is known."""
+        """The backbone's name, or what is known of it."""
         try:
             return str(self.adapter.description.name)
         except (Exception, SystemExit):
             return self.given_family or "an adapter that cannot be described"
 
 
-def check_adapter(
-    make_adapter: Callable[[], DenseAdapter],
-    *,
-    only: Iterable[str] | None = None,
-    family: str | None = None,
-    not_applicable: Mapping[str, str] | None = None,
-    image_reference: Reference | None = None,
-    text_reference: Reference | None = None,
-) -> Report:
-    """Run the conformance checks on an adapter.
-
-    Args:
-        make_adapter: builds the adapter; whatever it raises becomes a failed check.
-        only: names of the checks that are wanted; what they need runs as well, and is not reported.
-        family: name of the family that the adapter should belong to; by default the one that its description states.
-        not_applicable: names of checks that this adapter cannot pass for a good reason, with the reason.
-        image_reference, text_reference: called with the adapter and pixels (token ids), give the library's own
-            embeddings, or ``None`` where there are none; by default the model's ``encode_image`` or
-            ``get_image_features`` (``encode_text``, ``get_text_features``) is called.
-
-    Returns:
-        One result for each check. Model, modes and random states are as before.
-
-    Raises:
-        InputError: a name is not that of a check.
-    """
-    session = Session(
-        make_adapter,
-        family=family,
-        not_applicable=not_applicable,
-        image_reference=image_reference,
-        text_reference=text_reference,
-    )
-    return session.report(only)
-
-
-def said(error: BaseException) -> str:
-    """An exception as the end of a sentence."""
+def error_text(error: BaseException) -> str:
+    """Return the type and message of an exception, as the end of a sentence."""
     return f"{type(error).__name__}: {one_sentence(error)}"
 
 
 def expect_shape(what: str, found: object, shape: tuple[int, ...]) -> None:
-    """Fail unless ``found`` is a tensor of that shape."""
+    """Fail unless ``found`` is a tensor of a shape.
+
+    Raises:
+        CheckFailed: it is not.
+    """
     if not isinstance(found, Tensor):
         raise CheckFailed(f"{what}: a tensor of shape {shape}", f"a {type(found).__name__}")
     if tuple(found.shape) != shape:
@@ -406,7 +371,7 @@ def expect_shape(what: str, found: object, shape: tuple[int, ...]) -> None:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """Largest difference of two tensors, relative to the largest value of the second; infinite where not finite."""
+    """Return the largest difference of two tensors, relative to the largest value of ``b``; infinite if not finite."""
     a, b = a.detach().double(), b.detach().to(a.device).double()
     if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
         return float("inf")

@@ -1,22 +1,19 @@
-"""What a check is, and what it says."""
+"""Data types of the conformance kit: a check, its result, and a report of all results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from ttd_plugins.testing.check_session import Session
+from typing import Any, Literal
 
 Status = Literal["passed", "failed", "skipped"]
 
 
-class CheckFailed(Exception):  # noqa: N818  # it is a finding, not an error of ours
-    """An adapter does not do what the contract asks.
+class CheckFailed(Exception):  # noqa: N818  # a finding about the adapter, not an error of the kit
+    """An adapter violates the contract.
 
     Attributes:
-        expected, seen: ends of the sentences "expected: ..." and "seen: ...".
+        expected, seen: expected and observed behaviour, as ends of "expected: ..." and "seen: ...".
     """
 
     def __init__(self, expected: str, seen: str) -> None:
@@ -26,32 +23,33 @@ class CheckFailed(Exception):  # noqa: N818  # it is a finding, not an error of 
 
 
 class NotApplicable(Exception):  # noqa: N818
-    """A check has nothing to look at here; the message is the reason."""
+    """A check does not apply to this adapter; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that every adapter must do.
+    """A requirement on every adapter.
 
     Attributes:
-        name: a Python identifier; the test of :class:`AdapterConformance` is ``test_`` and this name.
-        what: what is checked, one sentence without a full stop.
-        causes: what usually causes a failure, each one sentence without a full stop.
-        function: does it; returns quietly, or raises :class:`CheckFailed` or :class:`NotApplicable`.
-        needs: names of checks without which this one means nothing; it is skipped where one of them failed.
+        name: a Python identifier; the test of :class:`AdapterConformance` is ``test_`` followed by this name.
+        what: the requirement, one sentence without a full stop.
+        causes: usual causes of a failure, each one sentence without a full stop.
+        function: performs the check on a :class:`~ttd_plugins.testing.check_session.CheckSession`; returns ``None``, or
+            raises :class:`CheckFailed` or :class:`NotApplicable`.
+        needs: names of prerequisites; the check is skipped if one of them failed.
     """
 
     name: str
     what: str
     causes: tuple[str, ...]
-    function: Callable[[Session], None] = field(repr=False)
+    function: Callable[[Any], None] = field(repr=False)
     needs: tuple[str, ...] = ()
 
 
 def collect(checks: list[Check], what: str, *causes: str, needs: tuple[str, ...] = ()) -> Callable[[Any], Any]:
-    """A decorator that makes a :class:`Check` of a function, named after it, and appends it to ``checks``."""
+    """Return a decorator that appends a :class:`Check` to ``checks``, named after the decorated function."""
 
-    def add(function: Callable[[Session], None]) -> Callable[[Session], None]:
+    def add(function: Callable[[Any], None]) -> Callable[[Any], None]:
         checks.append(Check(function.__name__, what, causes, function, needs))
         return function
 
@@ -60,15 +58,15 @@ def collect(checks: list[Check], what: str, *causes: str, needs: tuple[str, ...]
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What came of one check.
+    """Result of one check.
 
     Attributes:
-        name, what: of the check.
+        name, what: name and requirement of the check.
         status: ``"passed"``, ``"failed"`` or ``"skipped"``.
-        reason: why it was skipped.
-        expected, seen: what should have been, and what was, where it failed.
-        causes: what usually causes such a failure.
-        seconds: how long it took.
+        reason: why the check was skipped.
+        expected, seen: expected and observed behaviour, if the check failed.
+        causes: usual causes of such a failure.
+        seconds: duration.
     """
 
     name: str
@@ -89,11 +87,11 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class Report:
-    """What came of all checks of one adapter, in their order.
+    """Results of all checks of one adapter, in their order.
 
     Attributes:
-        adapter: name of the backbone, or what is known of it where it could not be built.
-        results: one for each check.
+        adapter: name of the backbone, or what is known of it if it could not be built.
+        results: one result per check.
     """
 
     adapter: str
@@ -120,7 +118,7 @@ class Report:
         return not self.failed
 
     def as_dict(self) -> dict[str, Any]:
-        """A dictionary that JSON can hold."""
+        """Return a dictionary for JSON."""
         return {"adapter": self.adapter, "ok": self.ok, "checks": [asdict(result) for result in self.results]}
 
     def __str__(self) -> str:

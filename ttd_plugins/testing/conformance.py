@@ -1,4 +1,4 @@
-"""The test class that an adapter's tests subclass; pytest is imported when a test runs."""
+"""The base class of an adapter's conformance tests; pytest is imported when a test runs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from ttd_plugins.adapter import DenseAdapter
-from ttd_plugins.testing.all_checks import CHECKS
-from ttd_plugins.testing.check_session import Session, library_image_embedding, library_text_embedding
+from ttd_plugins.testing.all_checks import CHECKS, Session
 from ttd_plugins.testing.check_types import Check
+from ttd_plugins.testing.library_reference import library_image_embedding, library_text_embedding
 
 
 class AdapterConformance:
-    """One test for each check of the kit, for a subclass that says how its adapter is made.
+    """One test per check of the kit; a subclass defines how its adapter is built.
 
     Example::
 
@@ -22,27 +22,27 @@ class AdapterConformance:
             def make_adapter(self):
                 return load("my_clip:tiny@random")
 
-    The adapter is made once for the class, and every check leaves it as it was.
+    The adapter is built once for the class, and every check restores it.
     """
 
     not_applicable: ClassVar[Mapping[str, str]] = {}
-    """Names of checks that this adapter cannot pass for a good reason, with the reason; they are skipped."""
+    """Names of checks that do not apply to this adapter, with the reason; they are skipped."""
 
     family: ClassVar[str | None] = None
-    """Name of the family that the adapter should belong to; by default the one that its description states."""
+    """Expected family of the adapter; by default the family in its description."""
 
     _session: ClassVar[Session | None] = None
 
     def make_adapter(self) -> DenseAdapter:
-        """Build the adapter under test: a small model with random weights is enough."""
-        raise NotImplementedError(f"{type(self).__name__} must have make_adapter(self), which gives a DenseAdapter")
+        """Build the adapter under test; a small model with random weights is enough."""
+        raise NotImplementedError(f"{type(self).__name__} must define make_adapter(self), which returns a DenseAdapter")
 
     def library_image_embedding(self, adapter: DenseAdapter, pixels: Tensor) -> Tensor | None:
-        """The library's own image embeddings ``[B, D]`` of ``pixels``, or ``None`` where there are none."""
+        """Return the library's own image embeddings ``[B, D]`` of ``pixels``, or ``None`` if there are none."""
         return library_image_embedding(adapter, pixels)
 
     def library_text_embedding(self, adapter: DenseAdapter, ids: Tensor) -> Tensor | None:
-        """The library's own text embeddings ``[N, D]`` of whole rows of ids, or ``None`` where there are none."""
+        """Return the library's own text embeddings ``[N, D]`` of ids ``[N, context]``, or ``None``."""
         return library_text_embedding(adapter, ids)
 
     def _check(self, name: str) -> None:

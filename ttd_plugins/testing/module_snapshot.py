@@ -1,23 +1,20 @@
-"""Remember everything of a module tree, say what changed in it, and put it back."""
+"""Snapshots of a module tree: find what changed since then, and restore it."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks") or "_hooks_" in name)
-"""Attributes of every module that hold hooks."""
+"""Attributes of every module that store hooks."""
 PLAIN = (bool, int, float, str, bytes, type(None))
 
 
 def plain(value: Any) -> bool:
-    """Whether ``value`` is a number, a text, or tuples, lists and dicts of those: something that ``==`` compares."""
+    """Return whether ``==`` compares ``value``: a number, a text, or tuples, lists and dicts of these."""
     if isinstance(value, PLAIN):
         return True
     if isinstance(value, tuple | list):
@@ -30,9 +27,9 @@ def _copied(value: Any) -> Any:
 
 
 class ModuleSnapshot:
-    """A snapshot of a module and all below it: tensors, modes, flags, hooks and attributes.
+    """A snapshot of a module and its submodules: tensors, modes, flags, hooks and attributes.
 
-    It holds a copy of every tensor, so it takes as much memory as the model.
+    It copies every tensor, so it takes as much memory as the model.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -40,17 +37,18 @@ class ModuleSnapshot:
         self.parts = list(module.named_modules())
         self.attributes = [{key: _copied(value) for key, value in vars(part).items()} for _, part in self.parts]
         self.named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        # Tensors that are neither parameters nor buffers, such as attention masks kept as plain attributes.
-        for (name, _), kept in zip(self.parts, self.attributes, strict=True):
-            for key, value in kept.items():
+        # Tensors that are neither parameters nor buffers, such as attention masks in plain attributes.
+        for (name, _), attributes in zip(self.parts, self.attributes, strict=True):
+            for key, value in attributes.items():
                 if isinstance(value, Tensor):
                     self.named[f"{name}.{key}".lstrip(".")] = value
         self.values = {name: (t, t.detach().clone(), t.requires_grad, t.grad) for name, t in self.named.items()}
 
     def changes(self, *, buffers: bool = True) -> list[str]:
-        """What is different now, one phrase for each kind of thing; empty where nothing is.
+        """Return a phrase for each change since the snapshot.
 
-        ``buffers`` says whether their values count: those of batch norms move in training mode.
+        Args:
+            buffers: whether values of buffers count; those of batch norms change in training mode.
         """
         found: list[str] = []
         now = dict(self.module.named_modules())
@@ -69,8 +67,8 @@ class ModuleSnapshot:
                 found.append(f"the values of {name} changed")
             if tensor.requires_grad != flag:
                 found.append(f"requires_grad of {name} became {tensor.requires_grad}")
-        for (name, part), kept in zip(self.parts, self.attributes, strict=True):
-            found += _differences(name or "the model", kept, vars(part))
+        for (name, part), attributes in zip(self.parts, self.attributes, strict=True):
+            found += _differences(name or "the model", attributes, vars(part))
         return found
 
     def _is_attribute(self, name: str) -> bool:
@@ -79,10 +77,10 @@ class ModuleSnapshot:
         return part is not None and vars(part).get(key) is self.named[name]
 
     def restore(self) -> None:
-        """Put everything back: attributes, hooks, submodules, flags, gradients and the values of tensors."""
-        for (_, part), kept in zip(self.parts, self.attributes, strict=True):
+        """Restore attributes, hooks, submodules, flags, gradients and the values of tensors."""
+        for (_, part), attributes in zip(self.parts, self.attributes, strict=True):
             vars(part).clear()
-            vars(part).update({key: _copied(value) for key, value in kept.items()})
+            vars(part).update({key: _copied(value) for key, value in attributes.items()})
         with torch.no_grad():
             for tensor, value, flag, gradient in self.values.values():
                 if tensor.shape != value.shape or tensor.dtype != value.dtype or tensor.device != value.device:
@@ -95,7 +93,7 @@ class ModuleSnapshot:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal, NaN being equal to NaN."""
+    """Return whether two tensors are equal, counting NaN as equal to NaN."""
     if a.device.type == "meta":
         return a.shape == b.shape
     return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
@@ -109,31 +107,13 @@ def _differences(where: str, before: dict[str, Any], now: dict[str, Any]) -> Ite
         old, new = before[key], now[key]
         if key in HOOKS:
             if list(old) != list(new):
-                yield f"a hook was left on or taken from {where}"
+                yield f"a hook was added to or removed from {where}"
         elif key == "training":
             if old != new:
-                yield f"{where} went into {'training' if new else 'evaluation'} mode"
+                yield f"{where} changed to {'training' if new else 'evaluation'} mode"
         elif key in ("_parameters", "_buffers", "_modules"):
             continue
         elif plain(old) and plain(new) and old != new:
             yield f"the attribute {key} of {where} changed"
         elif new is not old and (isinstance(old, Tensor) or isinstance(new, Tensor) or type(old) is not type(new)):
             yield f"the attribute {key} of {where} was replaced"
-
-
-@contextmanager
-def kept_random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed Python, numpy and torch, and give each its own state back at the end."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        random.seed(seed)
-        np.random.seed(seed)
-        # torch.manual_seed formats a stack trace for devices that are not there yet, every time.
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)

@@ -16,7 +16,7 @@ from ttd_plugins.toolkit.transforms import Normalisation
 
 
 class CLIPAdapter(DenseAdapter):
-    """A CLIP model behind the contract; subclasses say where a library keeps the parts.
+    """A CLIP model behind the contract; subclasses say where a library stores the parts.
 
     Subclasses run the blocks of the image tower themselves and pass a mask to the last one as an argument. So
     activation checkpointing works, and nothing is left behind in the model. Patch dropout is never applied, because a
@@ -26,7 +26,7 @@ class CLIPAdapter(DenseAdapter):
         family: name of the adapter family.
         modes: the dense modes by name; each has a ``name``.
         default_mode: name of the mode that is used where the caller chooses none.
-        tower_prefixes: what the names of each tower's parameters begin with.
+        tower_prefixes: prefixes of the names of each tower's parameters.
     """
 
     model: Any

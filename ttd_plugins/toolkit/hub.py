@@ -147,7 +147,7 @@ def _problem(repository: str, file: str | None, error: Exception) -> HubProblem:
     hub = f"the model hub {constants.ENDPOINT}"
     if isinstance(error, errors.HFValidationError):
         return HubProblem(f"{repository!r} is not the name of a repository on a model hub", "it must be ORG/NAME")
-    # The client wraps an HTTP response that it takes for a network error.
+    # The client wraps an HTTP response that it mistakes for a network error.
     wrapped: BaseException | None = error
     while wrapped is not None and getattr(wrapped, "response", None) is None:
         wrapped = wrapped.__cause__

@@ -27,7 +27,7 @@ class OpenCLIPModelFamily(CLIPFamily):
     """
 
     adapter_class: ClassVar[type[OpenCLIPModelAdapter]]
-    name_hint: ClassVar[str] = f"{HUB}ORG/NAME and {FOLDER}PATH are taken too"
+    name_hint: ClassVar[str] = f"{HUB}ORG/NAME and {FOLDER}PATH are accepted too"
     preprocessing: ClassVar[Mapping[str, Any] | None] = None
 
     def _open_clip_models(self) -> OpenCLIPModels:
@@ -124,4 +124,4 @@ class OpenCLIPModelFamily(CLIPFamily):
         return name
 
     def _prepare_tokenizer(self, tokenizer: Any) -> None:
-        """Change what open_clip leaves unset in the tokenizer that it returned."""
+        """Set options that open_clip leaves unset in its tokenizer; by default none."""

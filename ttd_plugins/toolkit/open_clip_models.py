@@ -21,7 +21,7 @@ from ttd_plugins.toolkit.hub import (
     quiet_root_logger,
 )
 from ttd_plugins.toolkit.tokenizing import MissingTokenizer
-from ttd_plugins.utils.deprecation import renamed_names
+from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_keyword, renamed_names
 
 HUB, FOLDER = "hf-hub:", "local-dir:"
 CONFIG = "open_clip_config.json"
@@ -34,6 +34,7 @@ def bundles_weights(model: str) -> bool:
     return model.startswith((HUB, FOLDER))
 
 
+@renamed_keyword("refusal", "unsupported_reason")
 @dataclass(frozen=True)
 class OpenCLIPModels:
     """The models that a family loads through open_clip.
@@ -41,21 +42,22 @@ class OpenCLIPModels:
     Attributes:
         open_clip: the module.
         family: name of the family, for messages.
-        refusal: from a ``model_cfg`` to the reason why the model cannot be adapted, or ``None`` where it can.
+        unsupported_reason: from a ``model_cfg`` to the reason why the model cannot be adapted, or ``None``.
         preprocessing: open_clip's preprocessing settings for models whose tag or folder does not bring any.
     """
 
     open_clip: Any
     family: str
-    refusal: Callable[[Mapping[str, Any]], str | None]
+    unsupported_reason: Callable[[Mapping[str, Any]], str | None]
     preprocessing: Mapping[str, Any] | None = None
+    refusal = RenamedAttribute("unsupported_reason")
 
     # Names ---------------------------------------------------------------------------------------------------------
 
     def architectures(self) -> list[str]:
         """Names of the architectures that the family supports."""
         known = self.open_clip.list_models()
-        return [name for name in known if self.refusal(self.open_clip.get_model_config(name)) is None]
+        return [name for name in known if self.unsupported_reason(self.open_clip.get_model_config(name)) is None]
 
     def architecture(self, model: str, choices: list[str], hint: str) -> str:
         """Resolve the name of an architecture that the family supports to open_clip's spelling.
@@ -76,7 +78,7 @@ class OpenCLIPModels:
         return list(self.open_clip.list_pretrained_tags_by_model(architecture))
 
     def _require_supported(self, full: str, config: Mapping[str, Any]) -> None:
-        reason = self.refusal(config)
+        reason = self.unsupported_reason(config)
         if reason is not None:
             raise UnsupportedModelError(f"{full} cannot be adapted: {reason}")
 
@@ -91,7 +93,7 @@ class OpenCLIPModels:
         if weights.endswith(CHECKPOINT_SUFFIXES) or len(Path(weights).parts) > 1:
             raise TTDError(f"there is no checkpoint file {weights}; give the path of a file, or one of `ttd backbones`")
         what = choices_sentence(f"weights of {self.family}:{name}", weights, [*self.tags(name), RANDOM])
-        raise BackboneNameError(f"{what}; the path of a checkpoint file is taken too")
+        raise BackboneNameError(f"{what}; the path of a checkpoint file is accepted too")
 
     # Loading -------------------------------------------------------------------------------------------------------
 

@@ -60,13 +60,13 @@ def residual_block_targets(
     *,
     last_mlp: bool = True,
 ) -> list[str]:
-    """Names of what LoRA may wrap in residual blocks: attention and both matrices of the MLP.
+    """Names of the modules that LoRA may wrap in residual blocks: attention and both matrices of the MLP.
 
     Args:
         blocks: the blocks of a tower.
         prefix: name of the list of blocks in the model.
         is_plain: whether LoRA can wrap an attention module as a whole; any other is wrapped at its output projection.
-        last_mlp: whether the MLP of the last block takes part in the features.
+        last_mlp: whether the features depend on the MLP of the last block.
     """
     targets = []
     blocks = list(blocks)

@@ -3,7 +3,7 @@
 A tower is native here if its parts are named ``token_embedding``, ``positional_embedding``, ``transformer.resblocks``
 and ``ln_final``, in the model itself or under ``model.text``.
 
-- A causal tower pooled at its end token never attends to later positions, so rows may be cut behind the end token. The
+- A causal tower pooled at its end token never attends to later positions, so rows may be cut after the end token. The
   parts of the tower run with sliced positions and mask, since the library's own ``encode_text`` needs the full context.
 - A tower that pools at the last position runs at the full context.
 - In both, the last block is computed at the pooled position only.
@@ -23,7 +23,7 @@ from ttd_plugins.toolkit.attention import call_checkpointed, is_plain_attention
 from ttd_plugins.toolkit.last_block import last_block_at
 from ttd_plugins.toolkit.lora_targets import base_layer, linear_layers_of_blocks
 from ttd_plugins.toolkit.residual_blocks import block_parts, residual_block_targets, runs_in_parts
-from ttd_plugins.utils.deprecation import renamed_names
+from ttd_plugins.utils.deprecation import renamed_keyword, renamed_names
 
 DEFAULT_CONTEXT_LENGTH = 77
 BLOCK_PARTS = ("ln_1", "ls_1", "ln_2", "ls_2", "mlp")
@@ -128,11 +128,11 @@ def unpooled_reason(model: Any) -> str | None:
 
 
 def check_token_ids(ids: Tensor, context: int | None = None, *, needs_full_context: bool = False) -> None:
-    """Raise InputError if ids are not ``[N, L]`` with a length that the text tower takes.
+    """Raise InputError if ids are not ``[N, L]`` with a length that is valid for the text tower.
 
     Args:
         ids: the token ids.
-        context: positions of the text tower; ``None`` where any length is taken.
+        context: positions of the text tower; ``None`` if any length is valid.
         needs_full_context: whether L must be the context length.
     """
     if ids.ndim != 2:
@@ -199,6 +199,7 @@ def _run_last_block(block: Any, x: Tensor, mask: Tensor | None, positions: Tenso
     return last_block_at(block_parts(block), x, positions, mask)
 
 
+@renamed_keyword("is_whole", "is_plain")
 def lora_targets(model: Any, is_plain: Callable[[nn.Module], bool] = is_plain_attention) -> list[str]:
     """Names of the modules of the text tower that LoRA may wrap: attention and both matrices of the MLP in every block.
 

@@ -20,7 +20,7 @@ class MissingTokenizer:
     """Placeholder for a tokenizer that could not be loaded; it raises once texts are tokenised."""
 
     def __init__(self, reason: str) -> None:
-        """Store ``reason``, a whole sentence."""
+        """Store ``reason``, a full sentence."""
         self.reason = reason
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -113,7 +113,7 @@ def checked_rows(call: Callable[[], Any], shape: tuple[int, int], name: str, *, 
 
 
 def context_options(tokenizer: Any, context: int) -> dict[str, Any]:
-    """Keyword arguments by which a tokenizer with open_clip's calling convention is told the context length."""
+    """Keyword arguments that pass the context length to a tokenizer with open_clip's calling convention."""
     options: dict[str, Any] = {}
     if accepts_parameter(tokenizer, "context_length"):
         options["context_length"] = context

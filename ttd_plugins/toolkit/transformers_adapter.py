@@ -60,7 +60,7 @@ class TransformersModelAdapter(CLIPAdapter):
         )
 
     def _export_notes(self) -> list[str]:
-        """Notes for users of the exported model, as whole sentences."""
+        """Notes for users of the exported model, each a full sentence."""
         return []
 
     def export(self, folder: Path) -> ExportedModel:

@@ -35,7 +35,7 @@ class TransformersModel:
         import_transformers: returns the module ``transformers``, or raises MissingDependencyError.
         backbone: the backbone's name, for messages.
         where: a name on the hub, or the path of a folder.
-        kind: what the classes of the model begin with, such as ``"CLIP"`` in ``CLIPModel`` and ``CLIPConfig``.
+        kind: prefix of the model's classes, such as ``"CLIP"`` in ``CLIPModel`` and ``CLIPConfig``.
         unsupported_config_reason: from the content of ``config.json`` to the reason why the model cannot be adapted, or
             ``None``.
         initialise: called with a model that was built with fresh weights.

@@ -70,7 +70,7 @@ def start_accelerate(config: TrainConfig, out: Path) -> Any:
     try:
         accelerator = Accelerator(cpu=config.run.cpu, **options)
         if accelerator.num_processes == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            # Without a GPU accelerate joins the launcher's processes only if it is told to use the CPU; otherwise each
+            # Without a GPU accelerate joins the launcher's processes only with cpu=True; otherwise each
             # process would train a model of its own into the same folder.
             reset_accelerate(processes=True)
             accelerator = Accelerator(cpu=True, **options)

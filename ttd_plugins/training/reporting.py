@@ -18,7 +18,13 @@ _OLD_METHODS = {
 
 
 class Reporter:
-    """Callbacks of a run, called on the main process only; a subclass overrides those that it needs."""
+    """Callbacks of a run, called on the main process only; a subclass overrides those that it needs.
+
+    Attributes:
+        displays_messages: whether :meth:`on_message` displays them, so that logging handlers need not.
+    """
+
+    displays_messages: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -96,7 +96,8 @@ class RunLogger:
     def message(self, sentence: str, level: int = logging.INFO) -> None:
         """Pass a sentence to the reporter and, on the main process, to :mod:`logging`."""
         if self.is_main:
-            logger.log(level, "%s", sentence)
+            # A handler that shares the terminal with the reporter can skip what the reporter displays.
+            logger.log(level, "%s", sentence, extra={"reported": self.reporter.displays_messages})
         self.reporter.on_message(sentence)
 
     def close(self) -> None:

@@ -124,7 +124,7 @@ def joint_metrics(
             name: value / total if name in WEIGHTED_BY_IMAGES else value
             for name, value in zip(numbers, values, strict=True)
         }
-        # One process that finds it is enough, whatever rounding gives the others.
+        # One process that finds it is enough, whatever the rounding on the others.
         if bad and math.isfinite(losses["loss"]):
             losses["loss"] = math.nan
     return losses, numbers

@@ -31,7 +31,7 @@ class LossModule(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, float | Tensor]]:
         output: TTDOutput = self.ttd(images, captions, tags, groups)
         # Statistics stay on the device: reading them here would synchronise before the backward pass.
-        return output.loss, output.losses, output.figures
+        return output.loss, output.losses, output.device_statistics
 
 
 class Strategy(Protocol):

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of the method: files, random state, settings, progress and distributed training."""
+"""Helpers that do not depend on the method, for example files, random state, progress and distributed training."""

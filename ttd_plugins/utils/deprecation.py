@@ -33,7 +33,7 @@ class RenamedAttribute:
 
         class TrainResult:
             metrics: dict[str, float]
-            figures = RenamedAttribute("metrics")
+            numbers = RenamedAttribute("metrics")
     """
 
     def __init__(self, new: str) -> None:

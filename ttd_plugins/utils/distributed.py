@@ -1,9 +1,9 @@
-"""What a loss needs of the other processes: their rows, with the right gradient, and their counts.
+"""Collective operations for losses: rows of all processes with the correct gradient, and sums of counts.
 
-Data-parallel training (``DistributedDataParallel``, accelerate) averages the gradients of W processes. All here is
-made so that this average is the gradient of the loss of the joint batch, whatever share of it each process holds; and
-no collective operation is left to the backward pass, which a process may skip. Without ``torch.distributed`` in use
-every function gives its argument back.
+Data-parallel training (``DistributedDataParallel``, accelerate) averages the gradients of W processes. With these
+functions the average is the gradient of the loss of the joint batch, for any share of it per process. No collective
+operation runs in the backward pass, which a process may skip. Without ``torch.distributed`` every function returns its
+argument.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor
 
 
 def process_count() -> int:
-    """W, the number of processes that train together; 1 without ``torch.distributed``."""
+    """Return W, the number of processes of the training; 1 without ``torch.distributed``."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def summed(values: Tensor) -> Tensor:
-    """Sum over all processes of a tensor of one shape, without gradient."""
+    """Return the sum over all processes of a tensor of equal shape, without gradient."""
     values = values.detach().clone()
     if process_count() > 1:
         dist.all_reduce(values)
@@ -34,14 +34,14 @@ def summed(values: Tensor) -> Tensor:
 
 
 def joint_mean(total: Tensor, count: Tensor) -> Tensor:
-    """The mean over the joint batch of what each process summed and counted.
+    """Return the mean over the joint batch, from the sum and the count of each process.
 
     Args:
         total: scalar sum of this process, with gradient.
-        count: scalar count, or sum of weights, of this process; a joint count of zero gives a mean of zero.
+        count: scalar count, or sum of weights, of this process; a joint count of zero means a mean of zero.
 
     Returns:
-        ``sum(totals) / sum(counts)``, the same value on every process. The gradient is that of W times this process'
+        ``sum(totals) / sum(counts)``, the same value on every process. Its gradient is W times that of this process'
         share, so that the average over processes is the gradient of the mean.
     """
     if process_count() == 1:
@@ -53,7 +53,7 @@ def joint_mean(total: Tensor, count: Tensor) -> Tensor:
 
 
 class _OwnRows(torch.autograd.Function):
-    """Rows among those of all processes; their gradient is W times what this process finds."""
+    """The rows of all processes; the gradient of this process' rows is multiplied by W."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, everyone: Tensor, first: int) -> Tensor:
@@ -66,13 +66,13 @@ class _OwnRows(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """The rows of all processes, in the order of the processes, with gradient for this process' own.
+    """Return the rows of all processes, in the order of ranks, with gradient for this process' rows.
 
-    Every process must work out the same loss of them: the gradients that W processes would send to one row are then
-    equal, and W times the own one is their sum.
+    Every process must compute the same loss of them. The gradients of a row are then equal on all W processes, and
+    W times the local one is their sum.
 
     Args:
-        rows: ``[b, ...]``; b may differ between processes, the other sides may not.
+        rows: ``[b, ...]``; only b may differ between processes.
 
     Returns:
         ``[sum of b, ...]``.
@@ -91,7 +91,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def gathered(value: Any) -> list[Any]:
-    """A small picklable value of every process, in the order of the processes."""
+    """Return the picklable values of all processes, in the order of ranks."""
     if process_count() == 1:
         return [value]
     values: list[Any] = [None] * process_count()
@@ -100,25 +100,25 @@ def gathered(value: Any) -> list[Any]:
 
 
 def group_numbers(groups: Sequence[str], device: torch.device) -> Tensor:
-    """An int64 ``[b]`` for the names of groups, equal where names are, on every process (a hash of 64 bits)."""
+    """Return a 64-bit hash of each group name, int64 ``[b]``, equal for equal names on every process."""
     digests = [hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest() for name in groups]
     numbers = [int.from_bytes(digest, "big", signed=True) for digest in digests]
     return torch.tensor(numbers, dtype=torch.long, device=device)
 
 
 def end_process(status: int) -> None:
-    """End this process where it is one of several that train together; alone, do nothing.
+    """Exit this process if it is one of several of a distributed training; otherwise do nothing.
 
-    ``DistributedDataParallel`` (torch 2.14) keeps the group of processes alive past ``destroy_process_group()`` and its
-    own end, so that gloo's threads would still run while the interpreter is taken down: the likely cause of an abort
-    seen once ("terminate called without an active exception"). The process ends without that, its output flushed.
+    ``DistributedDataParallel`` (torch 2.14) keeps the process group alive after ``destroy_process_group()``, so that
+    gloo's threads still run during interpreter shutdown. This is the likely cause of an abort seen once ("terminate
+    called without an active exception"). The process flushes its output and exits without that shutdown.
 
     Args:
-        status: the exit status. With 0 no process ends before all others have come so far.
+        status: the exit status. With 0, all processes wait for the last one.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
-    # Nothing here may hide the status: another process may be gone already.
+    # No error here may hide the status: another process may have exited already.
     with suppress(Exception):
         if status == 0:
             dist.barrier()

@@ -18,7 +18,7 @@ class ConvNeXtFamily(OpenCLIPModelFamily):
     summary = "ConvNeXt CLIP models of open_clip and timm"
     api_version = 1
     adapter_class = ConvNeXtAdapter
-    name_hint = f"{HUB}ORG/NAME and {FOLDER}PATH are taken too, and wrap() takes any object"
+    name_hint = f"{HUB}ORG/NAME and {FOLDER}PATH are accepted too, and wrap() accepts any object"
 
     def weights(self, model: str) -> list[str]:
         """As in the base class; none for ``tiny``."""

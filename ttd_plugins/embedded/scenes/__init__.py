@@ -1,7 +1,7 @@
-"""Scenes: generated pictures with captions and exact masks, for training and measuring small models offline.
+"""Scenes: generated images with captions and exact masks, for training and evaluating small models offline.
 
-A scene is a composition of OpenMoji pictograms on one or two textured backgrounds. Its caption names some of what is
-there, often something that is not, and words that name nothing; the rest of the picture stays unnamed.
+A scene shows OpenMoji pictograms on one or two textured backgrounds. Its caption names some of the nouns that are
+visible, often an absent noun too, and contains filler words. Some visible nouns are not named.
 """
 
 from __future__ import annotations

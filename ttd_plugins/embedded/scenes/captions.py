@@ -1,4 +1,4 @@
-"""Captions of scenes: of every length, with words that name nothing, and often with things that are not there."""
+"""Captions of scenes, of different lengths, with filler words and often with absent nouns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _AN = frozenset("aeiou")
 
 
 def _phrase(noun: str, rng: np.random.Generator, mass_nouns: frozenset[str]) -> str:
-    """The noun, sometimes with an article or an adjective."""
+    """Return the noun, sometimes with an article or an adjective."""
     words = [str(rng.choice(ADJECTIVES)), noun] if rng.random() < 0.3 else [noun]
     if noun in mass_nouns or noun.endswith("s"):
         article = "the" if rng.random() < 0.2 else ""
@@ -22,12 +22,12 @@ def _phrase(noun: str, rng: np.random.Generator, mass_nouns: frozenset[str]) -> 
 
 
 def bare(nouns: Sequence[str]) -> str:
-    """The nouns and nothing else, such as ``dog grass``."""
+    """Return the nouns alone, such as ``dog grass``."""
     return " ".join(nouns)
 
 
 def sentence(nouns: Sequence[str], rng: np.random.Generator, mass_nouns: frozenset[str]) -> str:
-    """A caption that names ``nouns`` in the given order among words that name nothing."""
+    """Return a caption that names ``nouns`` in order, between filler words."""
     parts = [str(rng.choice(LEADS))] if rng.random() < 0.6 else []
     for position, noun in enumerate(nouns):
         if position:

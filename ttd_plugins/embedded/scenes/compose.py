@@ -1,4 +1,4 @@
-"""Compose scenes, each a pure function of (split, seed, index), so that any of them can be made again."""
+"""Compose scenes. Each is a pure function of (split, seed, index), so indexing is deterministic."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ttd_plugins.embedded.scenes.vocabulary import (
 from ttd_plugins.errors import InputError
 
 IMAGE_SIDE = 64
-# Sizes and places in steps of one patch, so that a model of a million weights can learn a hundred things in minutes.
+# Sizes and positions are multiples of a patch, so that a model of a million weights learns 100 objects in minutes.
 STEP = 8
 OBJECT_SIDES = (16, 24, 40)
 LAYOUT_CELLS = 4
@@ -38,13 +38,13 @@ _OBJECT_WEIGHTS = zipf_weights(len(OBJECTS))
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture and its caption.
+    """One image and its caption.
 
     Attributes:
         image: uint8 ``[side, side, 3]``.
-        caption: what the picture is said to show.
-        masks: for every noun that is pictured, named or not, its visible pixels, bool ``[side, side]``.
-        true_tags: nouns of the caption that are pictured, in the caption's order.
+        caption: the caption.
+        masks: the visible pixels of every visible noun, named or not, bool ``[side, side]``.
+        true_tags: nouns of the caption that are visible, in the order of the caption.
         absent_tags: nouns of the caption that are not.
     """
 
@@ -56,7 +56,7 @@ class Scene:
 
     @property
     def named_region(self) -> NDArray[np.bool_]:
-        """Union of the masks of the tags that are there, bool ``[side, side]``."""
+        """Union of the masks of the true tags, bool ``[side, side]``."""
         return np.logical_or.reduce([self.masks[tag] for tag in self.true_tags])
 
 
@@ -69,15 +69,15 @@ class _Placement:
 
 
 class Scenes(Sequence[Scene]):
-    """The scenes of one split; ``scenes[i]`` is the same picture and caption on every machine and at every time.
+    """The scenes of one split; indexing is deterministic, on every machine.
 
     Args:
-        split: ``"train"``, ``"validation"`` or ``"test"``; no two share a pair of pictured nouns or a layout.
-        length: how many scenes there are.
-        seed: another seed gives other scenes of the same split.
-        side: side of the square pictures in pixels, 48 to 128.
-        bare_captions: share of captions that are bare nouns, which make single words familiar to a text tower;
-            the rest are sentences.
+        split: ``"train"``, ``"validation"`` or ``"test"``; no two splits share a pair of visible nouns or a layout.
+        length: number of scenes.
+        seed: seed of the scenes within the split.
+        side: side of the square images in pixels, 48 to 128.
+        bare_captions: share of captions that are bare nouns, from which a text tower learns single words; the rest are
+            sentences.
 
     Raises:
         InputError: the side is out of range.
@@ -110,18 +110,18 @@ class Scenes(Sequence[Scene]):
         if not -self.length <= index < self.length:
             raise IndexError(f"scene {index} of {self.length}")
         index %= self.length
-        image, masks = self._picture(self._rng(index, 0))
+        image, masks = self._draw(self._rng(index, 0))
         return self._captioned(image, masks, self._rng(index, 1))
 
     def recaption(self, index: int, scene: Scene, draw: int) -> Scene:
-        """The picture of ``scene``, which is ``self[index]``, with another caption; draw 0 is its own."""
+        """Return ``scene``, which is ``self[index]``, with another caption; draw 0 is its own caption."""
         return self._captioned(scene.image, scene.masks, self._rng(index % self.length, 1 + draw))
 
     def _rng(self, index: int, stream: int) -> np.random.Generator:
         return np.random.default_rng([SPLITS.index(self.split), self.seed, index, stream])
 
     def _pick(self, rng: np.random.Generator, chosen: list[int], *, background: bool) -> int | None:
-        """A noun that the split pictures with all of ``chosen``, by Zipf frequency; ``None`` where there is none."""
+        """Sample a noun that may be visible with all of ``chosen``, by Zipf frequency; ``None`` if there is none."""
         weights = np.zeros(len(NOUNS))
         if background:
             weights[:_FIRST_OBJECT] = _BACKGROUND_WEIGHTS
@@ -133,7 +133,7 @@ class Scenes(Sequence[Scene]):
         return int(rng.choice(len(NOUNS), p=weights / total)) if total > 0 else None
 
     def _nouns(self, rng: np.random.Generator) -> tuple[list[str], list[str | None]]:
-        """Objects (one to three) and the texture of each background region (``None``: plain)."""
+        """Sample one to three objects, and the texture of each background region (``None``: plain)."""
         first = self._pick(rng, [], background=False)
         assert first is not None
         chosen = [first]
@@ -149,7 +149,7 @@ class Scenes(Sequence[Scene]):
                 chosen.append(noun)
         return [NOUNS[noun] for noun in chosen if noun >= _FIRST_OBJECT], backgrounds
 
-    def _picture(self, rng: np.random.Generator) -> tuple[NDArray[np.uint8], dict[str, NDArray[np.bool_]]]:
+    def _draw(self, rng: np.random.Generator) -> tuple[NDArray[np.uint8], dict[str, NDArray[np.bool_]]]:
         objects, backgrounds = self._nouns(rng)
         regions = self._regions(rng, len(backgrounds))
         canvas = np.empty((self.side, self.side, 3), np.uint8)
@@ -168,7 +168,7 @@ class Scenes(Sequence[Scene]):
         return lit, {noun: mask for noun, mask in masks.items() if mask.any()}
 
     def _regions(self, rng: np.random.Generator, count: int) -> list[NDArray[np.bool_]]:
-        """The whole picture, or its two sides of a tilted line."""
+        """Return the mask of the whole image, or masks of the two sides of a tilted line."""
         if count == 1:
             return [np.ones((self.side, self.side), bool)]
         rows, columns = np.mgrid[0 : self.side, 0 : self.side] / self.side
@@ -177,9 +177,9 @@ class Scenes(Sequence[Scene]):
         return [side, ~side] if rng.random() < 0.5 else [~side, side]
 
     def _place(self, rng: np.random.Generator, objects: list[str]) -> tuple[list[_Placement], list[NDArray[np.bool_]]]:
-        """Random sizes and places, back to front, drawn again until enough of every object shows.
+        """Sample sizes and positions, back to front, until enough of every object is visible.
 
-        The cells of a 4 x 4 grid that hold the centres are hashed to a split, so that no layout is in two splits.
+        The layout, that is the cells of the centres in a 4 x 4 grid, is hashed to a split: no layout is in two splits.
         """
         while True:
             drawn = [sprite(noun, int(rng.choice(OBJECT_SIDES))) for noun in objects]
@@ -216,11 +216,11 @@ class Scenes(Sequence[Scene]):
     def _captioned(
         self, image: NDArray[np.uint8], masks: dict[str, NDArray[np.bool_]], rng: np.random.Generator
     ) -> Scene:
-        """Name some of what is pictured, never all of it, and in more than half of the captions something absent."""
-        pictured = list(masks)
-        rng.shuffle(pictured)
-        named = [noun for noun in pictured if rng.random() < 0.75] or pictured[:1]
-        # A union that is the whole picture would make Caption IoU say nothing.
+        """Add a caption that names some of the visible nouns, and in more than half of the cases absent nouns."""
+        visible = list(masks)
+        rng.shuffle(visible)
+        named = [noun for noun in visible if rng.random() < 0.75] or visible[:1]
+        # Caption IoU is uninformative if the union is the whole image.
         while len(named) > 1 and np.logical_or.reduce([masks[n] for n in named]).mean() > 0.7:
             named.remove(max(named, key=lambda noun: masks[noun].sum()))
         absent: list[str] = []
@@ -230,7 +230,7 @@ class Scenes(Sequence[Scene]):
             count = int(rng.choice([1, 2, 3], p=[0.4, 0.4, 0.2]))
             absent = [str(n) for n in rng.choice(others, size=count, replace=False, p=weights / weights.sum())]
         if rng.random() < self.bare_captions:
-            # Mostly one word: the length at which a tag will be read.
+            # Mostly one word, the length of a tag.
             keep = 1 if rng.random() < 0.7 else len(named)
             named, absent = named[:keep], absent[: keep - 1]
             order = [*named, *absent]
@@ -244,8 +244,8 @@ class Scenes(Sequence[Scene]):
         return Scene(image, caption, masks, true_tags, tuple(noun for noun in order if noun not in masks))
 
 
-# A noun is named in vain about as often as it is pictured, or a scorer that never looks could tell the two apart; the
-# rule that splits pairs flattens the pictured frequencies, hence the exponent.
+# A noun is absent about as often as it is visible, so that an image-blind scorer cannot separate the two. The rule that
+# splits pairs flattens the frequencies of visible nouns, hence the exponents.
 _ABSENT_WEIGHT = dict(
     zip(
         NOUNS,

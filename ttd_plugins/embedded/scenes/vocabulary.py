@@ -1,7 +1,7 @@
-"""The words of the scenes: what can be pictured, how often, and what merely fills a caption.
+"""The vocabulary of the scenes: nouns with their frequencies, and filler words of captions.
 
-Frequencies are skewed as on the web (Zipf-Mandelbrot), so that a caption's rare word tells more than its common ones.
-Every unordered pair of nouns belongs to one split, and is pictured together in that split alone.
+Frequencies are skewed as on the web (Zipf-Mandelbrot), so that a caption's rare word is more informative than its
+common ones. Each unordered pair of nouns is visible together in one split only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LAYOUT_SHARES: tuple[float, ...] = (0.5, 0.25, 0.25)
 GROUPS = 20
 NounKind = Literal["background", "common", "middle", "rare"]
 
-# Emoji whose English name is one word, chosen to be told apart at 20 pixels; most frequent first.
+# Emoji whose English name is one word, distinguishable at 20 pixels; most frequent first.
 OBJECTS: tuple[str, ...] = tuple(
     """
     dog cat automobile horse bird bicycle bus sailboat house cow umbrella chair bread books tulip banana
@@ -38,7 +38,7 @@ BACKGROUNDS: tuple[str, ...] = tuple("grass water sand snow brick sky wood grave
 
 NOUNS: tuple[str, ...] = BACKGROUNDS + OBJECTS
 
-# Words and phrases that name nothing in the picture.
+# Filler words, which name nothing in the image.
 LEADS: tuple[str, ...] = (
     "a photo of",
     "a picture of",
@@ -77,13 +77,13 @@ POSITIONS: tuple[str, ...] = ("near", "with", "and", "beside", "next to", "behin
 
 
 def zipf_weights(count: int, offset: float = 3.0, exponent: float = 1.0) -> NDArray[np.float64]:
-    """Zipf-Mandelbrot probabilities ``(rank + offset) ** -exponent`` of ``count`` ranked words; they add to one."""
+    """Return Zipf-Mandelbrot probabilities ``(rank + offset) ** -exponent`` of ``count`` words, normalised."""
     weights = (np.arange(1, count + 1) + offset) ** -exponent
     return weights / weights.sum()
 
 
 def kind_of_noun(noun: str) -> NounKind:
-    """``"background"``, or the third of the frequency ranking that an object is in."""
+    """Return ``"background"``, or the third of the frequency ranking of an object."""
     if noun in BACKGROUNDS:
         return "background"
     third = 3 * OBJECTS.index(noun) // len(OBJECTS)
@@ -92,7 +92,7 @@ def kind_of_noun(noun: str) -> NounKind:
 
 
 def split_of_layout(signature: str) -> Split:
-    """The split that a layout falls into, by a hash: the same everywhere, in :data:`LAYOUT_SHARES` proportion."""
+    """Return the split of a layout, by a hash, in the proportions of :data:`LAYOUT_SHARES`."""
     position = int.from_bytes(hashlib.sha256(signature.encode()).digest()[:8], "big") / 2**64
     for split, share in zip(SPLITS, LAYOUT_SHARES, strict=True):
         if position < share:
@@ -102,11 +102,11 @@ def split_of_layout(signature: str) -> Split:
 
 
 def split_of_pair(first: str, second: str) -> Split:
-    """The one split that pictures two nouns together.
+    """Return the split in which two nouns are visible together.
 
-    Objects form groups of about five, common and rare ones mixed, by one rule for testing and by another for
-    validation, and each group has one background; what is not within a group is for training. Few pairs are held out
-    of training: with half of them held out, a model learns which things never meet, and is wrong wherever they do.
+    Objects form groups of about five, common and rare ones mixed, by one rule for the test split and by another for the
+    validation split. Each group has one background. Pairs outside a group are in the training split. Only a tenth is
+    held out: with half of the pairs held out, a model learns which objects never occur together, and generalises badly.
     """
     objects = [OBJECTS.index(noun) for noun in (first, second) if noun not in BACKGROUNDS]
     if not objects:
@@ -115,7 +115,7 @@ def split_of_pair(first: str, second: str) -> Split:
         own = {split: [_group(rank, split) for rank in objects] for split in SPLITS[1:]}
     else:
         background = BACKGROUNDS.index(first if first in BACKGROUNDS else second)
-        # Shifted, or a group's background would often be the same for testing and for validation.
+        # Shifted, so that a group's background differs between test and validation.
         shift = {"test": 0, "validation": 5}
         own = {
             split: [background, (_group(objects[0], split) + shift[split]) % len(BACKGROUNDS)] for split in SPLITS[1:]
@@ -125,13 +125,13 @@ def split_of_pair(first: str, second: str) -> Split:
 
 
 def _group(rank: int, split: Split) -> int:
-    """Group of the object of that rank; no two objects share a group for testing and one for validation."""
+    """Return the group of an object by rank; no two objects share both a test group and a validation group."""
     return (rank + (7 * (rank // GROUPS) if split == "validation" else 0)) % GROUPS
 
 
 @lru_cache(maxsize=len(SPLITS))
 def compatible_nouns(split: Split) -> NDArray[np.bool_]:
-    """Symmetric ``[N, N]`` table over :data:`NOUNS`: which pairs may be pictured together in ``split``."""
+    """Return a symmetric bool table ``[N, N]`` over :data:`NOUNS`: pairs that may be visible together in ``split``."""
     table = np.zeros((len(NOUNS), len(NOUNS)), dtype=bool)
     for i, first in enumerate(NOUNS):
         for j in range(i):

@@ -258,7 +258,7 @@ def run_protocol(
 
     Raises:
         InputError: the folder contains results of other settings or cannot be written, or ``rank`` is out of range.
-        DatasetError: the data set is not laid out as its reader expects.
+        DatasetError: the data set has another layout than its reader expects.
     """
     if not 0 <= rank < world:
         raise InputError(f"rank must be from 0 to {world - 1} for {world} processes, not {rank}")

@@ -1,4 +1,4 @@
-"""Features of images: types and shapes, sizes, batches, and whether they are the library's own."""
+"""Checks of image features: types and shapes, input sizes, batches, and agreement with the library."""
 
 from __future__ import annotations
 
@@ -8,42 +8,42 @@ import torch
 from torch import Tensor, nn
 
 from ttd_plugins.errors import ImageSizeError
-from ttd_plugins.testing.check_session import BUILT, Session, said
+from ttd_plugins.testing.check_session import BUILT, CheckSession, error_text
 from ttd_plugins.testing.check_types import Check, CheckFailed, NotApplicable, collect
 
 CHECKS: list[Check] = []
 check = partial(collect, CHECKS)
 
-APART = 100.0
-"""Patches, pooled and text embeddings of one joint space have lengths within this factor of each other."""
+MAX_LENGTH_RATIO = 100.0
+"""Largest ratio between mean lengths of patch features, pooled and text embeddings of one joint space."""
 
 
 @check(
-    "encode_image gives ImageFeatures of the stated shapes, finite, in the dtype of the model, on its device",
-    "prefix tokens (class token, registers) are left among the patches",
-    "features stop before the projection, so that their width is not the joint space's",
-    "features are cast to float32, or pixels are not cast to the dtype of the model",
+    "encode_image returns finite ImageFeatures of the specified shapes, in the model's dtype and on its device",
+    "prefix tokens (class token, registers) are not removed from the patches",
+    "features are taken before the projection, so that their width is not that of the joint space",
+    "features are cast to float32, or pixels are not cast to the model's dtype",
     needs=(BUILT, "description"),
 )
-def image_features(session: Session) -> None:
+def image_features(session: CheckSession) -> None:
     features = session.encode(session.pixels())
     assert features.pooled is not None
     dtypes = {parameter.dtype for parameter in session.adapter.model.parameters()}
     for name, tensor in (("patches", features.patches), ("pooled", features.pooled)):
         if tensor.dtype not in dtypes:
-            raise CheckFailed(f"{name} in the dtype of the model, {session.dtype}", str(tensor.dtype))
+            raise CheckFailed(f"{name} in the model's dtype, {session.dtype}", str(tensor.dtype))
         if tensor.device != session.adapter.device:
             raise CheckFailed(f"{name} on {session.adapter.device}", str(tensor.device))
         if not bool(torch.isfinite(tensor).all()):
-            raise CheckFailed(f"{name} that are finite", "values that are not")
+            raise CheckFailed(f"finite {name}", "values that are not finite")
 
 
 @check(
     "with pooled=False, pooled is None and the patches are the same",
-    "the short cut without the pooled embedding runs other blocks, or another mode",
+    "the code path without the pooled embedding runs other blocks, or another mode",
     needs=(BUILT, "image_features", "deterministic"),
 )
-def pooled_on_request(session: Session) -> None:
+def pooled_on_request(session: CheckSession) -> None:
     both = session.native_features()
     with torch.no_grad():
         alone = session.encode(session.pixels(), pooled=False)
@@ -51,12 +51,12 @@ def pooled_on_request(session: Session) -> None:
 
 
 @check(
-    "in evaluation mode, two calls give the same features and text embeddings",
-    "dropout, drop path or patch dropout is applied whatever the mode",
-    "random numbers are drawn in encode_image, for masks or initial tokens",
+    "in evaluation mode, two calls return the same features and text embeddings",
+    "dropout, drop path or patch dropout is applied in evaluation mode too",
+    "encode_image draws random numbers, for masks or initial tokens",
     needs=(BUILT, "image_features", "text_features"),
 )
-def deterministic(session: Session) -> None:
+def deterministic(session: CheckSession) -> None:
     pixels, ids = session.pixels(), session.tokens(["a dog", "two cats on grass"]).ids
     exact = 0.0 if session.adapter.device.type == "cpu" else session.tolerance
     with torch.no_grad():
@@ -73,13 +73,13 @@ def deterministic(session: Session) -> None:
 
 
 @check(
-    "an image has the same features alone as in a batch with others",
-    "sequence and batch axes are confused, so that attention runs across images (batch first or not)",
-    "features are centred or normalised over the batch, or batch norm runs on the statistics of the batch",
-    "rows are matched to images wrongly, with a view where a permutation is due",
+    "an image has the same features alone and in a batch",
+    "sequence and batch axes are exchanged (batch_first), so that attention runs across images",
+    "features are centred or normalised over the batch, or batch norm uses the statistics of the batch",
+    "rows are assigned to the wrong images, by a view instead of a permutation",
     needs=(BUILT, "image_features", "deterministic"),
 )
-def batch_independent(session: Session) -> None:
+def batch_independent(session: CheckSession) -> None:
     pixels, together = session.pixels(), session.native_features()
     assert together.pooled is not None
     with torch.no_grad():
@@ -91,16 +91,16 @@ def batch_independent(session: Session) -> None:
 
 
 @check(
-    "other sizes, not square ones too, give the grid that patch_grid says",
-    "height and width are exchanged where the grid is made",
-    "the position embedding is added as it is, or resampled to a square",
-    "rotary embeddings or window sizes stay those of the preferred size",
+    "other input sizes, including non-square ones, result in the grid that patch_grid returns",
+    "height and width of the grid are exchanged",
+    "the position embedding is not resampled, or resampled to a square",
+    "rotary embeddings or window sizes are those of the preferred size",
     needs=(BUILT, "image_features"),
 )
-def other_sizes(session: Session) -> None:
+def other_sizes(session: CheckSession) -> None:
     sizes = session.sizes()
     if not sizes:
-        raise NotApplicable("patch_grid refuses every size but the preferred one")
+        raise NotApplicable("patch_grid accepts only the preferred size")
     rows, columns = session.description.patch_size
     with torch.no_grad():
         for size in sizes:
@@ -110,17 +110,17 @@ def other_sizes(session: Session) -> None:
             try:
                 features = session.encode(session.pixels(2, size))
             except ImageSizeError as error:
-                raise CheckFailed(f"features for {size}, since patch_grid has an answer", said(error)) from error
+                raise CheckFailed(f"features for {size}, which patch_grid accepts", error_text(error)) from error
             if not bool(torch.isfinite(features.patches).all()):
                 raise CheckFailed(f"finite features at {size}", "values that are not finite")
 
 
 @check(
-    "a size that does not fit the patch grid is refused with an ImageSizeError",
-    "encode_image does not ask patch_grid, and a strided convolution silently drops the last pixels",
+    "encode_image raises ImageSizeError for a size that is not a multiple of the patch size",
+    "encode_image does not call patch_grid, and a strided convolution silently drops the last pixels",
     needs=(BUILT, "image_features"),
 )
-def misfit_sizes(session: Session) -> None:
+def misfit_sizes(session: CheckSession) -> None:
     rows, columns = session.description.patch_size
     height, width = session.description.image_size
     tried = False
@@ -132,20 +132,20 @@ def misfit_sizes(session: Session) -> None:
             except ImageSizeError:
                 continue
             except Exception as error:
-                raise CheckFailed(f"an ImageSizeError for {size}", said(error)) from error
+                raise CheckFailed(f"an ImageSizeError for {size}", error_text(error)) from error
             raise CheckFailed(f"an ImageSizeError for {size}", "features")
     if not tried:
-        raise NotApplicable("patch_grid takes every size")
+        raise NotApplicable("patch_grid accepts every size")
 
 
 @check(
-    "the pooled embedding is the library's own image embedding",
-    "the class token of the pass that makes dense features is taken, which the dense mode changed",
-    "the final LayerNorm is left out or applied twice, or the projection is",
-    "averaged and class-token pooling are confused",
+    "the pooled embedding equals the library's own image embedding",
+    "the class token is taken from the pass for dense features, which the dense mode modifies",
+    "the final LayerNorm or the projection is missing or applied twice",
+    "average pooling and class-token pooling are exchanged",
     needs=(BUILT, "image_features", "deterministic"),
 )
-def pooled_is_the_librarys(session: Session) -> None:
+def pooled_matches_library(session: CheckSession) -> None:
     pixels = session.pixels()
     found = session.native_features().pooled
     assert found is not None
@@ -153,51 +153,51 @@ def pooled_is_the_librarys(session: Session) -> None:
         try:
             own = session.image_reference(session.adapter, pixels.to(session.dtype))
         except Exception as error:
-            raise NotApplicable(f"the library's own embedding cannot be computed ({said(error)})") from error
+            raise NotApplicable(f"the library's own embedding cannot be computed ({error_text(error)})") from error
     if own is None:
         raise NotApplicable("the model has neither encode_image nor get_image_features; override the reference")
     compare_with_library(session, "the pooled embedding", found, own)
 
 
-def compare_with_library(session: Session, what: str, found: Tensor, own: Tensor) -> None:
-    """Fail unless an embedding is the library's, up to its length where the library normalises."""
+def compare_with_library(session: CheckSession, what: str, found: Tensor, own: Tensor) -> None:
+    """Fail unless an embedding equals the library's; lengths are ignored if the library normalises."""
     if are_unit(session, own) and not are_unit(session, found):
         found, own = nn.functional.normalize(found, dim=-1), nn.functional.normalize(own, dim=-1)
-    # Fused kernels add in another order, and more so in half precision.
+    # Fused kernels add in another order.
     session.expect_close(f"{what} and the library's", found, own, tolerance=2 * session.tolerance)
 
 
-def are_unit(session: Session, features: Tensor) -> bool:
-    """Whether all vectors of the last axis have length one."""
+def are_unit(session: CheckSession, features: Tensor) -> bool:
+    """Return whether all vectors along the last axis have length one."""
     return bool(((features.detach().float().norm(dim=-1) - 1).abs() < max(session.tolerance, 1e-3)).all())
 
 
 @check(
     "patches, pooled and text embeddings are not L2-normalised",
-    "the library normalises unless it is told not to (normalize=False)",
-    "the adapter normalises, which is the engine's part, done in float32",
+    "the library normalises by default; pass normalize=False",
+    "the adapter normalises, which the engine does in float32",
     needs=(BUILT, "image_features", "text_features"),
 )
-def not_normalised(session: Session) -> None:
+def not_normalised(session: CheckSession) -> None:
     with torch.no_grad():
         features = session.encode(session.pixels())
         texts = session.embed(session.tokens(["a dog", "two cats on grass", "sky"]).ids)
     assert features.pooled is not None
     for name, tensor in (("patches", features.patches), ("pooled", features.pooled), ("text embeddings", texts)):
         if are_unit(session, tensor):
-            raise CheckFailed(f"{name} as the last layer gives them", "vectors that all have length one")
+            raise CheckFailed(f"{name} as the last layer returns them", "vectors that all have length one")
 
 
 @check(
-    "patches end in the same linear map as the pooled embedding, and lengths are alike in the whole joint space",
-    "patches are tokens before the projection into the joint space, whose width happens to be the same",
-    "patches go through the projection without the final LayerNorm, or through another head",
+    "patches end in the same linear projection as the pooled embedding, and lengths in the joint space are comparable",
+    "patches are taken before the projection into the joint space, whose width happens to be equal",
+    "patches pass the projection without the final LayerNorm, or another head",
     needs=(BUILT, "image_features", "text_features", "not_normalised", "gradients_to_image_parameters"),
 )
-def joint_space(session: Session) -> None:
+def joint_space(session: CheckSession) -> None:
     model, pixels = session.adapter.model, session.pixels(size=session.quick_size())
-    # Embeddings that are the library's own define the joint space, whatever their lengths; fresh weights differ much.
-    own = all(session.run(name).status == "passed" for name in ("pooled_is_the_librarys", "text_is_the_librarys"))
+    # Embeddings equal to the library's define the joint space, whatever their lengths; random weights vary much.
+    own = all(session.run(name).status == "passed" for name in ("pooled_matches_library", "text_matches_library"))
     model.requires_grad_(True)
     features = session.encode(pixels)
     assert features.pooled is not None
@@ -208,25 +208,25 @@ def joint_space(session: Session) -> None:
     }
     for name in ("patches",) if own else ("patches", "text"):
         ratio = lengths[name] / max(lengths["pooled"], 1e-30)
-        if not 1 / APART < ratio < APART:
+        if not 1 / MAX_LENGTH_RATIO < ratio < MAX_LENGTH_RATIO:
             raise CheckFailed(
-                f"mean length of {name} within a factor of {APART:g} of pooled embeddings'",
+                f"a mean length of {name} within a factor of {MAX_LENGTH_RATIO:g} of that of pooled embeddings",
                 f"{lengths[name]:.3g} against {lengths['pooled']:.3g}",
             )
     named = dict(session.adapter.tower_parameters("image"))
-    finishing = _finishing(features.pooled, model, named, session.tolerance)
-    patches = _shares(features.patches, named)
-    for group in finishing:
-        share = sum(patches[name] for name in group)
-        if abs(share - 1) > 0.02:
+    projections = _linear_groups(features.pooled, model, named, session.tolerance)
+    patches = _euler_ratios(features.patches, named)
+    for group in projections:
+        ratio = sum(patches[name] for name in group)
+        if abs(ratio - 1) > 0.02:
             raise CheckFailed(
-                f"{' and '.join(group)}, by which pooled embeddings are mapped into the joint space, maps patches too",
-                "patches do not depend on it" if abs(share) < 1e-6 else "patches depend on it in another way",
+                f"{' and '.join(group)}, which projects pooled embeddings into the joint space, projects patches too",
+                "patches do not depend on it" if abs(ratio) < 1e-6 else "patches depend on it in another way",
             )
 
 
-def _shares(features: Tensor, named: dict[str, nn.Parameter]) -> dict[str, float]:
-    """By Euler's theorem: of a function that scales with a parameter, the parameter's derivative is the function."""
+def _euler_ratios(features: Tensor, named: dict[str, nn.Parameter]) -> dict[str, float]:
+    """Return ``p . df/dp / f`` of each parameter p, which is one if f is linear in p (Euler's theorem)."""
     total = (features * features.detach()).sum()
     gradients = torch.autograd.grad(total, list(named.values()), retain_graph=True, allow_unused=True)
     return {
@@ -235,10 +235,12 @@ def _shares(features: Tensor, named: dict[str, nn.Parameter]) -> dict[str, float
     }
 
 
-def _finishing(pooled: Tensor, model: nn.Module, named: dict[str, nn.Parameter], tolerance: float) -> list[list[str]]:
-    """Groups of parameters (one, or weight and bias of one module) that the pooled embedding is linear in."""
-    shares = _shares(pooled, named)
-    # In a second direction, so that nothing is linear by accident.
+def _linear_groups(
+    pooled: Tensor, model: nn.Module, named: dict[str, nn.Parameter], tolerance: float
+) -> list[list[str]]:
+    """Return groups of parameters (one, or weight and bias of a module) in which the pooled embedding is linear."""
+    ratios = _euler_ratios(pooled, named)
+    # A second direction excludes accidental ratios of one.
     signs = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(3)).abs().to(pooled)
     total = (pooled * pooled.detach().sign() * signs).sum()
     gradients = torch.autograd.grad(total, list(named.values()), retain_graph=True, allow_unused=True)
@@ -253,6 +255,6 @@ def _finishing(pooled: Tensor, model: nn.Module, named: dict[str, nn.Parameter],
         if len(own) == 2 and not list(module.children()):
             groups.append(own)
     allowed = max(10 * tolerance, 2e-3)
-    linear = [g for g in groups if all(abs(sum(s[name] for name in g) - 1) < allowed for s in (shares, others))]
-    # A weight alone where its bias happens to be zero, and both together, are one map.
+    linear = [g for g in groups if all(abs(sum(s[name] for name in g) - 1) < allowed for s in (ratios, others))]
+    # If a bias is zero, the weight alone and weight with bias are both linear; use the larger group.
     return [g for g in linear if not any(set(g) < set(other) for other in linear)]

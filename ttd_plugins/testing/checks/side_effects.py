@@ -1,4 +1,4 @@
-"""What an adapter leaves behind, and whether it can be copied, pickled, moved and made smaller."""
+"""Checks of side effects, and of copying, pickling, half precision and the meta device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.errors import one_sentence
-from ttd_plugins.testing.check_session import BUILT, Session, said
+from ttd_plugins.testing.check_session import BUILT, CheckSession, error_text
 from ttd_plugins.testing.check_types import Check, CheckFailed, NotApplicable, collect
 from ttd_plugins.testing.module_snapshot import ModuleSnapshot
 
@@ -23,34 +23,34 @@ CHECKS: list[Check] = []
 check = partial(collect, CHECKS)
 
 HALF_COSINE = 0.97
-"""Mean cosine that features in bfloat16 must have with the same in the model's own precision."""
+"""Smallest mean cosine between features in bfloat16 and in the model's own precision."""
 
 
 @check(
     "using an adapter changes nothing in its model: weights, buffers, hooks, masks, modes, requires_grad, attributes",
-    "a hook is registered in encode_image and not removed",
-    "the position embedding or an image size in the model is overwritten for another input size",
-    "the model is put into evaluation mode, or its parameters are frozen, and not put back",
-    "an attention mask is stored in a block in place of being passed to it",
+    "encode_image registers a hook and does not remove it",
+    "the position embedding or an image size of the model is overwritten for another input size",
+    "the model is set to evaluation mode, or its parameters are frozen, and not restored",
+    "an attention mask is stored in a block instead of being passed to it",
     needs=(BUILT, "image_features", "text_features", "other_sizes"),
 )
-def model_unchanged(session: Session) -> None:
+def model_unchanged(session: CheckSession) -> None:
     adapter = session.adapter
     for index, parameter in enumerate(adapter.model.parameters()):
         if parameter.is_floating_point():
             parameter.requires_grad_(index % 2 == 0)
     for training in (False, True):
         adapter.model.train(training)
-        keeper = ModuleSnapshot(adapter.model)
+        snapshot = ModuleSnapshot(adapter.model)
         _use(session)
-        changes = keeper.changes(buffers=not training)
+        changes = snapshot.changes(buffers=not training)
         if changes:
             mode = "training" if training else "evaluation"
-            raise CheckFailed(f"the same model after use in {mode} mode", "; ".join(changes[:3]))
+            raise CheckFailed(f"an unchanged model after use in {mode} mode", "; ".join(changes[:3]))
 
 
-def _use(session: Session) -> None:
-    """Ask everything of an adapter that the engine asks."""
+def _use(session: CheckSession) -> None:
+    """Call everything that the engine calls."""
     adapter = session.adapter
     image = Image.new("RGB", (50, 40))
     native = session.description.image_size
@@ -67,7 +67,7 @@ def _use(session: Session) -> None:
         list(adapter.tower_parameters(tower))  # type: ignore[arg-type]
 
 
-def _expect_same(session: Session, what: str, other: DenseAdapter) -> None:
+def _expect_same(session: CheckSession, what: str, other: DenseAdapter) -> None:
     ids, mine = session.tokens(["a dog", "cat"]).ids, session.native_features()
     with torch.no_grad():
         theirs = session.encode(session.pixels(), adapter=other)
@@ -79,54 +79,54 @@ def _expect_same(session: Session, what: str, other: DenseAdapter) -> None:
 
 
 @check(
-    "a deep copy works alike and shares no parameter with the original",
-    "the adapter keeps a part of the model in a closure, a partial or a global",
-    "a part of the model cannot be copied, such as a generator or a tensor with a history",
+    "a deep copy returns the same features and shares no parameter with the original",
+    "the adapter stores a part of the model in a closure, a partial or a global",
+    "a part of the model cannot be copied, such as a generator or a tensor with gradient history",
     needs=(BUILT, "image_features", "text_features", "deterministic"),
 )
-def deep_copy(session: Session) -> None:
+def deep_copy(session: CheckSession) -> None:
     size = session.quick_size()
     try:
         other = copy.deepcopy(session.adapter)
     except Exception as error:
-        raise CheckFailed("copy.deepcopy(adapter) gives an adapter", said(error)) from error
+        raise CheckFailed("copy.deepcopy(adapter) returns an adapter", error_text(error)) from error
     own = {id(parameter) for parameter in session.adapter.model.parameters()}
     if any(id(parameter) in own for parameter in other.model.parameters()):
-        raise CheckFailed("a copy with parameters of its own", "parameters that both have")
+        raise CheckFailed("a copy with its own parameters", "shared parameters")
     _expect_same(session, "a copy", other)
     with torch.no_grad():
         for parameter in other.model.parameters():
             parameter.zero_()
         emptied = session.encode(session.pixels(size=size), adapter=other)
     if not bool((emptied.patches == emptied.patches[:1, :1, :1]).all()):
-        raise CheckFailed("a copy whose features come from its own weights", "features that its weights do not decide")
+        raise CheckFailed("a copy whose features depend on its own weights", "features that do not depend on them")
 
 
 @check(
-    "an adapter can be pickled and works alike afterwards",
+    "an adapter can be pickled and returns the same features afterwards",
     "the tokenizer or the preprocessing is a lambda",
     "a class of the adapter is defined inside a function",
     needs=(BUILT, "image_features", "text_features", "deterministic"),
 )
-def pickling(session: Session) -> None:
+def pickling(session: CheckSession) -> None:
     try:
         other = pickle.loads(pickle.dumps(session.adapter))
     except Exception as error:
-        raise CheckFailed("pickle.loads(pickle.dumps(adapter)) gives an adapter", said(error)) from error
+        raise CheckFailed("pickle.loads(pickle.dumps(adapter)) returns an adapter", error_text(error)) from error
     _expect_same(session, "an unpickled adapter", other)
 
 
 @check(
-    "in bfloat16 the features are bfloat16, finite and nearly the same, from float32 pixels too",
-    "pixels are not cast to the dtype of the model",
-    "a mask, position embedding or window is made in float32 and promotes what it is added to",
+    "a model in bfloat16 returns finite bfloat16 features close to the original ones, also from float32 pixels",
+    "pixels are not cast to the model's dtype",
+    "a mask, position embedding or window in float32 promotes the result to float32",
     "-inf or a large negative number in a mask is out of the range of the dtype",
     needs=(BUILT, "image_features", "text_features", "other_sizes", "deep_copy"),
 )
-def half_precision(session: Session) -> None:
+def half_precision(session: CheckSession) -> None:
     if session.dtype == torch.bfloat16:
         raise NotApplicable("the model is in bfloat16 already")
-    # Many a CPU multiplies bfloat16 a hundred times slower: few pixels, but for one image of the preferred size.
+    # Some CPUs multiply bfloat16 a hundred times slower, so only one image has the preferred size.
     pixels, ids = session.pixels(size=session.quick_size()), session.tokens(["a dog", "two cats on grass"]).ids
     half = copy.deepcopy(session.adapter).to(torch.bfloat16)
     with torch.no_grad():
@@ -135,15 +135,15 @@ def half_precision(session: Session) -> None:
             session.encode(session.pixels(1), adapter=half)
         except (NotImplementedError, RuntimeError) as error:
             if "not implemented for" in str(error):
-                raise NotApplicable(f"torch cannot do it here: {one_sentence(error)}") from error
+                raise NotApplicable(f"torch does not support it here: {one_sentence(error)}") from error
             problem = _library_in_half(session, half, session.pixels(1), ids)
             if problem is not None:
-                raise NotApplicable(f"the model itself cannot do it: {problem}") from error
+                raise NotApplicable(f"the model itself does not support bfloat16: {problem}") from error
             raise
-        whole, own_texts = session.encode(pixels), session.embed(ids)
+        original, own_texts = session.encode(pixels), session.embed(ids)
     for name, found, own in (
-        ("patches", features.patches, whole.patches),
-        ("pooled", features.pooled, whole.pooled),
+        ("patches", features.patches, original.patches),
+        ("pooled", features.pooled, original.pooled),
         ("text embeddings", texts, own_texts),
     ):
         assert isinstance(found, Tensor)
@@ -155,8 +155,8 @@ def half_precision(session: Session) -> None:
             raise CheckFailed(f"{name} with a cosine above {HALF_COSINE} to those in {session.dtype}", f"{cosine:.3f}")
 
 
-def _library_in_half(session: Session, half: DenseAdapter, pixels: Tensor, ids: Tensor) -> str | None:
-    """Why the library's own functions fail with a model in bfloat16, or ``None`` where they do not."""
+def _library_in_half(session: CheckSession, half: DenseAdapter, pixels: Tensor, ids: Tensor) -> str | None:
+    """Return why the library's own functions fail with a model in bfloat16, or ``None`` if they succeed."""
     try:
         session.image_reference(half, pixels.to(torch.bfloat16))
         session.text_reference(half, ids.to(half.device))
@@ -167,7 +167,7 @@ def _library_in_half(session: Session, half: DenseAdapter, pixels: Tensor, ids: 
 
 @contextmanager
 def _forward_calls() -> Iterator[list[str]]:
-    """Class names of the modules that ran inside the block."""
+    """Record the class names of the modules that run inside the block."""
     calls: list[str] = []
     handle = torch.nn.modules.module.register_module_forward_pre_hook(
         lambda module, _: calls.append(type(module).__name__)
@@ -179,12 +179,12 @@ def _forward_calls() -> Iterator[list[str]]:
 
 
 @check(
-    "the description is had without computing, from a model without weights too",
-    "a dummy image is sent through the model to learn a width or a grid",
+    "the description needs no forward pass, and works on the meta device",
+    "a dummy image is encoded to determine a width or a grid",
     "a value is read from a weight with item()",
     needs=(BUILT, "description", "deep_copy"),
 )
-def description_is_cheap(session: Session) -> None:
+def description_is_cheap(session: CheckSession) -> None:
     with _forward_calls() as calls:
         own = session.description
     if calls:
@@ -192,24 +192,24 @@ def description_is_cheap(session: Session) -> None:
     try:
         found = session.on_meta().description
     except Exception as error:
-        raise CheckFailed("a description of a model on the meta device", said(error)) from error
+        raise CheckFailed("a description of a model on the meta device", error_text(error)) from error
     if found != own:
         raise CheckFailed("the same description on the meta device", "another one")
 
 
 def _impossible(error: Exception) -> bool:
-    """Whether what failed cannot be done without data, as opposed to a tensor made on the wrong device."""
+    """Return whether an error means that the computation needs data, rather than a tensor on the wrong device."""
     text = str(error).lower()
     without_data = ("item()", "cannot copy out of meta", "data-dependent", "nonzero", "is_nonzero")
     return isinstance(error, NotImplementedError) or any(part in text for part in without_data)
 
 
 @check(
-    "encode_image gives the right shapes on the meta device",
-    "a mask, position embedding or index is made on the CPU and not on the device of the features",
+    "encode_image returns the correct shapes on the meta device",
+    "a mask, position embedding or index is created on the CPU instead of the device of the features",
     needs=(BUILT, "image_features", "deep_copy"),
 )
-def meta_images(session: Session) -> None:
+def meta_images(session: CheckSession) -> None:
     adapter = session.on_meta()
     try:
         features = session.encode(session.pixels().to("meta"), adapter=adapter)
@@ -217,18 +217,18 @@ def meta_images(session: Session) -> None:
         raise
     except Exception as error:
         if _impossible(error):
-            raise NotApplicable(f"it cannot be done without data: {one_sentence(error)}") from error
-        raise CheckFailed("features on the meta device", said(error)) from error
+            raise NotApplicable(f"the computation needs data: {one_sentence(error)}") from error
+        raise CheckFailed("features on the meta device", error_text(error)) from error
     if features.patches.device.type != "meta":
         raise CheckFailed("features on the meta device", f"features on {features.patches.device}")
 
 
 @check(
-    "encode_text gives the right shapes on the meta device",
-    "positions, a mask or an index is made on the CPU and not on the device of the ids",
+    "encode_text returns the correct shapes on the meta device",
+    "positions, a mask or an index is created on the CPU instead of the device of the ids",
     needs=(BUILT, "text_features", "deep_copy"),
 )
-def meta_texts(session: Session) -> None:
+def meta_texts(session: CheckSession) -> None:
     adapter = session.on_meta()
     ids = session.tokens(["a dog", "cat"]).ids
     try:
@@ -237,7 +237,7 @@ def meta_texts(session: Session) -> None:
         raise
     except Exception as error:
         if _impossible(error):
-            raise NotApplicable(f"it cannot be done without data: {one_sentence(error)}") from error
-        raise CheckFailed("text embeddings on the meta device", said(error)) from error
+            raise NotApplicable(f"the computation needs data: {one_sentence(error)}") from error
+        raise CheckFailed("text embeddings on the meta device", error_text(error)) from error
     if found.device.type != "meta":
         raise CheckFailed("text embeddings on the meta device", f"text embeddings on {found.device}")

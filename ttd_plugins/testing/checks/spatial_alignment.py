@@ -1,4 +1,4 @@
-"""Whether features lie where the pixels are: transposed maps and prefix tokens left in show here."""
+"""Checks that features are located where the pixels are: they find transposed maps and remaining prefix tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ttd_plugins.testing.check_session import BUILT, Session
+from ttd_plugins.testing.check_session import BUILT, CheckSession
 from ttd_plugins.testing.check_types import Check, CheckFailed, NotApplicable, collect
 
 CHECKS: list[Check] = []
@@ -17,12 +17,12 @@ check = partial(collect, CHECKS)
 
 CELLS = 24
 EXACT, NEAR = 0.5, 0.75
-"""Shares of the tried cells whose change must peak in the very cell, and in it or a neighbour: receptive fields of
-convolutional towers overlap, and attention mixes, but neither moves most peaks."""
+"""Fractions of the tested cells whose change must peak in that cell, and in it or a neighbour. Receptive fields of
+convolutional towers overlap and attention mixes patches, but neither moves most peaks."""
 
 
-def _size(session: Session) -> tuple[tuple[int, int], tuple[int, int]]:
-    """An input size and its grid, not square where the adapter takes such sizes."""
+def _size(session: CheckSession) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return an input size and its grid, non-square if the adapter accepts such sizes."""
     preferred = session.description.image_size
     sizes = [size for size in (*session.sizes(), preferred) if session.grid(*size) not in (None, (1, 1))]
     sizes.sort(key=lambda size: _rank(session, size))
@@ -33,8 +33,8 @@ def _size(session: Session) -> tuple[tuple[int, int], tuple[int, int]]:
     return sizes[0], grid
 
 
-def _rank(session: Session, size: tuple[int, int]) -> tuple[bool, bool, int]:
-    """Grids that are not square and have enough cells come first, small ones before large ones."""
+def _rank(session: CheckSession, size: tuple[int, int]) -> tuple[bool, bool, int]:
+    """Sort key: first non-square grids with enough cells, small before large."""
     rows, columns = session.grid(*size) or (1, 1)
     return rows == columns, rows * columns < 9, rows * columns
 
@@ -48,7 +48,7 @@ def _cells(grid: tuple[int, int]) -> list[tuple[int, int]]:
 
 
 def _expect_in_place(cells: list[tuple[int, int]], change: Tensor, what: str) -> None:
-    """Fail unless the change ``[N, H, W]`` of most trials peaks in, or next to, the cell that was touched."""
+    """Fail unless the change ``[N, H, W]`` peaks in or next to the modified cell in most of N trials."""
     _, columns = change.shape[1:]
     peaks = [divmod(int(index), columns) for index in change.flatten(1).argmax(1)]
     offsets = [(peak[0] - cell[0], peak[1] - cell[1]) for peak, cell in zip(peaks, cells, strict=True)]
@@ -56,24 +56,24 @@ def _expect_in_place(cells: list[tuple[int, int]], change: Tensor, what: str) ->
     near = sum(max(abs(down), abs(right)) <= 1 for down, right in offsets) / len(offsets)
     if exact >= EXACT and near >= NEAR:
         return
-    seen = f"{what} peaks in the right cell for {exact:.0%} of {len(cells)} cells, and near it for {near:.0%}"
+    seen = f"{what} peaks in that cell for {exact:.0%} of {len(cells)} cells, and in it or a neighbour for {near:.0%}"
     transposed = sum(peak == (cell[1], cell[0]) for peak, cell in zip(peaks, cells, strict=True)) / len(cells)
     common = max(set(offsets), key=offsets.count)
     if offsets.count(common) > len(offsets) / 2:
-        seen += f"; mostly it lies {common[0]} down and {common[1]} to the right"
+        seen += f"; most peaks are shifted by {common[0]} rows and {common[1]} columns"
     elif transposed > exact:
         seen += "; rows and columns look exchanged"
-    raise CheckFailed(f"{what} that peaks in the cell whose pixels changed", seen)
+    raise CheckFailed(f"{what} peaks in the cell whose pixels changed", seen)
 
 
 @check(
     "when the pixels of one patch change, the features of that patch change most",
-    "the grid is transposed: columns come first, or width is taken for height",
+    "the grid is transposed: columns come first, or width and height are exchanged",
     "a prefix token (class token, register) is counted as the first patch, which shifts all others",
-    "tokens are reshaped in an order that is not the order of the patches",
+    "tokens are reshaped in another order than that of the patches",
     needs=(BUILT, "image_features", "pooled_on_request", "other_sizes", "deterministic", "batch_independent"),
 )
-def patches_in_place(session: Session) -> None:
+def patches_in_place(session: CheckSession) -> None:
     size, grid = _size(session)
     cells = _cells(grid)
     height, width = size[0] // grid[0], size[1] // grid[1]
@@ -89,23 +89,23 @@ def patches_in_place(session: Session) -> None:
 
 
 @check(
-    "a bright object in a picture moves the response along the axis that it moves along",
-    "dense_transform takes (width, height) for (height, width), or transposes the picture",
+    "when a bright object in an image moves, the response moves along the same axis",
+    "dense_transform interprets size as (width, height), or transposes the image",
     "the grid is transposed or shifted; see patches_in_place",
     needs=(BUILT, "image_features", "patches_in_place", "dense_transform"),
 )
-def moving_object(session: Session) -> None:
+def moving_object(session: CheckSession) -> None:
     size, grid = _size(session)
     transform = session.adapter.dense_transform(size)
     cells = _cells(grid)
     height, width = 2 * size[0] // grid[0], 2 * size[1] // grid[1]
     blank = np.full((2 * size[0], 2 * size[1], 3), 90, np.uint8)
-    pictures = [blank]
+    images = [blank]
     for row, column in cells:
-        picture = blank.copy()
-        picture[row * height : (row + 1) * height, column * width : (column + 1) * width] = 250
-        pictures.append(picture)
-    pixels = torch.stack([transform(Image.fromarray(picture)) for picture in pictures]).to(session.adapter.device)
+        image = blank.copy()
+        image[row * height : (row + 1) * height, column * width : (column + 1) * width] = 250
+        images.append(image)
+    pixels = torch.stack([transform(Image.fromarray(image)) for image in images]).to(session.adapter.device)
     with torch.no_grad():
         features = torch.cat([session.encode(part, pooled=False).patches for part in pixels.split(8)])
     _expect_in_place(cells, (features[1:] - features[:1]).float().norm(dim=-1), "the response to a bright object")

@@ -1,4 +1,4 @@
-"""Tokens and text embeddings."""
+"""Checks of tokens and text embeddings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from ttd_plugins.testing.check_session import BUILT, Session, said
+from ttd_plugins.testing.check_session import BUILT, CheckSession, error_text
 from ttd_plugins.testing.check_types import Check, CheckFailed, NotApplicable, collect
 from ttd_plugins.testing.checks.image_features import compare_with_library
 
@@ -31,13 +31,13 @@ STRINGS = {
 
 
 @check(
-    "tokenize gives int64 ids [N, context], int64 lengths on the CPU and truncation flags, for short texts",
-    "the tokenizer pads to the longest text of the batch and not to the context length",
-    "the tokenizer's ids are int32, as the original clip package gives",
+    "tokenize returns int64 ids [N, context], int64 lengths on the CPU and truncation flags, for short texts",
+    "the tokenizer pads to the longest text of the batch instead of the context length",
+    "the tokenizer returns int32 ids, like the original clip package",
     "context_length is that of another model of the library",
     needs=(BUILT, "description"),
 )
-def tokens(session: Session) -> None:
+def tokens(session: CheckSession) -> None:
     found = session.tokens(SHORT)
     context = session.description.context_length
     if not bool(((found.lengths >= 1) & (found.lengths <= context)).all()):
@@ -46,23 +46,23 @@ def tokens(session: Session) -> None:
         raise CheckFailed("one truncation flag, True or False, for each text", repr(found.truncated))
     alone = session.tokens(SHORT[:1])
     if not torch.equal(alone.ids[0], found.ids[0]) or alone.lengths[0] != found.lengths[0]:
-        raise CheckFailed("a text has the same ids alone as among others", "other ids")
+        raise CheckFailed("a text has the same ids alone and in a batch", "other ids")
 
 
 @check(
-    "tokenize and encode_text take any string",
-    "the tokenizer raises on an empty list of words, on unpaired surrogates or on a text that is too long",
+    "tokenize and encode_text accept any string",
+    "the tokenizer raises an exception for an empty list of words, unpaired surrogates or a text that is too long",
     "a text without words has no end token, so that pooling finds none",
     needs=(BUILT, "tokens", "text_features"),
 )
-def any_string(session: Session) -> None:
+def any_string(session: CheckSession) -> None:
     for name, text in STRINGS.items():
         try:
             found = session.tokens([text])
         except CheckFailed:
             raise
         except Exception as error:
-            raise CheckFailed(f"ids for {name}", said(error)) from error
+            raise CheckFailed(f"ids for {name}", error_text(error)) from error
         if not 1 <= int(found.lengths[0]) <= found.ids.shape[1]:
             raise CheckFailed(f"a length from 1 to {found.ids.shape[1]} for {name}", str(int(found.lengths[0])))
         with torch.no_grad():
@@ -72,77 +72,77 @@ def any_string(session: Session) -> None:
 
 
 @check(
-    "lengths reach to the end token, behind which there is padding alone",
-    "lengths count words and not positions, or leave out the start or the end token",
+    "lengths include the end token, and only padding follows it",
+    "lengths count words instead of positions, or exclude the start or the end token",
     "the tokenizer pads on the left",
-    "the end token is looked for by the wrong rule (largest id, last position, id of the end token)",
+    "the end token is found by the wrong rule (largest id, last position, id of the end token)",
     needs=(BUILT, "tokens"),
 )
-def end_token(session: Session) -> None:
+def end_token(session: CheckSession) -> None:
     found = session.tokens([*SHORT, STRINGS["a long text"]])
     ends = [int(row[length - 1]) for row, length in zip(found.ids, found.lengths, strict=True)]
-    behind = {int(i) for row, length in zip(found.ids, found.lengths, strict=True) for i in row[length:]}
-    if len(behind) > 1:
-        raise CheckFailed("one padding id behind every text", f"the ids {sorted(behind)[:4]}")
+    padding = {int(i) for row, length in zip(found.ids, found.lengths, strict=True) for i in row[length:]}
+    if len(padding) > 1:
+        raise CheckFailed("one padding id after every text", f"the ids {sorted(padding)[:4]}")
     if len(set(ends[:-1])) > 1:
         if not session.description.text_needs_full_context:
-            raise CheckFailed("the same end token as the last position of every text", f"the ids {ends[:-1]}")
-        raise NotApplicable("texts have no end token in common")
+            raise CheckFailed("the same end token at the last position of every text", f"the ids {ends[:-1]}")
+        raise NotApplicable("texts have no common end token")
     if ends[-1] != ends[0]:
-        raise CheckFailed(f"a text that is too long keeps its end token {ends[0]}", f"it ends in {ends[-1]}")
+        raise CheckFailed(f"a text that is too long keeps its end token {ends[0]}", f"it ends with {ends[-1]}")
 
 
 @check(
-    "a text that is too long fills the context and is flagged as truncated; one that fits is not",
-    "the flag compares the number of characters or words with the context",
-    "start and end token are not counted when texts are compared with the context",
-    "the tokenizer truncates silently and nobody asks whether it did",
+    "a text that is too long fills the context and is flagged as truncated; a text that fits is not flagged",
+    "the flag compares the number of characters or words with the context length",
+    "start and end token are not counted in the comparison with the context length",
+    "the tokenizer truncates silently, and the adapter does not detect it",
     needs=(BUILT, "tokens", "end_token"),
 )
-def truncation(session: Session) -> None:
+def truncation(session: CheckSession) -> None:
     context = session.description.context_length
     texts = [" ".join(["dog"] * count) for count in range(1, context + 4)]
     found = session.tokens(texts)
     last = found.ids[-1]
     first_full = next(i for i in range(len(texts)) if torch.equal(found.ids[i], last))
     if first_full == len(texts) - 1:
-        raise NotApplicable("the context does not fill with repeated words")
+        raise NotApplicable("repeated words do not fill the context")
     for index, (length, flag) in enumerate(zip(found.lengths.tolist(), found.truncated, strict=True)):
         what = f"{index + 1} words"
         if flag and length != context:
             raise CheckFailed(f"{what} fill the context of {context} if they are truncated", f"a length of {length}")
         if index < first_full and flag:
             raise CheckFailed(f"{what}, which fit, are not flagged as truncated", "a flag")
-        # The first text that fills the context may fit exactly, which some tokenizers cannot be asked.
+        # The first text that fills the context may fit exactly, which some tokenizers do not report.
         if index > first_full and not flag:
             raise CheckFailed(f"{what}, whose end is not in the ids, are flagged as truncated", "no flag")
 
 
 @check(
-    "encode_text gives finite embeddings [N, D] in the dtype of the model, on its device",
-    "embeddings stop before the text projection",
-    "the library returns a tuple or an output object in place of a tensor",
+    "encode_text returns finite embeddings [N, D] in the model's dtype and on its device",
+    "embeddings are taken before the text projection",
+    "the library returns a tuple or an output object instead of a tensor",
     needs=(BUILT, "tokens"),
 )
-def text_features(session: Session) -> None:
+def text_features(session: CheckSession) -> None:
     with torch.no_grad():
         found = session.embed(session.tokens(SHORT).ids)
     dtypes = {parameter.dtype for parameter in session.adapter.model.parameters()}
     if found.dtype not in dtypes:
-        raise CheckFailed(f"embeddings in the dtype of the model, {session.dtype}", str(found.dtype))
+        raise CheckFailed(f"embeddings in the model's dtype, {session.dtype}", str(found.dtype))
     if found.device != session.adapter.device:
         raise CheckFailed(f"embeddings on {session.adapter.device}", str(found.device))
     if not bool(torch.isfinite(found).all()):
-        raise CheckFailed("finite embeddings", "values that are not")
+        raise CheckFailed("finite embeddings", "values that are not finite")
 
 
 @check(
-    "a text has the same embedding alone as in a batch with others",
-    "sequence and batch axes are confused, so that attention runs across texts",
-    "texts are padded to the longest of the batch in a tower that looks at the padding",
+    "a text has the same embedding alone and in a batch",
+    "sequence and batch axes are exchanged, so that attention runs across texts",
+    "texts are padded to the longest text of the batch, and the tower attends to padding",
     needs=(BUILT, "text_features", "deterministic"),
 )
-def texts_independent(session: Session) -> None:
+def texts_independent(session: CheckSession) -> None:
     texts = ["a dog", "two cats on the green grass", "sky"]
     with torch.no_grad():
         rows = session.embed(session.tokens(texts).ids)
@@ -152,39 +152,39 @@ def texts_independent(session: Session) -> None:
 
 
 @check(
-    "where the description says that text after the end does not matter, cutting it changes no embedding",
+    "unless text_needs_full_context is True, removing positions after the end token changes no embedding",
     "the tower is bidirectional, appends a class token or pools at the last position",
     "positions or the causal mask are sliced from the wrong end",
-    "the end token is looked for at a fixed position",
+    "the end token is expected at a fixed position",
     needs=(BUILT, "text_features", "texts_independent", "end_token"),
 )
-def text_trimming(session: Session) -> None:
+def text_trimming(session: CheckSession) -> None:
     if session.description.text_needs_full_context:
-        raise NotApplicable("the description says that every position matters")
+        raise NotApplicable("the description has text_needs_full_context = True")
     found = session.tokens([*SHORT, "five green apples on a wooden table"])
     with torch.no_grad():
-        whole = session.embed(found.ids)
+        full = session.embed(found.ids)
         for length in {int(found.lengths.max()), min(int(found.lengths.max()) + 1, found.ids.shape[1])}:
-            session.expect_close(f"embeddings cut to {length} positions", session.embed(found.ids[:, :length]), whole)
+            session.expect_close(f"embeddings cut to {length} positions", session.embed(found.ids[:, :length]), full)
         for row, length in enumerate(found.lengths.tolist()):
             cut = session.embed(found.ids[row : row + 1, :length])[0]
-            session.expect_close("an embedding cut right behind its end token", cut, whole[row])
+            session.expect_close("an embedding cut after its end token", cut, full[row])
 
 
 @check(
-    "text embeddings are the library's own",
-    "another token is pooled than the library pools",
-    "the causal mask, the final LayerNorm or the projection is left out",
+    "text embeddings equal the library's own",
+    "the adapter pools another token than the library",
+    "the causal mask, the final LayerNorm or the projection is missing",
     needs=(BUILT, "text_features", "texts_independent"),
 )
-def text_is_the_librarys(session: Session) -> None:
+def text_matches_library(session: CheckSession) -> None:
     ids = session.tokens([*SHORT, STRINGS["a long text"]]).ids.to(session.adapter.device)
     with torch.no_grad():
         found = session.embed(ids)
         try:
             own = session.text_reference(session.adapter, ids)
         except Exception as error:
-            raise NotApplicable(f"the library's own embedding cannot be computed ({said(error)})") from error
+            raise NotApplicable(f"the library's own embedding cannot be computed ({error_text(error)})") from error
     if own is None:
         raise NotApplicable("the model has neither encode_text nor get_text_features; override the reference")
     compare_with_library(session, "text embeddings", found, own)
