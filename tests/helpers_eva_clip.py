@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import open_clip
@@ -36,6 +37,9 @@ VARIANTS: dict[str, dict[str, Any]] = KINDS | {
     "packed_swiglu": {"model_name": BASE, "scale_mlp": False},
     "query_key_norm": {"model_name": BASE, "qk_norm": True},
 }
+EVA_OPTIONS = inspect.signature(timm.models.eva.Eva).parameters
+if "qk_norm" not in EVA_OPTIONS:  # timm before 1.0.30
+    del VARIANTS["query_key_norm"]
 
 
 def trunk_options(trunk: dict[str, Any] | None = None) -> dict[str, Any]:
