@@ -70,11 +70,7 @@ class OpenAICLIPAdapter(CLIPAdapter):
     # The contract --------------------------------------------------------------------------------------------------
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """Text embeddings ``[N, D]``, not L2-normalised.
-
-        Args:
-            ids: int64 ``[N, L]``; L may be any length that keeps each row's end token, unless
-                ``description.text_needs_full_context``.
+        """Text embeddings ``[N, D]`` of ids ``[N, L]``, as the contract says.
 
         Raises:
             InputError: L is longer than the context, or shorter where the full context is needed.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -111,4 +111,5 @@ def project_out(attention: Any, mixed: Tensor) -> Tensor:
     return attention.project_out(mixed) if hasattr(attention, "project_out") else attention.out_proj(mixed)
 
 
-__getattr__ = renamed_names(__name__, {"run_blocks": "call_checkpointed", "project_some": "project_with_queries"})
+if not TYPE_CHECKING:
+    __getattr__ = renamed_names(__name__, {"run_blocks": "call_checkpointed", "project_some": "project_with_queries"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -140,13 +140,14 @@ def save_tokenizer(tokenizer: Any, folder: Path, advice: str) -> str | None:
     return None
 
 
-__getattr__ = renamed_names(
-    __name__,
-    {
-        "WAY_OUT": "ALTERNATIVES",
-        "state_of": "exportable_state_dict",
-        "number_formats": "parameter_dtypes",
-        "difference": "embedding_difference",
-        "require_same": "require_same_embeddings",
-    },
-)
+if not TYPE_CHECKING:
+    __getattr__ = renamed_names(
+        __name__,
+        {
+            "WAY_OUT": "ALTERNATIVES",
+            "state_of": "exportable_state_dict",
+            "number_formats": "parameter_dtypes",
+            "difference": "embedding_difference",
+            "require_same": "require_same_embeddings",
+        },
+    )

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ttd_plugins.errors import BackboneNameError, TTDError, UnsupportedModelError, choices_sentence
 from ttd_plugins.toolkit.clip_family import OWN_WEIGHTS, RANDOM
@@ -231,4 +231,5 @@ def _alternative(model: str, *, checkpoint: bool) -> str:
     return "give the path of a checkpoint file after an architecture's name and @"
 
 
-__getattr__ = renamed_names(__name__, {"is_whole": "bundles_weights"})
+if not TYPE_CHECKING:
+    __getattr__ = renamed_names(__name__, {"is_whole": "bundles_weights"})

@@ -13,7 +13,7 @@ and ``ln_final``, in the model itself or under ``model.text``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -216,4 +216,5 @@ def lora_targets(model: Any, is_plain: Callable[[nn.Module], bool] = is_plain_at
     return residual_block_targets(blocks, f"{name_prefix(model)}transformer.resblocks", is_plain)
 
 
-__getattr__ = renamed_names(__name__, {"prefix": "name_prefix"})
+if not TYPE_CHECKING:
+    __getattr__ = renamed_names(__name__, {"prefix": "name_prefix"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -196,4 +196,5 @@ class RowTokenizer:
         return int(known if known is not None else getattr(text_tower.text_module(self.model), "pad_id", 0))
 
 
-__getattr__ = renamed_names(__name__, {"takes_parameter": "accepts_parameter"})
+if not TYPE_CHECKING:
+    __getattr__ = renamed_names(__name__, {"takes_parameter": "accepts_parameter"})
