@@ -635,8 +635,8 @@ def test_the_command_exports_a_backbone_by_name(tmp_path: Path) -> None:
     [
         ([], "either the folder of a run or --backbone"),
         (["run", "--backbone", "openai_clip:tiny"], "either the folder of a run or --backbone"),
-        (["--backbone", "openai_clip:tiny", "--step", "3"], "--step picks a checkpoint"),
-        (["run", "--backbone-option", "dense=plain"], "--backbone-option goes with --backbone"),
+        (["--backbone", "openai_clip:tiny", "--step", "3"], "--step selects a checkpoint"),
+        (["run", "--backbone-option", "dense=plain"], "--backbone-option needs --backbone"),
         (["--backbone", "openai_clip:tiny", "--form", "onnx"], "must be one of native, lora, weights"),
         (["--backbone", "openai_clip:tiny@random", "--form", "lora"], "has no LoRA"),
         (["--backbone", "eva_clip:tiny@random"], "cannot rebuild eva_clip:tiny@random"),
