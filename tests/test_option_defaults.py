@@ -16,7 +16,7 @@ OPTIONS = vars(TTDOptions())
 # Modules that need an extra, or are front ends whose flags are generated from the options.
 LEFT_OUT = {"app", "attention_lora", "cli", "torchmetrics_classes"}
 OTHER_MEANING = {
-    ("ttd_plugins.data.opening.open_pairs", "threshold"): "a threshold of image-text similarity",
+    ("ttd_plugins.data.source_detection.open_pairs", "threshold"): "a threshold of image-text similarity",
     ("ttd_plugins.data.score_filter.PairFilter", "threshold"): "a threshold of image-text similarity",
     ("ttd_plugins.engine.TTD", "extractor"): "None means the option",
     ("ttd_plugins.evaluation.protocols.segment.SegmentProtocol", "activation"): "activation of class maps",
