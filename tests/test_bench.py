@@ -131,7 +131,7 @@ def test_a_step_that_does_not_fit_is_left_out_or_told(
         assert {name for name in RATIOS if found[kind][name] is None} == {"unshared_over_ttd"}
     assert (found["peak_operations_per_second"], found["peak_source"]) == (2e12, "given")
     print_report(found)
-    assert "shares nothing was left out" in capsys.readouterr().out
+    assert "shares nothing was skipped" in capsys.readouterr().out
     too_large = "ttd"
     with pytest.raises(TTDError, match=r"ttd with a batch of 2 does not fit .* smaller --batch-size"):
         run_benchmark(options, memory=False)

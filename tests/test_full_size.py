@@ -37,9 +37,9 @@ from ttd_plugins import cli
 from ttd_plugins.testing import CHECKS
 
 SKIPPED = {
-    "siglip": {"text_trimming": "every position matters"},
+    "siglip": {"text_trimming": "text_needs_full_context = True"},
     # LayerNorms of that class compute in float32, so model.to(torch.bfloat16) breaks the model itself.
-    "original": {"half_precision": "the model itself cannot do it"},
+    "original": {"half_precision": "the model itself does not support"},
 }
 TEXTS = ["a dog", "Two CATS, on the grass!", "", "naïve café 3 x 14's", "word " * 100]
 
@@ -193,7 +193,7 @@ def test_the_table_is_printed_and_what_is_there_is_not_measured_again(
     first = capsys.readouterr().out
     assert "| A | open_clip `ViT-B-16` |" in first and "| B | original `clip`, ViT-B/16 |" in first
     assert "| `patches_in_place` | yes | yes |" in first and "| `half_precision` | yes | – |" in first
-    assert "- `half_precision` (B): skipped: the model itself cannot do it" in first
+    assert "- `half_precision` (B): skipped: the model itself does not support" in first
     path = tmp_path / "open_clip-small.json"
     changed = json.loads(path.read_text())
     changed["checks"][-1] |= {"status": "failed", "seen": "a spoon"}

@@ -19,10 +19,10 @@ OTHER_MEANING = {
     ("ttd_plugins.data.source_detection.open_pairs", "threshold"): "a threshold of image-text similarity",
     ("ttd_plugins.data.score_filter.PairFilter", "threshold"): "a threshold of image-text similarity",
     ("ttd_plugins.engine.TTD", "extractor"): "None means the option",
-    ("ttd_plugins.evaluation.protocols.segment.SegmentProtocol", "activation"): "activation of class maps",
-    ("ttd_plugins.evaluation.protocols.segment.SegmentProtocol", "threshold"): "a threshold of class maps",
-    ("ttd_plugins.evaluation.protocols.text.TextProtocol", "activation"): "activation of evaluated maps",
-    ("ttd_plugins.evaluation.protocols.text.TextProtocol", "threshold"): "a threshold of evaluated maps",
+    ("ttd_plugins.evaluation.protocol_options.SegmentProtocol", "activation"): "activation of class maps",
+    ("ttd_plugins.evaluation.protocol_options.SegmentProtocol", "threshold"): "a threshold of class maps",
+    ("ttd_plugins.evaluation.protocol_options.TextProtocol", "activation"): "activation of evaluated maps",
+    ("ttd_plugins.evaluation.protocol_options.TextProtocol", "threshold"): "a threshold of evaluated maps",
 }
 
 

@@ -579,7 +579,7 @@ def test_the_function_shares_the_work_between_processes(folder: Path, tmp_path: 
         ("coco_captions:.", {"protocol": "tag"}, "unknown protocol 'tag'; did you mean 'tags'"),
         ("coco_captions:.", {"preset": "papre"}, "unknown preset 'papre'; did you mean 'paper'"),
         ("coco_captions:.", {"threshhold": 0.1}, "unknown option 'threshhold'; did you mean 'threshold'"),
-        ("coco_captions:.", {"resize": "long"}, "unknown resize 'long'"),
+        ("coco_captions:.", {"resize": "long"}, "unknown value of resize 'long'"),
     ],
 )
 def test_wrong_arguments_of_the_function_are_one_sentence(

@@ -220,6 +220,11 @@ def test_a_mistake_in_python_is_one_sentence(values: dict[str, Any], said: str) 
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_mistake_in_a_positional_argument_names_its_field() -> None:
+    with pytest.raises(InputError, match="scale must be a finite number, not inf"):
+        Calibration(math.inf, 0.0)
+
+
 def test_every_field_is_documented() -> None:
     sections = (type(getattr(TrainConfig(), section)) for section in TrainConfig().as_dict())
     for kind in (TrainConfig, Calibration, *sections):

@@ -140,7 +140,7 @@ def test_a_callback_and_the_labelled_set_share_a_line(labelled: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        ("coco_captions:{root}/nowhere", "there is no folder '{root}/nowhere'"),
+        ("coco_captions:{root}/nowhere", "the folder '{root}/nowhere' of coco_captions does not exist"),
         ("coco_captions:{root}/images", "has neither captions.json nor"),
         ("coco_captions:{root}", "the mask '{root}/semantic_masks/b.png' is missing"),
         ("cc3m_tagmask:{root}", "cc3m_tagmask in '{root}' has no folder 'image'"),
@@ -185,7 +185,7 @@ def test_the_command_evaluates_without_python_and_says_so(labelled: Path, tmp_pa
     found = CliRunner().invoke(cli.app, [*common, *flags, "--steps", "2"])
     assert found.exit_code == 0, found.output
     assert "evaluation after step 2 (and after step 0):" in found.output and "tags/map" in found.output
-    assert f"{out / 'evaluation'}: results of the labelled set" in found.output
+    assert f"{out / 'evaluation'}: results on the labelled set" in found.output
     assert list(evaluations(out)) == [0, 1, 2]
     _, card = read_run(out)
     assert card.figures["evaluation after step 2"] == evaluations(out)[2]

@@ -275,7 +275,7 @@ def test_what_a_run_compiles_is_taken_back_at_its_end(
 
 
 def test_nothing_to_compile_is_told_before_the_first_step(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="nothing to compile"):
+    with pytest.raises(UnsupportedModelError, match="nothing can be compiled"):
         run_toy(tmp_path, toy_config(run={"compile": True}))
     assert not (tmp_path / "config.yaml").exists()
 

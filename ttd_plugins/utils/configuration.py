@@ -266,6 +266,8 @@ def _locate(kind: type[Any], location: Sequence[Any]) -> tuple[list[str], Any, l
     metadata: list[Any] = []
     for part in location:
         owner = section_of(hint)
+        if owner is kind and isinstance(part, int) and not names:
+            part = list(field_information(kind))[part]  # a positional argument
         if owner is None or not isinstance(part, str):
             break
         if part not in field_information(owner):
