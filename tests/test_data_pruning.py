@@ -149,7 +149,7 @@ def test_pairs_below_the_threshold_are_left_out(tmp_path: Path, backbone: Any, k
         limit = options.get("threshold", float(np.quantile(list(scores.values()), options.get("quantile", 0.0))))
         due = {pair for pair, value in scores.items() if value >= limit}
         source = open_pairs(spec, keep=out, **options)
-        assert (source.keep.kept, source.keep.dropped) == (len(due), len(scores) - len(due))
+        assert (source.keep.selected, source.keep.rejected) == (len(due), len(scores) - len(due))
         assert captions_kept(source, "all") == due
         assert captions_kept(source, "first") == {(key, min(v for k, v in due if k == key)) for key, _ in due}
         assert captions_kept(source, "random") <= due
@@ -214,3 +214,12 @@ def test_what_a_user_can_mend_is_one_sentence(tmp_path: Path, arguments: list[st
     result = ttd("prune", *(argument.format(tmp_path) for argument in arguments), "--backbone", "fake:small")
     assert result.exit_code == cli.USER_ERROR, result.output
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and said in result.stderr
+
+
+def test_old_names_of_counts_work_and_warn() -> None:
+    scores = PairScores({}, ["a", "b"], np.array([0, 0]), np.array([0.1, 0.9]))
+    filtered = PairFilter(scores, threshold=0.5)
+    with pytest.warns(FutureWarning, match="PairFilter.kept is now PairFilter.selected"):
+        assert filtered.kept == filtered.selected == 1
+    with pytest.warns(FutureWarning, match="PairFilter.dropped is now PairFilter.rejected"):
+        assert filtered.dropped == filtered.rejected == 1

@@ -173,7 +173,7 @@ def check(folder: Path, *, processes: int, steps: int, sets: list[str]) -> None:
             assert key in flags.get(section, ()) or config[section][key] == value, (section, key)
     # Paths of the file are relative to the folder of the test, which is the current one.
     kept = open_pairs(config["data"]["source"], **config["data"]["options"]).keep
-    assert kept is not None and kept.kept + kept.dropped == total and 0 < kept.dropped <= total / 4
+    assert kept is not None and kept.selected + kept.rejected == total and 0 < kept.rejected <= total / 4
 
     (checkpoint,) = (folder / "runs/ttd/checkpoints").iterdir()
     state = json.loads((checkpoint / "state.json").read_text())

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ttd_plugins.errors import InputError, MissingDependencyError, one_sentence
+from ttd_plugins.utils.deprecation import RenamedAttribute
 
 
 def key_hash(key: str) -> int:
@@ -92,7 +93,7 @@ class PairFilter:
 
     Attributes:
         threshold: the smallest selected cosine.
-        kept, dropped: numbers of selected and rejected captions.
+        selected, rejected: numbers of captions.
 
     Args:
         scores: the score of every pair.
@@ -103,15 +104,18 @@ class PairFilter:
         InputError: not exactly one of the two is given, or no pair is selected.
     """
 
+    kept = RenamedAttribute("selected")
+    dropped = RenamedAttribute("rejected")
+
     def __init__(self, scores: PairScores, *, threshold: float | None = None, quantile: float | None = None) -> None:
         if (threshold is None) == (quantile is None):
             raise InputError("pruning needs either a threshold (a cosine) or a quantile (the fraction to reject)")
         self.threshold = threshold if threshold is not None else scores.threshold(quantile or 0.0)
-        kept = scores.similarity >= self.threshold
-        if not kept.any():
+        selected = scores.similarity >= self.threshold
+        if not selected.any():
             best = np.nanmax(scores.similarity, initial=-1.0)
             raise InputError(f"a threshold of {self.threshold:g} selects no pair; the highest similarity is {best:.4f}")
-        self.kept, self.dropped = int(kept.sum()), int((~kept & (scores.captions >= 0)).sum())
+        self.selected, self.rejected = int(selected.sum()), int((~selected & (scores.captions >= 0)).sum())
         # Hashes instead of keys: a few bytes per pair, so that millions of pairs fit in every worker.
         hashes = np.fromiter((key_hash(key) for key in scores.keys), np.uint64, len(scores.keys))
         # A caption that could not be scored is listed as its image's key, # and its index.
@@ -119,9 +123,9 @@ class PairFilter:
             key.rpartition("#")[0] for key, number in zip(scores.keys, scores.captions, strict=True) if number < 0
         )
         self._known = np.unique(np.append(hashes, np.fromiter((key_hash(key) for key in images), np.uint64)))
-        order = np.lexsort((scores.captions[kept], hashes[kept]))
-        self._hashes = hashes[kept][order]
-        self._captions = scores.captions[kept][order]
+        order = np.lexsort((scores.captions[selected], hashes[selected]))
+        self._hashes = hashes[selected][order]
+        self._captions = scores.captions[selected][order]
 
     @classmethod
     def read(cls, file: str | Path, *, threshold: float | None = None, quantile: float | None = None) -> PairFilter:
