@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ttd_plugins.errors import BackboneNameError, InputError, choices_sentence, one_sentence
 from ttd_plugins.plugins import get_family, load, parse_name
+from ttd_plugins.utils.configuration import check_seed
 
 if TYPE_CHECKING:
     from ttd_plugins.adapter import DenseAdapter
@@ -68,6 +69,7 @@ def open_backbone(name: str, *, seed: int = 0, device: str | None = None) -> Den
         InputError, TTDError: as in :func:`check_backbone`, or the backbone cannot be loaded.
     """
     check_backbone(name)
+    check_seed(seed)
     base, source = _split(name)
     torch.manual_seed(seed)
     if source is None:

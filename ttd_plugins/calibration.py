@@ -25,6 +25,7 @@ from ttd_plugins.errors import InputError, TagExtractionError, TTDError
 from ttd_plugins.method import selection, similarity
 from ttd_plugins.method.text_embeddings import encode_texts
 from ttd_plugins.tags import fold
+from ttd_plugins.utils.configuration import check_seed
 
 if TYPE_CHECKING:
     from ttd_plugins.tags import TagExtractor
@@ -183,6 +184,7 @@ def fit_calibration(
         TagExtractionError: the extractor finds no word in any caption, or returns the wrong number of lists.
         TTDError: no increasing map fits; see :func:`fit_logistic`.
     """
+    check_seed(seed)
     if not 0 < held_out < 1:
         raise InputError(f"held_out must be between 0 and 1, not {held_out}")
     if batch_size < 1:

@@ -6,9 +6,6 @@ hidden folder beside it, which is renamed at the end.
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,6 +16,7 @@ from ttd_plugins._version import __version__
 from ttd_plugins.adapter import ExportedModel
 from ttd_plugins.errors import InputError, TTDError, choices_sentence, one_sentence
 from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_keyword
+from ttd_plugins.utils.output_folder import new_folder, require_new
 from ttd_plugins.utils.settings import flatten
 
 if TYPE_CHECKING:
@@ -117,8 +115,6 @@ def export_backbone(
         raise TTDError(f"{adapter.description.name} has no LoRA to export; use form='native' or form='weights'")
     card = card if card is not None else ModelCard()
     out = Path(out)
-    # Before anything slow, so that a wrong path fails at once.
-    _require_free(out)
     with _complete_or_absent(out) as folder:
         if form == "lora":
             model = _write_lora(adapter, folder)
@@ -144,7 +140,8 @@ def export_run(run: str | Path, out: str | Path, *, form: Form = "native", step:
     Raises:
         TTDError: the run cannot be read, or as :func:`export_backbone`.
     """
-    _require_free(Path(out))
+    # Before anything slow, so that a wrong path fails at once.
+    require_new(Path(out))
     adapter, card = read_run(Path(run), step)
     return export_backbone(adapter, out, form=form, card=card)
 
@@ -197,38 +194,16 @@ def _class_of(adapter: DenseAdapter) -> str:
     return f"{type(adapter.model).__module__}.{type(adapter.model).__qualname__}"
 
 
-def _require_free(out: Path) -> None:
-    try:
-        if out.exists() and not out.is_dir():
-            raise InputError(f"{str(out)!r} is a file; choose another folder to export to")
-        if out.is_dir() and any(out.iterdir()):
-            raise InputError(f"the folder {str(out)!r} is not empty; choose another one to export to")
-    except OSError as error:
-        raise InputError(f"{str(out)!r} cannot be read ({error.strerror}); choose another folder") from error
-
-
 @contextmanager
 def _complete_or_absent(out: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside ``out``; it is renamed to ``out`` on success and removed otherwise."""
+    """:func:`new_folder`, with the errors of safetensors as those of the file system."""
     from safetensors import SafetensorError
 
-    beside: Path | None = None
-    try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.part-", dir=out.absolute().parent))
-        inner = beside / "export"
-        inner.mkdir()
-        yield inner
-        # This replaces an empty folder.
-        os.replace(inner, out)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or one_sentence(error)
-        raise InputError(
-            f"{str(out)!r} cannot be written ({reason}); free some space or choose another folder"
-        ) from error
-    finally:
-        if beside is not None:
-            shutil.rmtree(beside, ignore_errors=True)
+    with new_folder(out) as folder:
+        try:
+            yield folder
+        except SafetensorError as error:
+            raise OSError(one_sentence(error)) from error
 
 
 # The card ------------------------------------------------------------------------------------------------------------

@@ -6,9 +6,8 @@ import errno
 import hashlib
 import logging
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from ttd_plugins.comparison.arms import (
 )
 from ttd_plugins.comparison.data import open_data
 from ttd_plugins.comparison.data_interface import ComparisonData, Sample
-from ttd_plugins.comparison.experiment_record import ExperimentRecord, versions
+from ttd_plugins.comparison.experiment_record import ExperimentRecord, read_record, versions
 from ttd_plugins.comparison.gallery import CANDIDATES, choose_gallery, compute_view
 from ttd_plugins.comparison.options import CompareOptions
 from ttd_plugins.comparison.results import Arm, BackboneResult, Comparison, View
@@ -35,6 +34,7 @@ from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.evaluation.protocols.runner import weights_hash
 from ttd_plugins.training.stop_signals import TrainingStoppedError
 from ttd_plugins.utils.files import make_folder
+from ttd_plugins.utils.output_folder import FolderKind, output_folder
 from ttd_plugins.utils.progress import Stage, no_progress, progress_bars
 
 log = logging.getLogger(__name__)
@@ -116,12 +116,33 @@ def run_comparison(
     """
     for name in options.backbones:
         check_backbone(name)
-    run = _ComparisonRun(out, options, open_data(options), stage, command)
+    data = open_data(options)
+    with output_folder(out, COMPARISON_FOLDER):
+        return run_comparison_in(out, options, data, stage=stage, command=command)
+
+
+def run_comparison_in(
+    out: Path, options: CompareOptions, data: ComparisonData, *, stage: Stage, command: str | None
+) -> Comparison:
+    """Do the work of :func:`run_comparison` in a folder that the caller has locked."""
+    run = _ComparisonRun(out, options, data, stage, command)
     run.describe_backbones()
     run.run_arms()
     comparison = run.comparison()
     write_outputs(out, comparison)
     return comparison
+
+
+def _is_earlier_comparison(folder: Path) -> bool:
+    """Whether a folder was written by a release without markers: its results, or those of a demo up to 0.1."""
+    for name, keys in ((RESULTS, {"settings", "backbones"}), ("metrics.json", {"settings", "seconds", "curves"})):
+        with suppress(InputError):
+            if (folder / name).is_file() and keys <= read_record(folder / name).keys():
+                return True
+    return False
+
+
+COMPARISON_FOLDER = FolderKind("comparison", "the folder of ttd compare or ttd demo", _is_earlier_comparison)
 
 
 def write_outputs(out: Path, comparison: Comparison) -> None:
@@ -315,7 +336,7 @@ class _ComparisonRun:
         for name in names:
             self._content(name)["weights"] = self._weights(name)
         self.record.content["pictures"] = [{"key": one.key, "caption": one.caption, "why": one.why} for one in gallery]
-        shutil.rmtree(self.out / WORK, ignore_errors=True)
+        self._remove_work()
         self.record.save()
         return Comparison(
             settings=self.record.content["settings"] | {"command": self.record.content["command"]},
@@ -325,6 +346,15 @@ class _ComparisonRun:
             attribution=self.data.attribution,
             failures=dict(self.failures),
         )
+
+    def _remove_work(self) -> None:
+        """Delete the work of this comparison's arms, and nothing else that the folder may have."""
+        for name in self.options.backbones:
+            for arm in self.options.arms:
+                for seed in (None,) if arm == "before" else self.options.seed_numbers:
+                    remove_unfinished_work(self._job(name, arm, seed))
+        with suppress(OSError):
+            (self.out / WORK).rmdir()
 
     def _weights(self, name: str) -> dict[Arm, list[str]]:
         """For each trained arm one file per seed, relative to the folder of the comparison."""
