@@ -6,6 +6,7 @@ hidden folder beside it, which is renamed at the end.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -21,6 +22,8 @@ from ttd_plugins.utils.settings import flatten
 
 if TYPE_CHECKING:
     from ttd_plugins.adapter import DenseAdapter
+
+log = logging.getLogger(__name__)
 
 Form = Literal["native", "lora", "weights"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -330,10 +333,13 @@ def read_run(run: Path, step: int | None = None) -> tuple[DenseAdapter, ModelCar
     """
     from ttd_plugins.training.checkpoints import read_state, restore_backbone
     from ttd_plugins.training.config import TrainConfig
+    from ttd_plugins.training.divergence import DivergenceWatch
     from ttd_plugins.training.jsonl_log import JsonlLog
 
     adapter = restore_backbone(run, step)
     config, state = asdict(TrainConfig.read(run / "config.yaml")), read_state(run, step)
+    if DivergenceWatch(**(state.get("health") or {})).diverged:
+        log.warning("the run had diverged at step %d, so its weights are most likely useless", state["step"])
     source = config["data"]["source"]
     data = {
         # The name of the folder or file: the rest of a path means nothing elsewhere.
@@ -351,7 +357,7 @@ def read_run(run: Path, step: int | None = None) -> tuple[DenseAdapter, ModelCar
     metrics = {name: value for name, value in state.get("figures", {}).items() if isinstance(value, int | float)}
     logged = {"last log line of the training": metrics} if metrics else {}
     lines = [line for line in JsonlLog(run / "log.jsonl").read() if "evaluation" in line]
-    for line in [line for line in lines if line["step"] <= state["step"]][-1:]:
+    for line in [one for one in lines if one["step"] <= state["step"] and isinstance(one["evaluation"], Mapping)][-1:]:
         logged[f"evaluation after step {line['step']}"] = line["evaluation"]
     name, colon, place = (config["evaluation"]["data"] or "").partition(":")
     if name:

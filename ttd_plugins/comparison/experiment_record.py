@@ -43,7 +43,7 @@ class ExperimentRecord:
     """
 
     def __init__(self, file: Path, settings: Mapping[str, Any], **initial: Any) -> None:
-        """Read an existing file or create a new one.
+        """Read an existing file, or begin a record that :meth:`save` writes.
 
         Args:
             file: path of the JSON file; its folder is created if it does not exist.
@@ -66,7 +66,6 @@ class ExperimentRecord:
                     f"{file} contains the results of a run with other settings ({difference}); choose another --out"
                 )
         self.content: dict[str, Any] = {**initial, **earlier, "settings": own}
-        self.save()
 
     def save(self) -> None:
         """Write the file, completely or not at all.

@@ -238,7 +238,9 @@ class _ComparisonRun:
         log.debug("%s failed", name, exc_info=error)
         kind = "" if isinstance(error, TTDError) else f"{type(error).__name__}: "
         self.failures[name] = kind + one_sentence(error)
-        self.record.save()
+        # A comparison whose backbones all fail at once leaves no results behind.
+        if self.record.content["backbones"]:
+            self.record.save()
 
     def _check_that_one_is_left(self) -> None:
         if len(self.failures) == len(self.options.backbones):

@@ -42,6 +42,8 @@ class _Health:
     recent: list[Flag]
     protected: list[Count]
     after_skip: list[Count]
+    first_norm: Number | None = None
+    last_norm: Number | None = None
 
 
 @dataclass

@@ -248,6 +248,9 @@ class _Run:
         with self.signals:
             if state.step == 0:
                 self._draw_heatmaps()
+                norm = state.weight_norm()
+                if norm is not None:
+                    state.health.weigh(norm, ())
             self._evaluate()
             try:
                 run_loop(state, self.prefetcher, self.config.optimizer, self, self.signals)
@@ -327,7 +330,13 @@ class _Run:
         spreads = [one["caption_map_spread"] for one in result.statistics if "caption_map_spread" in one]
         metrics = {"caption_map_spread": sum(spreads) / count} if spreads else {}
         existing = checkpoints.checkpoint_steps(self.out) if self.is_main else []
-        if health.add(step, result.loss, metrics, existing, skipped=result.problem is not None):
+        diverges = health.add(step, result.loss, metrics, existing, skipped=result.problem is not None)
+        # Measured as often as lines are logged: it reads every weight.
+        due = step % self.config.run.log_every == 0 or step == self.state.total_steps
+        norm = self.state.weight_norm() if due else None
+        if norm is not None:
+            diverges = health.weigh(norm, existing) or diverges
+        if diverges:
             why = health.sentence(result.loss, metrics.get("caption_map_spread"))
             self.logger.message(
                 f"step {step}: the run diverges: {why}; lower the learning rate{self._earlier_checkpoint()}",
@@ -423,8 +432,13 @@ class _Run:
                     {"picture": name, "caption": batch.captions[number], "tags": tags, "key": batch.keys[number]}
                 )
             write_atomic(file, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
-        rows = json.loads(file.read_text(encoding="utf-8"))
-        return [(Image.open(folder / row["picture"]).convert("RGB"), row["caption"], row["tags"]) for row in rows]
+        try:
+            rows = json.loads(file.read_text(encoding="utf-8"))
+            return [(Image.open(folder / row["picture"]).convert("RGB"), row["caption"], row["tags"]) for row in rows]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"the fixed samples in {folder} cannot be read ({one_sentence(error)}); delete that folder"
+            ) from error
 
     def _evaluate(self) -> None:
         """Evaluate on the labelled set and by the callback, where it is due and not in the log yet."""

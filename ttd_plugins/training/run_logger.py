@@ -125,7 +125,7 @@ class RunLogger:
         def identify() -> str:
             if not file.exists():
                 write_atomic(file, uuid.uuid4().hex + "\n")
-            return file.read_text(encoding="utf-8").strip()
+            return file.read_text(encoding="utf-8", errors="replace").strip()
 
         name = main_process_first(identify, is_main=self.is_main)
         flat = {

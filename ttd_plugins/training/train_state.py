@@ -145,6 +145,14 @@ class TrainState:
         set_rng_state(rng)
         self.point = ResumePoint(state["epoch"], state["positions"][rank], rng)
 
+    def weight_norm(self) -> float | None:
+        """Norm of all trained weights; ``None`` where they are sharded."""
+        weights = [parameter.detach() for parameter in self.trained.values()]
+        if any(hasattr(weight, "full_tensor") for weight in weights):
+            return None
+        norms = torch.stack([weight.norm(dtype=torch.float32) for weight in weights])
+        return float(norms.norm())
+
     def changes_in_forward_pass(self) -> bool:
         """Whether a forward pass alone changes stored state: an EMA teacher, or running statistics."""
         return self._stored_teacher() is not None or any(
