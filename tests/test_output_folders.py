@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from ttd_plugins import cli
 from ttd_plugins.errors import InputError
-from ttd_plugins.utils.output_folder import MARKER, FolderKind, locked, new_folder, output_folder
+from ttd_plugins.utils.output_folder import MARKER, FolderKind, new_folder, output_folder
 
 KIND = FolderKind("thing", "the folder of a thing", lambda folder: (folder / "old-thing").exists())
 OTHER = FolderKind("other", "the folder of another thing")
@@ -202,8 +202,6 @@ def test_a_disk_that_cannot_be_written_is_one_sentence(tmp_path: Path, monkeypat
         patched.setattr(os, "mkdir", refuse)
         with pytest.raises(InputError, match="Read-only file system"):
             opened(output_folder(tmp_path / "out", KIND))
-    with pytest.raises(InputError, match="cannot be written"):
-        opened(locked(tmp_path / "nowhere" / "lock", "the file"))
 
 
 # Every command -------------------------------------------------------------------------------------------------------
@@ -261,7 +259,8 @@ def test_no_command_touches_a_folder_that_is_not_its_own(
     before = foreign_folder(out, files)
     status, output = ttd(*COMMANDS[name](out, coco))
     assert status == 2 and output.count("\n") == 1, output
-    assert "is not empty" in output, output
+    # A configuration that is none is refused before its folder is judged.
+    assert "is not empty" in output or "config.yaml: unknown key" in output, output
     assert snapshot(out) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -304,7 +303,7 @@ def test_refused_commands_leave_no_folder(tmp_path: Path, coco: Path) -> None:
         ["demo", "--backbone", "open_clip:no-such-model", "--out", out],
         ["export", tmp_path / "none", "--out", out],
         ["export", "--backbone", "open_clip:tiny", "--form", "lora", "--out", out],
-        ["eval", "tags", coco, "--backbone", "open_clip:tiny", "--size", 1, "--out", out],
+        ["eval", "tags", tmp_path / "none", "--backbone", "open_clip:tiny", "--out", out],
         ["new-adapter", "open_clip", "--out", out],
     ]
     for arguments in refused:

@@ -51,7 +51,7 @@ def command(
     typer.echo(f"wrote {out}")
 
 
-def check_writable(out: Path, image: Path) -> None:
+def check_writable(out: Path, image: Path | None = None) -> None:
     """Check that a PNG can be written to ``out``, before anything slow.
 
     Raises:
@@ -62,7 +62,7 @@ def check_writable(out: Path, image: Path) -> None:
         raise InputError(f"{name} must end in .png")
     if not os.path.isdir(out.parent):
         raise InputError(f"{name} cannot be written: the folder {str(out.parent)!r} does not exist")
-    if os.path.exists(out) and os.path.exists(image) and os.path.samefile(out, image):
+    if image is not None and os.path.exists(out) and os.path.exists(image) and os.path.samefile(out, image):
         raise InputError(f"{name} is the image itself, which the heat map would replace; choose another name")
     if out.is_dir():
         raise InputError(f"{name} cannot be written: it is a folder")

@@ -81,7 +81,7 @@ class _ChildSignals:
     """Confines torch's handler of SIGCHLD to reads.
 
     torch raises the error about a killed worker from that handler, so at any line of the main thread: in the middle of
-    a backward pass, or while a checkpoint is written. Within a read it must stay, since a read can block for ever.
+    a backward pass, or while a checkpoint is written. Within a read it must stay, since a read could wait forever.
     """
 
     def __init__(self) -> None:

@@ -90,17 +90,18 @@ class StateSeal:
 
     def sealed(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state with the checksums of all files and of itself."""
-        # Through JSON, so that the hash is that of what a file stores.
+        # Through JSON, so that the hash is that of the stored values.
         whole = json.loads(json.dumps({**state, FILES: self._files}))
         return {**whole, OWN: _hash(whole)}
 
 
-def check_state(state: dict[str, Any], step: int) -> str | None:
+def check_state(state: dict[str, Any], step: int, *, complete: bool) -> str | None:
     """Return what is wrong with the content of a ``state.json``, or ``None``.
 
     Args:
         state: its content.
         step: the step that the folder's name says.
+        complete: whether every field must be present, as resuming needs; weights alone need the step only.
     """
     if (FILES in state) != (OWN in state):
         return "one of its checksums is missing"
@@ -109,11 +110,13 @@ def check_state(state: dict[str, Any], step: int) -> str | None:
     try:
         _STATE.validate_python(state)
     except pydantic.ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        return f"{'.'.join(map(str, first['loc']))}: {one_sentence(ValueError(first['msg']), 80)}"
-    if state["step"] != step:
+        found = [one for one in error.errors(include_url=False) if complete or one["type"] != "missing"]
+        if found:
+            place = ".".join(map(str, found[0]["loc"]))
+            return f"{place}: {one_sentence(ValueError(found[0]['msg']), 80)}"
+    if state.get("step", step) != step:
         return f"it is of step {state['step']}, and its folder is of step {step}"
-    if not len(state["positions"]) == len(state["random"]) == state["processes"]:
+    if complete and not len(state["positions"]) == len(state["random"]) == state["processes"]:
         return "positions and random do not have one entry for each process"
     return None
 

@@ -154,7 +154,7 @@ def read_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
     Raises:
         InputError: there is no such checkpoint, or one of its files is damaged.
     """
-    state = read_state(run, step)
+    state = read_state(run, step, complete=True)
     tensors = {
         name.removesuffix(".safetensors"): _read_tensors(run, step, name, state)
         for name in (TRAINED, BUFFERS, TEACHER, OPTIMIZER, RANDOM)
@@ -162,8 +162,17 @@ def read_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
     return Checkpoint({key: value for key, value in state.items() if key not in CHECKSUMS}, **tensors)
 
 
-def read_state(run: Path, step: int | None = None) -> dict[str, Any]:
-    """Read ``state.json`` of a checkpoint; see :func:`read_checkpoint`."""
+def read_state(run: Path, step: int | None = None, *, complete: bool = False) -> dict[str, Any]:
+    """Read ``state.json`` of a checkpoint; see :func:`read_checkpoint`.
+
+    Args:
+        run: folder of the run.
+        step: step of the checkpoint; by default the newest.
+        complete: whether every field that resuming needs must be present.
+
+    Raises:
+        InputError: there is no such checkpoint, or its state is damaged.
+    """
     file = _folder(run, step) / STATE
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
@@ -172,7 +181,7 @@ def read_state(run: Path, step: int | None = None) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{file} is not of checkpoint format {FORMAT}, the one that this version of ttd-plugins reads")
     expected = int(file.parent.name.rpartition("-")[2])
-    problem = check_state(state, expected)
+    problem = check_state(state, expected, complete=complete)
     if problem is not None:
         raise InputError(f"the checkpoint file {file} is damaged: {problem}; {_advice(run)}")
     return state

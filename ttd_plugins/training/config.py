@@ -163,7 +163,7 @@ class RunConfig:
     ] = "skip"
     max_skipped_steps: Annotated[Int, option("So many steps may be skipped before the run ends.", ge=0)] = 20
     max_skipped_share: Annotated[
-        Float, option("This share of all steps may be skipped before the run ends, and one in any case.", ge=0, le=1)
+        Float, option("This share of all steps may be skipped before the run ends, and three in any case.", ge=0, le=1)
     ] = 0.1
 
 

@@ -71,6 +71,10 @@ RUN_SECTIONS = {"backbone", "data", "towers", "optimizer", "ttd", "run"}
 """Sections of the ``config.yaml`` of every release."""
 
 
+LEAST_SKIPPED = 3
+"""Steps that may be skipped whatever their share: a few bad samples must not end a short run."""
+
+
 class NonFiniteError(TTDError):
     """A loss or gradient was not finite, and the configuration does not allow to skip the step."""
 
@@ -307,7 +311,7 @@ class _Run:
         value = problem["loss" if problem["what"] == "loss" else "gradient_norm"]
         what = f"the {problem['what']} of step {step} is {value}"
         where = f"the keys of its batch are in {self.logger.skipped.file}"
-        by_share = max(1, math.floor(options.max_skipped_share * state.total_steps))
+        by_share = max(LEAST_SKIPPED, math.floor(options.max_skipped_share * state.total_steps))
         limit = min(options.max_skipped_steps, by_share)
         advice = None
         if options.nonfinite == "fatal":

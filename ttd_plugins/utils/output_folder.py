@@ -25,7 +25,7 @@ from ttd_plugins.utils.files import follow_umask, make_folder, write_atomic
 MARKER = ".ttd-plugins.json"
 """File that says which command wrote a folder."""
 LOCK = ".ttd-plugins.lock"
-"""Lock file of a folder; it may stay when the lock is released."""
+"""Lock file of a folder; it is removed when the lock is released."""
 OWNER_SUFFIX = ".owner"
 """Ending of the file beside a lock that describes the process that holds it."""
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
@@ -144,11 +144,14 @@ def require_new(out: Path | str) -> None:
     """
     out = Path(out)
     try:
-        if out.is_dir():
-            if os.listdir(out):
-                raise InputError(f"the folder {str(out)!r} is not empty; choose a new or an empty one")
-        elif os.path.lexists(out):
+        # Path.is_dir() is False for an impossible name; this says why it is impossible.
+        os.lstat(out)
+        if not out.is_dir():
             raise InputError(f"{str(out)!r} is a file; choose another folder")
+        if os.listdir(out):
+            raise InputError(f"the folder {str(out)!r} is not empty; choose a new or an empty one")
+    except FileNotFoundError:
+        return
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -181,6 +184,10 @@ def locked(file: Path, what: str, *, advice: str = "choose another --out") -> It
             raise InputError(f"{file} is a symbolic link, which no lock file is; {advice}")
         try:
             lock.acquire()
+            # The process before this one may have removed the file in the meantime, and with it this lock's meaning.
+            while not os.path.lexists(file):
+                lock.release()
+                lock.acquire()
         except NotImplementedError as error:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from error
     except Timeout:
@@ -194,8 +201,9 @@ def locked(file: Path, what: str, *, advice: str = "choose another --out") -> It
         write_atomic(owner, json.dumps(about) + "\n", advice=advice)
         yield
     finally:
-        with suppress(OSError):
-            owner.unlink()
+        for one in (owner, file):
+            with suppress(OSError):
+                one.unlink()
         lock.release()
 
 
@@ -232,9 +240,7 @@ def _require_own(folder: Path, kind: FolderKind, advice: str) -> None:
     if marker is None:
         if kind.is_earlier(folder):
             return
-        raise InputError(
-            f"the folder {folder} is not empty and is not {kind.what}; choose a new or an empty folder for --out"
-        )
+        raise InputError(f"the folder {folder} is not empty and is not {kind.what}; {advice}, a new or an empty folder")
     if marker["kind"] != kind.name:
         raise InputError(f"the folder {folder} is {marker['what']} and not {kind.what}; {advice}")
 
