@@ -32,6 +32,8 @@ from ttd_plugins.utils.settings import first_difference
 
 HEADER = b'{"scores": {'
 """How a file of scores begins."""
+SKIPPED = b'{"key": '
+"""How a line of a list of skipped samples begins."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,9 @@ def _require_skip_log(file: Path) -> None:
     """
     try:
         with open(file, "rb") as stream:
-            lines = [json.loads(line) for line in stream if line.endswith(b"\n")]
+            # A last line that was cut short is of a call that was killed.
+            whole = [line for line in stream if line.endswith(b"\n") or not line.startswith(SKIPPED[: len(line)])]
+        lines = [json.loads(line) for line in whole]
         foreign = file.is_symlink() or not all(isinstance(one, dict) and set(one) == {"key", "reason"} for one in lines)
     except (OSError, ValueError, RecursionError):
         foreign = True
