@@ -125,6 +125,8 @@ class GalleryImage:
         views: name of the backbone to arm to view, of the first seed.
         why: why the image is shown, as in "largest gain" or "largest loss".
         absent: tags of the caption that the image is known not to show.
+        labels: each candidate tag to whether it is true by the protocol of tag selection, ``None`` if unknown. If it is
+            left out, tags of ``truth`` are true, those of ``absent`` false, and others unknown.
     """
 
     key: str
@@ -134,6 +136,7 @@ class GalleryImage:
     views: Mapping[str, Mapping[Arm, View]]
     why: str = ""
     absent: Sequence[str] = ()
+    labels: Mapping[str, bool | None] | None = None
 
 
 @dataclass

@@ -116,7 +116,10 @@ def run_comparison(
     """
     for name in options.backbones:
         check_backbone(name)
-    run = _ComparisonRun(out, options, open_data(options), stage, command)
+    data = open_data(options)
+    run = _ComparisonRun(out, options, data, stage, command)
+    for sentence in data.warnings():
+        log.warning("%s", sentence)
     run.describe_backbones()
     run.run_arms()
     comparison = run.comparison()

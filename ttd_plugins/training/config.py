@@ -93,7 +93,7 @@ class OptimizerConfig:
     weight_decay: Annotated[Float, option("Weight decay of matrices; vectors, norms and biases have none.", ge=0)] = (
         0.01
     )
-    warm_up: Annotated[Int, option("Steps of linear warm-up.", ge=0)] = 100
+    warm_up: Annotated[Int, option("Steps of linear warm-up; a tenth of the training if it is no shorter.", ge=0)] = 100
     clip_norm: Annotated[Float | None, option("Largest global gradient norm; null means no clipping.", gt=0)] = 1.0
     batch_size: Annotated[
         Int, option("Pairs in a batch of one process; the contrastive loss sees those of all processes.", ge=1)

@@ -32,7 +32,7 @@ from ttd_plugins.training.processes import (
 )
 from ttd_plugins.training.reporting import Reporter
 from ttd_plugins.training.run_logger import RunLogger
-from ttd_plugins.training.step import StepResult
+from ttd_plugins.training.step import StepResult, warm_up_warning
 from ttd_plugins.training.stop_signals import StopSignals, TrainingStoppedError
 from ttd_plugins.training.strategies import ReplicatedStrategy, ShardedStrategy, Strategy
 from ttd_plugins.training.train_state import TrainState
@@ -166,6 +166,9 @@ class _Run:
             {name: buffer.detach().clone() for name, buffer in model.named_buffers()},
             total_steps=total_steps(config, pairs, self.processes),
         )
+        warning = warm_up_warning(config.optimizer.warm_up, self.state.total_steps)
+        if warning is not None and self.is_main:
+            logger.message(warning, logging.WARNING)
         train_mode(self.ttd.backbone)
         self.ttd.training = True
         # Another seed for every process, or their dropout would be the same.
