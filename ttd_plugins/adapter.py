@@ -44,6 +44,8 @@ if not TYPE_CHECKING:
     __getattr__ = renamed_names(__name__, {"SPOKEN_API_VERSIONS": "SUPPORTED_API_VERSIONS"})
 
 Size = int | tuple[int, int]
+MAX_PATCHES = 2**15
+"""Most patches of an image: the cost of attention grows with their square, so that a mistyped size would hang."""
 
 
 @renamed_keyword("text_after_end_matters", "text_needs_full_context")
@@ -67,6 +69,9 @@ class BackboneDescription:
         dense_mode: name of the dense-feature mode in use.
         dense_modes: the dense-feature modes that this object supports.
         calibration: the default map from cosine to probability.
+        calibrated: whether :attr:`calibration` was fitted to image-text pairs; otherwise probabilities are labelled.
+        trained_on: the only kind of images that the weights were pre-trained on, in the plural ("drawings"); ``None``
+            if the weights know photographs, or nothing is known. Where it is set, results come with a note.
     """
 
     family: str
@@ -84,6 +89,8 @@ class BackboneDescription:
     dense_mode: str
     dense_modes: tuple[str, ...] = ()
     calibration: Calibration = field(default_factory=Calibration)
+    calibrated: bool = False
+    trained_on: str | None = None
 
     text_after_end_matters = RenamedAttribute("text_needs_full_context")
 
@@ -359,9 +366,14 @@ class DenseAdapter(nn.Module, ABC):
         """Rows and columns of the patch grid of an image of ``height`` by ``width`` pixels.
 
         Raises:
-            ImageSizeError: a side is not a positive multiple of the patch side.
+            ImageSizeError: a side is not a positive multiple of the patch side, or there are too many patches.
         """
         rows, columns = self.description.patch_size
+        if (height // rows) * (width // columns) > MAX_PATCHES:
+            raise ImageSizeError(
+                f"an image of {height} x {width} pixels has {height // rows} x {width // columns} patches, more than "
+                f"{MAX_PATCHES:,} in all; choose a smaller size"
+            )
         if height < rows or width < columns or height % rows or width % columns:
             raise ImageSizeError(
                 f"{self.description.name} takes images whose height is a multiple of {rows} and whose width is a "
@@ -503,12 +515,15 @@ def image_pixels(adapter: DenseAdapter, image: Image, size: Size | None = None) 
     """Return ``adapter.dense_transform(size)(image)``: pixels ``[3, height, width]``.
 
     Raises:
+        ImageSizeError: the size does not fit the patch grid.
         PluginError: the result is no tensor of that shape.
     """
-    pixels = adapter.dense_transform(size)(image)
     expected = (
         adapter.description.image_size if size is None else (size, size) if isinstance(size, int) else tuple(size)
     )
+    # First, since an adapter's own transform may not check the size.
+    adapter.patch_grid(*expected)
+    pixels = adapter.dense_transform(size)(image)
     _require(adapter, "dense_transform", pixels, (3, *expected))
     return pixels
 

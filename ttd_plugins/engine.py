@@ -26,6 +26,8 @@ from ttd_plugins.adapter import (
     image_features,
     image_pixels,
 )
+from ttd_plugins.caption_maps import CaptionMaps as CaptionMaps
+from ttd_plugins.caption_maps import backbone_notes
 from ttd_plugins.errors import InputError, TagExtractionError, TTDError, UnsupportedModelError
 from ttd_plugins.method import losses, selection, similarity
 from ttd_plugins.method.text_embeddings import TextEmbeddingCache, on_device
@@ -163,39 +165,6 @@ class TTDOutput:
         zero means collapse), ``captions_without_target`` and ``captions_truncated``.
         """
         return {name: float(value) for name, value in self.device_statistics.items()}
-
-
-@dataclass
-class CaptionMaps:
-    """The maps of one image and caption as numpy arrays, for plots.
-
-    Attributes:
-        image: uint8 ``[height, width, 3]``, the input of the network.
-        caption: the caption.
-        tags: T candidate tags.
-        scores: cosines ``[T]``.
-        probabilities: calibrated scores ``[T]`` in (0, 1).
-        selected: bool ``[T]``.
-        tag_maps: cosines ``[T, H, W]``.
-        tag_maps_normalized: ``[T, H, W]`` in [0, 1], min-max over patches, including rejected tags.
-        union: ``[H, W]`` in [0, 1], the target of the caption's map.
-        caption_map: cosines ``[H, W]``.
-        caption_map_normalized: ``[H, W]`` in [0, 1], min-max over patches.
-        truncated: whether the caption was longer than the context.
-    """
-
-    image: NDArray[np.uint8]
-    caption: str
-    tags: list[str]
-    scores: NDArray[np.float32]
-    probabilities: NDArray[np.float32]
-    selected: NDArray[np.bool_]
-    tag_maps: NDArray[np.float32]
-    tag_maps_normalized: NDArray[np.float32]
-    union: NDArray[np.float32]
-    caption_map: NDArray[np.float32]
-    caption_map_normalized: NDArray[np.float32]
-    truncated: bool
 
 
 @contextmanager
@@ -514,6 +483,8 @@ class TTD(nn.Module):
             candidates = self.candidates(images, [caption], None if tags is None else [tags])
             alignment = self.align(images, [caption], candidates, pooled=False)
         targets = self.targets(alignment)
+        own = self.options.calibration
+        calibrated = self.backbone.description.calibrated if own is None else own != Calibration()
 
         def array(maps: Tensor) -> NDArray[Any]:
             return maps.reshape(*maps.shape[:-1], *alignment.grid).cpu().numpy()
@@ -531,6 +502,8 @@ class TTD(nn.Module):
             caption_map=array(alignment.caption_maps)[0],
             caption_map_normalized=array(similarity.minmax_normalize(alignment.caption_maps))[0],
             truncated=alignment.truncated[0],
+            calibrated=calibrated,
+            notes=backbone_notes(self.backbone.description, calibrated=calibrated, rule=self.options.rule),
         )
 
     def image_array(self, pixels: Tensor) -> NDArray[np.uint8]:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ttd_plugins.adapter import Calibration, DenseAdapter
+from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.data.images import read_image
 from ttd_plugins.engine import TTD, CaptionMaps, TTDOptions
 from ttd_plugins.errors import InputError, TTDError, one_sentence
@@ -212,7 +212,7 @@ class Studio:
         try:
             with self._using(self._before[name], lambda: load(name, device=self.device)) as adapter:
                 before = TTD(adapter, self.options).maps(image, caption, tags=tags)
-                notes += _notes(adapter, before, self.options)
+                notes += _notes(adapter, before)
         except Exception as error:
             return BackboneView(name, error=error_sentence(error, name))
         with self._guard:
@@ -336,15 +336,13 @@ class Studio:
         return Image.fromarray(scene.image), scene.caption
 
 
-def _notes(adapter: DenseAdapter, maps: CaptionMaps, options: TTDOptions) -> list[str]:
-    description = adapter.description
-    notes = []
-    if description.weights == "random":
-        notes.append("Its weights are random, so its maps mean nothing.")
-    if (options.calibration or description.calibration) == Calibration():
-        notes.append("Not calibrated: its percentages use the default calibration; “ttd calibrate” fits one to pairs.")
+def _notes(adapter: DenseAdapter, maps: CaptionMaps) -> list[str]:
+    notes = list(maps.notes)
+    if not maps.calibrated:
+        notes.append("Not calibrated, so probabilities are left out; “ttd calibrate” shows how to fit a calibration.")
     if maps.truncated:
-        notes.append(f"The caption is longer than {description.context_length} tokens, so its end was not read.")
+        length = adapter.description.context_length
+        notes.append(f"The caption is longer than {length} tokens, so its end was not read.")
     return notes
 
 

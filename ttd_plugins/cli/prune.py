@@ -45,6 +45,7 @@ def command(
     from ttd_plugins.data.source_detection import open_pairs
 
     source = open_pairs(spec, **data.options)
+    from ttd_plugins.caption_maps import backbone_notes
     from ttd_plugins.data.pair_source import MapSource
     from ttd_plugins.data.pruning import quantiles, require_scores_file, score_pairs
     from ttd_plugins.plugins import load
@@ -52,6 +53,7 @@ def command(
 
     require_scores_file(out)
     model = load(backbone.name, device=device, **backbone.options)
+    image_maps.warn_of(backbone_notes(model.description))
     total = int(source.caption_counts().sum()) if isinstance(source, MapSource) else None
     with progress_bars(terminal_only=True) as stage:
         result = score_pairs(

@@ -45,7 +45,7 @@ def compute_view(ttd: TTD, sample: Sample) -> View:
         valid = np.ones_like(union) if sample.valid is None else sample.valid
         if ((lit | union) & valid).any():
             iou = mask_overlap(lit, union, valid).iou
-    return View(maps.caption_map_normalized.astype(np.float32), tags, iou, bool(maps.truncated))
+    return View(maps.caption_map_normalized.astype(np.float32), tags, iou, bool(maps.truncated), maps.calibrated)
 
 
 def choose_gallery(samples: Sequence[Sample], views: Views, count: int) -> list[GalleryImage]:

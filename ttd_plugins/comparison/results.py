@@ -105,12 +105,14 @@ class View:
         tags: candidate tags, in the caption's order.
         iou: Caption IoU of this image; ``None`` without masks.
         truncated: whether the caption is longer than the text tower's context, so that its end was not read.
+        calibrated: whether the probabilities of the tags are calibrated.
     """
 
     caption: NDArray[np.float32]
     tags: Sequence[TagView]
     iou: float | None = None
     truncated: bool = False
+    calibrated: bool = False
 
 
 @dataclass(frozen=True)

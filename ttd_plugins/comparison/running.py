@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ttd_plugins.backbone_sources import check_backbone, open_backbone
+from ttd_plugins.caption_maps import backbone_notes
 from ttd_plugins.comparison.arms import (
     ArmExecutor,
     ArmJob,
@@ -27,7 +28,7 @@ from ttd_plugins.comparison.data import open_data
 from ttd_plugins.comparison.data_interface import ComparisonData, Sample
 from ttd_plugins.comparison.experiment_record import ExperimentRecord, versions
 from ttd_plugins.comparison.gallery import CANDIDATES, choose_gallery, compute_view
-from ttd_plugins.comparison.options import CompareOptions
+from ttd_plugins.comparison.options import SCENES, CompareOptions
 from ttd_plugins.comparison.results import Arm, BackboneResult, Comparison, View
 from ttd_plugins.comparison.tables import summary, write_csv, write_markdown
 from ttd_plugins.engine import TTD
@@ -182,6 +183,9 @@ class _ComparisonRun:
         backbone = open_backbone(name, seed=self.options.first_seed, device=self.options.device)
         self.data.check(backbone)
         description = backbone.description
+        if self.options.data != SCENES:
+            for note in backbone_notes(description):
+                log.warning("%s", note)
         about = {
             "family": description.family,
             "parameters": sum(parameter.numel() for parameter in backbone.model.parameters()),

@@ -40,6 +40,9 @@ def gallery_view(comparison: Comparison) -> dict[str, Any]:
         "images": images,
         "has_truth": any(image.truth for image in comparison.gallery),
         "has_absent": any(image["has_absent"] for image in images),
+        "calibrated": all(
+            view.calibrated for one in comparison.gallery for views in one.views.values() for view in views.values()
+        ),
         "has_control": {"control", "after"} <= arms,
     }
 

@@ -98,7 +98,7 @@ class CLIPFamily(AdapterFamily):
         tiny = importlib.import_module(f"{type(self).__module__.rpartition('.')[0]}.tiny")
         model, own_tokenizer = tiny.load_tiny(tiny.EMBEDDED_FOLDER, weights=weights == EMBEDDED)
         settings = read_settings(tiny.EMBEDDED_FOLDER)
-        return self._adapt(
+        adapter = self._adapt(
             model.to(dtype),
             tokenizer=tokenizer if tokenizer is not None else own_tokenizer,
             dense=dense if dense is not None else settings.dense_mode,
@@ -107,3 +107,9 @@ class CLIPFamily(AdapterFamily):
             weights=weights,
             **options,
         )
+        if isinstance(adapter, CLIPAdapter):
+            adapter.trained_on = settings.trained_on if weights == EMBEDDED else None
+            if calibration is None and (weights == RANDOM or settings.trained_on is not None):
+                # The shipped calibration was fitted to the images of the training, and not to photographs.
+                adapter.calibrated = False
+        return adapter
