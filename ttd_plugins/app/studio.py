@@ -270,6 +270,7 @@ class Studio:
         if not 1 <= steps <= MAX_STEPS:
             raise InputError(f"fine-tuning takes 1 to {MAX_STEPS} steps, not {steps}")
         from ttd_plugins.training.scene_tuning import SceneTuning, tune_on_scenes
+        from ttd_plugins.training.step import warm_up_warning
 
         stop = threading.Event()
         with self._guard:
@@ -289,7 +290,8 @@ class Studio:
                     raise TuningStoppedError("stopped before the first step; nothing has changed")
             try:
                 adapter = load(name, device=self.device)
-                tune_on_scenes(adapter, SceneTuning(steps=steps, ttd=self.options, **settings), on_step=after_step)
+                tuning = SceneTuning(steps=steps, ttd=self.options, **settings)
+                tune_on_scenes(adapter, tuning, on_step=after_step)
             finally:
                 self._tuning.release()
             with self._guard:
@@ -297,7 +299,9 @@ class Studio:
                 while len(self._own) >= MAX_TUNED:
                     self._own.pop(next(iter(self._own)))
                 count = f"{steps} step" + "s" * (steps != 1)
-                self._own[visitor, name] = _Loaded(adapter=adapter.eval(), title=f"after: {count} of TTD on scenes")
+                short = warm_up_warning(tuning.optimizer.warm_up, steps) is not None
+                title = f"after: {count} of TTD on scenes" + ", too few to judge it" * short
+                self._own[visitor, name] = _Loaded(adapter=adapter.eval(), title=title)
         except TTDError:
             raise
         except Exception as error:
