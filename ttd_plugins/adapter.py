@@ -452,10 +452,12 @@ class AdapterFamily(ABC):
         name: the part before ``:`` in ``family:model@weights``; lower-case letters, digits and underscores.
         summary: one line for ``ttd backbones``.
         api_version: the version of this contract that the family implements.
+        embedded_models: names of the models whose weights come with the package, which need no download.
     """
 
     name: str
     summary: str = ""
+    embedded_models: Sequence[str] = ()
     api_version: int = API_VERSION
 
     @abstractmethod
