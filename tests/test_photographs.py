@@ -31,7 +31,8 @@ def test_every_photograph_is_small_and_attributed() -> None:
 def test_captions_and_masks_are_read_by_the_evaluation() -> None:
     reader = open_captions("coco_captions", PHOTOGRAPHS_FOLDER)
     instances = json.loads((PHOTOGRAPHS_FOLDER / "instances.json").read_text(encoding="utf-8"))
-    images = [reader.read(key) for key in reader.keys()]
+    keys = reader.keys()
+    images = [reader.read(key) for key in keys]
     assert len(images) >= 24
     assert all(len(image.captions) == 5 and all(image.captions) for image in images)
     # Scaling keeps the polygons on the image, and their area.
