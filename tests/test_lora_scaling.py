@@ -12,9 +12,9 @@ pytest.importorskip("peft", reason="LoRA needs peft")
 pytest.importorskip("open_clip", reason="needs open_clip_torch")
 pytest.importorskip("transformers", reason="needs transformers")
 
-from ttd_plugins import load, load_lora, save_lora
+from ttd_plugins import export_backbone, load, load_lora, save_lora
 from ttd_plugins.errors import InputError, TTDError
-from ttd_plugins.lora import scale_lora
+from ttd_plugins.lora import scale_lora, scaled_lora
 
 BACKBONES = ("open_clip:tiny", "eva_clip:tiny", "siglip:tiny", "openai_clip:tiny")
 
@@ -66,3 +66,33 @@ def test_other_factors_are_refused(factor: float) -> None:
 def test_a_backbone_without_lora_is_refused() -> None:
     with pytest.raises(TTDError, match="open_clip:tiny@embedded has no LoRA to scale"):
         scale_lora(load("open_clip:tiny"), 0.5)
+
+
+def test_an_export_is_scaled_and_leaves_the_backbone_as_it_was(tmp_path: Path) -> None:
+    backbone = with_lora("open_clip:tiny")
+    before = [parameter.clone() for parameter in backbone.lora_parameters()]
+    export_backbone(backbone, tmp_path / "half", lora_scale=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(before, backbone.lora_parameters(), strict=True))
+    assert "lora_scale" in (tmp_path / "half" / "README.md").read_text()
+    scale_lora(backbone, 0.5)
+    expected = backbone.merge().state_dict()
+    found = load(f"open_clip:local-dir:{tmp_path / 'half'}").model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_block_scales_for_its_time_alone() -> None:
+    backbone = with_lora("open_clip:tiny")
+    before = [parameter.clone() for parameter in backbone.lora_parameters()]
+    during: list[torch.Tensor] = []
+
+    def fail() -> None:
+        with scaled_lora(backbone, 0.3):
+            during.extend(parameter.clone() for parameter in backbone.lora_parameters())
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert not all(torch.equal(a, b) for a, b in zip(before, during, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, backbone.lora_parameters(), strict=True))
+    with scaled_lora(load("open_clip:tiny"), 1.0):
+        pass

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -24,13 +26,36 @@ def scale_lora(adapter: LoRABackbone, factor: float) -> None:
         InputError: ``factor`` is negative or not finite.
         TTDError: the backbone has no LoRA.
     """
+    with torch.no_grad():
+        for parameter in _scaled_parameters(adapter, factor):
+            parameter.mul_(factor)
+
+
+@contextmanager
+def scaled_lora(adapter: LoRABackbone, factor: float) -> Iterator[None]:
+    """Scale LoRA as :func:`scale_lora` does within a ``with`` block; afterwards it is bitwise as before.
+
+    Raises:
+        InputError, TTDError: as :func:`scale_lora`; a factor of 1 needs no LoRA.
+    """
+    if factor == 1:
+        yield
+        return
+    before = [(parameter, parameter.detach().clone()) for parameter in _scaled_parameters(adapter, factor)]
+    try:
+        scale_lora(adapter, factor)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in before:
+                parameter.copy_(value)
+
+
+def _scaled_parameters(adapter: LoRABackbone, factor: float) -> list[torch.nn.Parameter]:
+    """The matrices B of every layer, after a check of the arguments."""
     if not math.isfinite(factor) or factor < 0:
         raise InputError(f"the scale of LoRA must be a number of 0 or more, not {factor}")
     handle = adapter._lora
     if handle is None:
         raise TTDError(f"{adapter.description.name} has no LoRA to scale; add_lora() or load_lora() adds it")
-    if factor == 1:
-        return
-    with torch.no_grad():
-        for parameter in handle.second_matrices():
-            parameter.mul_(factor)
+    return handle.second_matrices()
