@@ -99,9 +99,8 @@ def test_an_embedded_tiny_model_says_what_it_has_seen(name: str) -> None:
 
 
 def test_it_is_a_fact_of_the_model_folder(tmp_path: Path) -> None:
-    for folder in MODELS_FOLDER.iterdir():
-        content = json.loads((folder / "ttd.json").read_text())
-        assert read_settings(folder).trained_on == content.get("trained_on")
+    for stored in MODELS_FOLDER.glob("*/ttd.json"):
+        assert read_settings(stored.parent).trained_on == json.loads(stored.read_text()).get("trained_on")
     file = tmp_path / "ttd.json"
     file.write_text(json.dumps({"dense_mode": "value", "calibration": {"scale": 1, "shift": 2}}))
     assert read_settings(tmp_path).trained_on is None
