@@ -25,6 +25,7 @@ from ttd_plugins.plugins.discovery import get_registry
 from ttd_plugins.plugins.names import parse_name
 from ttd_plugins.plugins.registry import LOAD_PLUGINS_VARIABLE, Plugin, plugin_errors
 from ttd_plugins.tags import TagExtractor
+from ttd_plugins.utils.loading_lock import LOADING_LOCK
 
 ADAPTER_GUIDE = "docs/writing-an-adapter.md"
 
@@ -37,6 +38,8 @@ def load(
     **options: Any,
 ) -> DenseAdapter:
     """Load a backbone by name, in evaluation mode.
+
+    One thread at a time loads: libraries change global state of torch while they build a model.
 
     Args:
         name: ``family:model@weights``; see :func:`~ttd_plugins.plugins.names.parse_name`.
@@ -56,7 +59,7 @@ def load(
     _check_options(f"family {backbone.family!r}", family.load, options, reserved=("model", "weights"))
     arguments = _lora_arguments(lora)
     target = _checked_device(device)
-    with plugin_errors(plugin.owner, f"load {backbone}"):
+    with LOADING_LOCK, plugin_errors(plugin.owner, f"load {backbone}"):
         adapter = _checked_adapter(family.load(backbone.model, backbone.weights, **options), plugin)
         if arguments is not None:
             adapter.add_lora(**arguments)
@@ -91,7 +94,7 @@ def wrap(
     what = _class_name(model)
     _check_options(f"family {family.name!r}", family.wrap, options, reserved=("model", "tokenizer", "preprocess"))
     arguments = _lora_arguments(lora)
-    with plugin_errors(plugin.owner, f"wrap {what}"):
+    with LOADING_LOCK, plugin_errors(plugin.owner, f"wrap {what}"):
         adapter = _checked_adapter(family.wrap(model, tokenizer=tokenizer, preprocess=preprocess, **options), plugin)
         if arguments is not None:
             adapter.add_lora(**arguments)
