@@ -23,7 +23,7 @@ from ttd_plugins.errors import (
 )
 from ttd_plugins.plugins.discovery import get_registry
 from ttd_plugins.plugins.names import parse_name
-from ttd_plugins.plugins.registry import LOAD_PLUGINS_VARIABLE, Plugin, plugin_errors
+from ttd_plugins.plugins.registry import DENY_PLUGINS_VARIABLE, LOAD_PLUGINS_VARIABLE, Plugin, plugin_errors
 from ttd_plugins.tags import TagExtractor
 from ttd_plugins.utils.loading_lock import LOADING_LOCK
 
@@ -134,7 +134,8 @@ def _claimant(model: object) -> tuple[Plugin, AdapterFamily]:
     if len(claimants) > 1:
         claims = " and by ".join(f"family {family.name!r} of {plugin.owner}" for plugin, family in claimants)
         raise AdapterConflictError(
-            f"{what} is claimed by {claims}; uninstall one, or name the plugins to load in {LOAD_PLUGINS_VARIABLE}"
+            f"{what} is claimed by {claims}; uninstall one, or name the plugins to load in {LOAD_PLUGINS_VARIABLE} or "
+            f"one to leave out in {DENY_PLUGINS_VARIABLE}"
         )
     if claimants:
         for problem in failed:
@@ -173,6 +174,7 @@ def _checked_adapter(adapter: object, plugin: Plugin) -> DenseAdapter:
     if not isinstance(adapter.description, BackboneDescription):
         raise TypeError(f"its description is a {type(adapter.description).__name__}, not a BackboneDescription")
     adapter.owner = plugin.owner
+    adapter.distribution = (plugin.distribution, plugin.version) if plugin.distribution else None
     return adapter
 
 

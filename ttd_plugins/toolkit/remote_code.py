@@ -7,6 +7,7 @@ the terminal whether it should run the code, and runs it after ``y``.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,8 @@ def refuse_own_classes(where: str, what: str, cache_dir: str | None = None) -> N
     Raises:
         UnsupportedModelError: there is such a class, or a file sets ``trust_remote_code``.
     """
-    import transformers
-
+    # Its import is the adapter's part.
+    transformers = sys.modules.get("transformers")
     for file, auto, key in _CLASSES:
         content = _read(where, file, cache_dir)
         refuse_code(content, f"{what} ({file})")

@@ -7,6 +7,6 @@ import threading
 LOADING_LOCK = threading.RLock()
 """Held while a backbone library is imported or builds a model.
 
-transformers imports its parts when they are first used, and circular imports in two threads show each other half
-imported modules. While it builds a model, it also changes torch's default dtype and initialisation for all threads.
+Some libraries import their parts when they are first used, and circular imports in two threads show each other half
+imported modules. While they build a model, they also change torch's default dtype and initialisation for all threads.
 """
