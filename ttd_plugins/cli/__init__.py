@@ -35,7 +35,7 @@ from ttd_plugins.cli import (
     train,
 )
 from ttd_plugins.cli.command_line import ARGUMENTS
-from ttd_plugins.errors import PluginWarning, TTDError
+from ttd_plugins.errors import PluginWarning, TTDError, printable
 
 USER_ERROR = 2
 DENY = "TTD_PLUGINS_DENY"
@@ -135,7 +135,7 @@ def _plugin_error(error: BaseException) -> TTDError | None:
 
 
 def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
+    return printable(message)
 
 
 app = typer.Typer(

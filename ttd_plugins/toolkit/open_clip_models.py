@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ttd_plugins.errors import BackboneNameError, TTDError, UnsupportedModelError, choices_sentence
 from ttd_plugins.toolkit.clip_family import OWN_WEIGHTS, RANDOM
@@ -26,10 +30,12 @@ from ttd_plugins.toolkit.remote_code import OWN_CODE, load_auto, needs_code, ref
 from ttd_plugins.toolkit.tokenizing import MissingTokenizer
 from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_keyword, renamed_names
 from ttd_plugins.utils.loading_lock import LOADING_LOCK
+from ttd_plugins.utils.state_dicts import StateDict, describe_mismatch, foreign_files, read_state_dict
 
 HUB, FOLDER = "hf-hub:", "local-dir:"
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+NUMPY_SUFFIXES = (".npz", ".npy")
 TEXT_TOWERS = ("roberta", "xlm-roberta", "mt5", "bert", "m2m_100")
 """Model types of the text towers of transformers that open_clip builds."""
 CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -133,7 +139,9 @@ class OpenCLIPModels:
         on_disk = source is not None and Path(source).is_file()
         brings_preprocessing = bundles_weights(model) or (source is not None and not on_disk)
         problem: HubProblem | None = None
-        with quiet_root_logger("open_clip"):
+        stored: StateDict | None = None
+        checkpoint = source
+        with ExitStack() as stack, quiet_root_logger("open_clip"):
             try:
                 if model.startswith(HUB):
                     problem = fetch(model.removeprefix(HUB), first_of(CONFIG), cache_dir=cache_dir)
@@ -146,6 +154,12 @@ class OpenCLIPModels:
                 text_tower = config.get("text_cfg", {}).get("hf_model_name")
                 if text_tower and not Path(text_tower).is_dir():
                     problem = fetch(text_tower, first_of("config.json")) or problem
+                if source is not None and on_disk and Path(source).suffix not in NUMPY_SUFFIXES:
+                    stored = read_state_dict(Path(source))
+                    if not stored.is_plain:
+                        folder = stack.enter_context(TemporaryDirectory(prefix="ttd-"))
+                        source = str(Path(folder) / "weights.pt")
+                        torch.save(stored.tensors, source)
                 preprocessing = None if brings_preprocessing else self.preprocessing
                 tag = self.open_clip.get_pretrained_cfg(model, source) if source and not on_disk else None
                 if tag and tag.get("hf_hub"):
@@ -170,10 +184,28 @@ class OpenCLIPModels:
                 if needs_code(error):
                     raise UnsupportedModelError(f"{full} needs {OWN_CODE}") from error
                 alternative = _alternative(model, checkpoint=on_disk)
+                what = self._what_is_wrong(model, checkpoint, stored)
+                if what is not None:
+                    raise TTDError(f"{full} cannot be loaded: {what}; {alternative}") from error
                 raise TTDError(cannot_load(full, problem, error, alternative)) from error
             if tokenizer is None:
                 tokenizer = self._tokenizer(model, weights, config, cache_dir)
         return built.eval(), tokenizer
+
+    def _what_is_wrong(self, model: str, checkpoint: str | None, stored: StateDict | None) -> str | None:
+        """The fault of a checkpoint or folder that open_clip could not load, as a clause, or ``None``."""
+        if model.startswith(FOLDER):
+            return foreign_files(Path(model.removeprefix(FOLDER)))
+        if stored is None:
+            return None
+        try:
+            built = self.open_clip.create_model(model_name=model, load_weights=False, pretrained_text=False)
+        except Exception:  # then the checkpoint is not at fault
+            return None
+        names = list(built.state_dict())
+        image = [name for name in names if name.startswith("visual.")]
+        what = describe_mismatch(stored.tensors, names, image)
+        return None if what is None else f"{checkpoint} {what}"
 
     def _fetch_weights(self, model: str, tag: str | None, cache_dir: str | None, full: str) -> HubProblem | None:
         if model.startswith(FOLDER):

@@ -21,6 +21,7 @@ from ttd_plugins.toolkit.hub import (
 )
 from ttd_plugins.toolkit.remote_code import load_auto, refuse_code
 from ttd_plugins.utils.loading_lock import LOADING_LOCK
+from ttd_plugins.utils.state_dicts import foreign_files
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -122,6 +123,9 @@ class TransformersModel:
                 )
             else:
                 advice = f"give the path of a folder after {self.backbone.partition(':')[0]}:"
+            foreign = foreign_files(Path(self.where)) if self.is_folder else None
+            if foreign is not None:
+                raise TTDError(f"{self.backbone} cannot be loaded: {foreign}; {advice}") from error
             raise TTDError(cannot_load(self.backbone, self.problem, error, advice)) from error
 
     def _require_supported(self, config: Mapping[str, Any]) -> None:
