@@ -184,9 +184,9 @@ class OpenCLIPModels:
                 if needs_code(error):
                     raise UnsupportedModelError(f"{full} needs {OWN_CODE}") from error
                 alternative = _alternative(model, checkpoint=on_disk)
-                what = self._what_is_wrong(model, checkpoint, stored)
-                if what is not None:
-                    raise TTDError(f"{full} cannot be loaded: {what}; {alternative}") from error
+                wrong = self._what_is_wrong(model, checkpoint, stored)
+                if wrong is not None:
+                    raise TTDError(f"{full} cannot be loaded: {wrong}; {alternative}") from error
                 raise TTDError(cannot_load(full, problem, error, alternative)) from error
             if tokenizer is None:
                 tokenizer = self._tokenizer(model, weights, config, cache_dir)
