@@ -382,7 +382,13 @@ class DenseAdapter(nn.Module, ABC):
         return self.patch_grid(pixels.shape[2], pixels.shape[3])
 
     def add_lora(
-        self, rank: int = 8, *, alpha: float | None = None, dropout: float = 0.0, towers: Sequence[Tower] = TOWERS
+        self,
+        rank: int = 8,
+        *,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        towers: Sequence[Tower] = TOWERS,
+        modules: str | None = None,
     ) -> Self:
         """Add LoRA (arXiv 2106.09685) to the towers in place, through peft, and freeze everything else.
 
@@ -391,6 +397,7 @@ class DenseAdapter(nn.Module, ABC):
             alpha: the scale is ``alpha / rank``; by default alpha is twice the rank.
             dropout: probability of dropping an input of the LoRA path while training.
             towers: the towers to adapt.
+            modules: a regular expression; of :meth:`lora_targets` only those are wrapped in whose names it is found.
 
         Returns:
             This adapter.
@@ -399,7 +406,7 @@ class DenseAdapter(nn.Module, ABC):
             TTDError: the model has LoRA already, or a tower has no module that LoRA can wrap.
             MissingDependencyError: peft is not installed.
         """
-        self._lora = attach_lora(self, rank=rank, alpha=alpha, dropout=dropout, towers=towers)
+        self._lora = attach_lora(self, rank=rank, alpha=alpha, dropout=dropout, towers=towers, modules=modules)
         return self
 
     def snapshot_weights(self) -> None:
@@ -454,10 +461,12 @@ class AdapterFamily(ABC):
         name: the part before ``:`` in ``family:model@weights``; lower-case letters, digits and underscores.
         summary: one line for ``ttd backbones``.
         api_version: the version of this contract that the family implements.
+        embedded_models: names of the models whose weights come with the package, which need no download.
     """
 
     name: str
     summary: str = ""
+    embedded_models: Sequence[str] = ()
     api_version: int = API_VERSION
 
     @abstractmethod
