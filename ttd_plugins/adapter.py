@@ -186,6 +186,7 @@ class DenseAdapter(nn.Module, ABC):
     Attributes:
         model: the caller's model.
         owner: the plugin that created this adapter, for messages; ``None`` if it was created by hand.
+        distribution: name and version of the installed distribution of that plugin, or ``None``.
         lora_needs_adapter: whether the library's own forward reads the weights of some LoRA targets without calling
             the modules. Unmerged LoRA then affects the features of this adapter only.
     """
@@ -198,6 +199,7 @@ class DenseAdapter(nn.Module, ABC):
         self.model = model
         self.training = model.training
         self.owner: str | None = None
+        self.distribution: tuple[str, str | None] | None = None
         self._lora: LoRAHandle | None = None
         self._originals: list[tuple[Tensor, Tensor]] | None = None
 

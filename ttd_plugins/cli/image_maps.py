@@ -38,6 +38,9 @@ SizeOption = Annotated[
 ]
 RuleOption = Annotated[str | None, typer.Option("--rule", help="Selection rule: minmax, absolute or probability.")]
 ThresholdOption = Annotated[float | None, typer.Option("--threshold", help="Threshold of the selection rule.")]
+AllowPipeOption = Annotated[
+    bool, typer.Option("--allow-pipe", help="Permit shards pipe:COMMAND, which run a shell command.")
+]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="Where to compute, such as cpu or cuda.")]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +14,10 @@ from torch import Tensor
 from ttd_plugins.errors import TTDError, one_sentence
 from ttd_plugins.lora.attach import LoRABackbone
 from ttd_plugins.lora.handle import PREFIX, TOWERS, Tower
+from ttd_plugins.utils.state_dicts import foreign_files
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+MAX_RANK = 65536
 PEFT_TYPE, OWN_TYPE = "LORA", "TTD_LORA"
 
 _BackboneT = TypeVar("_BackboneT", bound=LoRABackbone)
@@ -110,13 +113,22 @@ def _read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if content["peft_type"] not in (PEFT_TYPE, OWN_TYPE):
             raise ValueError(f"its peft_type is {content['peft_type']}")
-        numbers = [content[name] for name in ("r", "lora_alpha", "lora_dropout")]
-        if not all(isinstance(number, int | float) for number in numbers):
-            raise ValueError("r, lora_alpha and lora_dropout must be numbers")
-        return content, load_file(str(folder / WEIGHTS_FILE))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        rank, *numbers = (content[name] for name in ("r", "lora_alpha", "lora_dropout"))
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
+            raise ValueError(f"r must be a whole number from 1 to {MAX_RANK}, not {rank!r}")
+        for number in numbers:
+            if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
+                raise ValueError(f"lora_alpha and lora_dropout must be finite numbers, not {number!r}")
+        tensors = load_file(str(folder / WEIGHTS_FILE))
+        for name, tensor in tensors.items():
+            # Before matrices of that rank are allocated.
+            if "lora_A" in name and (tensor.ndim < 2 or tensor.shape[0] != rank or not tensor.numel()):
+                raise ValueError(f"r is {rank}, and {name} has the shape {list(tensor.shape)}")
+        return content, tensors
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        reason = foreign_files(folder) or f"{type(error).__name__}: {one_sentence(error)}"
         raise TTDError(
-            f"no LoRA can be read from {folder} ({type(error).__name__}: {one_sentence(error)}); pass a folder with "
+            f"no LoRA can be read from {folder} ({reason}); pass a folder with "
             f"{CONFIG_FILE} and {WEIGHTS_FILE}, as save_lora writes them"
         ) from error
 

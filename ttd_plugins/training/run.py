@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from ttd_plugins.adapter import DenseAdapter
+from ttd_plugins.data.images import read_image
 from ttd_plugins.engine import TTD, evaluation_mode
 from ttd_plugins.errors import InputError, TTDError, choices_sentence
 from ttd_plugins.training import checkpoints
@@ -360,7 +361,7 @@ class _Run:
                 )
             write_atomic(file, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
         rows = json.loads(file.read_text(encoding="utf-8"))
-        return [(Image.open(folder / row["picture"]).convert("RGB"), row["caption"], row["tags"]) for row in rows]
+        return [(read_image(folder / row["picture"]), row["caption"], row["tags"]) for row in rows]
 
     def _evaluate(self) -> None:
         """Evaluate on the labelled set and by the callback, where it is due and not in the log yet."""
