@@ -8,7 +8,7 @@ similarity maps; scores and selection; targets without gradient; losses. The eng
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterator, MutableMapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +42,7 @@ from ttd_plugins.engine_checks import (
     require_extractor,
 )
 from ttd_plugins.engine_outputs import Alignment, Candidates, CaptionMaps, Targets, TTDOutput
-from ttd_plugins.engine_teacher import load_teacher, refuse_teacher, save_teacher, update_average, without_teacher
+from ttd_plugins.engine_teacher import load_teacher, save_teacher, teacher_problem, update_average, without_teacher
 from ttd_plugins.errors import InputError, TTDError, UnsupportedModelError
 from ttd_plugins.method import losses, selection, similarity
 from ttd_plugins.method.text_embeddings import TextEmbeddingCache
@@ -151,27 +151,47 @@ class TTD(nn.Module):
         """The copy that computes the targets; ``None`` if the backbone is its own teacher."""
         return self._teacher[0] if self._teacher else None
 
+    @property
+    def _average(self) -> DenseAdapter | None:
+        """The teacher if it is a moving average."""
+        return self.teacher if self.options.teacher == "ema" else None
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.teacher is not None and self.options.teacher == "ema":
-            save_teacher(self.teacher, destination, prefix)
+        if self._average is not None:
+            save_teacher(self._average, destination, prefix)
 
     def _load_from_state_dict(
         self,
-        state_dict: MutableMapping[str, Any],
+        state_dict: Mapping[str, Any],
         prefix: str,
         local_metadata: Any,
         strict: bool,
         missing_keys: list[str],
-        *others: Any,
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
-        if self.teacher is not None and self.options.teacher == "ema":
-            missing_keys += load_teacher(self.teacher, state_dict, prefix, strict=strict)
+        if self._average is not None:
+            load_teacher(self._average, state_dict, prefix, missing_keys, error_msgs)
             self._teacher_text_cache.clear()
             state_dict = without_teacher(state_dict, prefix)
-        elif strict:
-            refuse_teacher(state_dict, prefix, self.options.teacher)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *others)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights, and the moving average of ``teacher="ema"``; see :meth:`torch.nn.Module.load_state_dict`.
+
+        Without a moving average in the state dict it starts anew at the loaded weights, with a warning, if ``strict``
+        is false.
+
+        Raises:
+            InputError: ``strict``, and the moving average is missing, is of another backbone, or has no use.
+        """
+        problem = teacher_problem(self._average, state_dict, self.options.teacher) if strict else None
+        if problem is not None:
+            raise InputError(problem)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def forward(
         self,
@@ -374,7 +394,7 @@ class TTD(nn.Module):
         (teacher,) = self._teacher
         teacher.to(images.device)
         # The model's mode and not this module's: the caller's loop switches the model.
-        if self.options.teacher == "ema" and self.backbone.model.training:
+        if self._average is not None and self.backbone.model.training:
             update_average(teacher, self.backbone, self.options.ema_decay)
         return self._align(teacher, images, captions, candidates, pooled=False)
 

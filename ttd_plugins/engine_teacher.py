@@ -7,18 +7,19 @@ the engine's state dict under ``teacher.``, by the names of the adapter.
 from __future__ import annotations
 
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ttd_plugins.adapter import DenseAdapter
-from ttd_plugins.errors import InputError, InputWarning, TTDError
+from ttd_plugins.errors import InputWarning, TTDError
 from ttd_plugins.utils.running_state import running_norms
 
 PREFIX, STUDENT = "teacher.", "backbone."
 """Prefixes of the teacher's and of the backbone's tensors in the state dict of the engine."""
+MISSING = "the state dict has no moving average, and teacher='ema' needs it to continue"
 
 
 @torch.no_grad()
@@ -46,57 +47,67 @@ def save_teacher(teacher: DenseAdapter, destination: MutableMapping[str, Any], p
         destination[f"{prefix}{PREFIX}{name}"] = value
 
 
-@torch.no_grad()
-def load_teacher(teacher: DenseAdapter, state: MutableMapping[str, Any], prefix: str, *, strict: bool) -> list[str]:
-    """Copy the teacher's tensors from a state dict.
+def teacher_problem(teacher: DenseAdapter | None, state: Mapping[str, Any], kind: str) -> str | None:
+    """Why the teacher in a state dict of the engine does not fit an engine, as one sentence; ``None`` if it does.
 
-    A state dict without a teacher is refused if ``strict``. Otherwise the average starts anew at the weights of the
-    backbone in the state dict, with a warning.
-
-    Returns:
-        Keys that are missing.
-
-    Raises:
-        InputError: ``strict``, and the teacher is missing or is one of another backbone.
+    Args:
+        teacher: the moving-average teacher; ``None`` if the engine has none.
+        state: the state dict.
+        kind: the option ``teacher`` of the engine.
     """
-    own: dict[str, Tensor] = teacher.state_dict()
-    found = {name: state[f"{prefix}{PREFIX}{name}"] for name in own if f"{prefix}{PREFIX}{name}" in state}
-    student = {name: state[f"{prefix}{STUDENT}{name}"] for name in own if f"{prefix}{STUDENT}{name}" in state}
-    if not found:
-        if not student:  # a state dict of other modules
-            return []
-        sentence = "the state dict has no moving average, and teacher='ema' needs it to continue"
-        if strict:
-            raise InputError(
-                f"{sentence}; save the state dict of a TTD with teacher='ema', or load this one with strict=False, "
-                "which starts the average anew at the loaded weights"
-            )
-        warnings.warn(f"{sentence}; it starts anew at the loaded weights", InputWarning, stacklevel=5)
-        found = student
-        missing = [f"{prefix}{PREFIX}{name}" for name in own]
-    else:
-        missing = [f"{prefix}{PREFIX}{name}" for name in own if name not in found]
-    wrong = [name for name, value in found.items() if value.shape != own[name].shape]
-    if wrong or (missing and strict):
-        name = wrong[0] if wrong else missing[0].removeprefix(prefix + PREFIX)
-        raise InputError(
-            f"the moving average in the state dict is of another backbone ({len(wrong) or len(missing)} tensors "
-            f"differ, such as {name}); build the backbone as it was saved, with the same LoRA"
-        )
-    for name, value in found.items():
-        own[name].copy_(value)
-    return missing
-
-
-def without_teacher(state: MutableMapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Return a state dict without the teacher's tensors."""
-    return {key: value for key, value in state.items() if not key.startswith(prefix + PREFIX)}
-
-
-def refuse_teacher(state: MutableMapping[str, Any], prefix: str, kind: str) -> None:
-    """Raise InputError if a state dict has a teacher, which an engine with a teacher of ``kind`` cannot use."""
-    if any(key.startswith(prefix + PREFIX) for key in state):
-        raise InputError(
+    has_teacher = any(key.startswith(PREFIX) for key in state)
+    if teacher is None:
+        if not has_teacher:
+            return None
+        return (
             f"the state dict has the moving average of teacher='ema', and this TTD has teacher={kind!r}; build it with "
             "teacher='ema', or load with strict=False, which leaves the average out"
         )
+    if not has_teacher:
+        return (
+            f"{MISSING}; save the state dict of a TTD with teacher='ema', or load this one with strict=False, which "
+            "starts the average anew at the loaded weights"
+        )
+    own = teacher.state_dict()
+    wrong = [
+        name
+        for name, value in own.items()
+        if f"{PREFIX}{name}" not in state or state[f"{PREFIX}{name}"].shape != value.shape
+    ]
+    if not wrong:
+        return None
+    return (
+        f"the moving average in the state dict is of another backbone ({len(wrong)} tensors differ, such as "
+        f"{wrong[0]}); build the backbone as it was saved, with the same LoRA"
+    )
+
+
+@torch.no_grad()
+def load_teacher(
+    teacher: DenseAdapter, state: Mapping[str, Any], prefix: str, missing_keys: list[str], error_msgs: list[str]
+) -> None:
+    """Copy the teacher's tensors from a state dict in which the engine has a prefix.
+
+    Without a teacher in the state dict, the average starts anew at the backbone's weights in the state dict, with a
+    warning. Keys that are missing, and messages about shapes, are appended as ``load_state_dict`` expects.
+    """
+    own: dict[str, Tensor] = teacher.state_dict()
+    found = {name: state[f"{prefix}{PREFIX}{name}"] for name in own if f"{prefix}{PREFIX}{name}" in state}
+    missing_keys += [f"{prefix}{PREFIX}{name}" for name in own if name not in found]
+    if not found:
+        found = {name: state[f"{prefix}{STUDENT}{name}"] for name in own if f"{prefix}{STUDENT}{name}" in state}
+        if found:
+            warnings.warn(f"{MISSING}; it starts anew at the loaded weights", InputWarning, stacklevel=6)
+    for name, value in found.items():
+        if value.shape == own[name].shape:
+            own[name].copy_(value)
+        else:
+            error_msgs.append(
+                f"the moving average in the state dict is of another backbone: {name} has shape {list(value.shape)} and "
+                f"not {list(own[name].shape)}"
+            )
+
+
+def without_teacher(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return a state dict without the teacher's tensors."""
+    return {key: value for key, value in state.items() if not key.startswith(prefix + PREFIX)}
