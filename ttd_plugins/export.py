@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ttd_plugins._version import __version__
 from ttd_plugins.adapter import ExportedModel
+from ttd_plugins.engine_checks import require_adapter
 from ttd_plugins.errors import InputError, TTDError, choices_sentence, one_sentence
 from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_keyword
+from ttd_plugins.utils.files import given_path
 from ttd_plugins.utils.settings import flatten
 
 if TYPE_CHECKING:
@@ -116,7 +118,8 @@ def export_backbone(
     if form == "lora" and not adapter.has_lora:
         raise TTDError(f"{adapter.description.name} has no LoRA to export; use form='native' or form='weights'")
     card = card if card is not None else ModelCard()
-    out = Path(out)
+    out = given_path(out)
+    require_adapter(adapter, "export_backbone()")
     # Before anything slow, so that a wrong path fails at once.
     _require_free(out)
     with _complete_or_absent(out) as folder:
@@ -144,7 +147,7 @@ def export_run(run: str | Path, out: str | Path, *, form: Form = "native", step:
     Raises:
         TTDError: the run cannot be read, or as :func:`export_backbone`.
     """
-    _require_free(Path(out))
+    _require_free(given_path(out))
     adapter, card = read_run(Path(run), step)
     return export_backbone(adapter, out, form=form, card=card)
 

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ttd_plugins.errors import TTDError, one_sentence
+from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.lora.attach import LoRABackbone
 from ttd_plugins.lora.handle import PREFIX, TOWERS, Tower
+from ttd_plugins.utils.wrapped_models import class_name
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PEFT_TYPE, OWN_TYPE = "LORA", "TTD_LORA"
@@ -35,6 +36,7 @@ def save_lora(adapter: LoRABackbone, folder: str | Path) -> bool:
     """
     from safetensors.torch import save_file
 
+    _require_backbone(adapter, "save_lora()")
     handle = adapter._lora
     if handle is None:
         raise TTDError(f"{adapter.description.name} has no LoRA to save; add_lora() adds it")
@@ -64,6 +66,7 @@ def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
         TTDError: a file cannot be read, or belongs to another backbone; the adapter has no LoRA then.
         MissingDependencyError: peft cannot be imported.
     """
+    _require_backbone(adapter, "load_lora()")
     folder = Path(folder)
     content, tensors = _read_lora(folder)
     unsupported = _unsupported_options(content)
@@ -92,6 +95,12 @@ def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
         adapter._lora = None
         raise
     return adapter
+
+
+def _require_backbone(adapter: object, who: str) -> None:
+    """Raise InputError if ``adapter`` is no adapter."""
+    if not hasattr(adapter, "_lora") or not hasattr(adapter, "lora_targets"):
+        raise InputError(f"{who} takes an adapter, not an object of class {class_name(adapter)}; pass wrap(model)")
 
 
 def _read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
