@@ -1,4 +1,4 @@
-"""Checks of what callers pass to the engine.
+"""Checks of the engine's inputs.
 
 Types and shapes are checked in every call, at no cost. Values are checked once, with the first batch, because reading
 them synchronises with the device.

@@ -25,7 +25,7 @@ def check_threshold(rule: Rule, threshold: float) -> None:
     """Check the threshold of a selection rule.
 
     Raises:
-        InputError: it is outside the range of what the rule compares with it.
+        InputError: it is outside the range of the scores of the rule.
     """
     low = -1 if rule == "absolute" else 0
     if not low <= threshold <= 1:
