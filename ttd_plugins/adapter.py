@@ -28,8 +28,10 @@ from ttd_plugins.lora.handle import LoRAHandle
 from ttd_plugins.lora.handle import Tower as Tower
 from ttd_plugins.options import Calibration
 from ttd_plugins.utils import wrapped_models
+from ttd_plugins.utils.contract_types import ExportedModel as ExportedModel
+from ttd_plugins.utils.contract_types import ImageFeatures as ImageFeatures
+from ttd_plugins.utils.contract_types import Tokens as Tokens
 from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_keyword, renamed_names, warn_renamed
-from ttd_plugins.utils.exported_model import ExportedModel as ExportedModel
 from ttd_plugins.utils.running_state import WeightSnapshot
 from ttd_plugins.utils.sizes import Size as Size
 from ttd_plugins.utils.sizes import size_pair
@@ -95,41 +97,6 @@ class BackboneDescription:
     def name(self) -> str:
         """``family:model@weights``, or ``family:model`` for a wrapped object."""
         return f"{self.family}:{self.model}" + (f"@{self.weights}" if self.weights else "")
-
-
-@dataclass
-class ImageFeatures:
-    """Features of a batch of images in the joint space, not L2-normalised, in the dtype of the backbone.
-
-    Attributes:
-        patches: ``[B, H, W, D]``, row 0 at the top of the image, column 0 at its left.
-        pooled: ``[B, D]``, the library's own image embedding; ``None`` if it was not requested.
-    """
-
-    patches: Tensor
-    pooled: Tensor | None = None
-
-
-@dataclass
-class Tokens:
-    """Tokenised texts.
-
-    Attributes:
-        ids: int64 ``[N, L]``, L being the context length, padded as in the backbone's training.
-        lengths: int64 ``[N]``, always on the CPU: number of positions up to and including the end token.
-        truncated: for each text, whether it was longer than the context and lost its last words.
-    """
-
-    ids: Tensor
-    lengths: Tensor
-    truncated: list[bool]
-
-    def __post_init__(self) -> None:
-        if self.ids.ndim != 2 or self.lengths.shape != self.ids.shape[:1] or len(self.truncated) != len(self.ids):
-            raise ValueError(
-                f"Tokens needs ids [N, L], lengths [N] and N truncation flags; got {tuple(self.ids.shape)}, "
-                f"{tuple(self.lengths.shape)} and {len(self.truncated)}"
-            )
 
 
 ImageTransform = Callable[["Image"], Tensor]
@@ -364,7 +331,13 @@ class DenseAdapter(nn.Module, ABC):
         return self.patch_grid(pixels.shape[2], pixels.shape[3])
 
     def add_lora(
-        self, rank: int = 8, *, alpha: float | None = None, dropout: float = 0.0, towers: Sequence[Tower] = TOWERS
+        self,
+        rank: int = 8,
+        *,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        towers: Sequence[Tower] = TOWERS,
+        modules: str | None = None,
     ) -> Self:
         """Add LoRA (arXiv 2106.09685) to the towers in place, through peft, and freeze everything else.
 
@@ -373,6 +346,7 @@ class DenseAdapter(nn.Module, ABC):
             alpha: the scale is ``alpha / rank``; by default alpha is twice the rank.
             dropout: probability of dropping an input of the LoRA path while training.
             towers: the towers to adapt.
+            modules: a regular expression; of :meth:`lora_targets` only those are wrapped in whose names it is found.
 
         Returns:
             This adapter.
@@ -381,7 +355,7 @@ class DenseAdapter(nn.Module, ABC):
             TTDError: the model has LoRA already, or a tower has no module that LoRA can wrap.
             MissingDependencyError: peft is not installed.
         """
-        self._lora = attach_lora(self, rank=rank, alpha=alpha, dropout=dropout, towers=towers)
+        self._lora = attach_lora(self, rank=rank, alpha=alpha, dropout=dropout, towers=towers, modules=modules)
         return self
 
     def snapshot_weights(self) -> None:
@@ -456,10 +430,12 @@ class AdapterFamily(ABC):
         name: the part before ``:`` in ``family:model@weights``; lower-case letters, digits and underscores.
         summary: one line for ``ttd backbones``.
         api_version: the version of this contract that the family implements.
+        embedded_models: names of the models whose weights come with the package, which need no download.
     """
 
     name: str
     summary: str = ""
+    embedded_models: Sequence[str] = ()
     api_version: int = API_VERSION
 
     @abstractmethod

@@ -92,8 +92,10 @@ class _Loaded:
 
 
 def embedded_backbones() -> list[str]:
-    """Names of the backbones that need no download, in alphabetical order."""
-    return [name for name in (f"{family}:tiny" for family in sorted(families())) if is_embedded(name)]
+    """Names of the backbones that need no download: those for photographs first, then in alphabetical order."""
+    known = families()
+    names = [f"{family}:{model}" for family in sorted(known) for model in known[family].embedded_models]
+    return sorted(names, key=lambda name: (name.endswith(":tiny"), name))
 
 
 def is_embedded(name: str) -> bool:
@@ -102,7 +104,10 @@ def is_embedded(name: str) -> bool:
         parsed = parse_name(name)
     except TTDError:
         return False
-    return parsed.model == "tiny" and parsed.weights != "random"
+    known = families()
+    if parsed.family not in known:
+        return False
+    return parsed.model in known[parsed.family].embedded_models and parsed.weights != "random"
 
 
 class Studio:

@@ -14,7 +14,7 @@ from ttd_plugins.errors import InputError
 if TYPE_CHECKING:
     from ttd_plugins.engine import CaptionMaps
 
-DEFAULT_BACKBONE = "open_clip:tiny"
+DEFAULT_BACKBONE = "open_clip:photo"
 
 ImageArgument = Annotated[Path, typer.Argument(help="An image file.", show_default=False)]
 CaptionArgument = Annotated[str, typer.Argument(help="Its caption.", show_default=False)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,17 +76,24 @@ def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
             f"{folder / CONFIG_FILE} describes more than plain LoRA ({', '.join(unsupported)}); load it with peft"
         )
     names = {name.removeprefix(PREFIX) for name in tensors}
-    towers: list[Tower] = [
-        tower
+    wrapped = {
+        tower: [t for t in adapter.lora_targets(tower) if any(name.startswith(f"{t}.lora_") for name in names)]
         for tower in TOWERS
-        if any(name.startswith(f"{target}.") for target in adapter.lora_targets(tower) for name in names)
-    ]
+    }
+    towers: list[Tower] = [tower for tower in TOWERS if wrapped[tower]]
     if not towers:
         raise TTDError(
             f"{folder} holds LoRA for none of the modules of {adapter.description.name}; load the backbone that it was "
             f"trained on ({content.get('base_model_name_or_path') or 'its name was not saved'})"
         )
-    adapter.add_lora(int(content["r"]), alpha=content["lora_alpha"], dropout=content["lora_dropout"], towers=towers)
+    chosen = "|".join(re.escape(target) for tower in towers for target in wrapped[tower])
+    adapter.add_lora(
+        int(content["r"]),
+        alpha=content["lora_alpha"],
+        dropout=content["lora_dropout"],
+        towers=towers,
+        modules=f"^({chosen})$",
+    )
     handle = adapter._lora
     assert handle is not None
     try:

@@ -68,6 +68,11 @@ class LoRAHandle:
         """The LoRA parameters, layer by layer in the model's order."""
         return [parameter for wrapped in self._wrapped for parameter in wrapped.parameters().values()]
 
+    def second_matrices(self) -> list[nn.Parameter]:
+        """The matrices B, in which the update ``scaling * B @ A`` of each layer is linear."""
+        self._require_attached()
+        return [p for wrapped in self._wrapped for name, p in wrapped.parameters().items() if "lora_B" in name]
+
     def tensors(self) -> dict[str, Tensor]:
         """Return LoRA's tensors on the CPU, by their names in ``adapter_model.safetensors``."""
         self._require_attached()

@@ -75,6 +75,14 @@ class TowersConfig:
     rank: Annotated[Int, option("LoRA rank.", ge=1)] = 16
     alpha: Annotated[Float | None, option("LoRA alpha; null means twice the rank.", gt=0)] = None
     dropout: Annotated[Float, option("LoRA dropout.", ge=0, lt=1)] = 0.0
+    modules: Annotated[
+        Text | None,
+        option(
+            "Regular expression: of the modules that LoRA can wrap, only those in whose names it is found; null means "
+            "all.",
+            flag="--lora-modules",
+        ),
+    ] = None
     logit_scale: Annotated[Flag, option("Train the scale and bias of the contrastive logits.")] = False
 
 
