@@ -217,7 +217,7 @@ def test_options_reach_what_they_are_for(fake: FakeFamily, picture: Path) -> Non
     result = ttd(
         *("tags", picture, "the dog", "--backbone", "fake:small@random", "--json"),
         *("--backbone-option", "width=9", "--tags-option", "stop_words=null", "--size", "16x24", "--device", "cpu"),
-        *("--rule", "absolute", "--threshold", "-2"),
+        *("--rule", "absolute", "--threshold", "-1"),
     )
     assert result.exit_code == 0, result.stderr
     assert fake.loaded == [("small", "random")]

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ttd_plugins._version import __version__
 from ttd_plugins.adapter import ExportedModel
+from ttd_plugins.engine_checks import require_adapter
 from ttd_plugins.errors import InputError, TTDError, choices_sentence, one_sentence
 from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_keyword
+from ttd_plugins.utils.files import given_path
 from ttd_plugins.utils.settings import flatten
 
 if TYPE_CHECKING:
@@ -118,6 +120,8 @@ def export_backbone(
         TTDError: there is no LoRA to save, or it has values that are not finite.
         MissingDependencyError: the backbone's library is not installed.
     """
+    out = given_path(out)
+    require_adapter(adapter, "export_backbone()")
     if form not in FORMS:
         raise InputError(choices_sentence("form of export", str(form), FORMS))
     if form == "lora" and not adapter.has_lora:
@@ -127,7 +131,6 @@ def export_backbone(
     card = card if card is not None else ModelCard()
     if lora_scale != 1:
         card = replace(card, settings={**card.settings, "lora_scale": lora_scale})
-    out = Path(out)
     # Before anything slow, so that a wrong path fails at once.
     _require_free(out)
     with scaled_lora(adapter, lora_scale), _complete_or_absent(out) as folder:
@@ -158,7 +161,7 @@ def export_run(
     Raises:
         TTDError: the run cannot be read, or as :func:`export_backbone`.
     """
-    _require_free(Path(out))
+    _require_free(given_path(out))
     adapter, card = read_run(Path(run), step)
     return export_backbone(adapter, out, form=form, card=card, lora_scale=lora_scale)
 

@@ -34,8 +34,8 @@ from ttd_plugins.cli import (
     tags,
     train,
 )
-from ttd_plugins.cli.command_line import ARGUMENTS
-from ttd_plugins.errors import PluginWarning, TTDError, printable
+from ttd_plugins.cli.command_line import ARGUMENTS, refuse_empty_values
+from ttd_plugins.errors import InputWarning, PluginWarning, TTDError, printable
 
 USER_ERROR = 2
 DENY = "TTD_PLUGINS_DENY"
@@ -106,13 +106,14 @@ class _Group(TyperGroup):
             others = warnings.showwarning
 
             def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-                if issubclass(category, PluginWarning):
+                if issubclass(category, PluginWarning | InputWarning):
                     typer.echo(f"warning: {_one_line(message)}", err=True)
                 else:
                     others(message, category, *where, **more)
 
             warnings.showwarning = show
             try:
+                refuse_empty_values(ctx.meta[ARGUMENTS])
                 return super().invoke(ctx)
             except TTDError as error:
                 typer.echo(f"error: {_one_line(error)}", err=True)

@@ -35,7 +35,7 @@ from ttd_plugins.engine import TTD
 from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.evaluation.protocols.runner import weights_hash
 from ttd_plugins.training.stop_signals import TrainingStoppedError
-from ttd_plugins.utils.files import make_folder
+from ttd_plugins.utils.files import given_path, make_folder
 from ttd_plugins.utils.progress import Stage, no_progress, progress_bars
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def compare(
     names = (backbones,) if isinstance(backbones, str) else tuple(backbones)
     settings = CompareOptions(names, data=data, seeds=seeds, steps=steps, tune=tune, **options)
     with progress_bars(width=40, keep_finished=4) if progress else nullcontext(no_progress) as stage:
-        return run_comparison(Path(out), settings, stage=stage)
+        return run_comparison(given_path(out), settings, stage=stage)
 
 
 def run_comparison(

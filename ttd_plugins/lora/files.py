@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ttd_plugins.errors import TTDError, one_sentence
+from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.lora.attach import LoRABackbone
 from ttd_plugins.lora.handle import PREFIX, TOWERS, Tower
 from ttd_plugins.utils.state_dicts import foreign_files
+from ttd_plugins.utils.wrapped_models import class_name
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAX_RANK = 65536
@@ -39,6 +40,7 @@ def save_lora(adapter: LoRABackbone, folder: str | Path) -> bool:
     """
     from safetensors.torch import save_file
 
+    _require_backbone(adapter, "save_lora()")
     handle = adapter._lora
     if handle is None:
         raise TTDError(f"{adapter.description.name} has no LoRA to save; add_lora() adds it")
@@ -68,6 +70,7 @@ def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
         TTDError: a file cannot be read, or belongs to another backbone; the adapter has no LoRA then.
         MissingDependencyError: peft cannot be imported.
     """
+    _require_backbone(adapter, "load_lora()")
     folder = Path(folder)
     content, tensors = _read_lora(folder)
     unsupported = _unsupported_options(content)
@@ -103,6 +106,12 @@ def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
         adapter._lora = None
         raise
     return adapter
+
+
+def _require_backbone(adapter: object, who: str) -> None:
+    """Raise InputError if ``adapter`` is no adapter."""
+    if not hasattr(adapter, "_lora") or not hasattr(adapter, "lora_targets"):
+        raise InputError(f"{who} takes an adapter, not an object of class {class_name(adapter)}; pass wrap(model)")
 
 
 def _read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

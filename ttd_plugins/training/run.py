@@ -40,7 +40,7 @@ from ttd_plugins.training.train_state import TrainState
 from ttd_plugins.training.trainable_parameters import build_backbone, train_mode
 from ttd_plugins.utils import distributed
 from ttd_plugins.utils.deprecation import warn_renamed
-from ttd_plugins.utils.files import make_folder, write_atomic
+from ttd_plugins.utils.files import given_path, make_folder, write_atomic
 from ttd_plugins.utils.rng import get_rng_state, preserved_rng, seed_everything
 from ttd_plugins.utils.settings import first_difference
 
@@ -112,7 +112,7 @@ def train_run(
     evaluate: Evaluate | None = None,
 ) -> TrainResult:
     """Fine-tune a backbone, in one process or in each of several; see :func:`ttd_plugins.fine_tune`."""
-    out = Path(out)
+    out = given_path(out)
     accelerator = start_accelerate(config, out)
     try:
         logger = RunLogger(out, config, reporter or Reporter(), accelerator)

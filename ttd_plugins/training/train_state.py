@@ -133,6 +133,11 @@ class TrainState:
             raise InputError(f"{where} has other tensors than this configuration trains; it is of another backbone")
         checkpoints.load_tensors(self.ttd.backbone.model, stored.trained, where)
         checkpoints.load_tensors(self.ttd.backbone.model, stored.buffers, where)
+        if self._stored_teacher() is not None and not stored.teacher:
+            raise InputError(
+                f"{where} has no moving average, and ttd.teacher=ema needs it to continue; restore its "
+                "teacher.safetensors, or start another run"
+            )
         if self.ttd.teacher is not None:
             checkpoints.load_tensors(self.ttd.teacher.model, stored.teacher, where)
         checkpoints.unpack_optimizer(self.strategy.inner_optimizer, stored.optimizer, self._names)
