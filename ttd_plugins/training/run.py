@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from ttd_plugins.adapter import DenseAdapter
+from ttd_plugins.data.images import read_image
 from ttd_plugins.engine import TTD, evaluation_mode
 from ttd_plugins.errors import InputError, TTDError, is_out_of_memory, one_sentence
 from ttd_plugins.training import checkpoints
@@ -34,14 +35,14 @@ from ttd_plugins.training.processes import (
 )
 from ttd_plugins.training.reporting import Reporter
 from ttd_plugins.training.run_logger import RunLogger
-from ttd_plugins.training.step import StepResult
+from ttd_plugins.training.step import StepResult, warm_up_warning
 from ttd_plugins.training.stop_signals import StopSignals, TrainingStoppedError
 from ttd_plugins.training.strategies import ReplicatedStrategy, ShardedStrategy, Strategy
 from ttd_plugins.training.train_state import TrainState
 from ttd_plugins.training.trainable_parameters import build_backbone, train_mode
 from ttd_plugins.utils import configuration, distributed
 from ttd_plugins.utils.deprecation import warn_renamed
-from ttd_plugins.utils.files import make_folder, write_atomic
+from ttd_plugins.utils.files import given_path, make_folder, write_atomic
 from ttd_plugins.utils.output_folder import FolderKind, output_folder
 from ttd_plugins.utils.rng import get_rng_state, preserved_rng, seed_everything
 from ttd_plugins.utils.settings import first_difference
@@ -124,7 +125,7 @@ def train_run(
     evaluate: Evaluate | None = None,
 ) -> TrainResult:
     """Fine-tune a backbone, in one process or in each of several; see :func:`ttd_plugins.fine_tune`."""
-    out = Path(out)
+    out = given_path(out)
     accelerator = start_accelerate(config, out)
     is_main = bool(accelerator.is_main_process)
     with ExitStack() as stack:
@@ -184,6 +185,9 @@ class _Run:
             {name: buffer.detach().clone() for name, buffer in model.named_buffers()},
             total_steps=total_steps(config, pairs, self.processes),
         )
+        warning = warm_up_warning(config.optimizer.warm_up, self.state.total_steps)
+        if warning is not None and self.is_main:
+            logger.message(warning, logging.WARNING)
         train_mode(self.ttd.backbone)
         self.ttd.training = True
         # Another seed for every process, or their dropout would be the same.
@@ -438,7 +442,9 @@ class _Run:
             write_atomic(file, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
         try:
             rows = json.loads(file.read_text(encoding="utf-8"))
-            return [(Image.open(folder / row["picture"]).convert("RGB"), row["caption"], row["tags"]) for row in rows]
+            return [(read_image(folder / row["picture"]), row["caption"], row["tags"]) for row in rows]
+        except InputError as error:
+            raise InputError(f"{error}; delete {folder}, and other samples are drawn") from error
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise InputError(
                 f"the fixed samples in {folder} cannot be read ({one_sentence(error)}); delete that folder"

@@ -30,7 +30,7 @@ from ttd_plugins.adapter import Calibration, DenseAdapter
 from ttd_plugins.engine import evaluation_mode
 from ttd_plugins.errors import InputError, one_sentence
 from ttd_plugins.utils.deprecation import RenamedAttribute
-from ttd_plugins.utils.files import write_atomic
+from ttd_plugins.utils.files import given_path, write_atomic
 from ttd_plugins.utils.output_folder import LOCK, FolderKind, output_folder
 from ttd_plugins.utils.progress import Stage, no_progress
 from ttd_plugins.utils.settings import first_difference
@@ -297,11 +297,12 @@ def run_protocol(
     stage = stage or no_progress
     settings = _plain(settings)
     if out is not None:
+        folder = given_path(out)
         # Processes that share a folder have a lock each.
         lock = LOCK if rank == 0 else f"{LOCK}-{rank}"
-        with output_folder(out, EVALUATION_FOLDER, lock=lock):
+        with output_folder(folder, EVALUATION_FOLDER, lock=lock):
             return _run_protocol(
-                protocol, adapter, keys, record_of, summarise, settings, check, prepare, Path(out), rank, world, stage
+                protocol, adapter, keys, record_of, summarise, settings, check, prepare, folder, rank, world, stage
             )
     return _run_protocol(
         protocol, adapter, keys, record_of, summarise, settings, check, prepare, None, rank, world, stage
