@@ -10,13 +10,14 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.utils.file_kinds import HEAD_BYTES, describe_kind, read_head
+from ttd_plugins.utils.png_texts import without_long_texts
+from ttd_plugins.utils.user_files import open_regular
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 """Pillow's names of the formats that are read; ``PPM`` includes PGM and PBM. The content decides, not the file name."""
@@ -48,8 +49,8 @@ def read_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
         An image of mode ``"RGB"``.
 
     Raises:
-        InputError: the file is missing, empty, truncated, broken or not an image; its values are floating-point; or it
-            has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``. The message names the file.
+        InputError: the file is missing, empty, truncated, broken, not an image or not a regular file; its values are
+            floating-point; or it has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``. The message names the file.
     """
     with open_image(source, name) as image:
         image.load()
@@ -71,23 +72,22 @@ def open_image(
         The image in its own mode, not turned by EXIF, closed after the block.
 
     Raises:
-        InputError: the file is missing, empty, truncated, broken or in none of :data:`IMAGE_FORMATS`; or it has more
-            pixels than ``PIL.Image.MAX_IMAGE_PIXELS``. The message names the file.
+        InputError: the file is missing, empty, truncated, broken, not a regular file (a named pipe would block), or in
+            none of :data:`IMAGE_FORMATS`; or it has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``. The message names
+            the file.
     """
     title = _title(source, name, kind)
-    if not isinstance(source, bytes) and Path(source).is_dir():
+    if not isinstance(source, bytes) and os.path.isdir(source):
         raise InputError(f"{title} is a folder; give the path of one image")
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(file, formats=IMAGE_FORMATS) as image:
-            _refuse_bomb(image, title)
-            yield image
+        with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source, title) as stream:
+            shortened = without_long_texts(stream)
+            stream.seek(0)
+            with Image.open(stream if shortened is None else io.BytesIO(shortened), formats=IMAGE_FORMATS) as image:
+                _refuse_bomb(image, title)
+                yield image
     except TTDError:
         raise
-    except FileNotFoundError:
-        raise InputError(f"{title} does not exist") from None
-    except PermissionError as error:
-        raise InputError(f"{title} cannot be read: permission denied") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{title} {_unidentified(source)}") from error
     # A program may turn the warning into an exception.
