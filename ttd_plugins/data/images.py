@@ -10,8 +10,10 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from ttd_plugins.errors import InputError, TTDError, one_sentence
@@ -142,14 +144,34 @@ def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    # ImageOps.exif_transpose would rewrite the whole EXIF, and fails on unrelated tags.
+    turn = _TURNS.get(exif_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image, 1 to 8; 1 (upright) if it has none, or one that cannot be parsed."""
     try:
         orientation = image.getexif().get(_ORIENTATION)
     # The EXIF of some cameras and editors cannot be parsed, while the pixels are sound.
     except Exception:
-        return image
-    # ImageOps.exif_transpose would rewrite the whole EXIF, and fails on unrelated tags.
-    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else image.transpose(turn)
+        return 1
+    return orientation if isinstance(orientation, int) and orientation in _TURNS else 1
+
+
+def turn_upright(values: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Turn an array ``[height, width]`` of pixels as they are stored the way :func:`to_rgb` turns their image.
+
+    Args:
+        values: one value per stored pixel.
+        orientation: the EXIF orientation; see :func:`exif_orientation`.
+    """
+    if orientation >= 5:
+        values = values.T
+    # What is left to mirror, from left to right and from top to bottom.
+    across = orientation in (2, 3, 6, 7)
+    down = orientation in (3, 4, 7, 8)
+    return np.ascontiguousarray(values[:: -1 if down else 1, :: -1 if across else 1])
 
 
 def _refuse_bomb(image: Image.Image, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,15 @@ def key_hash(key: str) -> int:
     """Return a 64-bit hash of a key that is the same in every process."""
     digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether a text, such as the name of a file, can be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -58,13 +68,13 @@ def read_scores(file: str | Path) -> PairScores:
         MissingDependencyError: pyarrow, needed for Parquet, is not installed.
     """
     path = Path(file)
-    if not path.is_file():
+    if not os.path.isfile(path):
         unfinished = path.with_name(path.name + ".part").is_file()
         hint = "is incomplete; run `ttd prune` again to continue" if unfinished else "does not exist"
         raise InputError(f"the file of scores {str(path)!r} {hint}")
     try:
         settings, keys, captions, similarity = _parquet(path) if path.suffix == ".parquet" else _json_lines(path)
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, NotImplementedError, RecursionError, OSError) as error:
         raise InputError(f"{str(path)!r} is not a file of scores of `ttd prune`: {one_sentence(error)}") from error
     numbers = [math.nan if value is None else value for value in similarity]
     return PairScores(settings, keys, np.asarray(captions, np.int64), np.asarray(numbers, np.float64))
@@ -84,8 +94,10 @@ def _parquet(path: Path) -> tuple[dict[str, Any], Any, Any, Any]:
     except ImportError as error:
         raise MissingDependencyError(f"{str(path)!r} needs pyarrow; pip install 'ttd-plugins[data]'") from error
     table = pq.read_table(path)
-    settings = json.loads((table.schema.metadata or {})[b"scores"])
-    return settings, *(table.column(name).to_pylist() for name in ("key", "caption", "similarity"))
+    metadata = table.schema.metadata or {}
+    settings = json.loads(metadata[b"scores"])
+    keys, captions, similarity = (table.column(name).to_pylist() for name in ("key", "caption", "similarity"))
+    return settings, [json.loads(key) for key in keys] if b"keys" in metadata else keys, captions, similarity
 
 
 class PairFilter:
