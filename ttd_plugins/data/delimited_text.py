@@ -142,8 +142,8 @@ def _quoted_rows(lines: Iterator[tuple[int, str]], mark: str, is_row: Callable[[
     # The limit is one of the process; captions and lists of captions in a cell may be longer than 128 KiB.
     csv.field_size_limit(max(csv.field_size_limit(), 1 << 30))
     waiting: deque[tuple[int, str]] = deque()
-    while waiting or (following := next(lines, None)) is not None:
-        number, text = waiting.popleft() if waiting else following
+    while (line := waiting.popleft() if waiting else next(lines, None)) is not None:
+        number, text = line
         if '"' not in text:
             row = text.rstrip("\r\n")
             if row:

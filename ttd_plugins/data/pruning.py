@@ -210,7 +210,9 @@ def _finish(part: Path, file: Path, skipped: SkipLog) -> None:
             }
             metadata = {"scores": json.dumps(settings)} | ({"keys": "json"} if as_json else {})
             table = pa.table(columns).replace_schema_metadata(metadata)
-            pq.write_table(table, temporary)
+            # pyarrow takes no path that is not UTF-8.
+            with open(temporary, "wb") as stream:
+                pq.write_table(table, stream)
         else:
             with open(temporary, "wb") as stream:
                 for row in ({"scores": settings}, *rows):

@@ -93,7 +93,9 @@ def _parquet(path: Path) -> tuple[dict[str, Any], Any, Any, Any]:
         import pyarrow.parquet as pq
     except ImportError as error:
         raise MissingDependencyError(f"{str(path)!r} needs pyarrow; pip install 'ttd-plugins[data]'") from error
-    table = pq.read_table(path)
+    # pyarrow takes no path that is not UTF-8.
+    with open(path, "rb") as stream:
+        table = pq.read_table(stream)
     metadata = table.schema.metadata or {}
     settings = json.loads(metadata[b"scores"])
     keys, captions, similarity = (table.column(name).to_pylist() for name in ("key", "caption", "similarity"))

@@ -26,7 +26,7 @@ from ttd_plugins.data.shard_samples import IMAGES, TEXTS, Group, Name, Sample, p
 from ttd_plugins.data.sidecar import add_sidecar
 from ttd_plugins.data.tar_reading import Member, is_compressed, members, open_tar
 from ttd_plugins.errors import InputError, MissingDependencyError, one_sentence
-from ttd_plugins.utils.user_files import open_regular, require_regular
+from ttd_plugins.utils.user_files import open_regular, require_regular, shown
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 MAX_IMAGE_BYTES = 1 << 30
@@ -95,7 +95,7 @@ class ShardPairs(StreamSource):
     def _samples(self, shard: str, eager: ReadNow) -> Iterator[Sample[bytes | TarSlice]]:
         with contextlib.ExitStack() as stack:
             if _is_local(shard):
-                stream = stack.enter_context(open_regular(shard, f"the shard {shard!r}"))
+                stream = stack.enter_context(open_regular(shard, f"the shard {shown(shard)}"))
                 if not is_compressed(stream):
                     yield from _indexed_samples(shard, stream, eager)
                     return
@@ -254,7 +254,7 @@ def _gopen(shard: str) -> Any:
 def _expand(spec: str) -> tuple[str, ...]:
     parts = [spec] if os.path.exists(spec) else spec.split("::")
     if not all(map(str.strip, parts)):
-        raise InputError(f"the shards {spec!r} have an empty part next to '::'")
+        raise InputError(f"the shards {shown(spec)} have an empty part next to '::'")
     shards = [_local_path(shard) for part in parts for shard in _expand_part(part.strip())]
     for shard in shards:
         if not _is_local(shard):
@@ -265,10 +265,10 @@ def _expand(spec: str) -> tuple[str, ...]:
     missing = [name for name in shards if _is_local(name) and not os.path.exists(name)]
     if missing:
         more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(f"the shard {missing[0]!r} does not exist{more} (of {len(shards)} in {spec!r})")
+        raise InputError(f"the shard {shown(missing[0])} does not exist{more} (of {len(shards)} in {shown(spec)})")
     for name in shards:
         if _is_local(name):
-            require_regular(name, f"the shard {name!r}")
+            require_regular(name, f"the shard {shown(name)}")
     return tuple(shards)
 
 
@@ -290,20 +290,22 @@ def _require_url(shard: str) -> None:
     # webdataset opens the schemes of this variable with the program ais.
     known = _SCHEMES | set(filter(None, os.environ.get("USE_AIS_FOR", "").split(":")))
     if scheme not in known:
-        raise InputError(f"the shard {shard!r} has the unknown scheme {scheme!r}; known: {', '.join(sorted(known))}")
+        raise InputError(
+            f"the shard {shown(shard)} has the unknown scheme {scheme!r}; known: {', '.join(sorted(known))}"
+        )
     if re.search(r"[\s'\"`<>\\^\x00-\x1f\x7f]", shard):
-        raise InputError(f"the shard {shard!r} contains a character that a URL cannot contain; write it as %XX")
+        raise InputError(f"the shard {shown(shard)} contains a character that a URL cannot contain; write it as %XX")
     try:
         parts = urlsplit(shard)
         host = parts.hostname
         _ = parts.port
     except ValueError as error:
-        raise InputError(f"the shard {shard!r} is not a valid URL: {one_sentence(error)}") from error
+        raise InputError(f"the shard {shown(shard)} is not a valid URL: {one_sentence(error)}") from error
     if not rest.startswith("//") or not host:
         kind = "bucket" if scheme in ("gs", "ais", "htgs") else "host"
-        raise InputError(f"the shard {shard!r} names no {kind}; write {scheme}://{kind.upper()}/PATH.tar")
+        raise InputError(f"the shard {shown(shard)} names no {kind}; write {scheme}://{kind.upper()}/PATH.tar")
     if not parts.path.strip("/"):
-        raise InputError(f"the shard {shard!r} names no file; write {scheme}://{parts.netloc}/PATH.tar")
+        raise InputError(f"the shard {shown(shard)} names no file; write {scheme}://{parts.netloc}/PATH.tar")
 
 
 def _expand_part(part: str) -> list[str]:
@@ -311,7 +313,7 @@ def _expand_part(part: str) -> list[str]:
     if _is_local(part) and os.path.isdir(path):
         found = sorted(str(file) for file in path.iterdir() if file.name.endswith(SHARD_SUFFIXES))
         if not found:
-            raise InputError(f"the folder {part!r} contains no tar files")
+            raise InputError(f"the folder {shown(part)} contains no tar files")
         return found
     names = [part]
     if not os.path.exists(path) and "{" in part:
@@ -319,13 +321,13 @@ def _expand_part(part: str) -> list[str]:
             names = list(_webdataset(part).shardlists.expand_urls(part))
         # braceexpand raises its own ValueError; an unset variable raises an AssertionError.
         except (ValueError, AssertionError) as error:
-            raise InputError(f"the pattern {part!r} cannot be expanded: {one_sentence(error)}") from error
+            raise InputError(f"the pattern {shown(part)} cannot be expanded: {one_sentence(error)}") from error
     shards: list[str] = []
     for name in names:
         if _is_local(name) and not os.path.exists(name) and any(mark in name for mark in "*?["):
             matching = sorted(glob.glob(name))
             if not matching:
-                raise InputError(f"no file matches {name!r}")
+                raise InputError(f"no file matches {shown(name)}")
             shards += matching
         else:
             shards.append(name)

@@ -18,7 +18,7 @@ from ttd_plugins.data.score_filter import PairFilter
 from ttd_plugins.data.shards import SHARD_SUFFIXES, ShardPairs, looks_like_shards
 from ttd_plugins.data.tables import TABLE_SUFFIXES, TablePairs
 from ttd_plugins.errors import InputError
-from ttd_plugins.utils.user_files import require_regular, walk_files
+from ttd_plugins.utils.user_files import require_regular, shown, walk_files
 
 LAYOUTS = (
     "a folder with name.txt, name.caption or name.json next to each name.jpg, a folder with image/ and json/, a table "
@@ -66,6 +66,7 @@ def open_pairs(
     folder = None if images is None else Path(images)
     if folder is not None and not os.path.isdir(folder):
         raise InputError(f"the folder of images {str(folder)!r} does not exist")
+    source: PairSource
     if is_dataset(spec):
         source = open_dataset(spec, images=folder, fields=fields, **options)
     elif isinstance(spec, str | os.PathLike):
@@ -97,8 +98,7 @@ def _detect(spec: str, images: Path | None, fields: Fields, options: dict[str, A
     if not os.path.exists(path):
         name = spec.count("/") <= 1 and not spec.startswith((".", "/", "~")) and not path.suffix and len(spec) < 100
         hint = f"; a dataset of the Hugging Face hub is named 'hf:{spec}'" if name else ""
-        shown = spec if len(spec) <= 200 else f"{spec[:200]}…"
-        raise InputError(f"there are no pairs at {shown!r}: it does not exist{hint}")
+        raise InputError(f"there are no pairs at {shown(spec)}: it does not exist{hint}")
     return _open_file(path, images, fields, options)
 
 

@@ -32,7 +32,7 @@ from ttd_plugins.data.delimited_text import open_delimited
 from ttd_plugins.data.image_paths import find_images, is_image_name, with_slashes, without_number
 from ttd_plugins.data.pair_source import MapSource, PackedTexts, RawPair, refuse_empty
 from ttd_plugins.errors import InputError, MissingDependencyError, choices_sentence, listed, one_sentence
-from ttd_plugins.utils.user_files import open_regular, require_regular
+from ttd_plugins.utils.user_files import open_regular
 
 TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".txt", ".token", ".parquet", ".pq", ".jsonl", ".ndjson"})
 Row = tuple[int, dict[str, Any] | None, str]
@@ -232,9 +232,10 @@ def _parquet(file: Path) -> Table:
         raise MissingDependencyError(
             f"the Parquet table {str(file)!r} needs pyarrow; pip install 'ttd-plugins[data]'"
         ) from error
-    require_regular(file, f"the table {str(file)!r}")
+    # pyarrow takes no path that is not UTF-8.
+    stream = open_regular(file, f"the table {str(file)!r}")
     try:
-        table = pq.ParquetFile(file)
+        table = pq.ParquetFile(stream)
     # Thrift and Arrow raise exceptions of several types for a broken file.
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{str(file)!r} is not a Parquet table: {one_sentence(error)}") from error

@@ -79,6 +79,11 @@ def read_regular(path: Path, title: str, limit: int | None = None) -> bytes:
     return data
 
 
+def shown(name: str, limit: int = 200) -> str:
+    """Return a name in quotes for a message: escaped where it cannot be printed, and cut if it is very long."""
+    return repr(name) if len(name) <= limit else f"{name[:limit]!r}…"
+
+
 def reason_of(error: OSError) -> str:
     """Return why the operating system refused something, in lower case and without the path."""
     text = error.strerror or one_sentence(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -72,8 +72,9 @@ def unique_keys(names: Sequence[str], *, short: bool = False) -> list[str]:
     Raises:
         DatasetError: a path occurs twice.
     """
-    for key in ([_name_without_suffix] if short else []) + [_path_without_suffix, str]:
-        keys = [key(name) for name in names]
+    forms: list[Callable[[str], str]] = [_path_without_suffix, str]
+    for form in [_name_without_suffix, *forms] if short else forms:
+        keys = [form(name) for name in names]
         if len(set(keys)) == len(keys):
             return keys
     twice = next(name for name, count in Counter(names).items() if count > 1)
