@@ -156,7 +156,7 @@ IMAGES = [
 ]
 
 
-@fuzz(150, 20_000, st.sampled_from(IMAGES) | st.binary(max_size=60), damages)
+@fuzz(150, 8_000, st.sampled_from(IMAGES) | st.binary(max_size=60), damages)
 def test_images(data: bytes, harm: tuple[list[tuple[int, bytes]], int]) -> None:
     with sandbox() as folder, sentences():
         (folder / "a.jpg").write_bytes(damage(data, *harm))
@@ -165,7 +165,7 @@ def test_images(data: bytes, harm: tuple[list[tuple[int, bytes]], int]) -> None:
 
 @fuzz(
     100,
-    10_000,
+    2_000,
     st.lists(
         st.tuples(
             st.sampled_from([b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf", b"tIME"]),
@@ -223,7 +223,7 @@ contents = st.sampled_from([picture_bytes(0), b"a dog", b'{"caption": "a dog"}',
 
 @fuzz(
     80,
-    6_000,
+    4_000,
     st.lists(st.tuples(names, contents), max_size=6),
     st.sampled_from(["plain", "gzip"]),
     damages,
@@ -236,7 +236,7 @@ def test_shards(members: list[Any], form: str, harm: Any, whole: bool) -> None:
         read_all(folder / "s.tar")
 
 
-@fuzz(60, 6_000, st.integers(0, 511), st.binary(min_size=1, max_size=12), st.sampled_from(["plain", "gzip"]))
+@fuzz(60, 4_000, st.integers(0, 511), st.binary(min_size=1, max_size=12), st.sampled_from(["plain", "gzip"]))
 def test_tar_headers_with_a_right_checksum(place: int, content: bytes, form: str) -> None:
     data = bytearray(shard([("0.jpg", picture_bytes(0)), ("0.txt", b"a dog")], "plain"))
     data[place : place + len(content)] = content[: 512 - place]
@@ -283,7 +283,7 @@ pieces = st.sampled_from(
 
 @fuzz(
     150,
-    15_000,
+    8_000,
     st.lists(pieces | st.text(max_size=4), max_size=30).map("".join),
     st.sampled_from(["t.csv", "t.tsv", "t.txt", "t.jsonl", "a.txt", "a.json", "t.json"]),
     st.sampled_from(["utf-8", "utf-16", "latin-1"]),
@@ -301,7 +301,7 @@ def test_text_tables(text: str, name: str, encoding: str, headed: bool) -> None:
 
 @fuzz(
     100,
-    10_000,
+    6_000,
     st.lists(
         st.dictionaries(st.sampled_from(["image", "caption", "captions", "tags", "conversations", "split"]), values),
         max_size=4,
@@ -321,7 +321,7 @@ def test_json_lists(content: Any, name: str) -> None:
         read_all(folder / name)
 
 
-@fuzz(60, 4_000, damages)
+@fuzz(60, 2_500, damages)
 def test_parquet(harm: Any) -> None:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
@@ -389,7 +389,7 @@ runs = st.fixed_dictionaries(
 )
 
 
-@fuzz(150, 15_000, st.lists(st.tuples(paths, values | runs | st.sampled_from([1e300, -1, 10**9, 10**30])), max_size=3))
+@fuzz(150, 5_000, st.lists(st.tuples(paths, values | runs | st.sampled_from([1e300, -1, 10**9, 10**30])), max_size=3))
 def test_coco_files(changes: list[tuple[tuple[Any, ...], Any]]) -> None:
     content = coco()
     for path, value in changes:
@@ -427,7 +427,7 @@ texts = st.text(max_size=60) | st.lists(
 ).map("".join)
 
 
-@fuzz(150, 20_000, texts)
+@fuzz(150, 10_000, texts)
 def test_captions(text: str) -> None:
     with sandbox():
         words = split_words(text)

@@ -67,6 +67,9 @@ def _text_length(kind: bytes, stream: IO[bytes], length: int) -> int:
         if not compressed:
             return length
     else:
+        if rest[:1] != b"\0":
+            # Pillow refuses the whole image for an unknown compression of a text.
+            return _MAX_TEXT + 1
         rest = rest[1:]
     try:
         return len(zlib.decompressobj().decompress(rest, _MAX_TEXT + 1))

@@ -92,7 +92,7 @@ class MaskFiles(SegmentationData):
         # The cheap check of all files first.
         for image, mask in self._pairs.values():
             for kind, path in (("image", image), ("mask", mask)):
-                if not path.is_file():
+                if not path.exists():
                     raise DatasetError(f"the {kind} {str(path)!r} of {self.name} is missing")
         for key in self._pairs if keys is None else keys:
             image, mask = self._pairs[key]
@@ -381,13 +381,13 @@ class CocoObject(_CocoPixelMaps):
 
     def find(self) -> Pairs:
         images, file = self.root / "images", self.root / "instances.json"
-        if not file.is_file():
+        if not file.exists():
             pairs = self._pixel_maps()
             if pairs is not None:
                 return pairs
             images, split = self._images()
             file = self.root / "annotations" / f"instances_{split}.json"
-        if not file.is_file():
+        if not file.exists():
             raise DatasetError(
                 f"coco_object in {str(self.root)!r} has neither pixel maps nor {str(file)!r}; also looked for "
                 f"annotations/{split}/*{self._CONVERTED} and stuffthingmaps_trainval2017/{split}/*.png"
@@ -431,13 +431,13 @@ class CocoPanoptic(MaskFiles):
             self.layout = "semantic_masks"
             images = self._folder("images", "images")
             listed = self.root / "categories.json"
-            if listed.is_file():
+            if listed.exists():
                 self._check_categories(listed)
             return self._by_stem(images, self.root / "semantic_masks")
         for year in ("2017",):
             split = f"{self.split}{year}"
             file = self.root / "annotations" / f"panoptic_{split}.json"
-            if file.is_file():
+            if file.exists():
                 self.layout = "panoptic"
                 images = self._folder("images", f"images/{split}", split)
                 masks = self._folder("masks", f"annotations/panoptic_{split}", f"panoptic_{split}")
