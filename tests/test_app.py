@@ -26,6 +26,7 @@ from ttd_plugins.plugins import load, temporary_plugin
 
 CAPTION = "a dog beside an umbrella"
 FAKE, TINY = "fake:small", "open_clip:tiny"
+TITLE = "after: 2 steps of TTD on scenes, too few to judge it"
 
 
 class Failing(FakeFamily):
@@ -240,7 +241,7 @@ def test_what_a_visitor_tunes_is_the_visitors_alone(tiny: str) -> None:
     studio.tune(tiny, 2, "one", on_step=lambda report: reports.append(report.step), batch_size=4)
     assert reports == [1, 2]
     (mine,), (other,) = (studio.view(picture, caption, [tiny], visitor).views for visitor in ("one", "two"))
-    assert mine.after is not None and mine.before is not None and mine.after_title == "after: 2 steps of TTD on scenes"
+    assert mine.after is not None and mine.before is not None and mine.after_title == TITLE
     assert not np.array_equal(mine.after.caption_map, mine.before.caption_map)
     assert other.after is None and other.before is not None
     assert np.array_equal(other.before.caption_map, mine.before.caption_map)

@@ -313,8 +313,8 @@ def test_a_mask_that_is_a_bomb_is_refused(
 def test_no_other_module_opens_images_with_pillow() -> None:
     root = Path(__file__).parents[1]
     files = [*root.glob("ttd_plugins/**/*.py"), *root.glob("adapters/**/*.py"), *root.glob("examples/**/*.py")]
-    opening = [file for file in files if re.search(r"\b(Image|PIL\.Image)\.open\(", file.read_text(encoding="utf-8"))]
-    assert [file.relative_to(root).as_posix() for file in opening] == ["ttd_plugins/data/images.py"]
+    opening = [file for file in files if re.search(r"\bImage\.open\((?!.*formats=)", file.read_text(encoding="utf-8"))]
+    assert [file.relative_to(root).as_posix() for file in opening] == []
 
 
 def png_chunk(kind: bytes, content: bytes) -> bytes:

@@ -220,7 +220,8 @@ def load_trained_weights(adapter: DenseAdapter, file: Path) -> DenseAdapter:
 def _lora_rank(tensors: Mapping[str, Tensor]) -> int | None:
     """The LoRA rank of a file, from its first down-projection; ``None`` without LoRA."""
     for key, tensor in tensors.items():
-        if "lora_A" in key and tensor.ndim == 2:
+        # A tensor without elements may claim any rank.
+        if "lora_A" in key and tensor.ndim == 2 and tensor.numel():
             return int(tensor.shape[0])
     return None
 

@@ -11,14 +11,16 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ttd_plugins._version import __version__
 from ttd_plugins.adapter import ExportedModel
+from ttd_plugins.engine_checks import require_adapter
 from ttd_plugins.errors import InputError, TTDError, choices_sentence, one_sentence
 from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_keyword
+from ttd_plugins.utils.files import given_path
 from ttd_plugins.utils.settings import flatten
 
 if TYPE_CHECKING:
@@ -89,7 +91,12 @@ class Exported:
 
 
 def export_backbone(
-    adapter: DenseAdapter, out: str | Path, *, form: Form = "native", card: ModelCard | None = None
+    adapter: DenseAdapter,
+    out: str | Path,
+    *,
+    form: Form = "native",
+    card: ModelCard | None = None,
+    lora_scale: float = 1.0,
 ) -> Exported:
     """Write a backbone in its current state, with a model card, to the new folder ``out``.
 
@@ -103,23 +110,30 @@ def export_backbone(
         form: ``"native"`` for files that the backbone's own library loads, ``"lora"`` for LoRA alone in peft's format,
             ``"weights"`` for the state dict alone, for ``load_state_dict`` of the same model.
         card: content of the model card.
+        lora_scale: factor of LoRA in the export, from 0 (the original weights) to 1 (as trained) or more; see
+            :func:`ttd_plugins.lora.scale_lora`.
 
     Raises:
-        InputError: the form is unknown, or the folder is not empty or cannot be written (a full disk included); no
-            file is left then.
+        InputError: the form is unknown, the scale is negative, or the folder is not empty or cannot be written (a full
+            disk included); no file is left then.
         UnsupportedModelError: the library cannot rebuild this model, with the reason.
         TTDError: there is no LoRA to save, or it has values that are not finite.
         MissingDependencyError: the backbone's library is not installed.
     """
+    out = given_path(out)
+    require_adapter(adapter, "export_backbone()")
     if form not in FORMS:
         raise InputError(choices_sentence("form of export", str(form), FORMS))
     if form == "lora" and not adapter.has_lora:
         raise TTDError(f"{adapter.description.name} has no LoRA to export; use form='native' or form='weights'")
+    from ttd_plugins.lora import scaled_lora
+
     card = card if card is not None else ModelCard()
-    out = Path(out)
+    if lora_scale != 1:
+        card = replace(card, settings={**card.settings, "lora_scale": lora_scale})
     # Before anything slow, so that a wrong path fails at once.
     _require_free(out)
-    with _complete_or_absent(out) as folder:
+    with scaled_lora(adapter, lora_scale), _complete_or_absent(out) as folder:
         if form == "lora":
             model = _write_lora(adapter, folder)
         elif adapter._lora is not None:
@@ -132,7 +146,9 @@ def export_backbone(
     return Exported(out, form, files, model)
 
 
-def export_run(run: str | Path, out: str | Path, *, form: Form = "native", step: int | None = None) -> Exported:
+def export_run(
+    run: str | Path, out: str | Path, *, form: Form = "native", step: int | None = None, lora_scale: float = 1.0
+) -> Exported:
     """Write the backbone of a training run; see :func:`export_backbone`.
 
     Args:
@@ -140,13 +156,14 @@ def export_run(run: str | Path, out: str | Path, *, form: Form = "native", step:
         out: the folder to write.
         form: as in :func:`export_backbone`.
         step: the step of the checkpoint; by default the last one.
+        lora_scale: as in :func:`export_backbone`.
 
     Raises:
         TTDError: the run cannot be read, or as :func:`export_backbone`.
     """
-    _require_free(Path(out))
+    _require_free(given_path(out))
     adapter, card = read_run(Path(run), step)
-    return export_backbone(adapter, out, form=form, card=card)
+    return export_backbone(adapter, out, form=form, card=card, lora_scale=lora_scale)
 
 
 # Writing -------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import nn
 from ttd_openai_clip.adapter import OpenAICLIPAdapter
 from ttd_openai_clip.architectures import CONFIGURATIONS, SHORT_NAMES, hub_name
 from ttd_openai_clip.original_adapter import OriginalResNetAdapter, OriginalViTAdapter
-from ttd_openai_clip.recognition import container, import_transformers
+from ttd_openai_clip.recognition import container, import_transformers, unclaimed_reason
 from ttd_openai_clip.transformers_adapter import TransformersCLIPAdapter
 from ttd_plugins.adapter import Calibration, DenseAdapter
 from ttd_plugins.errors import BackboneNameError, InputError, TTDError, UnsupportedModelError, choices_sentence
@@ -110,8 +110,10 @@ class OpenAICLIPFamily(CLIPFamily):
         if precision not in PRECISIONS:
             raise InputError(choices_sentence("precision", precision, PRECISIONS))
         dtype = PRECISIONS[precision]
-        if model == TINY:
-            return self._load_tiny(weights, tokenizer=tokenizer, dense=dense, calibration=calibration, dtype=dtype)
+        if model in self.embedded:
+            return self._load_embedded(
+                model, weights, tokenizer=tokenizer, dense=dense, calibration=calibration, dtype=dtype
+            )
         where = self._resolve(model)
         if weights not in (OWN_WEIGHTS, RANDOM):
             raise BackboneNameError(choices_sentence(f"weights of openai_clip:{model}", weights, [OWN_WEIGHTS, RANDOM]))
@@ -147,6 +149,10 @@ class OpenAICLIPFamily(CLIPFamily):
     def claims(self, model: object) -> bool:
         """Whether ``model`` is transformers' ``CLIPModel`` or a model of the original package, by its structure."""
         return container(model) is not None
+
+    def unclaimed_reason(self, model: object) -> str | None:
+        """Why a model that resembles a ``CLIPModel`` is not claimed; ``None`` for other objects."""
+        return unclaimed_reason(model)
 
     def _adapt(self, model: nn.Module, **options: Any) -> OpenAICLIPAdapter:
         kind = container(model)

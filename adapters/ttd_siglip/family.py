@@ -29,6 +29,7 @@ from ttd_siglip.recognition import (
     import_transformers,
     is_timm_siglip,
     is_transformers_siglip,
+    unclaimed_reason,
     unsupported_reason,
     unsupported_transformers_config_reason,
 )
@@ -92,8 +93,8 @@ class SiglipFamily(OpenCLIPModelFamily):
             cache_dir: folder for downloads; the library's own by default.
         """
         options: dict[str, Any] = {"dense": dense, "last_block": last_block, "calibration": calibration}
-        if model == TINY:
-            return self._load_tiny(weights, tokenizer=tokenizer, **options)
+        if model in self.embedded:
+            return self._load_embedded(model, weights, tokenizer=tokenizer, **options)
         if bundles_weights(model) or not _is_path_or_hub_name(model):
             return self._load_open_clip(model, weights, options, tokenizer, precision, cache_dir)
         _require_folder(model)
@@ -161,6 +162,10 @@ class SiglipFamily(OpenCLIPModelFamily):
             last_block=last_block,
             calibration=calibration,
         )
+
+    def unclaimed_reason(self, model: object) -> str | None:
+        """Why one tower of a SigLIP model is not claimed; ``None`` for other objects."""
+        return unclaimed_reason(model)
 
     def _adapt(self, model: nn.Module, **options: Any) -> SiglipAdapter:
         return adapt(model, **options)

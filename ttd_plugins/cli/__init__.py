@@ -6,6 +6,7 @@ Heavy modules are imported inside the commands, so that ``ttd --help`` is quick.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -33,10 +34,11 @@ from ttd_plugins.cli import (
     tags,
     train,
 )
-from ttd_plugins.cli.command_line import ARGUMENTS
-from ttd_plugins.errors import PluginWarning, TTDError
+from ttd_plugins.cli.command_line import ARGUMENTS, refuse_empty_values
+from ttd_plugins.errors import InputWarning, PluginWarning, TTDError, printable
 
 USER_ERROR = 2
+DENY = "TTD_PLUGINS_DENY"
 INTERRUPTED = 130
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -108,13 +110,14 @@ class _Group(TyperGroup):
             others = warnings.showwarning
 
             def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-                if issubclass(category, PluginWarning):
+                if issubclass(category, PluginWarning | InputWarning):
                     typer.echo(f"warning: {_one_line(message)}", err=True)
                 else:
                     others(message, category, *where, **more)
 
             warnings.showwarning = show
             try:
+                refuse_empty_values(ctx.meta[ARGUMENTS])
                 return super().invoke(ctx)
             except TTDError as error:
                 typer.echo(f"error: {_one_line(error)}", err=True)
@@ -137,7 +140,7 @@ def _plugin_error(error: BaseException) -> TTDError | None:
 
 
 def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
+    return printable(message)
 
 
 app = typer.Typer(
@@ -165,11 +168,36 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _ttd(
+    context: typer.Context,
+    deny_plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--deny-plugin",
+            metavar="NAME",
+            help="Do not load this plugin or distribution, as TTD_PLUGINS_DENY does; repeatable.",
+        ),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Text-Tag Self-Distillation (TTD, arXiv 2404.00384) for any CLIP-like backbone."""
+    if deny_plugin:
+        _deny(context, deny_plugin)
+
+
+def _deny(context: typer.Context, names: list[str]) -> None:
+    """Add plugins to the environment variable, which child processes inherit, until the command ends."""
+    before = os.environ.get(DENY)
+
+    def restore() -> None:
+        if before is None:
+            os.environ.pop(DENY, None)
+        else:
+            os.environ[DENY] = before
+
+    os.environ[DENY] = ",".join([*([before] if before else []), *names])
+    context.call_on_close(restore)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ttd_plugins.cli.config_flags import ConfigFlag, flags_of, old_flags, print_json, with_flags
+from ttd_plugins.cli.image_maps import AllowPipeOption
 from ttd_plugins.errors import InputError
 from ttd_plugins.training.config import TrainConfig
 
@@ -36,6 +37,7 @@ def command(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any option, as section.key=value; repeatable."),
     ] = None,
+    allow_pipe: AllowPipeOption = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the YAML file and stop.")] = False,
     *,
     given: dict[str, Any],
@@ -51,6 +53,7 @@ def command(
 
         print_json(json_schema(TrainConfig))
         return
+    from ttd_plugins.data.shard_urls import allow_pipe as pipe_permission
     from ttd_plugins.fine_tuning import fine_tune
     from ttd_plugins.training.config import parse_change
     from ttd_plugins.training.processes import is_main_process
@@ -62,7 +65,8 @@ def command(
     elif config is None and not changes:
         raise InputError("say what to train: a YAML file, or --backbone NAME and --data SOURCE; see docs/training.md")
     try:
-        result = fine_tune(TrainConfig.read(config, changes), out, resume=resume)
+        with pipe_permission(allow_pipe):
+            result = fine_tune(TrainConfig.read(config, changes), out, resume=resume)
     except TrainingStoppedError as stopped:
         typer.echo(str(stopped), err=True)
         raise typer.Exit(stopped.status) from stopped

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ttd_plugins.backbone_sources import check_backbone, open_backbone
+from ttd_plugins.caption_maps import backbone_notes
 from ttd_plugins.comparison.arms import (
     ArmExecutor,
     ArmJob,
@@ -27,14 +28,14 @@ from ttd_plugins.comparison.data import open_data
 from ttd_plugins.comparison.data_interface import ComparisonData, Sample
 from ttd_plugins.comparison.experiment_record import ExperimentRecord, versions
 from ttd_plugins.comparison.gallery import CANDIDATES, choose_gallery, compute_view
-from ttd_plugins.comparison.options import CompareOptions
+from ttd_plugins.comparison.options import SCENES, CompareOptions
 from ttd_plugins.comparison.results import Arm, BackboneResult, Comparison, View
 from ttd_plugins.comparison.tables import summary, write_csv, write_markdown
 from ttd_plugins.engine import TTD
 from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.evaluation.protocols.runner import weights_hash
 from ttd_plugins.training.stop_signals import TrainingStoppedError
-from ttd_plugins.utils.files import make_folder
+from ttd_plugins.utils.files import given_path, make_folder
 from ttd_plugins.utils.progress import Stage, no_progress, progress_bars
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def compare(
     names = (backbones,) if isinstance(backbones, str) else tuple(backbones)
     settings = CompareOptions(names, data=data, seeds=seeds, steps=steps, tune=tune, **options)
     with progress_bars(width=40, keep_finished=4) if progress else nullcontext(no_progress) as stage:
-        return run_comparison(Path(out), settings, stage=stage)
+        return run_comparison(given_path(out), settings, stage=stage)
 
 
 def run_comparison(
@@ -116,7 +117,10 @@ def run_comparison(
     """
     for name in options.backbones:
         check_backbone(name)
-    run = _ComparisonRun(out, options, open_data(options), stage, command)
+    data = open_data(options)
+    run = _ComparisonRun(out, options, data, stage, command)
+    for sentence in data.warnings():
+        log.warning("%s", sentence)
     run.describe_backbones()
     run.run_arms()
     comparison = run.comparison()
@@ -179,6 +183,9 @@ class _ComparisonRun:
         backbone = open_backbone(name, seed=self.options.first_seed, device=self.options.device)
         self.data.check(backbone)
         description = backbone.description
+        if self.options.data != SCENES:
+            for note in backbone_notes(description):
+                log.warning("%s", note)
         about = {
             "family": description.family,
             "parameters": sum(parameter.numel() for parameter in backbone.model.parameters()),

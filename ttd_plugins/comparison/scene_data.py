@@ -14,11 +14,12 @@ from ttd_plugins.comparison.metric_definitions import SCENE_METRICS
 from ttd_plugins.comparison.options import SCENES, CompareOptions
 from ttd_plugins.embedded.scenes import ATTRIBUTION, Scene, Scenes
 from ttd_plugins.engine import TTD
-from ttd_plugins.evaluation.scene_protocol import check_scenes_fit, measure_on_scenes
+from ttd_plugins.evaluation.scene_protocol import check_scenes_fit, measure_on_scenes, scene_truth
 from ttd_plugins.options import TTDOptions
 from ttd_plugins.training.collapse_watch import CollapseWatch, MetricAverager
 from ttd_plugins.training.config import OptimizerConfig
 from ttd_plugins.training.scene_tuning import SCENE_OPTIMIZER, KeptScenes, SceneTuning, training_scenes, tune_on_scenes
+from ttd_plugins.training.step import effective_warm_up, warm_up_warning
 from ttd_plugins.utils.progress import Stage, list_with_progress
 
 DEFAULT_COUNT = 512
@@ -56,7 +57,12 @@ class SceneData:
     def describe(self) -> dict[str, Any]:
         names = ("learning_rate", "weight_decay", "warm_up", "clip_norm")
         optimizer = {name: getattr(self.optimizer, name) for name in names}
+        optimizer["warm_up"] = effective_warm_up(self.optimizer.warm_up, self.options.steps)
         return {"name": SCENES, "images": self.count, "optimizer": optimizer}
+
+    def warnings(self) -> list[str]:
+        warning = warm_up_warning(self.optimizer.warm_up, self.options.steps) if self.options.tune else None
+        return [] if warning is None else [warning]
 
     def check(self, backbone: DenseAdapter) -> None:
         check_scenes_fit(backbone)
@@ -105,7 +111,14 @@ class SceneData:
             # A single true tag cannot show the bias.
             if len(scene.true_tags) > 1:
                 truth = {tag: scene.masks[tag] for tag in scene.true_tags}
-                yield Sample(f"scene-{index:04d}", scene.image, scene.caption, truth, absent=scene.absent_tags)
+                yield Sample(
+                    f"scene-{index:04d}",
+                    scene.image,
+                    scene.caption,
+                    truth,
+                    absent=scene.absent_tags,
+                    caption_truth=scene_truth(scene),
+                )
 
     def _scenes(self, side: int, stage: Stage) -> list[Scene]:
         if side not in self._test:

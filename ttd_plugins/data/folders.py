@@ -29,8 +29,8 @@ class FolderPairs(MapSource):
     """Images of a folder and its subfolders, sorted by path. A caption file has the image's path with another suffix.
 
     Each line of a ``.txt``, or of a ``.caption`` where there is no ``.txt``, is a caption. A ``.json`` is a list of
-    captions, or an object with one or several captions and optional tags. The suffix is in the place of the image's, or
-    after it. An image without a caption file, and a caption file without an image, are listed as skipped.
+    captions, or an object with one or several captions and optional tags. The suffix replaces that of the image, or
+    follows it. An image without a caption file, and a caption file without an image, are listed as skipped.
 
     Raises:
         InputError: a folder cannot be read, or contains no images.

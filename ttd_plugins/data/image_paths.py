@@ -28,7 +28,7 @@ def without_number(path: str) -> str:
 
 
 def with_slashes(root: Path, path: str) -> str:
-    """Return a path below ``root`` with ``/`` in the place of ``\\``, unless a file of exactly that name exists."""
+    """Return a path below ``root`` with ``/`` instead of ``\\``, unless a file of exactly that name exists."""
     if "\\" not in path or os.path.lexists(os.path.join(root, path)):
         return path
     return path.replace("\\", "/")

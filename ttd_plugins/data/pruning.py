@@ -25,7 +25,7 @@ from ttd_plugins.engine import evaluation_mode
 from ttd_plugins.errors import InputError, MissingDependencyError, TTDError
 from ttd_plugins.method import similarity
 from ttd_plugins.method.text_embeddings import encode_texts
-from ttd_plugins.utils.files import atomic_path
+from ttd_plugins.utils.files import atomic_path, given_path
 from ttd_plugins.utils.settings import first_difference
 
 
@@ -79,7 +79,7 @@ def score_pairs(
         TTDError: no pair can be scored, or too many samples are skipped.
         MissingDependencyError: pyarrow, needed for ``.parquet``, is not installed.
     """
-    file = Path(out)
+    file = given_path(out)
     settings = {
         "backbone": backbone.description.name,
         "spec": source.name,

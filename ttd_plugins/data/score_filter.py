@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ttd_plugins.errors import InputError, MissingDependencyError, one_sentence
 from ttd_plugins.utils.deprecation import RenamedAttribute
+from ttd_plugins.utils.numbers import number
 
 
 def key_hash(key: str) -> int:
@@ -124,6 +125,8 @@ class PairFilter:
     def __init__(self, scores: PairScores, *, threshold: float | None = None, quantile: float | None = None) -> None:
         if (threshold is None) == (quantile is None):
             raise InputError("pruning needs either a threshold (a cosine) or a quantile (the fraction to reject)")
+        if threshold is not None:
+            threshold = number("the threshold", threshold, low=-1, high=1)
         self.threshold = threshold if threshold is not None else scores.threshold(quantile or 0.0)
         selected = scores.similarity >= self.threshold
         if not selected.any():

@@ -100,8 +100,8 @@ class Group(Generic[Content]):
     def samples(self) -> Iterator[Sample[Content]]:
         """Yield the samples of the group.
 
-        An image has the caption files of the same stem; a single image without any has those of its group. Of images
-        with one stem the first is read. Whatever belongs to no image is a sample with a problem.
+        An image has the caption files of the same stem; a single image without any has those of its group. If several
+        images have one stem, the first is read. Whatever belongs to no image is a sample with a problem.
         """
         images: dict[str, Name] = {}
         for name in self.members:

@@ -23,6 +23,7 @@ from ttd_plugins.data.caption_parsing import Fields
 from ttd_plugins.data.folders import MAX_SIDECAR_BYTES
 from ttd_plugins.data.pair_source import RawPair, ReadNow, StreamSource, TarSlice
 from ttd_plugins.data.shard_samples import IMAGES, TEXTS, Group, Name, Sample, parse_name
+from ttd_plugins.data.shard_urls import pipe_is_allowed, require_permitted
 from ttd_plugins.data.sidecar import add_sidecar
 from ttd_plugins.data.tar_reading import Member, is_compressed, members, open_tar
 from ttd_plugins.errors import InputError, MissingDependencyError, one_sentence
@@ -35,7 +36,6 @@ MAX_STREAM_BYTES = 4 << 30
 """Size of the largest member that is passed over in a compressed shard or a URL."""
 MAX_WAITING_BYTES = 2 << 30
 """Most bytes of samples that wait for the rest of them in a compressed shard or a URL."""
-_SCHEMES = frozenset({"http", "https", "ftps", "sftp", "scp", "gs", "ais", "htgs", "hf"})
 _SHARD_ERRORS = (
     *(OSError, EOFError, ValueError, OverflowError, RecursionError),
     *(tarfile.TarError, zlib.error, lzma.LZMAError),
@@ -53,11 +53,13 @@ class ShardPairs(StreamSource):
 
     Args:
         spec: a tar file, a folder of tar files, a pattern (``{00000..00331}.tar``, ``*.tar``), or URLs that
-            ``webdataset`` opens (``https:``, ``pipe:``). Several of these, joined with ``::``, make one set.
+            ``webdataset`` opens (``https:``; ``pipe:`` within :func:`~ttd_plugins.data.shard_urls.allow_pipe`).
+            Several of these, joined with ``::``, make one set.
         fields: names of the JSON fields.
 
     Raises:
-        InputError: a file does not exist, or a part of ``spec`` is empty.
+        InputError: a file does not exist, a part of ``spec`` is empty, or a shard is a shell command that is not
+            permitted.
         MissingDependencyError: ``webdataset``, needed for brace patterns and URLs, is not installed.
     """
 
@@ -66,6 +68,8 @@ class ShardPairs(StreamSource):
     def __init__(self, spec: str, fields: Fields | None = None) -> None:
         self.name = spec
         self.fields = fields or Fields()
+        # Stored, since worker processes open the shards.
+        self._pipe_allowed = pipe_is_allowed()
         self.shards = _expand(spec)
         # Keys start with the shard's name, or with its path if several folders have a shard of that name.
         names = Counter(map(_name, self.shards))
@@ -100,6 +104,7 @@ class ShardPairs(StreamSource):
                     yield from _indexed_samples(shard, stream, eager)
                     return
             else:
+                require_permitted([shard], pipe_allowed=self._pipe_allowed)
                 stream = stack.enter_context(contextlib.closing(_gopen(shard)))
             yield from _streamed_samples(stack.enter_context(open_tar(stream, seekable=False)))
 
@@ -256,10 +261,9 @@ def _expand(spec: str) -> tuple[str, ...]:
     if not all(map(str.strip, parts)):
         raise InputError(f"the shards {shown(spec)} have an empty part next to '::'")
     shards = [_local_path(shard) for part in parts for shard in _expand_part(part.strip())]
-    for shard in shards:
-        if not _is_local(shard):
-            _require_url(shard)
-    if not all(map(_is_local, shards)):
+    remote = [shard for shard in shards if not _is_local(shard)]
+    require_permitted(remote, pipe_allowed=pipe_is_allowed())
+    if remote:
         # Fail here rather than later in a worker.
         _webdataset(spec)
     missing = [name for name in shards if _is_local(name) and not os.path.exists(name)]
@@ -275,37 +279,6 @@ def _expand(spec: str) -> tuple[str, ...]:
 def _local_path(shard: str) -> str:
     """Return the path that a ``file:`` URL names; any other shard as it is."""
     return url2pathname(urlsplit(shard).path) if shard.startswith("file:") else shard
-
-
-def _require_url(shard: str) -> None:
-    """Check that a URL can be opened, since the programs that open it retry for minutes.
-
-    Raises:
-        InputError: its scheme is unknown, it names no host or bucket or no file, or it contains a character that no URL
-            contains.
-    """
-    scheme, _, rest = shard.partition(":")
-    if scheme == "pipe":
-        return
-    # webdataset opens the schemes of this variable with the program ais.
-    known = _SCHEMES | set(filter(None, os.environ.get("USE_AIS_FOR", "").split(":")))
-    if scheme not in known:
-        raise InputError(
-            f"the shard {shown(shard)} has the unknown scheme {scheme!r}; known: {', '.join(sorted(known))}"
-        )
-    if re.search(r"[\s'\"`<>\\^\x00-\x1f\x7f]", shard):
-        raise InputError(f"the shard {shown(shard)} contains a character that a URL cannot contain; write it as %XX")
-    try:
-        parts = urlsplit(shard)
-        host = parts.hostname
-        _ = parts.port
-    except ValueError as error:
-        raise InputError(f"the shard {shown(shard)} is not a valid URL: {one_sentence(error)}") from error
-    if not rest.startswith("//") or not host:
-        kind = "bucket" if scheme in ("gs", "ais", "htgs") else "host"
-        raise InputError(f"the shard {shown(shard)} names no {kind}; write {scheme}://{kind.upper()}/PATH.tar")
-    if not parts.path.strip("/"):
-        raise InputError(f"the shard {shown(shard)} names no file; write {scheme}://{parts.netloc}/PATH.tar")
 
 
 def _expand_part(part: str) -> list[str]:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ttd_plugins.errors import TTDError, one_sentence
+from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.lora.attach import LoRABackbone
 from ttd_plugins.lora.handle import PREFIX, TOWERS, Tower
+from ttd_plugins.utils.state_dicts import foreign_files
+from ttd_plugins.utils.wrapped_models import class_name
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+MAX_RANK = 65536
 PEFT_TYPE, OWN_TYPE = "LORA", "TTD_LORA"
 
 _BackboneT = TypeVar("_BackboneT", bound=LoRABackbone)
@@ -35,6 +40,7 @@ def save_lora(adapter: LoRABackbone, folder: str | Path) -> bool:
     """
     from safetensors.torch import save_file
 
+    _require_backbone(adapter, "save_lora()")
     handle = adapter._lora
     if handle is None:
         raise TTDError(f"{adapter.description.name} has no LoRA to save; add_lora() adds it")
@@ -64,6 +70,7 @@ def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
         TTDError: a file cannot be read, or belongs to another backbone; the adapter has no LoRA then.
         MissingDependencyError: peft cannot be imported.
     """
+    _require_backbone(adapter, "load_lora()")
     folder = Path(folder)
     content, tensors = _read_lora(folder)
     unsupported = _unsupported_options(content)
@@ -72,17 +79,24 @@ def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
             f"{folder / CONFIG_FILE} describes more than plain LoRA ({', '.join(unsupported)}); load it with peft"
         )
     names = {name.removeprefix(PREFIX) for name in tensors}
-    towers: list[Tower] = [
-        tower
+    wrapped = {
+        tower: [t for t in adapter.lora_targets(tower) if any(name.startswith(f"{t}.lora_") for name in names)]
         for tower in TOWERS
-        if any(name.startswith(f"{target}.") for target in adapter.lora_targets(tower) for name in names)
-    ]
+    }
+    towers: list[Tower] = [tower for tower in TOWERS if wrapped[tower]]
     if not towers:
         raise TTDError(
             f"{folder} holds LoRA for none of the modules of {adapter.description.name}; load the backbone that it was "
             f"trained on ({content.get('base_model_name_or_path') or 'its name was not saved'})"
         )
-    adapter.add_lora(int(content["r"]), alpha=content["lora_alpha"], dropout=content["lora_dropout"], towers=towers)
+    chosen = "|".join(re.escape(target) for tower in towers for target in wrapped[tower])
+    adapter.add_lora(
+        int(content["r"]),
+        alpha=content["lora_alpha"],
+        dropout=content["lora_dropout"],
+        towers=towers,
+        modules=f"^({chosen})$",
+    )
     handle = adapter._lora
     assert handle is not None
     try:
@@ -94,6 +108,12 @@ def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
     return adapter
 
 
+def _require_backbone(adapter: object, who: str) -> None:
+    """Raise InputError if ``adapter`` is no adapter."""
+    if not hasattr(adapter, "_lora") or not hasattr(adapter, "lora_targets"):
+        raise InputError(f"{who} takes an adapter, not an object of class {class_name(adapter)}; pass wrap(model)")
+
+
 def _read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -102,13 +122,22 @@ def _read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if content["peft_type"] not in (PEFT_TYPE, OWN_TYPE):
             raise ValueError(f"its peft_type is {content['peft_type']}")
-        numbers = [content[name] for name in ("r", "lora_alpha", "lora_dropout")]
-        if not all(isinstance(number, int | float) for number in numbers):
-            raise ValueError("r, lora_alpha and lora_dropout must be numbers")
-        return content, load_file(str(folder / WEIGHTS_FILE))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        rank, *numbers = (content[name] for name in ("r", "lora_alpha", "lora_dropout"))
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
+            raise ValueError(f"r must be a whole number from 1 to {MAX_RANK}, not {rank!r}")
+        for number in numbers:
+            if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
+                raise ValueError(f"lora_alpha and lora_dropout must be finite numbers, not {number!r}")
+        tensors = load_file(str(folder / WEIGHTS_FILE))
+        for name, tensor in tensors.items():
+            # Before matrices of that rank are allocated.
+            if "lora_A" in name and (tensor.ndim < 2 or tensor.shape[0] != rank or not tensor.numel()):
+                raise ValueError(f"r is {rank}, and {name} has the shape {list(tensor.shape)}")
+        return content, tensors
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        reason = foreign_files(folder) or f"{type(error).__name__}: {one_sentence(error)}"
         raise TTDError(
-            f"no LoRA can be read from {folder} ({type(error).__name__}: {one_sentence(error)}); pass a folder with "
+            f"no LoRA can be read from {folder} ({reason}); pass a folder with "
             f"{CONFIG_FILE} and {WEIGHTS_FILE}, as save_lora writes them"
         ) from error
 

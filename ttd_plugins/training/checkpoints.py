@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.training.sharding import shard_like
+from ttd_plugins.utils.state_dicts import read_state_dict
 
 if TYPE_CHECKING:
     from ttd_plugins.adapter import DenseAdapter
@@ -298,31 +299,9 @@ def restore_backbone(run: Path, step: int | None = None, *, backbone: DenseAdapt
 
 
 def read_foreign_weights(file: Path) -> dict[str, Tensor]:
-    """Read a checkpoint of another program: safetensors, or a pickle of tensors and plain containers only.
-
-    Args:
-        file: ``*.safetensors`` or a file of ``torch.save``; a ``state_dict`` or ``model`` inside it is unwrapped.
+    """Read a checkpoint of another program; see :func:`~ttd_plugins.utils.state_dicts.read_state_dict`.
 
     Raises:
-        InputError: the file cannot be read, or would run code when loaded.
+        InputError: the file cannot be read, is no weights file, or would run code when loaded.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    name = f"the checkpoint {str(file)!r}"
-    if not file.is_file():
-        raise InputError(f"{name} does not exist")
-    try:
-        values = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-    # A damaged or hostile file makes the unpickler raise anything.
-    except (SafetensorError, Exception) as error:
-        raise InputError(
-            f"{name} is refused: only tensors are loaded from it, without running code, and that failed "
-            f"({one_sentence(error, 160)}); save it as safetensors"
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(values, Mapping) and isinstance(values.get(key), Mapping):
-            values = values[key]
-    if not isinstance(values, Mapping) or not all(isinstance(value, Tensor) for value in values.values()):
-        raise InputError(f"{name} has no named tensors")
-    return dict(values)
+    return read_state_dict(file).tensors

@@ -75,6 +75,14 @@ class TowersConfig:
     rank: Annotated[Int, option("LoRA rank.", ge=1)] = 16
     alpha: Annotated[Float | None, option("LoRA alpha; null means twice the rank.", gt=0)] = None
     dropout: Annotated[Float, option("LoRA dropout.", ge=0, lt=1)] = 0.0
+    modules: Annotated[
+        Text | None,
+        option(
+            "Regular expression: of the modules that LoRA can wrap, only those in whose names it is found; null means "
+            "all.",
+            flag="--lora-modules",
+        ),
+    ] = None
     logit_scale: Annotated[Flag, option("Train the scale and bias of the contrastive logits.")] = False
 
 
@@ -93,7 +101,7 @@ class OptimizerConfig:
     weight_decay: Annotated[Float, option("Weight decay of matrices; vectors, norms and biases have none.", ge=0)] = (
         0.01
     )
-    warm_up: Annotated[Int, option("Steps of linear warm-up.", ge=0)] = 100
+    warm_up: Annotated[Int, option("Steps of linear warm-up; a tenth of the training if it is no shorter.", ge=0)] = 100
     clip_norm: Annotated[Float | None, option("Largest global gradient norm; null means no clipping.", gt=0)] = 1.0
     batch_size: Annotated[
         Int, option("Pairs in a batch of one process; the contrastive loss sees those of all processes.", ge=1)

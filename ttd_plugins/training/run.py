@@ -33,14 +33,14 @@ from ttd_plugins.training.processes import (
 )
 from ttd_plugins.training.reporting import Reporter
 from ttd_plugins.training.run_logger import RunLogger
-from ttd_plugins.training.step import StepResult
+from ttd_plugins.training.step import StepResult, warm_up_warning
 from ttd_plugins.training.stop_signals import StopSignals, TrainingStoppedError
 from ttd_plugins.training.strategies import ReplicatedStrategy, ShardedStrategy, Strategy
 from ttd_plugins.training.train_state import TrainState
 from ttd_plugins.training.trainable_parameters import build_backbone, train_mode
 from ttd_plugins.utils import distributed
 from ttd_plugins.utils.deprecation import warn_renamed
-from ttd_plugins.utils.files import make_folder, write_atomic
+from ttd_plugins.utils.files import given_path, make_folder, write_atomic
 from ttd_plugins.utils.rng import get_rng_state, preserved_rng, seed_everything
 from ttd_plugins.utils.settings import first_difference
 
@@ -112,7 +112,7 @@ def train_run(
     evaluate: Evaluate | None = None,
 ) -> TrainResult:
     """Fine-tune a backbone, in one process or in each of several; see :func:`ttd_plugins.fine_tune`."""
-    out = Path(out)
+    out = given_path(out)
     accelerator = start_accelerate(config, out)
     try:
         logger = RunLogger(out, config, reporter or Reporter(), accelerator)
@@ -167,6 +167,9 @@ class _Run:
             {name: buffer.detach().clone() for name, buffer in model.named_buffers()},
             total_steps=total_steps(config, pairs, self.processes),
         )
+        warning = warm_up_warning(config.optimizer.warm_up, self.state.total_steps)
+        if warning is not None and self.is_main:
+            logger.message(warning, logging.WARNING)
         train_mode(self.ttd.backbone)
         self.ttd.training = True
         # Another seed for every process, or their dropout would be the same.

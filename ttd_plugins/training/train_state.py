@@ -86,6 +86,7 @@ class TrainState:
             state={
                 "step": self.step,
                 "steps": self.total_steps,
+                "family": self._family(),
                 "epoch": self.point.epoch,
                 "positions": positions,
                 "processes": processes,
@@ -111,6 +112,18 @@ class TrainState:
             InputError: the checkpoint was written by another number of processes or belongs to another backbone.
         """
         state = stored.state
+        family, own = state.get("family"), self._family()
+        # Checkpoints of older releases do not have it.
+        if (
+            isinstance(family, dict)
+            and own["distribution"]
+            and family.get("distribution") not in (None, own["distribution"])
+        ):
+            raise InputError(
+                f"{where} is of a backbone from the distribution {family['distribution']}, and {own['distribution']} "
+                f"now provides the family {own['name']!r}; install the first, or leave the second out with "
+                "TTD_PLUGINS_DENY"
+            )
         if state["processes"] != processes:
             raise InputError(
                 f"{where} was written by {state['processes']} processes and cannot be continued by {processes}; start "
@@ -120,6 +133,11 @@ class TrainState:
             raise InputError(f"{where} has other tensors than this configuration trains; it is of another backbone")
         checkpoints.load_tensors(self.ttd.backbone.model, stored.trained, where)
         checkpoints.load_tensors(self.ttd.backbone.model, stored.buffers, where)
+        if self._stored_teacher() is not None and not stored.teacher:
+            raise InputError(
+                f"{where} has no moving average, and ttd.teacher=ema needs it to continue; restore its "
+                "teacher.safetensors, or start another run"
+            )
         if self.ttd.teacher is not None:
             checkpoints.load_tensors(self.ttd.teacher.model, stored.teacher, where)
         checkpoints.unpack_optimizer(self.strategy.inner_optimizer, stored.optimizer, self._names)
@@ -138,6 +156,12 @@ class TrainState:
             isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
             for module in self.ttd.backbone.model.modules()
         )
+
+    def _family(self) -> dict[str, str | None]:
+        """The backbone's family, and the installed distribution that provides it."""
+        backbone = self.ttd.backbone
+        name, version = backbone.distribution or (None, None)
+        return {"name": backbone.description.family, "distribution": name, "version": version}
 
     def _stored_teacher(self) -> nn.Module | None:
         teacher = self.ttd.teacher

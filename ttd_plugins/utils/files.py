@@ -7,11 +7,29 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from ttd_plugins.errors import InputError, one_sentence
 
 TEMPORARY_SUFFIX = ".part"
 """Ending of a file that is not complete yet."""
+
+
+def given_path(path: Any, name: str = "out") -> Path:
+    """Return a path that a caller passed.
+
+    Args:
+        path: a text or a path.
+        name: name of the argument, for messages.
+
+    Raises:
+        InputError: it is empty, which would mean the current folder, or no path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"{name} must be a path, not {path!r}")
+    if isinstance(path, str) and (not path.strip() or "\0" in path):
+        raise InputError(f"{name} must be a path, not {path!r}; '.' is the current folder")
+    return Path(path)
 
 
 @contextmanager

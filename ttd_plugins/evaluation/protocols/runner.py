@@ -30,7 +30,7 @@ from ttd_plugins.adapter import Calibration, DenseAdapter
 from ttd_plugins.engine import evaluation_mode
 from ttd_plugins.errors import InputError, one_sentence
 from ttd_plugins.utils.deprecation import RenamedAttribute
-from ttd_plugins.utils.files import make_folder, write_atomic
+from ttd_plugins.utils.files import given_path, make_folder, write_atomic
 from ttd_plugins.utils.progress import Stage, no_progress
 from ttd_plugins.utils.settings import first_difference
 
@@ -292,7 +292,7 @@ def run_protocol(
         raise InputError("several processes need a common folder for their records; choose one with out (--out)")
     stage = stage or no_progress
     settings = _plain(settings)
-    records = _Records(Path(out) if out is not None else None, settings, rank)
+    records = _Records(given_path(out) if out is not None else None, settings, rank)
     wanted = frozenset(keys)
     done = {record["key"] for record in records} & wanted
     pending = [key for key in keys[rank::world] if key not in done]
