@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ttd_plugins.errors import ImageSizeError, PluginError, UnsupportedModelError
+from ttd_plugins.library_reference import LibraryReference as LibraryReference
 from ttd_plugins.lora.attach import attach_lora
 from ttd_plugins.lora.handle import TOWERS as TOWERS
 from ttd_plugins.lora.handle import LoRAHandle
@@ -181,10 +182,13 @@ class DenseAdapter(nn.Module, ABC):
         owner: the plugin that created this adapter, for messages; ``None`` if it was created by hand.
         lora_needs_adapter: whether the library's own forward reads the weights of some LoRA targets without calling
             the modules. Unmerged LoRA then affects the features of this adapter only.
+        library_reference: the library's own functions, for the conformance kit; an adapter sets it or makes it a
+            property. ``None``: the kit looks for usual names, such as ``encode_image`` and ``get_text_features``.
     """
 
     model: nn.Module
     lora_needs_adapter: bool = False
+    library_reference: LibraryReference | None = None
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
