@@ -38,7 +38,11 @@ LAYERS = [
     Layer("toolkit", ("toolkit", "embedded"), "building blocks of adapters; embedded models and generated scenes"),
     Layer("plugins", ("plugins",), "discovery, names, load() and wrap()"),
     Layer("method", ("method",), "similarity, selection, losses, text embeddings"),
-    Layer("engine", ("engine", "calibration"), "TTD: one batch through the method"),
+    Layer(
+        "engine",
+        ("engine", "engine_checks", "engine_outputs", "engine_teacher", "calibration"),
+        "TTD: one batch through the method",
+    ),
     Layer("data", ("data",), "image-text pairs, loader, pruning"),
     Layer("evaluation", ("evaluation",), "metrics, protocols, labelled datasets"),
     Layer("training", ("training", "export", "backbone_sources"), "runs, checkpoints, export"),

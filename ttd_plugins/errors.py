@@ -34,6 +34,10 @@ class PluginWarning(UserWarning):
     """A plugin, or a part of one, is not used; the message says why."""
 
 
+class InputWarning(UserWarning):
+    """An input or option is probably a mistake and is used as it is; the message says what to do."""
+
+
 class MissingDependencyError(TTDError):
     """An optional dependency is not installed, or cannot be imported."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ttd_open_clip.adapter import OpenCLIPAdapter
+from ttd_open_clip.recognition import unclaimed_reason
 from ttd_plugins.toolkit.open_clip_family import OpenCLIPModelFamily
 
 
@@ -14,6 +15,10 @@ class OpenCLIPFamily(OpenCLIPModelFamily):
     summary = "open_clip's native vision transformers (OpenCLIP, OpenAI, DataComp, MetaCLIP, ... weights)"
     api_version = 1
     adapter_class = OpenCLIPAdapter
+
+    def unclaimed_reason(self, model: object) -> str | None:
+        """Why a model of open_clip is not claimed, such as a ResNet; ``None`` for other objects."""
+        return unclaimed_reason(model)
 
     def _architecture(self, open_clip: Any, name: str, weights: str) -> str:
         """The architecture with the activation function that the pretrained tag was trained with.

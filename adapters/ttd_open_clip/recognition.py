@@ -23,6 +23,9 @@ ATTENTIONAL_POOLING = (
 )
 
 
+RESNET = "its image tower is a ResNet, and this family supports only vision transformers"
+
+
 def import_open_clip() -> Any:
     """Return the module ``open_clip``, or raise MissingDependencyError."""
     install = "'ttd-plugins[open_clip]'"
@@ -51,7 +54,7 @@ def unsupported_reason(model: object) -> str | None:
     if hasattr(visual, "trunk"):
         return "its image tower is a timm trunk, and this family supports only open_clip's native vision transformers"
     if hasattr(visual, "attnpool") or hasattr(visual, "layer4"):
-        return "its image tower is a ResNet, and this family supports only vision transformers"
+        return RESNET
     if not claims(model):
         return "it is not built like open_clip's native vision transformer (batch first, visual.transformer.resblocks)"
     if getattr(visual, "attn_pool", None) is not None:
@@ -61,13 +64,28 @@ def unsupported_reason(model: object) -> str | None:
     return text_tower.unpooled_reason(model)
 
 
+def unclaimed_reason(model: object) -> str | None:
+    """Why a model with open_clip's methods is not claimed, as the end of a sentence; ``None`` for other objects."""
+    if all(hasattr(model, name) for name in VIT_PARTS):
+        return "it is an image tower alone, and TTD needs both towers; pass the whole model"
+    if claims(model) or not all(hasattr(model, name) for name in ("visual", "encode_image", "encode_text")):
+        return None
+    reason = unsupported_reason(model)
+    if reason == RESNET:
+        return (
+            f"{reason}; load a vision transformer such as ViT-B-16, or the same ResNet with the original clip package, "
+            "whose models the family 'openai_clip' supports"
+        )
+    return reason
+
+
 def unsupported_config_reason(config: Mapping[str, Any]) -> str | None:
     """The same as :func:`unsupported_reason` for a ``model_cfg`` of open_clip, before anything is built."""
     vision = config.get("vision_cfg", {})
     if vision.get("timm_model_name"):
         return "its image tower is a timm trunk, and this family supports only open_clip's native vision transformers"
     if isinstance(vision.get("layers"), (list, tuple)):
-        return "its image tower is a ResNet, and this family supports only vision transformers"
+        return RESNET
     if vision.get("attentional_pool"):
         return ATTENTIONAL_POOLING
     if vision.get("pool_type", "tok") not in ("tok", "avg"):

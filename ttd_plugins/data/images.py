@@ -78,8 +78,13 @@ def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
         name: name of the image in messages.
 
     Raises:
-        InputError: the image has floating-point values, or integers outside 16 bits.
+        InputError: the object is not a PIL image, or it has floating-point values, or integers outside 16 bits.
     """
+    if not isinstance(image, Image.Image):
+        raise InputError(
+            f"{name} must be a PIL image or a path, not an object of class {type(image).__module__}."
+            f"{type(image).__qualname__}; PIL.Image.fromarray() converts a uint8 array [height, width, 3]"
+        )
     image = _upright(image)
     if image.mode in _16_BIT_MODES or image.mode == "I":
         values = np.asarray(image).astype(np.int64)

@@ -201,7 +201,17 @@ class CLIPAdapter(DenseAdapter):
         return None if bias is None else bias.reshape(())
 
     def tower_parameters(self, tower: Tower) -> Iterable[tuple[str, nn.Parameter]]:
-        """Named parameters of one tower; logit scale and bias belong to neither."""
-        for name, parameter in self.model.named_parameters():
-            if name.startswith(self.tower_prefixes[tower]):
-                yield name, parameter
+        """Named parameters of one tower; logit scale and bias belong to neither.
+
+        Raises:
+            UnsupportedModelError: no parameter of the model has a name of the tower.
+        """
+        named = list(self.model.named_parameters())
+        own = [(name, parameter) for name, parameter in named if name.startswith(self.tower_prefixes[tower])]
+        if not own:
+            first = f"; its parameters have names such as {named[0][0]}" if named else ""
+            raise UnsupportedModelError(
+                f"this {type(self.model).__name__} has no parameters of the {tower} tower, whose names begin with "
+                f"{' or '.join(self.tower_prefixes[tower])}{first}; pass the model itself and not a wrapper around it"
+            )
+        return own

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttd_plugins.adapter import TOWERS, DenseAdapter
+from ttd_plugins.adapter import TOWERS, DenseAdapter, named_tower_parameters
 from ttd_plugins.embedded.scenes import Scene, Scenes
 from ttd_plugins.engine import TTD, TTDOptions
 from ttd_plugins.errors import InputError
@@ -116,7 +116,7 @@ def tune_on_scenes(
         backbone.add_lora(tuning.rank)
     else:
         for tower in TOWERS:
-            for _, parameter in backbone.tower_parameters(tower):
+            for _, parameter in named_tower_parameters(backbone, tower):
                 parameter.requires_grad_(True)
     scenes = training_scenes(tuning, backbone.description.image_size[0]) if scenes is None else scenes
     return train_in_memory(

@@ -25,6 +25,8 @@ class LossModule(nn.Module):
     def __init__(self, ttd: TTD) -> None:
         super().__init__()
         self.ttd = ttd
+        # accelerate is told to find unused weights, which then stay without gradient and without weight decay.
+        ttd.covers_unused = False
 
     def forward(
         self, images: Tensor, captions: list[str], tags: list[list[str]] | None, groups: list[str] | None

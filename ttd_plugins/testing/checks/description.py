@@ -262,13 +262,14 @@ def _odd_objects() -> dict[str, object]:
 
 @cache
 def small_models() -> dict[str, nn.Module | None]:
-    """Return the small random model of each registered family that has one, by its name; built once in a process."""
-    from ttd_plugins.plugins import families, load
+    """Return the small random model of each installed family of ours, by its name; built once in a process."""
+    from ttd_plugins.plugins import families, list_plugins, load
 
+    shipped = {name for plugin in list_plugins() if plugin.distribution == "ttd-plugins" for name in plugin.families}
     found: dict[str, nn.Module | None] = {}
     for name, family in families().items():
         with contextlib.suppress(Exception), contextlib.redirect_stdout(sys.stderr):
-            if SMALL in family.models():
+            if name in shipped and SMALL in family.models():
                 with preserved_rng():
                     found[name] = load(f"{name}:{SMALL}@random").model
     return found
