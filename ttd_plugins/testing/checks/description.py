@@ -324,7 +324,10 @@ def _expect_exponentiated(session: CheckSession) -> None:
     for name, parameter in scalars.items():
         stored = float(parameter.detach())
         exponential = math.exp(stored) if stored < 50 else math.inf
-        if name in sources and abs(value - stored) <= close * abs(stored) and 0 < stored <= LARGEST_LOGARITHM:
+        # A temperature of one equals its reciprocal, but not in its slope.
+        slope = float(torch.autograd.grad(scale, parameter, retain_graph=True)[0]) if name in sources else 0.0
+        is_stored = abs(value - stored) <= close * abs(stored) and abs(slope - 1) <= close
+        if is_stored and 0 < stored <= LARGEST_LOGARITHM:
             raise CheckFailed(f"the exponential of {name}, {exponential:.6g}", f"its stored value, {value:.6g}")
         if name in sources and exponential < 50 and abs(value - math.exp(exponential)) <= close * value:
             raise CheckFailed(f"the exponential of {name}, {exponential:.6g}", f"{value:.6g}, the exponential of that")

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttd_plugins.testing.check_session import BUILT, CheckSession
+from ttd_plugins.testing.check_session import BUILT, SEED, CheckSession
 from ttd_plugins.testing.check_types import Check, CheckFailed, collect
 from ttd_plugins.testing.checks.side_effects import use
 from ttd_plugins.testing.process_state import ProcessState
+from ttd_plugins.utils.rng import seed_everything
 
 CHECKS: list[Check] = []
 check = partial(collect, CHECKS)
@@ -31,6 +32,8 @@ def process_unchanged(session: CheckSession) -> None:
     warm = ProcessState()
     use(session)
     warm.restore()
+    # A seed that the adapter sets is seen only from another state.
+    seed_everything(SEED + 1)
     before = ProcessState()
     use(session)
     changes = before.changes()
