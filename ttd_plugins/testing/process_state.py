@@ -116,7 +116,7 @@ SETTERS: dict[str, Any] = {
     "torch's deterministic mode": torch.use_deterministic_algorithms,
     "the number of torch's threads": torch.set_num_threads,
     "torch's flash attention": torch.backends.cuda.enable_flash_sdp,
-    "the working folder": lambda value: value and os.chdir(value),
+    "the working folder": os.chdir,
     "the locale": lambda value: locale.setlocale(locale.LC_ALL, value),
 }
 """How a value is restored; only changed values are set."""

@@ -40,20 +40,23 @@ def export_holds_model(session: CheckSession) -> None:
         written = sum(tensor.numel() for tensor in after.values())
         if written < 0.9 * sizes:
             raise CheckFailed(f"files with the {sizes} weights of the model", f"files with {written}")
-        buffers = [buffer for buffer in adapter.model.buffers() if buffer.is_floating_point()]
-        stale = [
-            name
-            for name, tensor in after.items()
-            if name in before and tensor.is_floating_point() and tensor.numel() > 1
-            and tensor.shape == before[name].shape and torch.equal(tensor, before[name])
-            and not any(b.numel() == tensor.numel() and torch.equal(b.flatten().to(tensor), tensor.flatten()) for b in buffers)
-            and float(tensor.float().std()) > 0
-        ]  # fmt: skip
+        fixed = [buffer.flatten() for buffer in adapter.model.buffers() if buffer.is_floating_point()]
+        stale = [name for name, tensor in after.items() if name in before and _is_stale(tensor, before[name], fixed)]
         if stale:
             raise CheckFailed(
                 "files with other weights after the weights changed",
                 f"{stale[0]} and {len(stale) - 1} more are as before",
             )
+
+
+def _is_stale(tensor: Tensor, before: Tensor, fixed: list[Tensor]) -> bool:
+    """Return whether a weight is as before; buffers (``fixed``) and constants may be."""
+    if not tensor.is_floating_point() or tensor.numel() < 2 or tensor.shape != before.shape:
+        return False
+    if not torch.equal(tensor, before) or float(tensor.float().std()) == 0:
+        return False
+    flat = tensor.flatten()
+    return not any(len(one) == len(flat) and torch.equal(one.to(flat), flat) for one in fixed)
 
 
 def _export(session: CheckSession, folder: Path) -> dict[str, Tensor]:

@@ -155,7 +155,7 @@ def empty_batches(session: CheckSession) -> None:
 
 @check(
     "under autocast to bfloat16, features are finite and close to those without it",
-    "two tensors of different dtypes meet in an operation that autocast does not cover, such as addmm into a float32 table",
+    "two tensors of different dtypes meet in an operation that autocast does not cover, such as index_put",
     "weights are read directly, outside of the operations that autocast casts",
     needs=(BUILT, "image_features", "text_features", "other_sizes"),
 )

@@ -159,7 +159,7 @@ class LastLayers:
         return found
 
     def expect_bias(self) -> None:
-        """Fail unless a vector that is added to the pooled embedding, or before its last weight, is added to patches."""
+        """Fail unless vectors added to the pooled embedding, or before its last weight, are added to patches."""
         one = {what: self.direction * len(tensor) for what, tensor in self.features.items()}
         for name, parameter in self.named.items():
             if parameter.ndim != 1:

@@ -126,8 +126,7 @@ def pixels_match_library(session: CheckSession) -> None:
         if float(difference.max()) > PIXEL_STEPS or float(difference.mean()) > MEAN_STEPS:
             raise CheckFailed(
                 f"the library's pixels of an image of {width} x {height}",
-                f"a mean difference of {float(difference.mean()):.1f} and a largest one of {float(difference.max()):.0f} "
-                "of 255 steps",
+                f"differences of {float(difference.mean()):.1f} on average and {float(difference.max()):.0f} at most, of 255",
             )
 
 
