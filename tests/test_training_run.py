@@ -362,10 +362,10 @@ def test_foreign_weights_are_tensors_or_refused(tmp_path: Path) -> None:
     torch.save({"a": 3}, tmp_path / "numbers.pt")
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     for name in ("evil.pt", "evil2.pt", "broken.safetensors"):
-        with pytest.raises(InputError, match="is refused: only tensors are loaded"):
+        with pytest.raises(InputError, match=r"is refused: |is damaged"):
             checkpoints.read_foreign_weights(tmp_path / name)
     assert not (tmp_path / "owned").exists()
-    with pytest.raises(InputError, match="has no named tensors"):
+    with pytest.raises(InputError, match="no named tensors"):
         checkpoints.read_foreign_weights(tmp_path / "numbers.pt")
     with pytest.raises(InputError, match="does not exist"):
         checkpoints.read_foreign_weights(tmp_path / "none.pt")

@@ -51,6 +51,9 @@ SUPPORTED_API_VERSIONS: tuple[int, ...] = (API_VERSION,)
 if not TYPE_CHECKING:
     __getattr__ = renamed_names(__name__, {"SPOKEN_API_VERSIONS": "SUPPORTED_API_VERSIONS"})
 
+MAX_PATCHES = 2**15
+"""Most patches of an image: the cost of attention grows with their square, so that a mistyped size would hang."""
+
 
 @renamed_keyword("text_after_end_matters", "text_needs_full_context")
 @dataclass(frozen=True)
@@ -73,6 +76,9 @@ class BackboneDescription:
         dense_mode: name of the dense-feature mode in use.
         dense_modes: the dense-feature modes that this object supports.
         calibration: the default map from cosine to probability.
+        calibrated: whether :attr:`calibration` was fitted to image-text pairs; otherwise probabilities are labelled.
+        trained_on: the only kind of images that the weights were pre-trained on, in the plural ("drawings"); ``None``
+            if the weights know photographs, or nothing is known. Where it is set, results come with a note.
     """
 
     family: str
@@ -90,6 +96,8 @@ class BackboneDescription:
     dense_mode: str
     dense_modes: tuple[str, ...] = ()
     calibration: Calibration = field(default_factory=Calibration)
+    calibrated: bool = False
+    trained_on: str | None = None
 
     text_after_end_matters = RenamedAttribute("text_needs_full_context")
 
@@ -125,6 +133,7 @@ class DenseAdapter(nn.Module, ABC):
     Attributes:
         model: the caller's model.
         owner: the plugin that created this adapter, for messages; ``None`` if it was created by hand.
+        distribution: name and version of the installed distribution of that plugin, or ``None``.
         lora_needs_adapter: whether the library's own forward reads the weights of some LoRA targets without calling
             the modules. Unmerged LoRA then affects the features of this adapter only.
     """
@@ -143,6 +152,7 @@ class DenseAdapter(nn.Module, ABC):
         self.model = model
         self.training = model.training
         self.owner: str | None = None
+        self.distribution: tuple[str, str | None] | None = None
         self._lora: LoRAHandle | None = None
         self._originals: WeightSnapshot | None = None
         self._merged = False
@@ -310,9 +320,14 @@ class DenseAdapter(nn.Module, ABC):
         """Rows and columns of the patch grid of an image of ``height`` by ``width`` pixels.
 
         Raises:
-            ImageSizeError: a side is not a positive multiple of the patch side.
+            ImageSizeError: a side is not a positive multiple of the patch side, or there are too many patches.
         """
         rows, columns = self.description.patch_size
+        if (height // rows) * (width // columns) > MAX_PATCHES:
+            raise ImageSizeError(
+                f"an image of {height} x {width} pixels has {height // rows} x {width // columns} patches, more than "
+                f"{MAX_PATCHES:,} in all; choose a smaller size"
+            )
         if height < rows or width < columns or height % rows or width % columns:
             raise ImageSizeError(
                 f"{self.description.name} takes images whose height is a multiple of {rows} and whose width is a "
@@ -490,10 +505,13 @@ def image_pixels(adapter: DenseAdapter, image: Image, size: Size | None = None) 
     """Return ``adapter.dense_transform(size)(image)``: pixels ``[3, height, width]``.
 
     Raises:
+        ImageSizeError: the size does not fit the patch grid.
         PluginError: the result is no tensor of that shape.
     """
-    pixels = adapter.dense_transform(None if size is None else size_pair(size))(image)
     expected = size_pair(adapter.description.image_size if size is None else size)
+    # First, since an adapter's own transform may not check the size.
+    adapter.patch_grid(*expected)
+    pixels = adapter.dense_transform(None if size is None else expected)(image)
     _require(adapter, "dense_transform", pixels, (3, *expected))
     return pixels
 

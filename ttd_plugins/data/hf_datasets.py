@@ -121,6 +121,13 @@ def _load(spec: str, split: str | None, config: str | None, options: dict[str, A
     if not by_name and (config is not None or options):
         given = "config" if config is not None else next(iter(options))
         raise InputError(f"the option {given!r} applies to datasets by name (hf:NAME), not to the folder {spec!r}")
+    if "trust_remote_code" in options:
+        raise InputError(f"the dataset {spec!r}: trust_remote_code is refused, because code of a dataset is never run")
+    if by_name and spec.partition(":")[2].strip().lower() == "pandas":
+        raise InputError(f"the dataset {spec!r} reads pickles, which can run code; save the table as Parquet")
+    if by_name and int(datasets.__version__.partition(".")[0]) < 4:
+        # Otherwise these releases ask on the terminal whether to run a dataset's script.
+        options = {**options, "trust_remote_code": False}
     try:
         if by_name:
             data: Any = datasets.load_dataset(spec.removeprefix("hf:"), config, **options)

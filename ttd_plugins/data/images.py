@@ -1,15 +1,25 @@
-"""Reading image files: every format that Pillow reads becomes an upright 8-bit RGB image."""
+"""Reading image files: every accepted format becomes an upright 8-bit RGB image.
+
+Every part of the project that opens an image does so through :func:`open_image`. Pillow itself would also start
+Ghostscript for PostScript, and run rarely used decoders, whatever a file is called.
+"""
 
 from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ttd_plugins.errors import InputError, one_sentence
+from ttd_plugins.errors import InputError, TTDError, one_sentence
+from ttd_plugins.utils.file_kinds import HEAD_BYTES, describe_kind, read_head
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+"""Pillow's names of the formats that are read; ``PPM`` includes PGM and PBM. The content decides, not the file name."""
 
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -41,31 +51,67 @@ def read_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
         InputError: the file is missing, empty, truncated, broken or not an image; its values are floating-point; or it
             has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``. The message names the file.
     """
-    if name is None and not isinstance(source, bytes):
-        name = str(source)
-    name = "the image" if name is None else f"image {name!r}"
+    with open_image(source, name) as image:
+        image.load()
+        return to_rgb(image, _title(source, name, "image"))
+
+
+@contextmanager
+def open_image(
+    source: str | os.PathLike[str] | bytes, name: str | None = None, *, kind: str = "image"
+) -> Iterator[Image.Image]:
+    """Open an image file as it is stored, without decoding its pixels; errors inside the ``with`` block are included.
+
+    Args:
+        source: a path, or the bytes of an image file.
+        name: name of the image in messages; by default the path.
+        kind: what the image is, for messages, such as ``"mask"``.
+
+    Yields:
+        The image in its own mode, not turned by EXIF, closed after the block.
+
+    Raises:
+        InputError: the file is missing, empty, truncated, broken or in none of :data:`IMAGE_FORMATS`; or it has more
+            pixels than ``PIL.Image.MAX_IMAGE_PIXELS``. The message names the file.
+    """
+    title = _title(source, name, kind)
     if not isinstance(source, bytes) and Path(source).is_dir():
-        raise InputError(f"{name} is a folder; give the path of one image")
+        raise InputError(f"{title} is a folder; give the path of one image")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            _refuse_bomb(image, name)
-            image.load()
-            return to_rgb(image, name)
-    except InputError:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
+            _refuse_bomb(image, title)
+            yield image
+    except TTDError:
         raise
     except FileNotFoundError:
-        raise InputError(f"{name} does not exist") from None
+        raise InputError(f"{title} does not exist") from None
     except PermissionError as error:
-        raise InputError(f"{name} cannot be read: permission denied") from error
+        raise InputError(f"{title} cannot be read: permission denied") from error
     except UnidentifiedImageError as error:
-        size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
-        what = "is empty" if size == 0 else "is not an image in a format that Pillow reads"
-        raise InputError(f"{name} {what}") from error
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{name} is refused: {one_sentence(error)}") from error
+        raise InputError(f"{title} {_unidentified(source)}") from error
+    # A program may turn the warning into an exception.
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(f"{title} is refused: {one_sentence(error)}") from error
     # Decoders of broken files raise exceptions of many types.
     except Exception as error:
-        raise InputError(f"{name} cannot be decoded; it may be truncated ({one_sentence(error)})") from error
+        raise InputError(f"{title} cannot be decoded; it may be truncated ({one_sentence(error)})") from error
+
+
+def _title(source: str | os.PathLike[str] | bytes, name: str | None, kind: str) -> str:
+    if name is None and not isinstance(source, bytes):
+        name = os.fspath(source)
+    return f"the {kind}" if name is None else f"{kind} {name!r}"
+
+
+def _unidentified(source: str | os.PathLike[str] | bytes) -> str:
+    """Return the end of a sentence about a file that is in no accepted format."""
+    head = source[:HEAD_BYTES] if isinstance(source, bytes) else read_head(source)
+    if not head:
+        return "is empty"
+    found = describe_kind(head)
+    what = f"is {found}" if found else "is not an image"
+    return f"{what}; the formats that are read are {', '.join(IMAGE_FORMATS)}"
 
 
 def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:

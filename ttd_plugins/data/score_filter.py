@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,23 +60,25 @@ def read_scores(file: str | Path) -> PairScores:
         MissingDependencyError: pyarrow, needed for Parquet, is not installed.
     """
     path = Path(file)
-    if not path.is_file():
-        unfinished = path.with_name(path.name + ".part").is_file()
+    if not os.path.isfile(path):
+        unfinished = os.path.isfile(path.with_name(path.name + ".part"))
         hint = "is incomplete; run `ttd prune` again to continue" if unfinished else "does not exist"
         raise InputError(f"the file of scores {str(path)!r} {hint}")
     try:
         settings, keys, captions, similarity = _parquet(path) if path.suffix == ".parquet" else _json_lines(path)
-    except (KeyError, TypeError, ValueError, OSError) as error:
+        numbers = [math.nan if value is None else value for value in similarity]
+        if not isinstance(settings, dict) or not all(isinstance(key, str) for key in keys):
+            raise ValueError("its settings or keys have another type")
+        return PairScores(settings, keys, np.asarray(captions, np.int64), np.asarray(numbers, np.float64))
+    except (LookupError, TypeError, ValueError, OSError, OverflowError, RecursionError) as error:
         raise InputError(f"{str(path)!r} is not a file of scores of `ttd prune`: {one_sentence(error)}") from error
-    numbers = [math.nan if value is None else value for value in similarity]
-    return PairScores(settings, keys, np.asarray(captions, np.int64), np.asarray(numbers, np.float64))
 
 
 def _json_lines(path: Path) -> tuple[dict[str, Any], list[str], list[int], list[float | None]]:
     with open(path, "rb") as stream:
         settings = json.loads(next(stream, b"{}"))["scores"]
         rows = [json.loads(line) for line in stream]
-    rows = [row for row in rows if "key" in row]
+    rows = [row for row in rows if isinstance(row, dict) and "key" in row]
     return settings, *([row[name] for row in rows] for name in ("key", "caption", "similarity"))  # type: ignore[return-value]
 
 

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from ttd_plugins.data.caption_parsing import Fields
 from ttd_plugins.data.pair_source import IMAGE_SUFFIXES, RawPair, ReadNow, StreamSource, TarSlice
+from ttd_plugins.data.shard_urls import pipe_is_allowed, require_permitted
 from ttd_plugins.data.sidecar import add_sidecar
 from ttd_plugins.errors import InputError, MissingDependencyError, one_sentence
 
@@ -32,11 +33,13 @@ class ShardPairs(StreamSource):
 
     Args:
         spec: a tar file, a folder of tar files, a pattern (``{00000..00331}.tar``, ``*.tar``), or URLs that
-            ``webdataset`` opens (``https:``, ``pipe:``). Several of these, joined with ``::``, make one set.
+            ``webdataset`` opens (``https:``; ``pipe:`` within :func:`~ttd_plugins.data.shard_urls.allow_pipe`).
+            Several of these, joined with ``::``, make one set.
         fields: names of the JSON fields.
 
     Raises:
-        InputError: a file does not exist, or a part of ``spec`` is empty.
+        InputError: a file does not exist, a part of ``spec`` is empty, or a shard is a shell command that is not
+            permitted.
         MissingDependencyError: ``webdataset``, needed for brace patterns and URLs, is not installed.
     """
 
@@ -45,6 +48,8 @@ class ShardPairs(StreamSource):
     def __init__(self, spec: str, fields: Fields | None = None) -> None:
         self.name = spec
         self.fields = fields or Fields()
+        # Stored, since worker processes open the shards.
+        self._pipe_allowed = pipe_is_allowed()
         self.shards = _expand(spec)
         # Keys start with the shard's name, or with its path if several folders have a shard of that name.
         names = Counter(map(_name, self.shards))
@@ -83,6 +88,7 @@ class ShardPairs(StreamSource):
             if _is_local(shard):
                 stream: IO[bytes] = stack.enter_context(open(shard, "rb"))
             else:
+                require_permitted([shard], pipe_allowed=self._pipe_allowed)
                 stream = stack.enter_context(contextlib.closing(_gopen(shard)))
             mode: Any = "r:" if plain else "r|*"
             tar = stack.enter_context(tarfile.open(fileobj=stream, mode=mode))
@@ -149,7 +155,9 @@ def _expand(spec: str) -> tuple[str, ...]:
     if not all(map(str.strip, parts)):
         raise InputError(f"the shards {spec!r} have an empty part next to '::'")
     shards = [shard for part in parts for shard in _expand_part(part.strip())]
-    if not all(map(_is_local, shards)):
+    remote = [shard for shard in shards if not _is_local(shard)]
+    require_permitted(remote, pipe_allowed=pipe_is_allowed())
+    if remote:
         # Fail here rather than later in a worker.
         _webdataset(spec)
     missing = [name for name in shards if _is_local(name) and not Path(name).is_file()]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from ttd_plugins.data.images import open_image
 from ttd_plugins.errors import InputError, one_sentence
 from ttd_plugins.utils.deprecation import renamed_names
 
@@ -31,15 +33,33 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises:
         DatasetError: the file is missing or not an image.
     """
+    with _opened(path, "image") as image:
+        rotated = image.getexif().get(0x0112, 1) >= 5
+        width, height = image.size
+        return (width, height) if rotated else (height, width)
+
+
+@contextmanager
+def _opened(path: Path, kind: str) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as image:
-            rotated = image.getexif().get(0x0112, 1) >= 5
-            width, height = image.size
-            return (width, height) if rotated else (height, width)
-    except FileNotFoundError:
-        raise DatasetError(f"the image {str(path)!r} is missing") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DatasetError(f"the image {str(path)!r} cannot be read: {one_sentence(error)}") from error
+        if not path.exists():
+            raise DatasetError(f"the {kind} {str(path)!r} is missing")
+        with open_image(path, kind=kind) as image:
+            yield image
+    except DatasetError:
+        raise
+    except InputError as error:
+        raise DatasetError(f"the {error}") from error
+
+
+def has_mode(path: Path, mode: str) -> bool:
+    """Return whether an image is stored in a mode of Pillow, such as ``"RGB"``.
+
+    Raises:
+        DatasetError: the file is missing or not an image.
+    """
+    with _opened(path, "mask") as image:
+        return bool(image.mode == mode)
 
 
 def read_indices(path: Path) -> NDArray[np.int64]:
@@ -51,19 +71,12 @@ def read_indices(path: Path) -> NDArray[np.int64]:
     Raises:
         DatasetError: the file is missing or not an image.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("P", "L", "1", "I", "I;16", "RGB"):
-                raise DatasetError(
-                    f"the mask {str(path)!r} has mode {image.mode}; it must have palette indices, grey values or RGB"
-                )
-            values = np.asarray(ImageOps.exif_transpose(image)).astype(np.int64)
-    except DatasetError:
-        raise
-    except FileNotFoundError:
-        raise DatasetError(f"the mask {str(path)!r} is missing") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DatasetError(f"the mask {str(path)!r} cannot be read: {one_sentence(error)}") from error
+    with _opened(path, "mask") as image:
+        if image.mode not in ("P", "L", "1", "I", "I;16", "RGB"):
+            raise DatasetError(
+                f"the mask {str(path)!r} has mode {image.mode}; it must have palette indices, grey values or RGB"
+            )
+        values = np.asarray(ImageOps.exif_transpose(image)).astype(np.int64)
     return values if values.ndim == 2 else values[..., 0] + 256 * values[..., 1] + 65536 * values[..., 2]
 
 

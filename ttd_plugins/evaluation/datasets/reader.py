@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ttd_plugins.evaluation.datasets.annotation_files import DatasetError, image_size
+from ttd_plugins.evaluation.true_tags import label_candidates
 
 Progress = Callable[[int], None]
 
@@ -109,6 +110,13 @@ class CaptionTruth:
         """Return the distinct texts of the mentions that the image shows, in order."""
         shown = [m.text for m, verdict in zip(self.mentions, self.true, strict=True) if verdict]
         return list(dict.fromkeys(shown))
+
+    def labels(self, candidates: Sequence[str]) -> list[bool | None]:
+        """Return for each candidate tag whether it is true, ``None`` if unknown.
+
+        This is the only labelling of tags: protocols, comparisons and reports use it.
+        """
+        return label_candidates(self.caption, candidates, self.mentions, self.true)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ttd_plugins.errors import InputError, choices_sentence
 from ttd_plugins.evaluation.datasets.annotation_files import (
@@ -24,6 +23,7 @@ from ttd_plugins.evaluation.datasets.annotation_files import (
     DatasetError,
     existing_root,
     first_folder,
+    has_mode,
     image_size,
     lookup_table,
     map_indices,
@@ -154,11 +154,6 @@ class MaskFiles(SegmentationData):
         return self._need(first_folder(self.root, *tried), what, *tried)
 
 
-def _is_rgb(path: Path) -> bool:
-    with Image.open(path) as image:
-        return image.mode == "RGB"
-
-
 def voc_palette() -> NDArray[np.uint8]:
     """Return Pascal VOC's palette, uint8 ``[256, 3]``: the bits of an index go to red, green and blue in turn."""
     palette = np.zeros((256, 3), np.uint8)
@@ -194,7 +189,7 @@ class PascalVOC(MaskFiles):
 
     def _values(self, path: Path) -> NDArray[np.int64]:
         values = read_indices(path)
-        if _is_rgb(path):
+        if has_mode(path, "RGB"):
             colours = voc_palette().astype(np.int64)
             codes = colours[:, 0] + 256 * colours[:, 1] + 65536 * colours[:, 2]
             order = np.argsort(codes)

@@ -35,7 +35,6 @@ from ttd_plugins.evaluation.protocols.runner import (
     unpack,
 )
 from ttd_plugins.evaluation.protocols.zero_shot import image_hits, zero_shot_metrics
-from ttd_plugins.evaluation.true_tags import label_candidates
 from ttd_plugins.method import selection
 from ttd_plugins.method.text_embeddings import TextEmbeddingCache
 from ttd_plugins.options import Score
@@ -130,7 +129,7 @@ def evaluate_tags(
             found.append(
                 {
                     "tags": tags,
-                    "labels": label_candidates(truth.caption, tags, truth.mentions, truth.true),
+                    "labels": truth.labels(tags),
                     "scores": {name: values.tolist() for name, values in scores.items()},
                     "selected": selected,
                 }
