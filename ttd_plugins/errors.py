@@ -35,6 +35,10 @@ class PluginWarning(UserWarning):
     """A plugin, or a part of one, is not used; the message says why."""
 
 
+class InputWarning(UserWarning):
+    """An input or option is probably a mistake and is used as it is; the message says what to do."""
+
+
 class MissingDependencyError(TTDError):
     """An optional dependency is not installed, or cannot be imported."""
 
@@ -49,6 +53,15 @@ class ImageSizeError(TTDError, ValueError):
 
 class InputError(TTDError, ValueError):
     """An image, caption, option or path of the user is invalid."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the memory of the machine or of a device ran out."""
+    # By name, so that this module does not import torch.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
 
 
 def one_sentence(error: BaseException, limit: int = 300) -> str:

@@ -83,7 +83,7 @@ def print_summary(comparison: Comparison, out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ttd_plugins.comparison.tables import table_rows
+    from ttd_plugins.comparison.tables import table_rows, training_limits
 
     console, rows = Console(), table_rows(comparison)
     # On a narrow terminal, several tables below each other: a number that is cut off is useless.
@@ -105,6 +105,7 @@ def print_summary(comparison: Comparison, out: Path) -> None:
             previous = name
         console.print(table)
     lines = ["mean ± spread over seeds. control: the same training without TTD. gain: after TTD minus control."]
+    lines += [sentence for _, sentence in training_limits(comparison)]
     lines += [f"{name} failed: {reason}" for name, reason in comparison.failures.items()]
     lines += [
         f"report: {out / 'report.html'}   plots: {out / 'plots'}",

@@ -48,6 +48,7 @@ def command(
 
     with pipe_permission(allow_pipe):
         source = open_pairs(spec, **data.options)
+    from ttd_plugins.caption_maps import backbone_notes
     from ttd_plugins.data.pair_source import MapSource
     from ttd_plugins.data.pruning import quantiles, require_scores_file, score_pairs
     from ttd_plugins.plugins import load
@@ -55,6 +56,7 @@ def command(
 
     require_scores_file(out)
     model = load(backbone.name, device=device, **backbone.options)
+    image_maps.warn_of(backbone_notes(model.description))
     total = int(source.caption_counts().sum()) if isinstance(source, MapSource) else None
     with progress_bars(terminal_only=True) as stage:
         result = score_pairs(

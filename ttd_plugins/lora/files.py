@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ttd_plugins.errors import TTDError, one_sentence
+from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.lora.attach import LoRABackbone
 from ttd_plugins.lora.handle import PREFIX, TOWERS, Tower
+from ttd_plugins.utils.files import atomic_path, write_atomic
 from ttd_plugins.utils.state_dicts import foreign_files
+from ttd_plugins.utils.wrapped_models import class_name
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAX_RANK = 65536
@@ -24,7 +27,9 @@ _BackboneT = TypeVar("_BackboneT", bound=LoRABackbone)
 
 
 def save_lora(adapter: LoRABackbone, folder: str | Path) -> bool:
-    """Write LoRA alone into an existing folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
+    """Write LoRA alone into a folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    The folder is made if it does not exist.
 
     If every layer is peft's own and the library's own forward calls it, this is peft's format, and
     ``peft.PeftModel.from_pretrained`` loads the folder. Otherwise ``peft_type`` is ``TTD_LORA``: peft would replace
@@ -35,10 +40,12 @@ def save_lora(adapter: LoRABackbone, folder: str | Path) -> bool:
 
     Raises:
         TTDError: the model has no LoRA.
+        InputError: the folder has files of these names that hold no LoRA of this backbone.
         OSError, safetensors.SafetensorError: the folder cannot be written.
     """
     from safetensors.torch import save_file
 
+    _require_backbone(adapter, "save_lora()")
     handle = adapter._lora
     if handle is None:
         raise TTDError(f"{adapter.description.name} has no LoRA to save; add_lora() adds it")
@@ -49,9 +56,27 @@ def save_lora(adapter: LoRABackbone, folder: str | Path) -> bool:
         "inference_mode": True,
     }
     content = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
-    save_file(handle.tensors(), str(Path(folder) / WEIGHTS_FILE), metadata={"format": "pt"})
-    (Path(folder) / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _require_own(folder, adapter.description.model)
+    with atomic_path(folder / WEIGHTS_FILE) as temporary:
+        save_file(handle.tensors(), str(temporary), metadata={"format": "pt"})
+    write_atomic(folder / CONFIG_FILE, json.dumps(content, indent=2, sort_keys=True) + "\n")
     return peft_suffices
+
+
+def _require_own(folder: Path, base: str) -> None:
+    """Refuse to replace files that :func:`save_lora` did not write for the model ``base``."""
+    there = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if os.path.lexists(folder / name)]
+    if not there:
+        return
+    try:
+        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        own = content["peft_type"] in (PEFT_TYPE, OWN_TYPE) and content["base_model_name_or_path"] == base
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        own = False
+    if not own:
+        raise InputError(f"{folder} has a file {there[0]} that is no LoRA of {base}; choose another folder")
 
 
 def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
@@ -68,6 +93,7 @@ def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
         TTDError: a file cannot be read, or belongs to another backbone; the adapter has no LoRA then.
         MissingDependencyError: peft cannot be imported.
     """
+    _require_backbone(adapter, "load_lora()")
     folder = Path(folder)
     content, tensors = _read_lora(folder)
     unsupported = _unsupported_options(content)
@@ -103,6 +129,12 @@ def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
         adapter._lora = None
         raise
     return adapter
+
+
+def _require_backbone(adapter: object, who: str) -> None:
+    """Raise InputError if ``adapter`` is no adapter."""
+    if not hasattr(adapter, "_lora") or not hasattr(adapter, "lora_targets"):
+        raise InputError(f"{who} takes an adapter, not an object of class {class_name(adapter)}; pass wrap(model)")
 
 
 def _read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ttd_plugins.errors import TTDError
 from ttd_plugins.utils.deprecation import RenamedAttribute
+from ttd_plugins.utils.running_state import BufferSnapshot
 
 Tower = Literal["image", "text"]
 TOWERS: tuple[Tower, ...] = ("image", "text")
@@ -58,6 +59,7 @@ class LoRAHandle:
     _model: nn.Module = field(repr=False)
     _wrapped: list[WrappedModule] = field(repr=False)
     _requires_grad: list[tuple[nn.Parameter, bool]] = field(repr=False)
+    _buffers: BufferSnapshot = field(repr=False)
 
     folded = RenamedAttribute("temporarily_merged")
     fill = RenamedAttribute("load_tensors")
@@ -155,7 +157,7 @@ class LoRAHandle:
                     parameter.copy_(value)
 
     def remove(self) -> None:
-        """Remove LoRA; modules and tensors are bitwise those from before.
+        """Remove LoRA; modules, weights and buffers are bitwise those from before.
 
         Raises:
             TTDError: LoRA is not attached any more, or was merged into the weights through peft.
@@ -167,6 +169,7 @@ class LoRAHandle:
                 "unmerge first, or merge() to make it permanent"
             )
         self.detach()
+        self._buffers.restore()
 
     def detach(self) -> None:
         """Put the base modules and ``requires_grad`` flags back, without a look at the weights."""

@@ -53,8 +53,8 @@ def scaled_lora(adapter: LoRABackbone, factor: float) -> Iterator[None]:
 
 def _scaled_parameters(adapter: LoRABackbone, factor: float) -> list[torch.nn.Parameter]:
     """The matrices B of every layer, after a check of the arguments."""
-    if not math.isfinite(factor) or factor < 0:
-        raise InputError(f"the scale of LoRA must be a number of 0 or more, not {factor}")
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor) or factor < 0:
+        raise InputError(f"the scale of LoRA must be a number of 0 or more, not {factor!r}")
     handle = adapter._lora
     if handle is None:
         raise TTDError(f"{adapter.description.name} has no LoRA to scale; add_lora() or load_lora() adds it")

@@ -307,7 +307,7 @@ def local_text_tower(config: Mapping[str, Any], full: str) -> dict[str, Any]:
     folder = name if Path(name).is_dir() else cached_folder(name, "config.json")
     content = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     refuse_code(content, f"{full} ({name}/config.json)")
-    # For these kinds transformers has all classes, so that it never looks at auto_map.
+    # For these kinds transformers has all classes, so that it does not read auto_map.
     if content.get("model_type") not in TEXT_TOWERS:
         raise UnsupportedModelError(
             f"{full} has a text tower of the model type {content.get('model_type')!r} ({name}); supported: "

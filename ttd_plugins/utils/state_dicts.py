@@ -96,7 +96,7 @@ def _load(file: Path, name: str) -> Any:
     head = read_head(file)
     kind = describe_kind(head)
     if kind is not None and not kind.startswith("a ZIP"):  # torch.save writes ZIP files
-        raise InputError(f"{name} is {kind}, and no weights")
+        raise InputError(f"{name} is {kind}, and no weights; download the weights themselves")
     try:
         if file.suffix == ".safetensors" or _is_safetensors(head):
             return load_file(file)
@@ -105,7 +105,9 @@ def _load(file: Path, name: str) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(file, "cpu", weights_only=True)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{name} is damaged or no safetensors file ({one_sentence(error, 160)})") from error
+        raise InputError(
+            f"{name} is damaged or no safetensors file ({one_sentence(error, 160)}); copy or download it again"
+        ) from error
     # A damaged or hostile file makes the unpickler raise anything.
     except Exception as error:
         raise InputError(
