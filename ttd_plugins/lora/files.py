@@ -163,7 +163,7 @@ def _read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             if "lora_A" in name and (tensor.ndim < 2 or tensor.shape[0] != rank or not tensor.numel()):
                 raise ValueError(f"r is {rank}, and {name} has the shape {list(tensor.shape)}")
         return content, tensors
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         reason = foreign_files(folder) or f"{type(error).__name__}: {one_sentence(error)}"
         raise TTDError(
             f"no LoRA can be read from {folder} ({reason}); pass a folder with "
