@@ -315,3 +315,41 @@ def test_no_other_module_opens_images_with_pillow() -> None:
     files = [*root.glob("ttd_plugins/**/*.py"), *root.glob("adapters/**/*.py"), *root.glob("examples/**/*.py")]
     opening = [file for file in files if re.search(r"\bImage\.open\((?!.*formats=)", file.read_text(encoding="utf-8"))]
     assert [file.relative_to(root).as_posix() for file in opening] == []
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+LONG = bytes(range(65, 91)) * 200_000
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [(b"zTXt", b"Comment\0\0" + zlib.compress(LONG))],
+        [(b"iTXt", b"parameters\0\1\0en\0name\0" + zlib.compress(LONG))],
+        [(b"iTXt", b"parameters\0\0\0en\0name\0" + LONG)],
+        [(b"tEXt", b"workflow\0" + LONG)] * 15,
+        [(b"iCCP", b"profile\0\0" + zlib.compress(LONG))],
+        [(b"zTXt", b"Comment\0\0" + zlib.compress(LONG[:1_000_000]))] * 70,
+    ],
+)
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_long_text_costs_no_picture(
+    tmp_path: Path, picture: Image.Image, chunks: list[tuple[bytes, bytes]], place: str
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "long.png", exif=exif)
+    data = (tmp_path / "long.png").read_bytes()
+    start = 33 if place == "before" else data.index(b"IEND") - 4
+    data = data[:start] + b"".join(png_chunk(*one) for one in chunks) + data[start:]
+    (tmp_path / "long.png").write_bytes(data)
+    upright = picture.transpose(Image.Transpose.ROTATE_270)
+    assert close(read_image(tmp_path / "long.png"), upright)
+    assert close(read_image(data), upright)
+    # A text does not hide that the pixels are cut short.
+    (tmp_path / "long.png").write_bytes(data[: data.index(b"IDAT") + 12])
+    with pytest.raises(InputError):
+        read_image(tmp_path / "long.png")

@@ -101,6 +101,10 @@ class _Group(TyperGroup):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            # File names need not be valid text; they are shown with their bytes escaped.
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         with warnings.catch_warnings(), _messages_on_stderr():
             # The error about such an image says the same.
             warnings.filterwarnings("ignore", message="Image size .* exceeds limit")

@@ -10,13 +10,16 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.utils.file_kinds import HEAD_BYTES, describe_kind, read_head
+from ttd_plugins.utils.png_texts import without_long_texts
+from ttd_plugins.utils.user_files import open_regular
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 """Pillow's names of the formats that are read; ``PPM`` includes PGM and PBM. The content decides, not the file name."""
@@ -48,8 +51,8 @@ def read_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
         An image of mode ``"RGB"``.
 
     Raises:
-        InputError: the file is missing, empty, truncated, broken or not an image; its values are floating-point; or it
-            has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``. The message names the file.
+        InputError: the file is missing, empty, truncated, broken, not an image or not a regular file; its values are
+            floating-point; or it has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``. The message names the file.
     """
     with open_image(source, name) as image:
         image.load()
@@ -71,23 +74,22 @@ def open_image(
         The image in its own mode, not turned by EXIF, closed after the block.
 
     Raises:
-        InputError: the file is missing, empty, truncated, broken or in none of :data:`IMAGE_FORMATS`; or it has more
-            pixels than ``PIL.Image.MAX_IMAGE_PIXELS``. The message names the file.
+        InputError: the file is missing, empty, truncated, broken, not a regular file (a named pipe would block), or in
+            none of :data:`IMAGE_FORMATS`; or it has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``. The message names
+            the file.
     """
     title = _title(source, name, kind)
-    if not isinstance(source, bytes) and Path(source).is_dir():
+    if not isinstance(source, bytes) and os.path.isdir(source):
         raise InputError(f"{title} is a folder; give the path of one image")
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(file, formats=IMAGE_FORMATS) as image:
-            _refuse_bomb(image, title)
-            yield image
+        with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source, title) as stream:
+            shortened = without_long_texts(stream)
+            stream.seek(0)
+            with Image.open(stream if shortened is None else io.BytesIO(shortened), formats=IMAGE_FORMATS) as image:
+                _refuse_bomb(image, title)
+                yield image
     except TTDError:
         raise
-    except FileNotFoundError:
-        raise InputError(f"{title} does not exist") from None
-    except PermissionError as error:
-        raise InputError(f"{title} cannot be read: permission denied") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{title} {_unidentified(source)}") from error
     # A program may turn the warning into an exception.
@@ -147,14 +149,34 @@ def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    # ImageOps.exif_transpose would rewrite the whole EXIF, and fails on unrelated tags.
+    turn = _TURNS.get(exif_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image, 1 to 8; 1 (upright) if it has none, or one that cannot be parsed."""
     try:
         orientation = image.getexif().get(_ORIENTATION)
     # The EXIF of some cameras and editors cannot be parsed, while the pixels are sound.
     except Exception:
-        return image
-    # ImageOps.exif_transpose would rewrite the whole EXIF, and fails on unrelated tags.
-    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else image.transpose(turn)
+        return 1
+    return orientation if isinstance(orientation, int) and orientation in _TURNS else 1
+
+
+def turn_upright(values: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Turn an array ``[height, width]`` of pixels as they are stored the way :func:`to_rgb` turns their image.
+
+    Args:
+        values: one value per stored pixel.
+        orientation: the EXIF orientation; see :func:`exif_orientation`.
+    """
+    if orientation >= 5:
+        values = values.T
+    # What is left to mirror, from left to right and from top to bottom.
+    across = orientation in (2, 3, 6, 7)
+    down = orientation in (3, 4, 7, 8)
+    return np.ascontiguousarray(values[:: -1 if down else 1, :: -1 if across else 1])
 
 
 def _refuse_bomb(image: Image.Image, name: str) -> None:

@@ -20,7 +20,7 @@ import torch
 from ttd_plugins.adapter import DenseAdapter, ImageTransform, Size, image_features
 from ttd_plugins.data.loader import LoaderPosition, PairLoader
 from ttd_plugins.data.pair_source import MapSource, PairSource
-from ttd_plugins.data.score_filter import PairScores, read_scores
+from ttd_plugins.data.score_filter import PairScores, is_utf8, read_scores
 from ttd_plugins.data.skipped_samples import SkipLog
 from ttd_plugins.engine import evaluation_mode
 from ttd_plugins.errors import InputError, MissingDependencyError, TTDError, one_sentence
@@ -267,14 +267,20 @@ def _finish(part: Path, file: Path, skipped: SkipLog) -> None:
             import pyarrow as pa
             import pyarrow.parquet as pq
 
+            # Names of files need not be UTF-8, but texts of Parquet are: their JSON form is.
+            keys = [row["key"] for row in rows]
+            as_json = any(not is_utf8(key) for key in keys)
             columns = {
-                "key": pa.array([row["key"] for row in rows], pa.string()),
+                "key": pa.array([json.dumps(key) for key in keys] if as_json else keys, pa.string()),
                 "caption": pa.array([row["caption"] for row in rows], pa.int32()),
                 "similarity": pa.array([row["similarity"] for row in rows], pa.float64()),
                 "reason": pa.array([row.get("reason") for row in rows], pa.string()),
             }
-            table = pa.table(columns).replace_schema_metadata({"scores": json.dumps(settings)})
-            pq.write_table(table, temporary)
+            metadata = {"scores": json.dumps(settings)} | ({"keys": "json"} if as_json else {})
+            table = pa.table(columns).replace_schema_metadata(metadata)
+            # pyarrow takes no path that is not UTF-8.
+            with open(temporary, "wb") as stream:
+                pq.write_table(table, stream)
         else:
             with open(temporary, "wb") as stream:
                 for row in ({"scores": settings}, *rows):

@@ -24,6 +24,15 @@ def key_hash(key: str) -> int:
     return int.from_bytes(digest, "little")
 
 
+def is_utf8(text: str) -> bool:
+    """Return whether a text, such as the name of a file, can be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class PairScores:
     """Scores of pairs: one entry per caption of an image.
@@ -70,7 +79,17 @@ def read_scores(file: str | Path) -> PairScores:
         if not isinstance(settings, dict) or not all(isinstance(key, str) for key in keys):
             raise ValueError("its settings or keys have another type")
         return PairScores(settings, keys, np.asarray(captions, np.int64), np.asarray(numbers, np.float64))
-    except (LookupError, TypeError, ValueError, OSError, OverflowError, RecursionError) as error:
+    # Reading a damaged file raises nearly anything.
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        NotImplementedError,
+        OSError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise InputError(f"{str(path)!r} is not a file of scores of `ttd prune`: {one_sentence(error)}") from error
 
 
@@ -87,9 +106,13 @@ def _parquet(path: Path) -> tuple[dict[str, Any], Any, Any, Any]:
         import pyarrow.parquet as pq
     except ImportError as error:
         raise MissingDependencyError(f"{str(path)!r} needs pyarrow; pip install 'ttd-plugins[data]'") from error
-    table = pq.read_table(path)
-    settings = json.loads((table.schema.metadata or {})[b"scores"])
-    return settings, *(table.column(name).to_pylist() for name in ("key", "caption", "similarity"))
+    # pyarrow takes no path that is not UTF-8.
+    with open(path, "rb") as stream:
+        table = pq.read_table(stream)
+    metadata = table.schema.metadata or {}
+    settings = json.loads(metadata[b"scores"])
+    keys, captions, similarity = (table.column(name).to_pylist() for name in ("key", "caption", "similarity"))
+    return settings, [json.loads(key) for key in keys] if b"keys" in metadata else keys, captions, similarity
 
 
 class PairFilter:

@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from urllib.parse import urlsplit
 
-from ttd_plugins.errors import InputError
+from ttd_plugins.errors import InputError, one_sentence
+from ttd_plugins.utils.user_files import shown
 
 _pipe_allowed: ContextVar[bool] = ContextVar("pipe_allowed", default=False)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?=:)")
@@ -46,7 +48,8 @@ def require_permitted(shards: Iterable[str], *, pipe_allowed: bool) -> None:
         pipe_allowed: whether shell commands are permitted.
 
     Raises:
-        InputError: a shard is a shell command that is not permitted, has an unknown scheme, or is no valid URL.
+        InputError: a shard is a shell command that is not permitted, has an unknown scheme, names no host or no file,
+            or is no valid URL.
     """
     for shard in shards:
         scheme = found[0].lower() if (found := _SCHEME.match(shard.strip())) else ""
@@ -54,11 +57,26 @@ def require_permitted(shards: Iterable[str], *, pipe_allowed: bool) -> None:
             if pipe_allowed:
                 continue
             raise InputError(
-                f"the shard {shard!r} is a shell command, which is refused; if you trust it, give --allow-pipe on the "
-                "command line of ttd train, prune or compare, each time, or open it within "
+                f"the shard {shown(shard)} is a shell command, which is refused; if you trust it, give --allow-pipe on "
+                "the command line of ttd train, prune or compare, each time, or open it within "
                 "ttd_plugins.data.allow_pipe()"
             )
         if scheme not in _SCHEMES:
-            raise InputError(f"the shard {shard!r} has an unknown scheme; known: {', '.join(_SCHEMES)}")
+            raise InputError(f"the shard {shown(shard)} has an unknown scheme; known: {', '.join(_SCHEMES)}")
         if not _URL.fullmatch(shard):
-            raise InputError(f"the shard {shard!r} is no valid URL; write other characters as %XX")
+            raise InputError(f"the shard {shown(shard)} is no valid URL; write other characters as %XX")
+        _require_host(shard, scheme)
+
+
+def _require_host(shard: str, scheme: str) -> None:
+    """Check that a URL names a host and a file, since the programs that open it would retry for minutes."""
+    try:
+        parts = urlsplit(shard)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        raise InputError(f"the shard {shown(shard)} is no valid URL: {one_sentence(error)}") from error
+    if not host:
+        kind = "bucket" if scheme in ("gs", "htgs", "ais") else "host"
+        raise InputError(f"the shard {shown(shard)} names no {kind}; write {scheme}://{kind.upper()}/PATH.tar")
+    if not parts.path.strip("/"):
+        raise InputError(f"the shard {shown(shard)} names no file; write {scheme}://{parts.netloc}/PATH.tar")

@@ -70,11 +70,13 @@ def write_atomic(
 ) -> None:
     """Write text (as UTF-8) or bytes to ``path``, completely or not at all.
 
+    Bytes of file names that are not UTF-8 are written escaped, as ``\\udce9``, which JSON and YAML read back.
+
     Raises:
         InputError: the file cannot be written; see :func:`atomic_path`.
     """
     with atomic_path(path, advice=advice) as temporary:
-        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        temporary.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
 
 
 def make_folder(folder: Path | str, *, advice: str = "choose another --out") -> None:

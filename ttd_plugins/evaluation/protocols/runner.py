@@ -256,6 +256,32 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def checked(data: Any) -> Callable[[Sequence[str], Callable[[int], None]], None]:
+    """Return the check of a data set before its evaluation: its files, then that there is something to measure."""
+
+    def check(keys: Sequence[str], progress: Callable[[int], None]) -> None:
+        data.check(keys, progress)
+        data.require_truth()
+
+    return check
+
+
+def require_truth(metrics: dict[str, Any], count: float, missing: str) -> dict[str, Any]:
+    """Return metrics, unless there was nothing to measure.
+
+    Args:
+        metrics: the metrics.
+        count: how much truth they are based on.
+        missing: what there is none of, for the message.
+
+    Raises:
+        InputError: ``count`` is zero.
+    """
+    if not count:
+        raise InputError(f"nothing can be measured: {missing}; check that annotations and images belong together")
+    return metrics
+
+
 def run_protocol(
     protocol: str,
     adapter: DenseAdapter,
