@@ -23,7 +23,16 @@ LAYERS = [
     Layer("base", ("_version", "_renamed_modules", "errors", "utils", "options"), "errors, helpers, options of TTD"),
     Layer(
         "contract",
-        ("hookspecs", "tags", "tag_extractors", "lora", "toolkit.transforms", "data.images", "adapter"),
+        (
+            "hookspecs",
+            "tags",
+            "tag_extractors",
+            "lora",
+            "toolkit.transforms",
+            "data.images",
+            "library_reference",
+            "adapter",
+        ),
         "what plugins implement: adapters and tag extractors; LoRA",
     ),
     Layer("toolkit", ("toolkit", "embedded"), "building blocks of adapters; embedded models and generated scenes"),

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ttd_plugins.embedded import PHOTOGRAPHS_FOLDER
+from ttd_plugins.embedded.photo_examples import EXAMPLES, photograph
 from ttd_plugins.evaluation.datasets import open_captions
 
 
@@ -47,3 +48,12 @@ def test_captions_and_masks_are_read_by_the_evaluation() -> None:
         points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in segmentation])
         assert (points >= 0).all() and (points <= (width + 1, height + 1)).all()
         assert 0 < annotation["area"] <= width * height
+
+
+def test_the_examples_are_photographs_of_the_package_with_captions_of_theirs() -> None:
+    content = json.loads((PHOTOGRAPHS_FOLDER / "captions.json").read_text(encoding="utf-8"))
+    ids = {image["file_name"]: image["id"] for image in content["images"]}
+    for number, (name, caption) in enumerate(EXAMPLES):
+        assert caption in [a["caption"] for a in content["annotations"] if a["image_id"] == ids[name]]
+        image, shown = photograph(number + len(EXAMPLES))
+        assert (image.mode, shown) == ("RGB", caption)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ttd_plugins.errors import ImageSizeError, PluginError, TTDError, UnsupportedModelError
+from ttd_plugins.library_reference import LibraryReference as LibraryReference
 from ttd_plugins.lora.attach import attach_lora, foreign_peft_layer
 from ttd_plugins.lora.handle import TOWERS as TOWERS
 from ttd_plugins.lora.handle import LoRAHandle
@@ -136,10 +137,13 @@ class DenseAdapter(nn.Module, ABC):
         distribution: name and version of the installed distribution of that plugin, or ``None``.
         lora_needs_adapter: whether the library's own forward reads the weights of some LoRA targets without calling
             the modules. Unmerged LoRA then affects the features of this adapter only.
+        library_reference: the library's own functions, for the conformance kit; an adapter sets it or makes it a
+            property. ``None``: the kit looks for the names that libraries usually have.
     """
 
     model: nn.Module
     lora_needs_adapter: bool = False
+    library_reference: LibraryReference | None = None
 
     def __init__(self, model: nn.Module) -> None:
         """Adapt ``model`` without changing it.

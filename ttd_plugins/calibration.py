@@ -26,6 +26,7 @@ from ttd_plugins.errors import InputError, TagExtractionError, TTDError
 from ttd_plugins.method import selection, similarity
 from ttd_plugins.method.text_embeddings import encode_texts
 from ttd_plugins.tags import fold
+from ttd_plugins.utils.configuration import check_seed
 from ttd_plugins.utils.numbers import number, whole_number
 
 if TYPE_CHECKING:
@@ -188,6 +189,7 @@ def fit_calibration(
     held_out = number("held_out", held_out, low=0, high=1, inclusive=False)
     batch_size = whole_number("batch_size", batch_size, at_least=1)
     seed = whole_number("seed", seed, at_least=0)
+    check_seed(seed)
     if not isinstance(template, str) or template.count("{}") != 1:
         raise InputError(f"the template {template!r} must contain {{}} once, where the word goes")
     found = _read_pairs(pairs)

@@ -18,7 +18,7 @@ from ttd_plugins.errors import InputError, InputWarning, TagExtractionError
 from ttd_plugins.tags import TagExtractor
 from ttd_plugins.utils import wrapped_models
 
-NORMALISED_LIMIT = 10.0
+NORMALISED_LIMIT = 30.0
 """Absolute value that no normalised pixel reaches; those of 0..255 do."""
 SATURATED, SATURATED_SHARE = 4.6, 0.95
 """A logit of 4.6 is a probability of 0.99; so many of the cosines may not be above it."""

@@ -55,6 +55,15 @@ class InputError(TTDError, ValueError):
     """An image, caption, option or path of the user is invalid."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the memory of the machine or of a device ran out."""
+    # By name, so that this module does not import torch.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+
+
 def one_sentence(error: BaseException, limit: int = 300) -> str:
     """Return the message of ``error`` on one line of at most ``limit`` characters, for quoting inside a sentence."""
     text = printable(_without_advice(str(error))) or type(error).__name__

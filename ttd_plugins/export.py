@@ -6,9 +6,7 @@ hidden folder beside it, which is renamed at the end.
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -21,10 +19,13 @@ from ttd_plugins.engine_checks import require_adapter
 from ttd_plugins.errors import InputError, TTDError, choices_sentence, one_sentence
 from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_keyword
 from ttd_plugins.utils.files import given_path
+from ttd_plugins.utils.output_folder import new_folder, require_new
 from ttd_plugins.utils.settings import flatten
 
 if TYPE_CHECKING:
     from ttd_plugins.adapter import DenseAdapter
+
+log = logging.getLogger(__name__)
 
 Form = Literal["native", "lora", "weights"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -132,7 +133,7 @@ def export_backbone(
     if lora_scale != 1:
         card = replace(card, settings={**card.settings, "lora_scale": lora_scale})
     # Before anything slow, so that a wrong path fails at once.
-    _require_free(out)
+    require_new(out)
     with scaled_lora(adapter, lora_scale), _complete_or_absent(out) as folder:
         if form == "lora":
             model = _write_lora(adapter, folder)
@@ -161,7 +162,8 @@ def export_run(
     Raises:
         TTDError: the run cannot be read, or as :func:`export_backbone`.
     """
-    _require_free(given_path(out))
+    # Before anything slow, so that a wrong path fails at once.
+    require_new(given_path(out))
     adapter, card = read_run(Path(run), step)
     return export_backbone(adapter, out, form=form, card=card, lora_scale=lora_scale)
 
@@ -214,38 +216,16 @@ def _class_of(adapter: DenseAdapter) -> str:
     return f"{type(adapter.model).__module__}.{type(adapter.model).__qualname__}"
 
 
-def _require_free(out: Path) -> None:
-    try:
-        if out.exists() and not out.is_dir():
-            raise InputError(f"{str(out)!r} is a file; choose another folder to export to")
-        if out.is_dir() and any(out.iterdir()):
-            raise InputError(f"the folder {str(out)!r} is not empty; choose another one to export to")
-    except OSError as error:
-        raise InputError(f"{str(out)!r} cannot be read ({error.strerror}); choose another folder") from error
-
-
 @contextmanager
 def _complete_or_absent(out: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside ``out``; it is renamed to ``out`` on success and removed otherwise."""
+    """:func:`new_folder`, with the errors of safetensors as those of the file system."""
     from safetensors import SafetensorError
 
-    beside: Path | None = None
-    try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.part-", dir=out.absolute().parent))
-        inner = beside / "export"
-        inner.mkdir()
-        yield inner
-        # This replaces an empty folder.
-        os.replace(inner, out)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or one_sentence(error)
-        raise InputError(
-            f"{str(out)!r} cannot be written ({reason}); free some space or choose another folder"
-        ) from error
-    finally:
-        if beside is not None:
-            shutil.rmtree(beside, ignore_errors=True)
+    with new_folder(out) as folder:
+        try:
+            yield folder
+        except SafetensorError as error:
+            raise OSError(one_sentence(error)) from error
 
 
 # The card ------------------------------------------------------------------------------------------------------------
@@ -372,10 +352,13 @@ def read_run(run: Path, step: int | None = None) -> tuple[DenseAdapter, ModelCar
     """
     from ttd_plugins.training.checkpoints import read_state, restore_backbone
     from ttd_plugins.training.config import TrainConfig
+    from ttd_plugins.training.divergence import DivergenceWatch
     from ttd_plugins.training.jsonl_log import JsonlLog
 
     adapter = restore_backbone(run, step)
     config, state = asdict(TrainConfig.read(run / "config.yaml")), read_state(run, step)
+    if DivergenceWatch(**(state.get("health") or {})).diverged:
+        log.warning("the run had diverged at step %d, so its weights are most likely useless", state["step"])
     source = config["data"]["source"]
     data = {
         # The name of the folder or file: the rest of a path means nothing elsewhere.
@@ -393,7 +376,7 @@ def read_run(run: Path, step: int | None = None) -> tuple[DenseAdapter, ModelCar
     metrics = {name: value for name, value in state.get("figures", {}).items() if isinstance(value, int | float)}
     logged = {"last log line of the training": metrics} if metrics else {}
     lines = [line for line in JsonlLog(run / "log.jsonl").read() if "evaluation" in line]
-    for line in [line for line in lines if line["step"] <= state["step"]][-1:]:
+    for line in [one for one in lines if one["step"] <= state["step"] and isinstance(one["evaluation"], Mapping)][-1:]:
         logged[f"evaluation after step {line['step']}"] = line["evaluation"]
     name, colon, place = (config["evaluation"]["data"] or "").partition(":")
     if name:

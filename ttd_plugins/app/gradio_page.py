@@ -10,6 +10,7 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -23,6 +24,7 @@ from ttd_plugins.app.request_guard import (
     uploaded_file,
 )
 from ttd_plugins.app.studio import MAX_STEPS, Studio, TuningStoppedError, error_sentence
+from ttd_plugins.embedded.photo_examples import photograph
 from ttd_plugins.errors import InputError, MissingDependencyError, TTDError, one_sentence
 from ttd_plugins.reports.heat_overlay import HEAT_OPACITY
 from ttd_plugins.reports.templating import stylesheet
@@ -52,6 +54,18 @@ def import_gradio() -> Any:
             "pip install 'ttd-plugins[app]'"
         ) from error
     return gradio
+
+
+def example_kinds(studio: Studio) -> list[tuple[str, Callable[[int], tuple[Any, str]], int]]:
+    """Label, source and number of the buttons with examples: what the page's backbones know."""
+    scenes = bool(studio.tunable)
+    photographs = any(name not in studio.tunable for name in studio.backbones)
+    kinds: list[tuple[str, Callable[[int], tuple[Any, str]], int]] = []
+    if photographs:
+        kinds.append(("Photo", photograph, EXAMPLES))
+    if scenes:
+        kinds.append(("Scene", studio.example, EXAMPLES))
+    return kinds
 
 
 def build_page(studio: Studio) -> Any:
@@ -124,11 +138,11 @@ def build_page(studio: Studio) -> Any:
                 names = list(dict.fromkeys([*names, name]))
                 yield render_note(f"{note}.", finished), shown(image, caption, names, who), *done
 
-    def example(number: int) -> tuple[Any, Any, Any]:
+    def example(draw: Callable[[int], tuple[Any, str]], number: int) -> tuple[Any, Any, Any]:
         try:
-            image, caption = studio.example(number)
+            image, caption = draw(number)
         except Exception as error:
-            return gr.skip(), gr.skip(), render_error(error_sentence(error, "drawing a scene"))
+            return gr.skip(), gr.skip(), render_error(error_sentence(error, "opening an example"))
         return image, caption, gr.skip()
 
     for listener in (show, tune):
@@ -152,7 +166,9 @@ def build_page(studio: Studio) -> Any:
                 image.preprocess = uploaded_path
                 with gr.Row(elem_id="ttd-examples"):
                     examples = [
-                        gr.Button(f"Scene {number}", size="sm", min_width=64) for number in range(1, EXAMPLES + 1)
+                        (gr.Button(f"{kind} {number + 1}", size="sm", min_width=64), draw, number)
+                        for kind, draw, count in example_kinds(studio)
+                        for number in range(count)
                     ]
                 caption = gr.Textbox(
                     label="Caption", placeholder="a dog beside an umbrella on the grass", lines=2, elem_id="ttd-caption"
@@ -213,8 +229,8 @@ def build_page(studio: Studio) -> Any:
         for ending in (halt, forget):
             ending.__annotations__ = {"request": gr.Request}
         end.click(halt, None, None, queue=False, **hidden)
-        for number, button in enumerate(examples):
-            button.click(lambda number=number: example(number), None, [image, caption, result], **hidden)
+        for button, draw, number in examples:
+            button.click(partial(example, draw, number), None, [image, caption, result], **hidden)
         opacity.change(None, opacity, None, js=SET_OPACITY, **hidden)
         page.unload(forget)
     return page

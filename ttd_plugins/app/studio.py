@@ -22,7 +22,7 @@ from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.data.images import read_image
 from ttd_plugins.engine import TTD, CaptionMaps, TTDOptions
 from ttd_plugins.errors import InputError, TTDError, one_sentence
-from ttd_plugins.plugins import explain, families, load, make_tag_extractor, parse_name
+from ttd_plugins.plugins import RANDOM_WEIGHTS, explain, families, load, make_tag_extractor, parse_name
 from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_names
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def embedded_backbones() -> list[str]:
     """Names of the backbones that need no download: those for photographs first, then in alphabetical order."""
     known = families()
     names = [f"{family}:{model}" for family in sorted(known) for model in known[family].embedded_models]
-    return sorted(names, key=lambda name: (name.endswith(":tiny"), name))
+    return sorted(filter(is_embedded, names), key=lambda name: (knows_scenes(name), name))
 
 
 def is_embedded(name: str) -> bool:
@@ -104,10 +104,16 @@ def is_embedded(name: str) -> bool:
         parsed = parse_name(name)
     except TTDError:
         return False
-    known = families()
-    if parsed.family not in known:
+    family = families().get(parsed.family)
+    if family is None or parsed.model not in family.embedded_models:
         return False
-    return parsed.model in known[parsed.family].embedded_models and parsed.weights != "random"
+    # A small model that comes with random weights only has no default.
+    return parsed.weights != RANDOM_WEIGHTS and family.default_weights(parsed.model) is not None
+
+
+def knows_scenes(name: str) -> bool:
+    """Whether ``name`` is an embedded backbone for generated scenes, small enough to be tuned in a page."""
+    return is_embedded(name) and parse_name(name).model == "tiny"
 
 
 class Studio:
@@ -156,8 +162,8 @@ class Studio:
 
     @property
     def tunable(self) -> list[str]:
-        """Names of the backbones that can be fine-tuned in the page: the embedded ones."""
-        return [name for name in self.backbones if is_embedded(name)]
+        """Names of the backbones that can be fine-tuned in the page: the embedded ones for scenes."""
+        return [name for name in self.backbones if knows_scenes(name)]
 
     # Maps ------------------------------------------------------------------------------------------------------------
 

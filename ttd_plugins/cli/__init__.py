@@ -5,6 +5,7 @@ Heavy modules are imported inside the commands, so that ``ttd --help`` is quick.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -35,7 +36,7 @@ from ttd_plugins.cli import (
     train,
 )
 from ttd_plugins.cli.command_line import ARGUMENTS, refuse_empty_values
-from ttd_plugins.errors import InputWarning, PluginWarning, TTDError, printable
+from ttd_plugins.errors import InputWarning, PluginWarning, TTDError, is_out_of_memory, one_sentence, printable
 
 USER_ERROR = 2
 DENY = "TTD_PLUGINS_DENY"
@@ -123,7 +124,7 @@ class _Group(TyperGroup):
                 typer.echo(f"error: {_one_line(error)}", err=True)
                 raise typer.Exit(USER_ERROR) from error
             except (Exception, SystemExit) as error:
-                blamed = _plugin_error(error)
+                blamed = _plugin_error(error) or _system_error(error)
                 if blamed is None:
                     raise
                 typer.echo(f"error: {_one_line(blamed)}", err=True)
@@ -137,6 +138,19 @@ def _plugin_error(error: BaseException) -> TTDError | None:
     # Where this module is not loaded, no plugin is.
     plugins_module = sys.modules.get("ttd_plugins.plugins")
     return plugins_module.explain(error) if plugins_module is not None else None
+
+
+def _system_error(error: BaseException) -> TTDError | None:
+    """What the operating system refused, or that memory ran out, as one sentence; ``None`` for any other exception."""
+    if is_out_of_memory(error):
+        return TTDError(f"memory ran out ({one_sentence(error, 160)}); use a smaller batch, image or backbone")
+    # A reader of the output that has gone is no error: click ends the process quietly.
+    if not isinstance(error, OSError) or error.errno in (None, errno.EPIPE):
+        return None
+    names = [one_sentence(ValueError(repr(name)), 120) for name in (error.filename, error.filename2) if name]
+    where = f" ({', '.join(names)})" if names else ""
+    reason = error.strerror or one_sentence(error)
+    return TTDError(f"the system refused an operation: {reason[:1].lower()}{reason[1:]}{where}")
 
 
 def _one_line(message: object) -> str:

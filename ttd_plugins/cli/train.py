@@ -23,6 +23,8 @@ PAIR_COLUMNS = (
 """Options of ``open_pairs`` that have a flag of their own wherever pairs are read."""
 
 FLAGS = [*flags_of(TrainConfig), *PAIR_COLUMNS]
+DIVERGED = 1
+"""Exit status of a run that ended, and whose weights are most likely useless."""
 OLD_FLAGS = old_flags(FLAGS, {"--evaluate-most": "--evaluate-limit"})
 
 
@@ -44,9 +46,9 @@ def command(
 ) -> None:
     """Fine-tune a backbone by TTD on image-text pairs.
 
-    Options come from a YAML file, from flags, or from both; flags and --set take precedence. SIGTERM and Ctrl-C save
-    first, and --resume continues as if nothing had happened. `accelerate launch` and `torchrun` start it on several
-    devices.
+    Options come from a YAML file, from flags, or from both; flags and --set take precedence. SIGTERM, SIGHUP and Ctrl-C
+    save first, and --resume continues as if nothing had happened. The status is 1 if the run diverged. `accelerate
+    launch` and `torchrun` start it on several devices.
     """
     if schema:
         from ttd_plugins.utils.configuration import json_schema
@@ -72,6 +74,8 @@ def command(
         raise typer.Exit(stopped.status) from stopped
     if is_main_process():
         print_summary(result)
+    if result.diverged is not None:
+        raise typer.Exit(DIVERGED)
 
 
 def print_summary(result: TrainResult) -> None:
@@ -91,6 +95,8 @@ def print_summary(result: TrainResult) -> None:
         typer.echo(f"{result.skipped_steps} steps were skipped; {result.folder / 'nonfinite.jsonl'} lists them")
     for warning in result.warnings:
         typer.echo(f"warning: {warning}")
+    if result.diverged is not None:
+        typer.echo(f"warning: {result.diverged}")
     for path, meaning in (
         (result.checkpoint, "the tuned weights, and the state for --resume"),
         (result.folder / "log.jsonl", "the metrics of every logged step"),

@@ -144,7 +144,7 @@ class CaptionedData:
         backbone.to(options.device or "cpu").eval()
         lines = [line for line in JsonlLog(folder / "log.jsonl").read() if "loss" in line]
         curve = [{k: v for k, v in line.items() if _belongs_in_curve(k, v)} for line in lines]
-        return curve, result.warnings
+        return curve, result.warnings + ([] if result.diverged is None else [result.diverged])
 
     def samples(self, count: int) -> Iterator[Sample]:
         from ttd_plugins.data.images import read_image

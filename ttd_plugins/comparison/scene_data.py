@@ -18,6 +18,7 @@ from ttd_plugins.evaluation.scene_protocol import check_scenes_fit, measure_on_s
 from ttd_plugins.options import TTDOptions
 from ttd_plugins.training.collapse_watch import CollapseWatch, MetricAverager
 from ttd_plugins.training.config import OptimizerConfig
+from ttd_plugins.training.divergence import DivergenceWatch
 from ttd_plugins.training.scene_tuning import SCENE_OPTIMIZER, KeptScenes, SceneTuning, training_scenes, tune_on_scenes
 from ttd_plugins.training.step import effective_warm_up, warm_up_warning
 from ttd_plugins.utils.progress import Stage, list_with_progress
@@ -98,7 +99,7 @@ class SceneData:
             }
             for report in reports
         ]
-        return curve, collapse_warnings(curve)
+        return curve, collapse_warnings(curve) + divergence_warnings(curve)
 
     def _tuning(self, seed: int, ttd: TTDOptions) -> SceneTuning:
         options = self.options
@@ -125,6 +126,17 @@ class SceneData:
             advance = stage(f"draw test scenes of {side} pixels", self.count)
             self._test[side] = list_with_progress(Scenes("test", self.count, side=side), advance)
         return self._test[side]
+
+
+def divergence_warnings(curve: Sequence[Mapping[str, float]]) -> list[str]:
+    """Return one sentence if the training diverged, and none otherwise."""
+    watch = DivergenceWatch()
+    for row in curve:
+        watch.add(int(row["step"]), row["loss"], row, (), skipped=False)
+    if not watch.diverged:
+        return []
+    why = watch.sentence(curve[-1]["loss"], curve[-1].get("caption_map_spread"))
+    return [f"step {curve[-1]['step']}: the training diverged: {why}; lower the learning rate"]
 
 
 def collapse_warnings(curve: Sequence[Mapping[str, float]]) -> list[str]:

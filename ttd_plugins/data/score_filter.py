@@ -70,22 +70,34 @@ def read_scores(file: str | Path) -> PairScores:
     """
     path = Path(file)
     if not os.path.isfile(path):
-        unfinished = path.with_name(path.name + ".part").is_file()
+        unfinished = os.path.isfile(path.with_name(path.name + ".part"))
         hint = "is incomplete; run `ttd prune` again to continue" if unfinished else "does not exist"
         raise InputError(f"the file of scores {str(path)!r} {hint}")
     try:
         settings, keys, captions, similarity = _parquet(path) if path.suffix == ".parquet" else _json_lines(path)
-    except (KeyError, TypeError, ValueError, AttributeError, NotImplementedError, RecursionError, OSError) as error:
+        numbers = [math.nan if value is None else value for value in similarity]
+        if not isinstance(settings, dict) or not all(isinstance(key, str) for key in keys):
+            raise ValueError("its settings or keys have another type")
+        return PairScores(settings, keys, np.asarray(captions, np.int64), np.asarray(numbers, np.float64))
+    # Reading a damaged file raises nearly anything.
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        NotImplementedError,
+        OSError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise InputError(f"{str(path)!r} is not a file of scores of `ttd prune`: {one_sentence(error)}") from error
-    numbers = [math.nan if value is None else value for value in similarity]
-    return PairScores(settings, keys, np.asarray(captions, np.int64), np.asarray(numbers, np.float64))
 
 
 def _json_lines(path: Path) -> tuple[dict[str, Any], list[str], list[int], list[float | None]]:
     with open(path, "rb") as stream:
         settings = json.loads(next(stream, b"{}"))["scores"]
         rows = [json.loads(line) for line in stream]
-    rows = [row for row in rows if "key" in row]
+    rows = [row for row in rows if isinstance(row, dict) and "key" in row]
     return settings, *([row[name] for row in rows] for name in ("key", "caption", "similarity"))  # type: ignore[return-value]
 
 

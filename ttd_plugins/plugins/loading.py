@@ -252,6 +252,8 @@ def _checked_device(device: str | torch.device | None) -> torch.device | None:
     try:
         target = torch.device(device)
         torch.empty(0, device=target)
+        if target.type == "meta":
+            raise RuntimeError("tensors of the device meta have no values")
     # torch raises AssertionError if it was built without the device, RuntimeError if the machine has none.
     except (AssertionError, RuntimeError, NotImplementedError) as error:
         raise InputError(f"device {str(device)!r} cannot be used: {one_sentence(error)}") from error

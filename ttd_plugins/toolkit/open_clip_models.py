@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ttd_plugins.errors import BackboneNameError, TTDError, UnsupportedModelError, choices_sentence
+from ttd_plugins.errors import BackboneNameError, InputError, TTDError, UnsupportedModelError, choices_sentence
 from ttd_plugins.toolkit.clip_family import OWN_WEIGHTS, RANDOM
 from ttd_plugins.toolkit.hub import (
     SMALL_FILES,
@@ -155,7 +155,7 @@ class OpenCLIPModels:
                 if text_tower and not Path(text_tower).is_dir():
                     problem = fetch(text_tower, first_of("config.json")) or problem
                 if source is not None and on_disk and Path(source).suffix not in NUMPY_SUFFIXES:
-                    stored = read_state_dict(Path(source))
+                    stored = self._stored(full, model, source)
                     if not stored.is_plain:
                         folder = stack.enter_context(TemporaryDirectory(prefix="ttd-"))
                         source = str(Path(folder) / "weights.pt")
@@ -186,11 +186,17 @@ class OpenCLIPModels:
                 alternative = _alternative(model, checkpoint=on_disk)
                 wrong = self._what_is_wrong(model, checkpoint, stored)
                 if wrong is not None:
-                    raise TTDError(f"{full} cannot be loaded: {wrong}; {alternative}") from error
+                    raise TTDError(f"{full} cannot be loaded ({wrong}); {alternative}") from error
                 raise TTDError(cannot_load(full, problem, error, alternative)) from error
             if tokenizer is None:
                 tokenizer = self._tokenizer(model, weights, config, cache_dir)
         return built.eval(), tokenizer
+
+    def _stored(self, full: str, model: str, checkpoint: str) -> StateDict:
+        try:
+            return read_state_dict(Path(checkpoint))
+        except InputError as error:
+            raise TTDError(f"{full} cannot be loaded ({error}); {_alternative(model, checkpoint=True)}") from error
 
     def _what_is_wrong(self, model: str, checkpoint: str | None, stored: StateDict | None) -> str | None:
         """The fault of a checkpoint or folder that open_clip could not load, as a clause, or ``None``."""
@@ -301,7 +307,7 @@ def local_text_tower(config: Mapping[str, Any], full: str) -> dict[str, Any]:
     folder = name if Path(name).is_dir() else cached_folder(name, "config.json")
     content = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     refuse_code(content, f"{full} ({name}/config.json)")
-    # For these kinds transformers has all classes, so that it never looks at auto_map.
+    # For these kinds transformers has all classes, so that it does not read auto_map.
     if content.get("model_type") not in TEXT_TOWERS:
         raise UnsupportedModelError(
             f"{full} has a text tower of the model type {content.get('model_type')!r} ({name}); supported: "

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator
 from ttd_plugins.errors import InputError, one_sentence
 from ttd_plugins.options import TTDOptions
 from ttd_plugins.utils import configuration as configurations
-from ttd_plugins.utils.configuration import Flag, Float, Int, Text, configuration, option
+from ttd_plugins.utils.configuration import MAX_SEED, Flag, Float, Int, Text, configuration, option
 
 TowerTuning = Literal["lora", "full", "frozen"]
 # YAML 1.1 reads a bare no as false.
@@ -64,6 +64,15 @@ class DataConfig:
         dict[str, Any],
         option("Options shuffle, drop_last and buffer of ttd_plugins.data.PairLoader.", flag="--loader-option"),
     ] = field(default_factory=dict)
+
+
+@configuration()
+class LoaderConfig:
+    """The keys of ``data.loader``; see :class:`ttd_plugins.data.PairLoader`."""
+
+    shuffle: Annotated[Flag, option("Shuffle the order in each epoch.")] = True
+    drop_last: Annotated[Flag, option("Drop the samples of an incomplete last batch.")] = True
+    buffer: Annotated[Int, option("Undecoded samples in the shuffle buffer of a stream.", ge=1)] = 1000
 
 
 @configuration()
@@ -134,7 +143,9 @@ class EvaluationConfig:
 class RunConfig:
     """How the run is carried out and watched. Intervals are in optimizer steps; 0 means never."""
 
-    seed: Annotated[Int, option("Decides the order of the data, fresh LoRA weights and dropout.")] = 0
+    seed: Annotated[
+        Int, option("Decides the order of the data, fresh LoRA weights and dropout.", ge=0, le=MAX_SEED)
+    ] = 0
     mixed_precision: Annotated[Precision, option("Mixed precision through accelerate.", flag="--precision")] = "no"
     gradient_checkpointing: Annotated[
         Flag, option("Use activation checkpointing: less memory, more time.", flag="--grad-checkpointing")
@@ -159,6 +170,9 @@ class RunConfig:
         option("Skip a step whose loss or gradient is not finite, or end the run; its keys go to nonfinite.jsonl."),
     ] = "skip"
     max_skipped_steps: Annotated[Int, option("So many steps may be skipped before the run ends.", ge=0)] = 20
+    max_skipped_share: Annotated[
+        Float, option("This share of all steps may be skipped before the run ends, and three in any case.", ge=0, le=1)
+    ] = 0.1
 
 
 @configuration()
@@ -182,6 +196,11 @@ class TrainConfig:
     run: Annotated[RunConfig, option("Logs, checkpoints and devices.")] = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        configurations.from_mapping(LoaderConfig, self.data.loader, "data.loader")
+        # Both are given apart, and twice would be a TypeError.
+        for section, reserved in (("backbone", "name"), ("data", "spec")):
+            if reserved in getattr(self, section).options:
+                raise InputError(f"{section}.options cannot have the key {reserved!r}; remove it")
         if {self.towers.image, self.towers.text} == {"frozen"} and not self.towers.logit_scale:
             raise InputError("nothing is trained: towers.image and towers.text are both frozen")
         if self.evaluation.every and self.evaluation.data is None:

@@ -112,7 +112,9 @@ def training_step(
         norm = strategy.clip_gradients(list(state.trained.values()), clip_limit(adam))
         # A gradient scaler expects infinite gradients now and then: it skips the step itself and lowers its scale.
         if math.isfinite(norm) or strategy.scaler is not None:
+            state.updating = True
             optimizer.step()
+            state.updating = False
             result.gradient_norm = norm if math.isfinite(norm) else None
         else:
             result.problem = {"what": "gradient", "gradient_norm": norm, "loss": result.loss}

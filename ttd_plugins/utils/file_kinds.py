@@ -45,7 +45,7 @@ def describe_kind(head: bytes) -> str | None:
         if head.startswith(start):
             return kind
     if _HTML.match(head.removeprefix(b"\xef\xbb\xbf")):
-        return "an HTML page, such as a web server sends in the place of a file that it refuses"
+        return "an HTML page, such as a web server sends instead of a file that it refuses"
     if head[257:262] == b"ustar":
         return "a tar file"
     if head[4:8] == b"ftyp":

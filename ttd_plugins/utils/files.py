@@ -93,6 +93,18 @@ def make_folder(folder: Path | str, *, advice: str = "choose another --out") -> 
         ) from error
 
 
+def follow_umask(path: Path | str) -> None:
+    """Give a file, or all files in a folder, the permissions that the umask allows; writers with private ones exist.
+
+    Raises:
+        OSError: the permissions cannot be changed.
+    """
+    path, mode = Path(path), 0o666 & ~_umask()
+    for file in [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]:
+        if not file.is_symlink():
+            file.chmod(mode)
+
+
 def _flush(path: Path) -> None:
     """Have the operating system write the file to disk, so that a power cut leaves no empty file."""
     handle = os.open(path, os.O_RDONLY)

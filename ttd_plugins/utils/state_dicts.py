@@ -96,7 +96,7 @@ def _load(file: Path, name: str) -> Any:
     head = read_head(file)
     kind = describe_kind(head)
     if kind is not None and not kind.startswith("a ZIP"):  # torch.save writes ZIP files
-        raise InputError(f"{name} is {kind}, and no weights")
+        raise InputError(f"{name} is {kind}, and no weights; download the weights themselves")
     try:
         if file.suffix == ".safetensors" or _is_safetensors(head):
             return load_file(file)
@@ -105,10 +105,14 @@ def _load(file: Path, name: str) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(file, "cpu", weights_only=True)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{name} is damaged or no safetensors file ({one_sentence(error, 160)})") from error
+        raise InputError(
+            f"{name} is damaged or no safetensors file ({one_sentence(error, 160)}); copy or download it again"
+        ) from error
     # A damaged or hostile file makes the unpickler raise anything.
     except Exception as error:
-        raise InputError(f"{name} is refused: {_refusal(error)}; save its state dict as safetensors") from error
+        raise InputError(
+            f"{name} is refused: {_refusal(error)}; a safetensors file of its state dict is read"
+        ) from error
 
 
 def _harmless_classes() -> list[Any]:
@@ -128,7 +132,8 @@ def _refusal(error: Exception) -> str:
     found = _UNSUPPORTED.search(text)
     if found:
         return f"it contains the Python object {found[1]}, and only tensors and plain values are loaded, without code"
-    return f"only tensors are loaded from it, without running code, and that failed ({one_sentence(error, 160)})"
+    reason = one_sentence(error, 160).removeprefix("Weights only load failed").strip(" .:")
+    return "it is damaged or no file of torch.save" + (f" ({reason})" if reason else "")
 
 
 def without_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
