@@ -167,7 +167,9 @@ def _gradient_energy(session: CheckSession, size: tuple[int, int], cells: list[t
             # The check of gradients reports it.
             raise NotApplicable("patches have no gradient with respect to pixels")
         weights = torch.randn(features.shape, generator=generator).to(features)
-        (gradient,) = torch.autograd.grad((features * weights).sum(), pixels)
+        (gradient,) = torch.autograd.grad((features * weights).sum(), pixels, allow_unused=True)
+        if gradient is None:
+            raise NotApplicable("patches have no gradient with respect to pixels")
         found.append(gradient.double().square().sum(1).cpu())
     return torch.cat(found)
 
