@@ -318,7 +318,8 @@ def _expect_exponentiated(session: CheckSession) -> None:
     """Fail if the scale is a stored logarithm under any name, its double exponential, or cut off from its parameter."""
     scalars = {name: p for name, p in session.adapter.model.named_parameters() if p.numel() == 1}
     session.adapter.model.requires_grad_(True)
-    scale = session.adapter.logit_scale()
+    with torch.enable_grad():
+        scale = session.adapter.logit_scale()
     sources = reached(scale, list(scalars.items()))
     value, close = float(scale.detach()), max(session.tolerance, 1e-6)
     for name, parameter in scalars.items():
