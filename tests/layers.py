@@ -40,7 +40,7 @@ LAYERS = [
     Layer("method", ("method",), "similarity, selection, losses, text embeddings"),
     Layer(
         "engine",
-        ("engine", "engine_checks", "engine_outputs", "engine_teacher", "calibration"),
+        ("engine", "engine_checks", "engine_outputs", "engine_teacher", "caption_maps", "calibration"),
         "TTD: one batch through the method",
     ),
     Layer("data", ("data",), "image-text pairs, loader, pruning"),

@@ -330,8 +330,8 @@ def test_lightning_resumes_with_its_average(tmp_path: Path) -> None:
     used.save_checkpoint(tmp_path / "two.ckpt")
     # On from there in the same objects, and in new ones.
     steps_left = lightning_trainer(tmp_path)
-    steps_left.fit(resumed, loader(), ckpt_path=tmp_path / "two.ckpt", weights_only=False)
-    lightning_trainer(tmp_path).fit(whole, loader(), ckpt_path=tmp_path / "two.ckpt", weights_only=False)
+    steps_left.fit(resumed, loader(), ckpt_path=tmp_path / "two.ckpt")
+    lightning_trainer(tmp_path).fit(whole, loader(), ckpt_path=tmp_path / "two.ckpt")
     assert steps_left.global_step == 4
     assert not differ(resumed.state_dict(), whole.state_dict())
 

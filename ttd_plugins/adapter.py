@@ -29,8 +29,10 @@ from ttd_plugins.lora.handle import LoRAHandle
 from ttd_plugins.lora.handle import Tower as Tower
 from ttd_plugins.options import Calibration
 from ttd_plugins.utils import wrapped_models
+from ttd_plugins.utils.contract_types import ExportedModel as ExportedModel
+from ttd_plugins.utils.contract_types import ImageFeatures as ImageFeatures
+from ttd_plugins.utils.contract_types import Tokens as Tokens
 from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_keyword, renamed_names, warn_renamed
-from ttd_plugins.utils.exported_model import ExportedModel as ExportedModel
 from ttd_plugins.utils.running_state import WeightSnapshot
 from ttd_plugins.utils.sizes import Size as Size
 from ttd_plugins.utils.sizes import size_pair
@@ -49,6 +51,9 @@ SUPPORTED_API_VERSIONS: tuple[int, ...] = (API_VERSION,)
 
 if not TYPE_CHECKING:
     __getattr__ = renamed_names(__name__, {"SPOKEN_API_VERSIONS": "SUPPORTED_API_VERSIONS"})
+
+MAX_PATCHES = 2**15
+"""Most patches of an image: the cost of attention grows with their square, so that a mistyped size would hang."""
 
 
 @renamed_keyword("text_after_end_matters", "text_needs_full_context")
@@ -72,6 +77,9 @@ class BackboneDescription:
         dense_mode: name of the dense-feature mode in use.
         dense_modes: the dense-feature modes that this object supports.
         calibration: the default map from cosine to probability.
+        calibrated: whether :attr:`calibration` was fitted to image-text pairs; otherwise probabilities are labelled.
+        trained_on: the only kind of images that the weights were pre-trained on, in the plural ("drawings"); ``None``
+            if the weights know photographs, or nothing is known. Where it is set, results come with a note.
     """
 
     family: str
@@ -89,6 +97,8 @@ class BackboneDescription:
     dense_mode: str
     dense_modes: tuple[str, ...] = ()
     calibration: Calibration = field(default_factory=Calibration)
+    calibrated: bool = False
+    trained_on: str | None = None
 
     text_after_end_matters = RenamedAttribute("text_needs_full_context")
 
@@ -96,41 +106,6 @@ class BackboneDescription:
     def name(self) -> str:
         """``family:model@weights``, or ``family:model`` for a wrapped object."""
         return f"{self.family}:{self.model}" + (f"@{self.weights}" if self.weights else "")
-
-
-@dataclass
-class ImageFeatures:
-    """Features of a batch of images in the joint space, not L2-normalised, in the dtype of the backbone.
-
-    Attributes:
-        patches: ``[B, H, W, D]``, row 0 at the top of the image, column 0 at its left.
-        pooled: ``[B, D]``, the library's own image embedding; ``None`` if it was not requested.
-    """
-
-    patches: Tensor
-    pooled: Tensor | None = None
-
-
-@dataclass
-class Tokens:
-    """Tokenised texts.
-
-    Attributes:
-        ids: int64 ``[N, L]``, L being the context length, padded as in the backbone's training.
-        lengths: int64 ``[N]``, always on the CPU: number of positions up to and including the end token.
-        truncated: for each text, whether it was longer than the context and lost its last words.
-    """
-
-    ids: Tensor
-    lengths: Tensor
-    truncated: list[bool]
-
-    def __post_init__(self) -> None:
-        if self.ids.ndim != 2 or self.lengths.shape != self.ids.shape[:1] or len(self.truncated) != len(self.ids):
-            raise ValueError(
-                f"Tokens needs ids [N, L], lengths [N] and N truncation flags; got {tuple(self.ids.shape)}, "
-                f"{tuple(self.lengths.shape)} and {len(self.truncated)}"
-            )
 
 
 ImageTransform = Callable[["Image"], Tensor]
@@ -159,10 +134,11 @@ class DenseAdapter(nn.Module, ABC):
     Attributes:
         model: the caller's model.
         owner: the plugin that created this adapter, for messages; ``None`` if it was created by hand.
+        distribution: name and version of the installed distribution of that plugin, or ``None``.
         lora_needs_adapter: whether the library's own forward reads the weights of some LoRA targets without calling
             the modules. Unmerged LoRA then affects the features of this adapter only.
         library_reference: the library's own functions, for the conformance kit; an adapter sets it or makes it a
-            property. ``None``: the kit looks for usual names, such as ``encode_image`` and ``get_text_features``.
+            property. ``None``: the kit looks for the names that libraries usually have.
     """
 
     model: nn.Module
@@ -180,6 +156,7 @@ class DenseAdapter(nn.Module, ABC):
         self.model = model
         self.training = model.training
         self.owner: str | None = None
+        self.distribution: tuple[str, str | None] | None = None
         self._lora: LoRAHandle | None = None
         self._originals: WeightSnapshot | None = None
         self._merged = False
@@ -347,9 +324,14 @@ class DenseAdapter(nn.Module, ABC):
         """Rows and columns of the patch grid of an image of ``height`` by ``width`` pixels.
 
         Raises:
-            ImageSizeError: a side is not a positive multiple of the patch side.
+            ImageSizeError: a side is not a positive multiple of the patch side, or there are too many patches.
         """
         rows, columns = self.description.patch_size
+        if (height // rows) * (width // columns) > MAX_PATCHES:
+            raise ImageSizeError(
+                f"an image of {height} x {width} pixels has {height // rows} x {width // columns} patches, more than "
+                f"{MAX_PATCHES:,} in all; choose a smaller size"
+            )
         if height < rows or width < columns or height % rows or width % columns:
             raise ImageSizeError(
                 f"{self.description.name} takes images whose height is a multiple of {rows} and whose width is a "
@@ -368,7 +350,13 @@ class DenseAdapter(nn.Module, ABC):
         return self.patch_grid(pixels.shape[2], pixels.shape[3])
 
     def add_lora(
-        self, rank: int = 8, *, alpha: float | None = None, dropout: float = 0.0, towers: Sequence[Tower] = TOWERS
+        self,
+        rank: int = 8,
+        *,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        towers: Sequence[Tower] = TOWERS,
+        modules: str | None = None,
     ) -> Self:
         """Add LoRA (arXiv 2106.09685) to the towers in place, through peft, and freeze everything else.
 
@@ -377,6 +365,7 @@ class DenseAdapter(nn.Module, ABC):
             alpha: the scale is ``alpha / rank``; by default alpha is twice the rank.
             dropout: probability of dropping an input of the LoRA path while training.
             towers: the towers to adapt.
+            modules: a regular expression; of :meth:`lora_targets` only those are wrapped in whose names it is found.
 
         Returns:
             This adapter.
@@ -385,7 +374,7 @@ class DenseAdapter(nn.Module, ABC):
             TTDError: the model has LoRA already, or a tower has no module that LoRA can wrap.
             MissingDependencyError: peft is not installed.
         """
-        self._lora = attach_lora(self, rank=rank, alpha=alpha, dropout=dropout, towers=towers)
+        self._lora = attach_lora(self, rank=rank, alpha=alpha, dropout=dropout, towers=towers, modules=modules)
         return self
 
     def snapshot_weights(self) -> None:
@@ -460,10 +449,12 @@ class AdapterFamily(ABC):
         name: the part before ``:`` in ``family:model@weights``; lower-case letters, digits and underscores.
         summary: one line for ``ttd backbones``.
         api_version: the version of this contract that the family implements.
+        embedded_models: names of the models whose weights come with the package, which need no download.
     """
 
     name: str
     summary: str = ""
+    embedded_models: Sequence[str] = ()
     api_version: int = API_VERSION
 
     @abstractmethod
@@ -518,10 +509,13 @@ def image_pixels(adapter: DenseAdapter, image: Image, size: Size | None = None) 
     """Return ``adapter.dense_transform(size)(image)``: pixels ``[3, height, width]``.
 
     Raises:
+        ImageSizeError: the size does not fit the patch grid.
         PluginError: the result is no tensor of that shape.
     """
-    pixels = adapter.dense_transform(None if size is None else size_pair(size))(image)
     expected = size_pair(adapter.description.image_size if size is None else size)
+    # First, since an adapter's own transform may not check the size.
+    adapter.patch_grid(*expected)
+    pixels = adapter.dense_transform(None if size is None else expected)(image)
     _require(adapter, "dense_transform", pixels, (3, *expected))
     return pixels
 

@@ -29,6 +29,8 @@ from ttd_plugins.adapter import (
     named_tower_parameters,
     undo_tuning,
 )
+from ttd_plugins.caption_maps import CaptionMaps as CaptionMaps
+from ttd_plugins.caption_maps import backbone_notes
 from ttd_plugins.engine_checks import (
     check_calibration,
     check_captions,
@@ -41,7 +43,7 @@ from ttd_plugins.engine_checks import (
     require_adapter,
     require_extractor,
 )
-from ttd_plugins.engine_outputs import Alignment, Candidates, CaptionMaps, Targets, TTDOutput
+from ttd_plugins.engine_outputs import Alignment, Candidates, Targets, TTDOutput
 from ttd_plugins.engine_teacher import load_teacher, save_teacher, teacher_problem, update_average, without_teacher
 from ttd_plugins.errors import InputError, TTDError, UnsupportedModelError
 from ttd_plugins.method import losses, selection, similarity
@@ -474,6 +476,8 @@ class TTD(nn.Module):
             candidates = self.candidates(images, [caption], None if tags is None else [tags])
             alignment = self.align(images, [caption], candidates, pooled=False)
         targets = self.targets(alignment)
+        own = self.options.calibration
+        calibrated = self.backbone.description.calibrated if own is None else own != Calibration()
 
         def array(maps: Tensor) -> NDArray[Any]:
             return maps.reshape(*maps.shape[:-1], *alignment.grid).cpu().numpy()
@@ -491,6 +495,8 @@ class TTD(nn.Module):
             caption_map=array(alignment.caption_maps)[0],
             caption_map_normalized=array(similarity.minmax_normalize(alignment.caption_maps))[0],
             truncated=alignment.truncated[0],
+            calibrated=calibrated,
+            notes=backbone_notes(self.backbone.description, calibrated=calibrated, rule=self.options.rule),
         )
 
     def image_array(self, pixels: Tensor) -> NDArray[np.uint8]:

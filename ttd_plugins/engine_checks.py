@@ -1,4 +1,4 @@
-"""Checks of what callers pass to the engine.
+"""Checks of the engine's inputs.
 
 Types and shapes are checked in every call, at no cost. Values are checked once, with the first batch, because reading
 them synchronises with the device.
@@ -18,7 +18,7 @@ from ttd_plugins.errors import InputError, InputWarning, TagExtractionError
 from ttd_plugins.tags import TagExtractor
 from ttd_plugins.utils import wrapped_models
 
-NORMALISED_LIMIT = 10.0
+NORMALISED_LIMIT = 30.0
 """Absolute value that no normalised pixel reaches; those of 0..255 do."""
 SATURATED, SATURATED_SHARE = 4.6, 0.95
 """A logit of 4.6 is a probability of 0.99; so many of the cosines may not be above it."""

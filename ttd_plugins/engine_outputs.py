@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils import _pytree
 
@@ -233,36 +231,3 @@ def _unflatten(values: Any, keys: list[str]) -> TTDOutput:
 
 # Distributed wrappers look for the tensors of an output in torch's trees, where a subclass of dict is a leaf.
 _pytree.register_pytree_node(TTDOutput, _flatten, _unflatten, serialized_type_name="ttd_plugins.engine.TTDOutput")
-
-
-@dataclass
-class CaptionMaps:
-    """The maps of one image and caption as numpy arrays, for plots.
-
-    Attributes:
-        image: uint8 ``[height, width, 3]``, the input of the network.
-        caption: the caption.
-        tags: T candidate tags.
-        scores: cosines ``[T]``.
-        probabilities: calibrated scores ``[T]`` in (0, 1).
-        selected: bool ``[T]``.
-        tag_maps: cosines ``[T, H, W]``.
-        tag_maps_normalized: ``[T, H, W]`` in [0, 1], min-max over patches, including rejected tags.
-        union: ``[H, W]`` in [0, 1], the target of the caption's map.
-        caption_map: cosines ``[H, W]``.
-        caption_map_normalized: ``[H, W]`` in [0, 1], min-max over patches.
-        truncated: whether the caption was longer than the context.
-    """
-
-    image: NDArray[np.uint8]
-    caption: str
-    tags: list[str]
-    scores: NDArray[np.float32]
-    probabilities: NDArray[np.float32]
-    selected: NDArray[np.bool_]
-    tag_maps: NDArray[np.float32]
-    tag_maps_normalized: NDArray[np.float32]
-    union: NDArray[np.float32]
-    caption_map: NDArray[np.float32]
-    caption_map_normalized: NDArray[np.float32]
-    truncated: bool

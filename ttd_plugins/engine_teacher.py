@@ -103,7 +103,7 @@ def load_teacher(
             own[name].copy_(value)
         else:
             error_msgs.append(
-                f"the moving average in the state dict is of another backbone: {name} has shape {list(value.shape)} and "
+                f"the moving average in the state dict is of another backbone: {name} has shape {list(value.shape)}, "
                 f"not {list(own[name].shape)}"
             )
 

@@ -74,7 +74,7 @@ class OpenCLIPAdapter(OpenCLIPModelAdapter):
         return tokens if projection is None else tokens @ projection
 
     def _inferred_config(self) -> Mapping[str, Any] | None:
-        return read_config(self.model)
+        return read_config(self.model, self._embedding_widths()[0])
 
     def lora_targets(self, tower: Tower) -> list[str]:
         """Attention (whole) and both matrices of the MLP in every block.

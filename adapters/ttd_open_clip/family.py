@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
+from ttd_open_clip import recognition
 from ttd_open_clip.adapter import OpenCLIPAdapter
-from ttd_open_clip.recognition import unclaimed_reason
+from ttd_open_clip.trunk_adapter import OpenCLIPTrunkAdapter
+from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.toolkit.open_clip_family import OpenCLIPModelFamily
 
 
 class OpenCLIPFamily(OpenCLIPModelFamily):
-    """CLIP models with open_clip's native vision transformers."""
+    """CLIP models with open_clip's native vision transformers, or with convolutional trunks of timm."""
 
-    summary = "open_clip's native vision transformers (OpenCLIP, OpenAI, DataComp, MetaCLIP, ... weights)"
+    summary = "open_clip's vision transformers (OpenAI, LAION, DataComp, MetaCLIP, ...), ConvNeXt, MobileCLIP-S"
     api_version = 1
     adapter_class = OpenCLIPAdapter
+    embedded = {"tiny": "tiny:load_tiny", "photo": "photo:load_photo"}  # noqa: RUF012
+
+    def _adapt(self, model: nn.Module, **options: Any) -> DenseAdapter:
+        kind = OpenCLIPTrunkAdapter if recognition.has_trunk(model) else OpenCLIPAdapter
+        return kind(model, **options)
 
     def unclaimed_reason(self, model: object) -> str | None:
         """Why a model of open_clip is not claimed, such as a ResNet; ``None`` for other objects."""
-        return unclaimed_reason(model)
+        return recognition.unclaimed_reason(model)
 
     def _architecture(self, open_clip: Any, name: str, weights: str) -> str:
         """The architecture with the activation function that the pretrained tag was trained with.

@@ -14,22 +14,20 @@ from ttd_plugins.toolkit import text_tower
 DEFAULT_EPS = 1e-5
 
 
-def read_config(model: Any) -> dict[str, Any] | None:
-    """Keyword arguments of ``CLIP`` or ``CustomTextCLIP``; ``None`` for blocks or text towers of other kinds."""
+def read_config(model: Any, embedding_width: int) -> dict[str, Any] | None:
+    """Keyword arguments of ``CLIP`` or ``CustomTextCLIP``; ``None`` for blocks or text towers of other kinds.
+
+    Args:
+        model: the model.
+        embedding_width: width of its image embeddings.
+    """
     visual, text = model.visual, text_tower.text_module(model)
     if not text_tower.is_native(model):
         return None
-    if any(type(block).__name__ != "ResidualAttentionBlock" for block in (*_blocks(visual), *_blocks(text))):
+    blocks = [*_blocks(text), *(_blocks(visual) if hasattr(visual, "transformer") else [])]
+    if any(type(block).__name__ != "ResidualAttentionBlock" for block in blocks):
         return None
-    vision_cfg = _tower(visual.transformer, int(visual.conv1.out_channels)) | {
-        "head_width": int(visual.conv1.out_channels) // _heads(visual),
-        "patch_size": _side(visual.conv1.kernel_size),
-        "image_size": _side(visual.image_size),
-        "pool_type": getattr(visual, "pool_type", "tok"),
-        "no_ln_pre": isinstance(visual.ln_pre, nn.Identity),
-        "final_ln_after_pool": bool(getattr(visual, "final_ln_after_pool", False)),
-        "norm_kwargs": _norm(visual.ln_post),
-    }
+    vision_cfg = _trunk_config(visual) if hasattr(visual, "trunk") else _transformer_config(visual)
     projection = text.text_projection
     width = int(text.token_embedding.embedding_dim)
     text_cfg = _tower(text.transformer, width) | {
@@ -47,9 +45,8 @@ def read_config(model: Any) -> dict[str, Any] | None:
     }
     if text_cfg["pool_type"] == "eos":
         text_cfg["eos_id"] = text_tower.end_id(model)
-    embed = visual.proj.shape[1] if getattr(visual, "proj", None) is not None else visual.conv1.out_channels
-    config: dict[str, Any] = {"embed_dim": int(embed), "vision_cfg": vision_cfg, "text_cfg": text_cfg}
-    activations = [block.mlp.gelu for block in (*_blocks(visual), *_blocks(text))]
+    config: dict[str, Any] = {"embed_dim": embedding_width, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
+    activations = [block.mlp.gelu for block in blocks]
     if any(type(activation).__name__ == "QuickGELU" for activation in activations):
         config["quick_gelu"] = True
     if hasattr(model, "text"):
@@ -60,6 +57,33 @@ def read_config(model: Any) -> dict[str, Any] | None:
     if model.logit_scale.ndim:
         config["nonscalar_logit_scale"] = True
     return config
+
+
+def _transformer_config(visual: Any) -> dict[str, Any]:
+    """``vision_cfg`` of open_clip's own vision transformer."""
+    return _tower(visual.transformer, int(visual.conv1.out_channels)) | {
+        "head_width": int(visual.conv1.out_channels) // _heads(visual),
+        "patch_size": _side(visual.conv1.kernel_size),
+        "image_size": _side(visual.image_size),
+        "pool_type": getattr(visual, "pool_type", "tok"),
+        "no_ln_pre": isinstance(visual.ln_pre, nn.Identity),
+        "final_ln_after_pool": bool(getattr(visual, "final_ln_after_pool", False)),
+        "norm_kwargs": _norm(visual.ln_post),
+    }
+
+
+def _trunk_config(visual: Any) -> dict[str, Any]:
+    """``vision_cfg`` of a trunk of timm, which only its name describes."""
+    linear, mlp = getattr(visual.head, "proj", None), getattr(visual.head, "mlp", None)
+    last = linear if linear is not None else getattr(mlp, "fc2", None)
+    return {
+        "timm_model_name": (getattr(visual.trunk, "pretrained_cfg", None) or {}).get("architecture"),
+        "timm_model_pretrained": False,
+        "timm_pool": "avg",
+        "timm_proj": "linear" if linear is not None else "mlp" if mlp is not None else None,
+        "timm_proj_bias": getattr(last, "bias", None) is not None,
+        "image_size": _side(visual.image_size),
+    }
 
 
 def _blocks(tower: Any) -> list[Any]:

@@ -1,8 +1,9 @@
-"""Which models of open_clip this adapter supports, by attribute names alone, and the import of open_clip.
+"""Which models of open_clip this family supports, by attribute names alone, and the import of open_clip.
 
-open_clip 3 uses ``nn.MultiheadAttention`` and open_clip 4 its own ``Attention`` with parameters of the same names; both
-are supported. The original ``clip`` package uses the same names, but its blocks run with the sequence first; its models
-belong to another family.
+Two kinds of image towers: open_clip's own vision transformer, and a convolutional trunk of timm that averages its last
+feature map. open_clip 3 uses ``nn.MultiheadAttention`` and open_clip 4 its own ``Attention`` with parameters of the
+same names; both are supported. The original ``clip`` package uses the same names, but its blocks run with the sequence
+first; its models belong to another family.
 """
 
 from __future__ import annotations
@@ -10,20 +11,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from ttd_plugins.toolkit import text_tower
 from ttd_plugins.toolkit.optional_library import import_library
 
+CLIP_PARTS = ("encode_image", "encode_text", "logit_scale")
 VIT_PARTS = ("conv1", "class_embedding", "positional_embedding", "ln_post", "transformer")
 BLOCK_PARTS = ("ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2")
+TRUNK_PARTS = ("forward_features", "forward_head", "feature_info")
+AVERAGES = ("avg", "fast", "fastavg")
+TRUNK_MODULES = ("convnext", "efficientnet", "fastvit", "mobilenetv3", "regnet", "resnet")
+"""Modules of timm whose models are convolutional trunks with one average at their end."""
 
-
+SUPPORTED = "this family supports open_clip's native vision transformers and convolutional trunks that average"
 ATTENTIONAL_POOLING = (
     "its image tower pools with learned queries (attentional pooling, as CoCa does), so its patches have no place in "
     "the joint image-text space"
 )
 
 
-RESNET = "its image tower is a ResNet, and this family supports only vision transformers"
+RESNET = f"its image tower is a ResNet that pools by attention, and {SUPPORTED}"
 
 
 def import_open_clip() -> Any:
@@ -33,26 +41,25 @@ def import_open_clip() -> Any:
 
 
 def claims(model: object) -> bool:
-    """Whether ``model`` is a CLIP model around open_clip's own vision transformer, batch first."""
-    visual = getattr(model, "visual", None)
-    if visual is None or not all(hasattr(model, name) for name in ("encode_image", "encode_text", "logit_scale")):
+    """Whether ``model`` is a CLIP model around one of the two kinds of image towers."""
+    return all(hasattr(model, name) for name in CLIP_PARTS) and (_has_vit(model) or has_trunk(model))
+
+
+def has_trunk(model: object) -> bool:
+    """Whether the image tower is a trunk of timm with feature maps ``[B, C, H, W]`` and one pooling layer."""
+    trunk = getattr(getattr(model, "visual", None), "trunk", None)
+    if trunk is None or not all(hasattr(trunk, name) for name in TRUNK_PARTS):
         return False
-    if not all(hasattr(visual, name) for name in VIT_PARTS):
-        return False
-    blocks = getattr(visual.transformer, "resblocks", None)
-    if blocks is None or len(blocks) == 0 or not all(hasattr(blocks[-1], name) for name in BLOCK_PARTS):
-        return False
-    # open_clip 4 has no such attribute on the tower or its attention; it is always batch first.
-    return bool(getattr(visual.transformer, "batch_first", True) and getattr(blocks[-1].attn, "batch_first", True))
+    return _pooling(trunk) is not None and getattr(trunk, "output_fmt", "NCHW") == "NCHW"
 
 
 def unsupported_reason(model: object) -> str | None:
     """Why ``model`` cannot be adapted, as the end of a sentence; ``None`` where it can."""
-    visual = getattr(model, "visual", None)
+    visual: Any = getattr(model, "visual", None)
     if visual is None:
         return "it has no image tower named visual"
     if hasattr(visual, "trunk"):
-        return "its image tower is a timm trunk, and this family supports only open_clip's native vision transformers"
+        return _unsupported_trunk_reason(model) or text_tower.unpooled_reason(model)
     if hasattr(visual, "attnpool") or hasattr(visual, "layer4"):
         return RESNET
     if not claims(model):
@@ -82,8 +89,15 @@ def unclaimed_reason(model: object) -> str | None:
 def unsupported_config_reason(config: Mapping[str, Any]) -> str | None:
     """The same as :func:`unsupported_reason` for a ``model_cfg`` of open_clip, before anything is built."""
     vision = config.get("vision_cfg", {})
-    if vision.get("timm_model_name"):
-        return "its image tower is a timm trunk, and this family supports only open_clip's native vision transformers"
+    name = vision.get("timm_model_name")
+    if name:
+        from timm.models import is_model_in_modules
+
+        if not is_model_in_modules(str(name).partition(".")[0], TRUNK_MODULES):
+            return f"its image tower is the timm trunk {name}, and {SUPPORTED}"
+        if vision.get("timm_pool") not in (None, "", *AVERAGES):
+            return f"its image tower pools by {vision['timm_pool']}, and {SUPPORTED}"
+        return None
     if isinstance(vision.get("layers"), (list, tuple)):
         return RESNET
     if vision.get("attentional_pool"):
@@ -91,3 +105,36 @@ def unsupported_config_reason(config: Mapping[str, Any]) -> str | None:
     if vision.get("pool_type", "tok") not in ("tok", "avg"):
         return f"its image tower returns no pooled embedding (pool_type {vision['pool_type']!r})"
     return None
+
+
+def _has_vit(model: object) -> bool:
+    visual: Any = getattr(model, "visual", None)
+    if not all(hasattr(visual, name) for name in VIT_PARTS):
+        return False
+    blocks = getattr(visual.transformer, "resblocks", None)
+    if blocks is None or len(blocks) == 0 or not all(hasattr(blocks[-1], name) for name in BLOCK_PARTS):
+        return False
+    # open_clip 4 has no such attribute on the tower or its attention; it is always batch first.
+    return bool(getattr(visual.transformer, "batch_first", True) and getattr(blocks[-1].attn, "batch_first", True))
+
+
+def _pooling(trunk: Any) -> Any:
+    """The pooling layer of a trunk, or ``None`` where it has none."""
+    for owner in (trunk, getattr(trunk, "head", None)):
+        pool = getattr(owner, "global_pool", None)
+        if isinstance(pool, nn.Module) and hasattr(pool, "pool_type"):
+            return pool
+    return None
+
+
+def _unsupported_trunk_reason(model: Any) -> str | None:
+    if not has_trunk(model):
+        return (
+            f"its image tower is a timm trunk without feature maps [B, C, H, W] and one pooling layer, and {SUPPORTED}"
+        )
+    if hasattr(model.visual.head, "pool"):
+        return f"its image tower pools by attention (visual.head.pool), and {SUPPORTED}"
+    kind = _pooling(model.visual.trunk).pool_type
+    if not kind:
+        return "its image tower does not pool"
+    return None if kind in AVERAGES else f"its image tower pools by {kind}, and {SUPPORTED}"

@@ -110,8 +110,10 @@ class OpenAICLIPFamily(CLIPFamily):
         if precision not in PRECISIONS:
             raise InputError(choices_sentence("precision", precision, PRECISIONS))
         dtype = PRECISIONS[precision]
-        if model == TINY:
-            return self._load_tiny(weights, tokenizer=tokenizer, dense=dense, calibration=calibration, dtype=dtype)
+        if model in self.embedded:
+            return self._load_embedded(
+                model, weights, tokenizer=tokenizer, dense=dense, calibration=calibration, dtype=dtype
+            )
         where = self._resolve(model)
         if weights not in (OWN_WEIGHTS, RANDOM):
             raise BackboneNameError(choices_sentence(f"weights of openai_clip:{model}", weights, [OWN_WEIGHTS, RANDOM]))

@@ -93,8 +93,8 @@ class SiglipFamily(OpenCLIPModelFamily):
             cache_dir: folder for downloads; the library's own by default.
         """
         options: dict[str, Any] = {"dense": dense, "last_block": last_block, "calibration": calibration}
-        if model == TINY:
-            return self._load_tiny(weights, tokenizer=tokenizer, **options)
+        if model in self.embedded:
+            return self._load_embedded(model, weights, tokenizer=tokenizer, **options)
         if bundles_weights(model) or not _is_path_or_hub_name(model):
             return self._load_open_clip(model, weights, options, tokenizer, precision, cache_dir)
         _require_folder(model)

@@ -41,7 +41,13 @@ class LoRABackbone(Protocol):
     def lora_layers(self) -> Mapping[type[nn.Module], type[nn.Module]]: ...
 
     def add_lora(
-        self, rank: int = ..., *, alpha: float | None = ..., dropout: float = ..., towers: Sequence[Tower] = ...
+        self,
+        rank: int = ...,
+        *,
+        alpha: float | None = ...,
+        dropout: float = ...,
+        towers: Sequence[Tower] = ...,
+        modules: str | None = ...,
     ) -> Any: ...
 
 
@@ -52,6 +58,7 @@ def attach_lora(
     alpha: float | None = None,
     dropout: float = 0.0,
     towers: Sequence[Tower] = TOWERS,
+    modules: str | None = None,
 ) -> LoRAHandle:
     """Wrap the modules that ``backbone.lora_targets`` names in LoRA layers, in place, and freeze everything else.
 
@@ -63,9 +70,10 @@ def attach_lora(
         alpha: the scale is ``alpha / rank``; by default alpha is ``2 * rank``.
         dropout: probability of dropping an input of the LoRA path while training.
         towers: the towers to adapt.
+        modules: a regular expression; of the backbone's targets only those are wrapped in whose names it is found.
 
     Raises:
-        InputError: an option is out of range.
+        InputError: an option is out of range, or the expression is invalid or found in no name of a tower.
         TTDError: the model has LoRA already, or a tower has no module that LoRA can wrap.
         UnsupportedModelError: peft cannot wrap one of the modules.
         MissingDependencyError: peft cannot be imported.
@@ -77,7 +85,7 @@ def attach_lora(
         raise TTDError(f"{backbone.description.name} has LoRA already; merge() or unload() it first")
     if (foreign := foreign_peft_layer(model)) is not None:
         raise TTDError(foreign)
-    names = [name for tower in towers for name in _targets(backbone, tower)]
+    names = [name for tower in towers for name in _targets(backbone, tower, modules)]
     layers = dict(backbone.lora_layers())
     bases = {name: model.get_submodule(name) for name in names}
     for name, base in bases.items():
@@ -108,6 +116,7 @@ def attach_lora(
         _wrapped=wrapped,
         _requires_grad=requires_grad,
         _buffers=BufferSnapshot(model),
+        is_partial=modules is not None,
     )
     try:
         peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER_NAME)
@@ -169,8 +178,20 @@ def _import_peft() -> Any:
     return peft
 
 
-def _targets(backbone: LoRABackbone, tower: Tower) -> list[str]:
+def _targets(backbone: LoRABackbone, tower: Tower, modules: str | None = None) -> list[str]:
     names = backbone.lora_targets(tower)
+    if names and modules is not None:
+        try:
+            chosen = [name for name in names if re.search(modules, name)]
+        except re.error as error:
+            raise InputError(
+                f"{modules!r}, which selects modules for LoRA, is no regular expression: {error}"
+            ) from error
+        if not chosen:
+            raise InputError(
+                f"{modules!r} is found in no module of the {tower} tower that LoRA can wrap, such as {names[-1]}"
+            )
+        return chosen
     if not names:
         raise TTDError(
             f"the {tower} tower of {backbone.description.name} has no module that LoRA can wrap; pass the other tower "

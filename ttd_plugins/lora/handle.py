@@ -52,6 +52,7 @@ class LoRAHandle:
     Attributes:
         config: the ``peft.LoraConfig`` that describes it.
         towers: the towers that have it.
+        is_partial: whether only some of the modules that the backbone names are wrapped.
     """
 
     config: Any
@@ -60,6 +61,7 @@ class LoRAHandle:
     _wrapped: list[WrappedModule] = field(repr=False)
     _requires_grad: list[tuple[nn.Parameter, bool]] = field(repr=False)
     _buffers: BufferSnapshot = field(repr=False)
+    is_partial: bool = False
 
     folded = RenamedAttribute("temporarily_merged")
     fill = RenamedAttribute("load_tensors")
@@ -67,6 +69,11 @@ class LoRAHandle:
     def parameters(self) -> list[nn.Parameter]:
         """The LoRA parameters, layer by layer in the model's order."""
         return [parameter for wrapped in self._wrapped for parameter in wrapped.parameters().values()]
+
+    def second_matrices(self) -> list[nn.Parameter]:
+        """The matrices B, in which the update ``scaling * B @ A`` of each layer is linear."""
+        self._require_attached()
+        return [p for wrapped in self._wrapped for name, p in wrapped.parameters().items() if "lora_B" in name]
 
     def tensors(self) -> dict[str, Tensor]:
         """Return LoRA's tensors on the CPU, by their names in ``adapter_model.safetensors``."""

@@ -256,7 +256,7 @@ class TextEmbeddingCache:
         return len(self._rows)
 
     def clear(self) -> None:
-        """Forget all embeddings."""
+        """Remove all embeddings."""
         self._rows.clear()
 
     @renamed_keyword("recompute", "activation_checkpointing")

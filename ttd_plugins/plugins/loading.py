@@ -24,9 +24,16 @@ from ttd_plugins.errors import (
 )
 from ttd_plugins.plugins.discovery import get_registry
 from ttd_plugins.plugins.names import parse_name
-from ttd_plugins.plugins.registry import LOAD_PLUGINS_VARIABLE, Plugin, Registry, plugin_errors
+from ttd_plugins.plugins.registry import (
+    DENY_PLUGINS_VARIABLE,
+    LOAD_PLUGINS_VARIABLE,
+    Plugin,
+    Registry,
+    plugin_errors,
+)
 from ttd_plugins.tags import TagExtractor
 from ttd_plugins.utils import wrapped_models
+from ttd_plugins.utils.loading_lock import LOADING_LOCK
 
 ADAPTER_GUIDE = "docs/writing-an-adapter.md"
 
@@ -39,6 +46,8 @@ def load(
     **options: Any,
 ) -> DenseAdapter:
     """Load a backbone by name, in evaluation mode.
+
+    One thread at a time loads: libraries change global state of torch while they build a model.
 
     Args:
         name: ``family:model@weights``; see :func:`~ttd_plugins.plugins.names.parse_name`.
@@ -58,7 +67,7 @@ def load(
     _check_options(f"family {backbone.family!r}", family.load, options, reserved=("model", "weights"))
     arguments = _lora_arguments(lora)
     target = _checked_device(device)
-    with plugin_errors(plugin.owner, f"load {backbone}"):
+    with LOADING_LOCK, plugin_errors(plugin.owner, f"load {backbone}"):
         adapter = _checked_adapter(family.load(backbone.model, backbone.weights, **options), plugin)
         if arguments is not None:
             adapter.add_lora(**arguments)
@@ -93,7 +102,7 @@ def wrap(
     what = wrapped_models.class_name(model)
     _check_options(f"family {family.name!r}", family.wrap, options, reserved=("model", "tokenizer", "preprocess"))
     arguments = _lora_arguments(lora)
-    with plugin_errors(plugin.owner, f"wrap {what}"):
+    with LOADING_LOCK, plugin_errors(plugin.owner, f"wrap {what}"):
         adapter = _checked_adapter(family.wrap(model, tokenizer=tokenizer, preprocess=preprocess, **options), plugin)
         if arguments is not None:
             adapter.add_lora(**arguments)
@@ -136,7 +145,8 @@ def _claimant(model: object) -> tuple[Plugin, AdapterFamily]:
     if len(claimants) > 1:
         claims = " and by ".join(f"family {family.name!r} of {plugin.owner}" for plugin, family in claimants)
         raise AdapterConflictError(
-            f"{what} is claimed by {claims}; uninstall one, or name the plugins to load in {LOAD_PLUGINS_VARIABLE}"
+            f"{what} is claimed by {claims}; uninstall one, or name the plugins to load in {LOAD_PLUGINS_VARIABLE} or "
+            f"one to leave out in {DENY_PLUGINS_VARIABLE}"
         )
     if claimants:
         for problem in failed:
@@ -199,6 +209,7 @@ def _checked_adapter(adapter: object, plugin: Plugin) -> DenseAdapter:
     if not isinstance(adapter.description, BackboneDescription):
         raise TypeError(f"its description is a {type(adapter.description).__name__}, not a BackboneDescription")
     adapter.owner = plugin.owner
+    adapter.distribution = (plugin.distribution, plugin.version) if plugin.distribution else None
     # A tower without parameters would be trained where it is to be frozen, and the other way round.
     for tower in TOWERS:
         named_tower_parameters(adapter, tower)
@@ -241,6 +252,8 @@ def _checked_device(device: str | torch.device | None) -> torch.device | None:
     try:
         target = torch.device(device)
         torch.empty(0, device=target)
+        if target.type == "meta":
+            raise RuntimeError("tensors of the device meta have no values")
     # torch raises AssertionError if it was built without the device, RuntimeError if the machine has none.
     except (AssertionError, RuntimeError, NotImplementedError) as error:
         raise InputError(f"device {str(device)!r} cannot be used: {one_sentence(error)}") from error

@@ -27,6 +27,8 @@ class CLIPAdapter(DenseAdapter):
         modes: the dense modes by name; each has a ``name``.
         default_mode: name of the mode that is used where the caller chooses none.
         tower_prefixes: prefixes of the names of each tower's parameters.
+        calibrated, trained_on: see :class:`~ttd_plugins.adapter.BackboneDescription`; a calibration that the caller
+            passes is taken as fitted.
     """
 
     model: Any
@@ -34,6 +36,7 @@ class CLIPAdapter(DenseAdapter):
     modes: ClassVar[Mapping[str, Any]] = PRESETS
     default_mode: ClassVar[str] = "maskclip"
     tower_prefixes: ClassVar[Mapping[Tower, tuple[str, ...]]] = {}
+    trained_on: str | None = None
 
     def __init__(
         self,
@@ -69,6 +72,7 @@ class CLIPAdapter(DenseAdapter):
         self._preprocess = None if isinstance(preprocess, Mapping) else preprocess
         self._normalisation = self._read_normalisation(preprocess)
         self._calibration = calibration if calibration is not None else self._default_calibration()
+        self.calibrated = calibration is not None and calibration != Calibration()
         self._name = name if name is not None else type(model).__name__
         self._weights = weights
         self.dense = self.default_mode if dense is None else dense
@@ -172,6 +176,8 @@ class CLIPAdapter(DenseAdapter):
             dense_mode=self.dense.name,
             dense_modes=self._usable_modes(),
             calibration=self._calibration,
+            calibrated=self.calibrated,
+            trained_on=self.trained_on,
         )
 
     def encode_image(self, pixels: Tensor, *, pooled: bool = True) -> ImageFeatures:

@@ -1,9 +1,10 @@
-"""Base class of families of published CLIP models: an embedded model named ``tiny``, and models as objects."""
+"""Base class of families of published CLIP models: embedded models such as ``tiny``, and models as objects."""
 
 from __future__ import annotations
 
 import importlib
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -23,12 +24,15 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 class CLIPFamily(AdapterFamily):
     """A family of CLIP models; subclasses say which models there are and how they are loaded.
 
-    The module ``tiny`` in the package of the subclass has ``EMBEDDED_FOLDER`` and ``load_tiny`` of the embedded model.
-
     Attributes:
         adapter_class: class of the adapter, which states the name of the family; families with several classes override
             :meth:`_adapt`.
+        embedded: by name of an embedded model, ``module:function`` in the package of the subclass. The function is
+            called as :func:`~ttd_plugins.toolkit.tiny_models.load_tiny_model`, and the module has the folder of the
+            model as ``EMBEDDED_FOLDER``.
     """
+
+    embedded: ClassVar[Mapping[str, str]] = {TINY: "tiny:load_tiny"}
 
     adapter_class: ClassVar[type[CLIPAdapter]]
 
@@ -37,9 +41,14 @@ class CLIPFamily(AdapterFamily):
         """The part before ``:`` in ``family:model@weights``."""
         return self.adapter_class.family
 
+    @property
+    def embedded_models(self) -> list[str]:  # type: ignore[override]
+        """Names of the embedded models."""
+        return list(self.embedded)
+
     def default_weights(self, model: str) -> str | None:
-        """``embedded`` for ``tiny``, ``own`` for a model that bundles its weights; otherwise there is no default."""
-        if model == TINY:
+        """``embedded`` for an embedded model, ``own`` for one that bundles its weights; ``None`` for others."""
+        if model in self.embedded:
             return EMBEDDED
         return OWN_WEIGHTS if self._bundles_weights(model) else None
 
@@ -77,8 +86,9 @@ class CLIPFamily(AdapterFamily):
         """Wrap ``model`` in the adapter class that fits; ``options`` are those of the adapter."""
         return self.adapter_class(model, **options)
 
-    def _load_tiny(
+    def _load_embedded(
         self,
+        model: str,
         weights: str,
         *,
         tokenizer: Any,
@@ -87,23 +97,30 @@ class CLIPFamily(AdapterFamily):
         dtype: torch.dtype = torch.float32,
         **options: Any,
     ) -> DenseAdapter:
-        """The embedded model; its folder says which dense mode and calibration are used by default.
+        """An embedded model; its folder says which dense mode and calibration are used by default.
 
         Raises:
             BackboneNameError: the weights are unknown.
             TTDError: a file of the folder is absent or damaged.
         """
         if weights not in (EMBEDDED, RANDOM):
-            raise BackboneNameError(choices_sentence(f"weights of {self.name}:tiny", weights, [EMBEDDED, RANDOM]))
-        tiny = importlib.import_module(f"{type(self).__module__.rpartition('.')[0]}.tiny")
-        model, own_tokenizer = tiny.load_tiny(tiny.EMBEDDED_FOLDER, weights=weights == EMBEDDED)
-        settings = read_settings(tiny.EMBEDDED_FOLDER)
-        return self._adapt(
-            model.to(dtype),
+            raise BackboneNameError(choices_sentence(f"weights of {self.name}:{model}", weights, [EMBEDDED, RANDOM]))
+        module_name, _, function = self.embedded[model].partition(":")
+        module = importlib.import_module(f"{type(self).__module__.rpartition('.')[0]}.{module_name}")
+        built, own_tokenizer = getattr(module, function)(module.EMBEDDED_FOLDER, weights=weights == EMBEDDED)
+        settings = read_settings(module.EMBEDDED_FOLDER)
+        adapter = self._adapt(
+            built.to(dtype),
             tokenizer=tokenizer if tokenizer is not None else own_tokenizer,
             dense=dense if dense is not None else settings.dense_mode,
             calibration=calibration if calibration is not None else settings.calibration,
-            name=TINY,
+            name=model,
             weights=weights,
             **options,
         )
+        if isinstance(adapter, CLIPAdapter):
+            adapter.trained_on = settings.trained_on if weights == EMBEDDED else None
+            if calibration is None and (weights == RANDOM or settings.trained_on is not None):
+                # The shipped calibration was fitted to the images of the training, and not to photographs.
+                adapter.calibrated = False
+        return adapter

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from ttd_plugins.adapter import Calibration, DenseAdapter
-from ttd_plugins.toolkit.clip_family import TINY, CLIPFamily
+from ttd_plugins.toolkit.clip_family import CLIPFamily
 from ttd_plugins.toolkit.open_clip_adapter import OpenCLIPModelAdapter
 from ttd_plugins.toolkit.open_clip_models import FOLDER, HUB, OpenCLIPModels, bundles_weights
 
@@ -18,7 +18,7 @@ class OpenCLIPModelFamily(CLIPFamily):
 
     - an architecture of open_clip, with one of its pretrained tags, the path of a checkpoint, or ``random``;
     - ``hf-hub:ORG/NAME`` and ``local-dir:PATH``, which bundle their weights;
-    - ``tiny``, the embedded model.
+    - ``tiny`` and other embedded models.
 
     Attributes:
         adapter_class: class of the adapter, whose ``recognition`` says which models are supported.
@@ -43,12 +43,12 @@ class OpenCLIPModelFamily(CLIPFamily):
         return self.adapter_class.recognition.claims(model)
 
     def models(self) -> list[str]:
-        """``tiny``, and the architectures of open_clip that this family supports.
+        """The embedded models, and the architectures of open_clip that this family supports.
 
         Raises:
             MissingDependencyError: open_clip is not installed.
         """
-        return [TINY, *self._open_clip_models().architectures()]
+        return [*self.embedded, *self._open_clip_models().architectures()]
 
     def weights(self, model: str) -> list[str]:
         """Names of the weights of ``model``; an architecture also takes the path of a checkpoint.
@@ -78,7 +78,7 @@ class OpenCLIPModelFamily(CLIPFamily):
         """Build a model, load its weights and wrap it, in evaluation mode and on the CPU.
 
         Args:
-            model: an architecture, ``tiny``, ``hf-hub:ORG/NAME`` or ``local-dir:PATH``.
+            model: an architecture, an embedded model, ``hf-hub:ORG/NAME`` or ``local-dir:PATH``.
             weights: a pretrained tag, the path of a checkpoint, ``random``, or the model's default.
             dense: the dense mode, a name or a mode object; by default that of the model.
             calibration: map from cosine to probability; by default that of the model, or else of the contract.
@@ -94,8 +94,8 @@ class OpenCLIPModelFamily(CLIPFamily):
             TTDError: the weights cannot be read or downloaded.
         """
         options = {"dense": dense, "calibration": calibration}
-        if model == TINY:
-            return self._load_tiny(weights, tokenizer=tokenizer, **options)
+        if model in self.embedded:
+            return self._load_embedded(model, weights, tokenizer=tokenizer, **options)
         return self._load_open_clip(model, weights, options, tokenizer, precision, cache_dir)
 
     def _load_open_clip(

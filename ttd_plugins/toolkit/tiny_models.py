@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ttd_plugins.embedded.folder import TOKENIZER_FILE, WEIGHTS_FILE, load_weights, read_json
+from ttd_plugins.embedded.folder import TOKENIZER_FILE, WEIGHTS_FILE, has_weights, load_weights, read_json
 from ttd_plugins.errors import TTDError, one_sentence
 
 
@@ -66,10 +66,10 @@ def load_tiny_model(
         TTDError: a file is absent, damaged, or does not fit the others.
     """
     folder = Path(folder)
-    if weights and not (folder / WEIGHTS_FILE).is_file():
+    if weights and not has_weights(folder):
         raise TTDError(
-            f"the weights {folder / WEIGHTS_FILE} are absent; make them with examples/pretrain_tiny.py --backbone "
-            f"{name}, or load {name}@random"
+            f"the weights {folder / WEIGHTS_FILE} are absent; reinstall ttd-plugins, make them with the "
+            f"script that the README of the folder names, or load {name}@random"
         )
     model = build(folder)
     if weights:

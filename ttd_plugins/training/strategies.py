@@ -25,7 +25,7 @@ class LossModule(nn.Module):
     def __init__(self, ttd: TTD) -> None:
         super().__init__()
         self.ttd = ttd
-        # accelerate is told to find unused weights, which then stay without gradient and without weight decay.
+        # accelerate finds unused weights itself; they stay without gradient, and so without weight decay.
         ttd.covers_unused = False
 
     def forward(

@@ -49,7 +49,9 @@ def prepare_towers(backbone: DenseAdapter, towers: TowersConfig) -> None:
     if backbone.has_lora:
         raise TTDError(f"{backbone.description.name} has LoRA already; merge() or unload() it first")
     if with_lora:
-        backbone.add_lora(towers.rank, alpha=towers.alpha, dropout=towers.dropout, towers=with_lora)
+        backbone.add_lora(
+            towers.rank, alpha=towers.alpha, dropout=towers.dropout, towers=with_lora, modules=towers.modules
+        )
     else:
         backbone.model.requires_grad_(False)
     in_towers: set[int] = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from contextlib import suppress
 from typing import Any
 
 from ttd_plugins.errors import ImageSizeError
@@ -21,8 +22,8 @@ def size_pair(size: Any) -> tuple[int, int]:
     try:
         if isinstance(size, bool | str | bytes):
             raise TypeError
-        if hasattr(size, "__index__"):
-            size = (size, size)
+        with suppress(TypeError):
+            size = (operator.index(size),) * 2
         height, width = size
         if isinstance(height, bool) or isinstance(width, bool):
             raise TypeError

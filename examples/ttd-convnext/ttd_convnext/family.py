@@ -28,7 +28,7 @@ class ConvNeXtFamily(OpenCLIPModelFamily):
         """``own`` for a hub model or a folder; otherwise there is no default."""
         return None if model == TINY else super().default_weights(model)
 
-    def _load_tiny(self, weights: str, *, tokenizer: Any, **options: Any) -> DenseAdapter:
+    def _load_embedded(self, model: str, weights: str, *, tokenizer: Any, **options: Any) -> DenseAdapter:
         if weights != RANDOM:
             raise BackboneNameError(choices_sentence("weights of convnext:tiny", weights, [RANDOM]))
         open_clip = self.adapter_class.recognition.import_open_clip()

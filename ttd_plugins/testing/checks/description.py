@@ -306,7 +306,8 @@ def logits(session: CheckSession) -> None:
         own = float(stored.detach().double().exp())
         if abs(float(scale.detach()) - own) > session.tolerance * own:
             raise CheckFailed(f"the exponential of the model's logit_scale, {own:.6g}", _value(scale))
-    _expect_exponentiated(session)
+    with torch.enable_grad():
+        _expect_exponentiated(session)
     if session.description.logits == "sigmoid" and bias is None:
         raise CheckFailed("a logit bias, since logits are sigmoid", "None")
     if bias is not None and (not isinstance(bias, Tensor) or bias.ndim != 0 or not torch.isfinite(bias)):
@@ -318,8 +319,7 @@ def _expect_exponentiated(session: CheckSession) -> None:
     """Fail if the scale is a stored logarithm under any name, its double exponential, or cut off from its parameter."""
     scalars = {name: p for name, p in session.adapter.model.named_parameters() if p.numel() == 1}
     session.adapter.model.requires_grad_(True)
-    with torch.enable_grad():
-        scale = session.adapter.logit_scale()
+    scale = session.adapter.logit_scale()
     sources = reached(scale, list(scalars.items()))
     value, close = float(scale.detach()), max(session.tolerance, 1e-6)
     for name, parameter in scalars.items():

@@ -126,7 +126,8 @@ def pixels_match_library(session: CheckSession) -> None:
         if float(difference.max()) > PIXEL_STEPS or float(difference.mean()) > MEAN_STEPS:
             raise CheckFailed(
                 f"the library's pixels of an image of {width} x {height}",
-                f"differences of {float(difference.mean()):.1f} on average, of {float(difference.max()):.0f} at most",
+                f"differences of {float(difference.mean()):.1f} on average and of {float(difference.max()):.0f} "
+                "at most (of 255)",
             )
 
 
