@@ -183,7 +183,7 @@ def test_the_seen_says_what_happened() -> None:
     raised = check_adapter(lambda: conforming(Raises), only=["image_features"]).results[0]
     assert raised.seen == "ZeroDivisionError: two lines [bold]"
     place = check_adapter(lambda: conforming(Transposed), only=["patches_in_place"]).results[0]
-    assert place.seen is not None and "in that cell for" in place.seen
+    assert place.seen is not None and "rows and columns look exchanged" in place.seen
     text = str(place)
     assert text.splitlines()[0].startswith("patches_in_place: ")
     assert "  expected: " in text and "  seen: " in text and "  usual cause: the grid is transposed" in text
@@ -461,7 +461,7 @@ def test_lengths_of_texts_are_the_librarys_business_where_embeddings_are_its_own
     assert unknown.failed == ["joint_space"] and "of text within a factor" in str(unknown.results[0].expected)
 
 
-def test_large_images_go_through_the_model_few_times() -> None:
+def test_large_images_go_through_the_model_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nine full-size models are checked in minutes; what does not depend on the size has small images."""
     sizes: list[tuple[int, int]] = []
 
@@ -478,10 +478,13 @@ def test_large_images_go_through_the_model_few_times() -> None:
                 sizes.extend([tuple(pixels.shape[-2:])] * len(pixels))
             return super().encode_image(pixels, pooled=pooled)
 
+    # Only small models are checked at large sizes too.
+    monkeypatch.setattr("ttd_plugins.testing.probes.SMALL_MODEL", 0)
     report = check_adapter(lambda: conforming(Large), not_applicable={"pickling": "the class is local"})
     assert report.ok, lines(report)
     assert (96, 96) in sizes
-    assert sum(height * width for height, width in sizes) / 96**2 < 60
+    # 64 checks: about one image each.
+    assert sum(height * width for height, width in sizes) / 96**2 < 80
 
 
 def test_outputs_of_transformers_are_understood() -> None:
@@ -503,7 +506,7 @@ def test_outputs_of_transformers_are_understood() -> None:
 
 class Peeks(ConformingAdapter):
     def encode_text(self, ids: Tensor) -> Tensor:
-        assert bool((ids == 2).any())
+        assert not len(ids) or bool((ids == 2).any())
         return super().encode_text(ids)
 
 
@@ -565,7 +568,7 @@ def test_a_failed_check_is_a_failed_test_that_explains_itself(tmp_path: Path) ->
         env={**__import__("os").environ, "PYTHONPATH": f"{root / 'tests'}:{root}:{root / 'adapters'}"},
     )
     assert done.returncode == 1, done.stdout
-    assert f"2 failed, {len(NAMES) - 5} passed, {len(NAMES) + 3} skipped" in done.stdout, done.stdout
+    assert f"2 failed, {len(NAMES) - 10} passed, {len(NAMES) + 8} skipped" in done.stdout, done.stdout
     assert "TestMine.test_patches_in_place" in done.stdout
     assert "usual cause: the grid is transposed" in done.stdout
     assert "TestForgotten must define make_adapter(self)" in done.stdout
@@ -623,12 +626,12 @@ def ttd(*arguments: str) -> Any:
 def test_the_command_prints_a_table_and_its_status_says_whether_all_is_well(plugin: ConformingFamily) -> None:
     result = ttd("conforming:toy@fixed", "--backbone-option", "seed=2")
     assert result.exit_code == 0, result.output
-    assert f"{len(NAMES)} passed, 0 failed, 0 skipped" in result.stdout
+    assert f"{len(NAMES) - len(UNSTATED)} passed, 0 failed, {len(UNSTATED)} skipped" in result.stdout
     assert all(name in result.stdout for name in NAMES)
     plugin.kind = Transposed
     result = ttd("conforming:toy@fixed")
     assert result.exit_code == 1
-    assert "1 failed, 1 skipped" in result.stdout
+    assert f"1 failed, {2 + len(UNSTATED)} skipped" in result.stdout
     for part in ("expected: ", "seen: ", "usual cause: the grid is transposed", "it depends on"):
         assert part in result.stdout
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ttd_plugins.adapter import ImageTransform, Tower
+from ttd_plugins.adapter import ImageTransform, LibraryReference, Tower
 from ttd_plugins.toolkit.attention import (
     attention_dropout,
     call_checkpointed,
@@ -54,6 +54,14 @@ class TransformersSiglipAdapter(SiglipAdapter, TransformersModelAdapter):
 
     def _own_preprocessing(self) -> Mapping[str, Any] | None:
         return None
+
+    @property
+    def library_reference(self) -> LibraryReference:  # type: ignore[override]
+        """transformers' own calls; its text tower was trained with attention to padding, so it gets no mask."""
+        return LibraryReference(
+            image=lambda model, pixels: model.get_image_features(pixel_values=pixels),
+            text=lambda model, ids, mask: model.get_text_features(input_ids=ids),
+        )
 
     # Features ------------------------------------------------------------------------------------------------------
 

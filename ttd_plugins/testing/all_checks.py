@@ -86,8 +86,9 @@ def check_adapter(
         only: names of the checks to run; their prerequisites run too but are not reported.
         family: expected family of the adapter; by default the family in its description.
         not_applicable: names of checks that do not apply to this adapter, with the reason.
-        image_reference, text_reference: return the library's own embeddings for an adapter and pixels (token ids), or
-            ``None`` if there are none; by default they call the model's ``encode_image`` or ``get_image_features``
+        image_reference, text_reference: return the library's own embeddings for an adapter and pixels (token ids, and
+            their mask if there is a third parameter), or ``None`` if there are none. By default they are those of the
+            adapter's ``library_reference``, otherwise of the model's ``encode_image`` or ``get_image_features``
             (``encode_text`` or ``get_text_features``).
 
     Returns:

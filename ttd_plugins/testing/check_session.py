@@ -391,7 +391,7 @@ def text_mask(tokens: Tokens) -> Tensor:
 
 def error_text(error: BaseException) -> str:
     """Return the type and message of an exception, as the end of a sentence."""
-    return f"{type(error).__name__}: {one_sentence(error)}"
+    return f"{type(error).__name__}: {one_sentence(error)}".rstrip(".")
 
 
 def expect_shape(what: str, found: object, shape: tuple[int, ...]) -> None:

@@ -306,7 +306,8 @@ def logits(session: CheckSession) -> None:
         own = float(stored.detach().double().exp())
         if abs(float(scale.detach()) - own) > session.tolerance * own:
             raise CheckFailed(f"the exponential of the model's logit_scale, {own:.6g}", _value(scale))
-    _expect_exponentiated(session)
+    with torch.enable_grad():
+        _expect_exponentiated(session)
     if session.description.logits == "sigmoid" and bias is None:
         raise CheckFailed("a logit bias, since logits are sigmoid", "None")
     if bias is not None and (not isinstance(bias, Tensor) or bias.ndim != 0 or not torch.isfinite(bias)):

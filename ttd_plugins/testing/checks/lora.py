@@ -83,7 +83,7 @@ def _with_lora(session: CheckSession, towers: list[Tower]) -> list[nn.Parameter]
     return parameters
 
 
-def _forgotten_siblings(session: CheckSession, tower: Tower, pixels: Tensor, ids: Tensor) -> list[str]:
+def _omitted_siblings(session: CheckSession, tower: Tower, pixels: Tensor, ids: Tensor) -> list[str]:
     """Return layers that are no targets though they are of a target's name and class in another block, and are used."""
     model, names = session.adapter.model, session.adapter.lora_targets(tower)
     modules = dict(model.named_modules())
@@ -120,7 +120,7 @@ def lora_reaches_features(session: CheckSession) -> None:
     ids = session.tokens(["a dog", "two cats on grass"]).ids
     for tower in _towers(session):
         names = adapter.lora_targets(tower)
-        siblings = _forgotten_siblings(session, tower, pixels, ids)
+        siblings = _omitted_siblings(session, tower, pixels, ids)
         # LoRA of the user's own may be on them.
         every = [*names, *siblings]
         vars(adapter)["lora_targets"] = lambda which, own=tower, every=every: (

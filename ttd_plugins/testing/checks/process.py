@@ -30,12 +30,12 @@ check = partial(collect, CHECKS)
 def process_unchanged(session: CheckSession) -> None:
     # The first call may import a library, which sets environment variables.
     warm = ProcessState()
-    use(session)
+    use(session, session.quick_size())
     warm.restore()
     # A seed that the adapter sets is seen only from another state.
     seed_everything(SEED + 1)
     before = ProcessState()
-    use(session)
+    use(session, session.quick_size())
     changes = before.changes()
     before.restore()
     if changes:

@@ -48,11 +48,11 @@ def model_unchanged(session: CheckSession) -> None:
             raise CheckFailed(f"an unchanged model after use in {mode} mode", "; ".join(changes[:3]))
 
 
-def use(session: CheckSession) -> None:
-    """Call everything that the engine calls."""
+def use(session: CheckSession, native: tuple[int, int] | None = None) -> None:
+    """Call everything that the engine calls, with images of ``native`` (by default the preferred size) and others."""
     adapter = session.adapter
     image = Image.new("RGB", (50, 40))
-    native = session.description.image_size
+    native = native or session.description.image_size
     for size in [native, *session.sizes()[:2]]:
         for pooled in (True, False):
             adapter.encode_image(session.pixels(1 if size == native else 2, size), pooled=pooled)

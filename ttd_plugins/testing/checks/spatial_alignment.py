@@ -6,6 +6,7 @@ that energy, but only a wrong order of the features moves its centroid, so orien
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -21,11 +22,18 @@ CHECKS: list[Check] = []
 check = partial(collect, CHECKS)
 
 CELLS, FEW_CELLS = 24, 10
-CORRELATION = 0.9
-"""Smallest correlation of centroids with rows and with columns. Right maps of ten kinds of towers had 0.99 or more,
-transposed ones 0.7 or less, and maps shifted by one cell around the border 0.54 or less on 12 columns."""
+CORRELATION, AVERAGED_CORRELATION = 0.9, 0.85
+"""Smallest correlation of centroids with rows and with columns, of one image and of the mean of several.
+
+Right maps of ten kinds of towers had 0.99 or more, transposed ones 0.7 or less, and maps shifted by one cell around the
+border 0.54 or less on 12 columns.
+"""
 SPREAD = 0.2
 """Smallest spread of centroids, relative to that of the cells, from which an order can be read."""
+PEAK_POWER = 4
+"""Power of the energy that finds peaks where the energy itself covers the image."""
+DRAWS = 6
+"""Random images over which centroids are averaged where one image shows a wrong order."""
 SHARP, BLURRED = 0.9, 0.5
 """Fractions of cells whose change peaks in that cell: in the tower's blocks, and in the patches of a blurred map."""
 
@@ -72,16 +80,19 @@ def _cells(grid: tuple[int, int], limit: int = CELLS) -> list[tuple[int, int]]:
     return [cells[index] for index in sorted(chosen)]
 
 
-def _centroids(energy: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return the centroids ``[N, 2]`` of maps ``[N, h, w]`` in units of the grid's rows and columns."""
+def _centroids(energy: Tensor, grid: tuple[int, int], power: int = 1) -> Tensor:
+    """Return the centroids ``[N, 2]`` of powers of maps ``[N, h, w]``, in units of the grid's rows and columns."""
     energy = energy.double()
+    energy = (energy / energy.amax((1, 2), keepdim=True).clamp_min(1e-300)) ** power
     energy = energy / energy.sum((1, 2), keepdim=True).clamp_min(1e-300)
     places = [(torch.arange(n, dtype=torch.float64) + 0.5) / n * cells - 0.5
               for n, cells in zip(energy.shape[1:], grid, strict=True)]  # fmt: skip
     return torch.stack([energy.sum(2) @ places[0], energy.sum(1) @ places[1]], dim=1)
 
 
-def _order_problem(centroids: Tensor, cells: list[tuple[int, int]], grid: tuple[int, int]) -> str | None:
+def _order_problem(
+    centroids: Tensor, cells: list[tuple[int, int]], grid: tuple[int, int], least: float = CORRELATION
+) -> str | None:
     """Return how the places that features look at differ from their cells; ``None`` if they do not.
 
     Raises:
@@ -96,7 +107,7 @@ def _order_problem(centroids: Tensor, cells: list[tuple[int, int]], grid: tuple[
             "smaller receptive fields or larger images"
         )
     found = {axis: _correlation(centroids[:, axis], wanted[:, axis]) for axis in axes}
-    if min(found.values()) >= CORRELATION:
+    if min(found.values()) >= least:
         return None
     names = ("rows", "columns")
     seen = " and ".join(f"{found[axis]:.2f} with {names[axis]}" for axis in axes)
@@ -107,11 +118,41 @@ def _order_problem(centroids: Tensor, cells: list[tuple[int, int]], grid: tuple[
     common = max(set(offsets), key=offsets.count)
     if common != (0, 0) and offsets.count(common) > len(offsets) / 2:
         return f"{seen}; most features are shifted by {-common[0]} rows and {-common[1]} columns"
-    flat = torch.tensor([divmod(row * grid[1] + column, grid[0])[::-1] for row, column in cells], dtype=torch.float64)
-    crossed = [_correlation(centroids[:, axis], flat[:, axis]) for axis in axes]
+    # A map that is filled column by column.
+    filled = torch.tensor([divmod(column * grid[0] + row, grid[1]) for row, column in cells], dtype=torch.float64)
+    crossed = [_correlation(centroids[:, axis], filled[:, axis]) for axis in axes]
     if min(crossed) >= CORRELATION:
         return f"{seen}; rows and columns look exchanged"
     return seen
+
+
+def _settled_problem(
+    energy: Callable[[int], Tensor], cells: list[tuple[int, int]], grid: tuple[int, int]
+) -> str | None:
+    """Return the problem of the order, for centroids of several draws if the first one does not settle it.
+
+    Args:
+        energy: the number of a draw to energy maps ``[N, h, w]`` of the cells.
+        cells: the N cells.
+        grid: rows and columns.
+
+    Raises:
+        NotApplicable: as for :func:`_order_problem`.
+    """
+    first = energy(0)
+    power = 1
+    try:
+        problem = _order_problem(_centroids(first, grid), cells, grid)
+    except NotApplicable:
+        # A sharp peak on a wide base.
+        power = PEAK_POWER
+        problem = _order_problem(_centroids(first, grid, power), cells, grid)
+    if problem is None:
+        return None
+    # Noise of blurred maps averages out, and a wrong order does not.
+    draws = [first, *(energy(draw) for draw in range(1, DRAWS))]
+    centroids = torch.stack([_centroids(one, grid, power) for one in draws]).mean(0)
+    return _order_problem(centroids, cells, grid, AVERAGED_CORRELATION)
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:
@@ -134,9 +175,10 @@ def patches_in_place(session: CheckSession) -> None:
         grid = session.grid(*size)
         if grid is None:
             continue
-        cells = _cells(grid, CELLS if index < 2 else FEW_CELLS)
+        # Large images of large models are few.
+        cells = _cells(grid, CELLS if index < 1 + is_small(session) else FEW_CELLS)
         try:
-            problem = _order_problem(_centroids(_gradient_energy(session, size, cells), grid), cells, grid)
+            problem = _settled_problem(lambda draw: _gradient_energy(session, size, cells, draw), cells, grid)  # noqa: B023
         except NotApplicable as covered:
             unclear = covered
             if index == len(sizes) - 1 < 3 and not clear and is_small(session):
@@ -154,10 +196,12 @@ def patches_in_place(session: CheckSession) -> None:
         raise unclear
 
 
-def _gradient_energy(session: CheckSession, size: tuple[int, int], cells: list[tuple[int, int]]) -> Tensor:
+def _gradient_energy(
+    session: CheckSession, size: tuple[int, int], cells: list[tuple[int, int]], draw: int = 0
+) -> Tensor:
     """Return the energy over the pixels, ``[N, h, w]``, of the gradient of each cell's feature."""
-    base, found = session.pixels(1, size), []
-    generator = torch.Generator().manual_seed(6)
+    base, found = session.pixels(1, size, seed=1 + draw), []
+    generator = torch.Generator().manual_seed(6 + draw)
     for start in range(0, len(cells), 8):
         part = cells[start : start + 8]
         pixels = base.repeat(len(part), 1, 1, 1).requires_grad_(True)
@@ -167,7 +211,9 @@ def _gradient_energy(session: CheckSession, size: tuple[int, int], cells: list[t
             # The check of gradients reports it.
             raise NotApplicable("patches have no gradient with respect to pixels")
         weights = torch.randn(features.shape, generator=generator).to(features)
-        (gradient,) = torch.autograd.grad((features * weights).sum(), pixels)
+        (gradient,) = torch.autograd.grad((features * weights).sum(), pixels, allow_unused=True)
+        if gradient is None:
+            raise NotApplicable("patches have no gradient with respect to pixels")
         found.append(gradient.double().square().sum(1).cpu())
     return torch.cat(found)
 
@@ -196,8 +242,10 @@ def _expect_distinct(session: CheckSession, size: tuple[int, int]) -> None:
     needs=(BUILT, "image_features", "patches_in_place"),
 )
 def patches_sharp(session: CheckSession) -> None:
+    if session.run("patches_in_place").status != "passed":
+        raise NotApplicable("patches are not known to be in place")
     size, grid = _size(session)
-    cells = _cells(grid)
+    cells = _cells(grid, CELLS if is_small(session) else FEW_CELLS)
     height, width = size[0] // grid[0], size[1] // grid[1]
     base = session.pixels(1, size)
     changed = base.repeat(len(cells), 1, 1, 1)
@@ -291,11 +339,18 @@ def moving_object(session: CheckSession) -> None:
 
 
 def _object_problem(session: CheckSession, size: tuple[int, int], grid: tuple[int, int]) -> str | None:
-    transform = session.adapter.dense_transform(size)
     cells = _cells(grid)
+    return _settled_problem(lambda draw: _response(session, size, grid, cells, draw), cells, grid)
+
+
+def _response(
+    session: CheckSession, size: tuple[int, int], grid: tuple[int, int], cells: list[tuple[int, int]], draw: int
+) -> Tensor:
+    """Return the energy ``[N, H, W]`` of the change of patches when an object is put into each cell of a scene."""
+    transform = session.adapter.dense_transform(size)
     height, width = 2 * size[0] // grid[0], 2 * size[1] // grid[1]
     # A textured scene, since the features of a plain one saturate in batch norms.
-    scene = np.random.default_rng(5).integers(60, 120, (2 * size[0], 2 * size[1], 3)).astype(np.uint8)
+    scene = np.random.default_rng(5 + draw).integers(60, 120, (2 * size[0], 2 * size[1], 3)).astype(np.uint8)
     images = [scene]
     for row, column in cells:
         image = scene.copy()
@@ -304,5 +359,4 @@ def _object_problem(session: CheckSession, size: tuple[int, int], grid: tuple[in
     pixels = torch.stack([transform(Image.fromarray(image)) for image in images]).to(session.adapter.device)
     with torch.no_grad():
         features = torch.cat([session.encode(part, pooled=False).patches for part in pixels.split(8)])
-    energy = (features[1:] - features[:1]).double().square().sum(-1).cpu()
-    return _order_problem(_centroids(energy, grid), cells, grid)
+    return (features[1:] - features[:1]).double().square().sum(-1).cpu()
