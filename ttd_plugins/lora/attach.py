@@ -15,6 +15,7 @@ from torch import nn
 
 from ttd_plugins.errors import InputError, MissingDependencyError, TTDError, UnsupportedModelError, one_sentence
 from ttd_plugins.lora.handle import ADAPTER_NAME, TOWERS, LoRAHandle, Tower, WrappedModule
+from ttd_plugins.utils.batch_norm import freeze_running_averages
 
 
 class LoRABackbone(Protocol):
@@ -49,6 +50,7 @@ def attach_lora(
 ) -> LoRAHandle:
     """Wrap the modules that ``backbone.lora_targets`` names in LoRA layers, in place, and freeze everything else.
 
+    Running averages of batch normalisation are frozen too: those modules are in evaluation mode from then on.
     LoRA weights are float32 if the model is in half precision, so that small steps are not lost.
 
     Args:
@@ -115,6 +117,7 @@ def attach_lora(
         ) from error
     for module in wrapped:
         _match_mode_and_precision(module)
+    handle._frozen_norms = freeze_running_averages(model)
     return handle
 
 

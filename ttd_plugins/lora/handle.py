@@ -58,6 +58,7 @@ class LoRAHandle:
     _model: nn.Module = field(repr=False)
     _wrapped: list[WrappedModule] = field(repr=False)
     _requires_grad: list[tuple[nn.Parameter, bool]] = field(repr=False)
+    _frozen_norms: list[nn.Module] = field(default_factory=list, repr=False)
 
     folded = RenamedAttribute("temporarily_merged")
     fill = RenamedAttribute("load_tensors")
@@ -164,15 +165,18 @@ class LoRAHandle:
         self.detach()
 
     def detach(self) -> None:
-        """Put the base modules and ``requires_grad`` flags back, without a look at the weights."""
+        """Put the base modules, ``requires_grad`` flags and batch normalisation back, without a look at the weights."""
         for wrapped in self._wrapped:
             setattr(wrapped.parent, wrapped.child, wrapped.base)
         for parameter, flag in self._requires_grad:
             parameter.requires_grad_(flag)
+        for norm in self._frozen_norms:
+            norm.training = self._model.training
         if hasattr(self._model, "peft_config"):
             del self._model.peft_config
         self._wrapped = []
         self._requires_grad = []
+        self._frozen_norms = []
 
     def _require_finite(self) -> None:
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -13,6 +13,7 @@ from ttd_plugins.errors import InputError, UnsupportedModelError, choices_senten
 from ttd_plugins.toolkit.dense_modes import PRESETS
 from ttd_plugins.toolkit.tokenizing import inner_tokenizer
 from ttd_plugins.toolkit.transforms import Normalisation
+from ttd_plugins.utils.batch_norm import freeze_running_averages
 
 
 class CLIPAdapter(DenseAdapter):
@@ -194,6 +195,15 @@ class CLIPAdapter(DenseAdapter):
         grid = self.pixel_grid(pixels)
         self._require_mode(self.dense)
         return self._encode_image(pixels, grid, pooled)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; batch normalisation with frozen weights stays in evaluation mode.
+
+        So its running averages stay, and a model without its LoRA is bitwise the model from before.
+        """
+        super().train(mode)
+        freeze_running_averages(self.model)
+        return self
 
     def logit_bias(self) -> Tensor | None:
         """The bias of the logits of a model trained with a sigmoid loss, a scalar tensor, or ``None``."""

@@ -26,6 +26,7 @@ from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_keyword, ren
 HUB, FOLDER = "hf-hub:", "local-dir:"
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -43,7 +44,8 @@ class OpenCLIPModels:
         open_clip: the module.
         family: name of the family, for messages.
         unsupported_reason: from a ``model_cfg`` to the reason why the model cannot be adapted, or ``None``.
-        preprocessing: open_clip's preprocessing settings for models whose tag or folder does not bring any.
+        preprocessing: open_clip's preprocessing settings for models whose tag or folder does not bring any; by default
+            those that all tags of the architecture share.
     """
 
     open_clip: Any
@@ -81,6 +83,17 @@ class OpenCLIPModels:
         reason = self.unsupported_reason(config)
         if reason is not None:
             raise UnsupportedModelError(f"{full} cannot be adapted: {reason}")
+
+    def _preprocessing_of(self, architecture: str) -> Mapping[str, Any] | None:
+        """Preprocessing settings of an architecture without a tag: those of the family, or those that all tags share.
+
+        open_clip itself would prepare images as for OpenAI's models.
+        """
+        if self.preprocessing is not None:
+            return self.preprocessing
+        places = [self.open_clip.get_pretrained_cfg(architecture, tag) for tag in self.tags(architecture)]
+        settings = [{name: place[name] for name in PREPROCESSING if place.get(name) is not None} for place in places]
+        return settings[0] if settings and all(one == settings[0] for one in settings) else None
 
     def _weight_source(self, name: str, weights: str) -> str | None:
         """open_clip's argument ``pretrained``: a tag, the path of a file, or ``None`` for random weights."""
@@ -148,7 +161,7 @@ class OpenCLIPModels:
                         pretrained_text=False,
                         require_pretrained=weights != RANDOM,
                         precision=precision,
-                        force_preprocess_cfg=None if brings_preprocessing else self.preprocessing,
+                        force_preprocess_cfg=None if brings_preprocessing else self._preprocessing_of(model),
                         cache_dir=cache_dir,
                     )
             except TTDError:

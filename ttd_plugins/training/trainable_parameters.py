@@ -10,6 +10,7 @@ from torch import nn
 from ttd_plugins.adapter import TOWERS, DenseAdapter
 from ttd_plugins.errors import InputError, TTDError
 from ttd_plugins.training.config import OptimizerConfig, TowersConfig, TrainConfig
+from ttd_plugins.utils.batch_norm import freeze_running_averages
 
 
 def build_backbone(config: TrainConfig, backbone: DenseAdapter | None = None) -> DenseAdapter:
@@ -74,11 +75,7 @@ def prepare_towers(backbone: DenseAdapter, towers: TowersConfig) -> None:
 def train_mode(backbone: DenseAdapter) -> None:
     """Set training mode, but keep frozen batch normalisation in evaluation mode, so that its averages stay."""
     backbone.train()
-    for module in backbone.model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            own = list(module.parameters(recurse=False))
-            if not any(parameter.requires_grad for parameter in own):
-                module.eval()
+    freeze_running_averages(backbone.model)
 
 
 def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
