@@ -439,7 +439,10 @@ def train_student(
         pool = sorted(draws.sample(training, 4 * size), key=lambda row: len(ids[row]))
         part = draws.randrange(4)
         rows = pool[part * size : (part + 1) * size]
-        found, true = embed(student, padded([ids[row] for row in rows])), normalize(targets[rows].float(), dim=-1)
+        # Twice as fast on CPUs that multiply in bfloat16; the loss needs float32.
+        with torch.autocast("cpu", torch.bfloat16):
+            found = embed(student, padded([ids[row] for row in rows]))
+        found, true = found.float(), normalize(targets[rows].float(), dim=-1)
         loss = (1 - (found * true).sum(dim=-1)).mean() + 20 * (found @ found.T - true @ true.T).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -488,7 +491,7 @@ def main() -> None:
     parser.add_argument("--captions", type=Path, nargs="+", required=True, help="text files, one caption a line")
     parser.add_argument("--out", type=Path, default=model_folder("open_clip_photo"), help="folder of the model")
     parser.add_argument("--steps", type=int, default=1_500, help="steps of the projections")
-    parser.add_argument("--student-steps", type=int, default=6_000, help="steps of the text tower")
+    parser.add_argument("--student-steps", type=int, default=4_000, help="steps of the text tower")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     options = parser.parse_args()

@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ttd_plugins import TTD, wrap
+from ttd_plugins.data.images import read_image
 
 
 class CocoCaptions(Dataset):
@@ -43,8 +44,7 @@ class CocoCaptions(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
         path, caption = self.pairs[index]
-        with Image.open(path) as image:
-            return self.transform(image.convert("RGB")), caption
+        return self.transform(read_image(path)), caption
 
 
 def endless(loader: DataLoader) -> Iterator[tuple[torch.Tensor, list[str]]]:

@@ -1,4 +1,4 @@
-"""TTD on a CLIPModel of transformers with its Trainer; the added lines are marked (1), (2) and (3).
+"""TTD on a CLIPModel of transformers with its Trainer, as it is; the added lines are marked (1) and (2).
 
     python examples/transformers_training.py --pairs pairs.csv --model openai/clip-vit-base-patch16 --out tuned
 
@@ -42,17 +42,9 @@ class Pairs(Dataset):
 
 
 def collate(pairs: list[tuple[torch.Tensor, str]]) -> dict[str, Any]:
-    """Batch pixels and plain captions; the engine tokenises captions and tags."""
+    """Batch pixels and plain captions, by the names of the engine's arguments; the engine tokenises them."""
     images, captions = zip(*pairs, strict=True)
     return {"images": torch.stack(images), "captions": list(captions)}
-
-
-class TTDTrainer(Trainer):
-    """Trainer whose model is the engine."""
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
-        output = model(inputs["images"], inputs["captions"])  # (3)
-        return (output.loss, output) if return_outputs else output.loss
 
 
 def train(
@@ -80,7 +72,7 @@ def train(
     backbone = wrap(  # (1)
         model, tokenizer=processor.tokenizer, preprocess=processor.image_processor, lora=rank or None
     )
-    trainer = TTDTrainer(
+    trainer = Trainer(
         model=TTD(backbone),  # (2)
         args=arguments,
         train_dataset=Pairs(pairs, backbone.dense_transform(size)),

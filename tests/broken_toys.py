@@ -8,16 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from conforming_toy import CONTEXT, END, GRID, PAD, PATCH, WIDTH, ConformingAdapter
+from conforming_toy import CONTEXT, END, GRID, PAD, PATCH, WIDTH, ConformingAdapter, ReferencedAdapter
 from PIL import Image
 from torch import Tensor, nn
 
-from ttd_plugins.adapter import BackboneDescription, Calibration, ImageFeatures, ImageTransform, Size, Tokens, Tower
+from ttd_plugins.adapter import (
+    BackboneDescription,
+    Calibration,
+    ExportedModel,
+    ImageFeatures,
+    ImageTransform,
+    Size,
+    Tokens,
+    Tower,
+)
+from ttd_plugins.toolkit.lora_targets import base_layer
 from ttd_plugins.toolkit.transforms import DenseTransform, Normalisation
 
 Adapter = type[ConformingAdapter]
@@ -849,6 +860,307 @@ class NudgesWeights(ConformingAdapter):
 class MergeForgets(ConformingAdapter):
     def merge(self) -> nn.Module:
         return self.unload()
+
+
+# What is known only from use ------------------------------------------------------------------------------------------
+
+
+@broken("joint_space")
+class NoFinalNorm(ConformingAdapter):
+    def place(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.model.projection(tokens[:, 1:]).unflatten(1, grid)
+
+
+@broken("joint_space")
+class Negated(Features):
+    def change(self, found: ImageFeatures, pixels: Tensor) -> Any:
+        return ImageFeatures(-found.patches, found.pooled)
+
+
+@broken("joint_space")
+class CentredMap(Features):
+    def change(self, found: ImageFeatures, pixels: Tensor) -> Any:
+        return ImageFeatures(found.patches - found.patches.mean((1, 2), keepdim=True), found.pooled)
+
+
+@broken("patches_in_place")
+class TransposedIfLarge(Features):
+    def change(self, found: ImageFeatures, pixels: Tensor) -> Any:
+        rows, columns = found.patches.shape[1:3]
+        if rows * columns < 60:
+            return found
+        return ImageFeatures(found.patches.flatten(1, 2).unflatten(1, (columns, rows)).transpose(1, 2), found.pooled)
+
+
+@broken("patches_sharp")
+class Smoothed(Features):
+    def change(self, found: ImageFeatures, pixels: Tensor) -> Any:
+        x = F.pad(found.patches.permute(0, 3, 1, 2), (1, 1, 1, 1), mode="replicate")
+        return ImageFeatures(F.avg_pool2d(x, 3, 1).permute(0, 2, 3, 1), found.pooled)
+
+
+@broken("preferred_size")
+class WidthBeforeHeight(ConformingAdapter):
+    """The position table of the model is that of 2 x 8 patches."""
+
+    description = changed_description(image_size=(8 * PATCH, 2 * PATCH))
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.model.shape = 2, 8
+
+    def native_transform(self) -> ImageTransform:
+        return self.dense_transform()
+
+    def dense_transform(self, size: Size | None = None) -> ImageTransform:
+        return super().dense_transform(self.description.image_size if size is None else size)
+
+
+@broken("sizes_match_library")
+class OtherPositions(ConformingAdapter):
+    def embed(self, pixels: Tensor) -> Tensor:
+        model = self.model
+        x = model.patch(pixels.to(model.patch.weight.dtype))
+        table = model.positions[1:].T.unflatten(1, (GRID, GRID))[None]
+        table = F.interpolate(table, size=x.shape[-2:], mode="nearest")[0].flatten(1).T
+        x = torch.cat([model.class_token.expand(len(x), 1, -1), x.flatten(2).transpose(1, 2)], dim=1)
+        return x + torch.cat([model.positions[:1], table.to(x.dtype)])
+
+
+@broken("patches_match_library")
+class AnotherMode(ReferencedAdapter):
+    def dense(self, x: Tensor) -> Tensor:
+        return self.model.blocks[-1](x)
+
+    def lora_targets(self, tower: Tower) -> list[str]:
+        return [*super().lora_targets(tower), *(["blocks.1.q", "blocks.1.k"] if tower == "image" else [])]
+
+
+@broken("tokens_match_library")
+class NoCapitals(ReferencedAdapter):
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        return super().tokenize([text.lower() for text in texts])
+
+
+class CropsTheCentre:
+    def __init__(self, rest: ImageTransform) -> None:
+        self.rest = rest
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        return self.rest(image.crop((left, top, left + side, top + side)))
+
+
+@broken("pixels_match_library")
+class CropsLikeAnother(ReferencedAdapter):
+    def native_transform(self) -> ImageTransform:
+        return CropsTheCentre(super().native_transform())
+
+
+@broken("process_unchanged")
+class Reseeds(ConformingAdapter):
+    def encode_image(self, pixels: Tensor, *, pooled: bool = True) -> ImageFeatures:
+        torch.manual_seed(0)
+        return super().encode_image(pixels, pooled=pooled)
+
+
+@broken("process_unchanged")
+class SetsThreads(ConformingAdapter):
+    def native_transform(self) -> ImageTransform:
+        torch.set_float32_matmul_precision("medium")
+        return super().native_transform()
+
+
+@broken("memory_freed")
+class KeepsEverything(ConformingAdapter):
+    kept: ClassVar[list[Tensor]] = []
+
+    def encode_image(self, pixels: Tensor, *, pooled: bool = True) -> ImageFeatures:
+        found = super().encode_image(pixels, pooled=pooled)
+        self.kept.append(found.patches)
+        return found
+
+
+@broken("any_layout")
+class Views(ConformingAdapter):
+    def embed(self, pixels: Tensor) -> Tensor:
+        return super().embed(pixels.view(-1).view(pixels.shape))
+
+
+@broken("large_batches")
+class ChunksInReverse(ConformingAdapter):
+    def encode_image(self, pixels: Tensor, *, pooled: bool = True) -> ImageFeatures:
+        if len(pixels) <= 16:
+            return super().encode_image(pixels, pooled=pooled)
+        parts = [super(ChunksInReverse, self).encode_image(part) for part in pixels.split(16)][::-1]
+        pooled_parts = [part.pooled for part in parts if part.pooled is not None]
+        return ImageFeatures(torch.cat([part.patches for part in parts]), torch.cat(pooled_parts) if pooled else None)
+
+
+@broken("empty_batches")
+class NeedsAnImage(ConformingAdapter):
+    def encode_image(self, pixels: Tensor, *, pooled: bool = True) -> ImageFeatures:
+        assert len(pixels), "no images"
+        return super().encode_image(pixels, pooled=pooled)
+
+
+@broken("autocast")
+class MixesDtypes(ConformingAdapter):
+    def project(self, tokens: Tensor) -> Tensor:
+        found = self.model.projection(self.model.norm(tokens))
+        return found.index_put(
+            (torch.arange(0),), found.new_zeros((0, *found.shape[1:])).to(self.model.norm.weight.dtype)
+        )
+
+
+@broken("float16")
+class Overflows(ConformingAdapter):
+    def project(self, tokens: Tensor) -> Tensor:
+        return super().project(tokens * 3e4 / 3e4)
+
+
+@broken("towers_complete")
+class NoProjection(ConformingAdapter):
+    def tower_parameters(self, tower: Tower) -> Any:
+        return [(n, p) for n, p in super().tower_parameters(tower) if not n.startswith("projection")]
+
+
+@broken("towers_complete")
+class ScaleInTheTextTower(ConformingAdapter):
+    def tower_parameters(self, tower: Tower) -> Any:
+        own = list(super().tower_parameters(tower))
+        return [*own, ("logit_scale", self.model.logit_scale)] if tower == "text" else own
+
+
+@broken("training_mode")
+class PlainInTraining(ConformingAdapter):
+    def dense(self, x: Tensor) -> Tensor:
+        return self.model.blocks[-1](x, value=not self.training)
+
+
+@broken("trains_after_inference")
+class CachesInInference(ConformingAdapter):
+    """The first call decides whether the class token has a gradient; the values stay right until weights change."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.cut: bool | None = None
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        if self.cut is None and pixels.device.type != "meta":
+            self.cut = torch.is_inference_mode_enabled()
+        x = super().embed(pixels)
+        return torch.cat([x[:, :1].detach(), x[:, 1:]], dim=1) if self.cut else x
+
+
+# Parameters of the copy get no gradient either.
+@broken("new_weights_count", "joint_space")
+class CopiesTheProjection(ConformingAdapter):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.own = self.model.projection.weight.detach().clone()
+
+    def place(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        return F.linear(self.model.norm(tokens[:, 1:]), self.own.to(tokens)).unflatten(1, grid)
+
+
+@broken("new_weights_count")
+class CachesTexts(ConformingAdapter):
+    """Cached until the weights' version changes, which in-place changes of ``.data`` do not raise."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.scale: float | None = None
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        found = super().encode_text(ids)
+        if ids.device.type == "meta" or found.dtype != torch.float32 or torch.is_inference_mode_enabled():
+            return found
+        value = float(self.model.text_projection.weight.detach()[0, 0])
+        if self.scale is None:
+            self.scale = value
+        return found if self.scale == value else found * 1.1
+
+
+@broken("grad_checkpointing")
+class ChecksNothing(ConformingAdapter):
+    def set_grad_checkpointing(self, enabled: bool = True) -> None:
+        pass
+
+
+@broken("tuning_unloads")
+class NoSnapshot(ConformingAdapter):
+    def snapshot_weights(self) -> None:
+        pass
+
+
+@broken("lora_unloads_and_merges")
+class MergeFreezes(ConformingAdapter):
+    def merge(self) -> nn.Module:
+        return super().merge().requires_grad_(False)
+
+
+@broken("lora_unloads_and_merges")
+class MergeDrifts(ConformingAdapter):
+    def merge(self) -> nn.Module:
+        model = super().merge()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + 1e-6)
+        return model
+
+
+@broken("lora_reaches_features")
+class ReadsAroundLoRA(ConformingAdapter):
+    """The value projection of the last block is no target, and its base weight is read for patches."""
+
+    def dense(self, x: Tensor) -> Tensor:
+        last = self.model.blocks[-1]
+        x = x + last.out(base_layer(last.v)(last.norm1(x)))
+        return x + last.fc2(last.act(last.fc1(last.norm2(x))))
+
+    def lora_targets(self, tower: Tower) -> list[str]:
+        return [name for name in super().lora_targets(tower) if name != "blocks.1.v"]
+
+
+@broken("export_holds_model")
+class ExportsNothing(ConformingAdapter):
+    def export(self, folder: Path) -> ExportedModel:
+        return ExportedModel("toy", "load_file('PATH/model.safetensors')")
+
+
+@broken("logits")
+class LogarithmOfAnotherName(ConformingAdapter):
+    """The model calls its logarithm a temperature."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        if hasattr(self.model, "logit_scale"):
+            self.model.temperature = self.model.logit_scale
+            del self.model.logit_scale
+
+    def logit_scale(self) -> Tensor:
+        return self.model.temperature
+
+    def tower_parameters(self, tower: Tower) -> Any:
+        return [(n, p) for n, p in super().tower_parameters(tower) if n != "temperature"]
+
+
+@broken("logits")
+class ForgetsTheBias(ConformingAdapter):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.model.logit_bias = nn.Parameter(torch.tensor(-10.0))
+
+    def tower_parameters(self, tower: Tower) -> Any:
+        return [(n, p) for n, p in super().tower_parameters(tower) if n != "logit_bias"]
+
+
+@broken("meta_texts")
+class LengthsOnTheDevice(Tokenizing):
+    def change(self, tokens: Tokens, texts: Sequence[str]) -> Tokens:
+        return Tokens(tokens.ids, tokens.lengths.to(self.device), tokens.truncated)
 
 
 # What stays within the contract --------------------------------------------------------------------------------------

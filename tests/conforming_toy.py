@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ttd_plugins.adapter import (
     AdapterFamily,
     BackboneDescription,
     Calibration,
     DenseAdapter,
+    ExportedModel,
     ImageFeatures,
     ImageTransform,
+    LibraryReference,
     Size,
     Tokens,
     Tower,
@@ -43,15 +48,21 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
         self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-        self.dropout = nn.Dropout(0.1)
+        self.act, self.dropout = nn.GELU(), nn.Dropout(0.1)
+        self.checkpointing = False
 
     def forward(self, x: Tensor, *, value: bool = False) -> Tensor:
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(self.run, x, value, use_reentrant=False)
+        return self.run(x, value)
+
+    def run(self, x: Tensor, value: bool) -> Tensor:
         normed = self.norm1(x)
         mixed = self.v(normed)
         if not value:
             mixed = F.scaled_dot_product_attention(self.q(normed), self.k(normed), mixed)
         x = x + self.dropout(self.out(mixed))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return x + self.fc2(self.act(self.fc1(self.norm2(x))))
 
 
 class ConformingModel(nn.Module):
@@ -61,6 +72,7 @@ class ConformingModel(nn.Module):
         super().__init__()
         self.patch = nn.Conv2d(3, WIDTH, PATCH, stride=PATCH)
         self.class_token = nn.Parameter(torch.randn(WIDTH))
+        self.shape = GRID, GRID
         self.positions = nn.Parameter(0.3 * torch.randn(1 + GRID * GRID, WIDTH))
         self.blocks = nn.ModuleList([Block(), Block()])
         self.norm = nn.LayerNorm(WIDTH)
@@ -75,11 +87,15 @@ class ConformingModel(nn.Module):
         self.register_buffer("calls", torch.zeros(()))
         self.mask: Tensor | None = None
 
+    def set_grad_checkpointing(self, enabled: bool = True) -> None:
+        for block in self.blocks:
+            block.checkpointing = enabled
+
     def embed(self, pixels: Tensor) -> Tensor:
         """Tokens ``[B, 1 + P, W]`` that enter the first block, for any grid."""
         x = self.patch(pixels.to(self.patch.weight.dtype))
         grid = (x.shape[2], x.shape[3])
-        positions = resampled_positions(self.positions, (GRID, GRID), grid, prefix=1).to(x.dtype)
+        positions = resampled_positions(self.positions, self.shape, grid, prefix=1).to(x.dtype)
         x = x.flatten(2).transpose(1, 2)
         return torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1) + positions
 
@@ -195,6 +211,30 @@ class ConformingAdapter(DenseAdapter):
             text = name.startswith(("words.", "text_"))
             if name != "logit_scale" and text == (tower == "text"):
                 yield name, parameter
+
+    def export(self, folder: Path) -> ExportedModel:
+        save_file(self.model.state_dict(), str(folder / "model.safetensors"))
+        return ExportedModel("toy", "load_file('PATH/model.safetensors')")
+
+
+class ReferencedAdapter(ConformingAdapter):
+    """The toy with all references, each written without the adapter's own methods."""
+
+    @property
+    def library_reference(self) -> LibraryReference:  # type: ignore[override]
+        def patches(model: Any, pixels: Tensor) -> Tensor:
+            x, last = model.blocks[0](model.embed(pixels)), model.blocks[1]
+            x = x + last.out(last.v(last.norm1(x)))
+            x = x + last.fc2(F.gelu(last.fc1(last.norm2(x))))
+            return model.projection(model.norm(x))[:, 1:]
+
+        return LibraryReference(
+            image=lambda model, pixels: model.encode_image(pixels),
+            text=lambda model, ids, mask: model.encode_text(ids),
+            patches=patches,
+            tokens=lambda texts: WordTokenizer()(texts).ids,
+            pixels=DenseTransform((GRID * PATCH, GRID * PATCH), NORMALISATION),
+        )
 
 
 def conforming(kind: type[ConformingAdapter] = ConformingAdapter, *, seed: int = 0, causal: bool = True) -> Any:

@@ -181,7 +181,7 @@ def test_tags_as_json(fake: FakeFamily, picture: Path) -> None:
     assert [row["tag"] for row in answer["tags"]] == ["dog", "grass"]
     for row in answer["tags"]:
         assert -1 <= row["score"] <= 1
-        assert 0 < row["probability"] < 1
+        assert "probability" not in row and 0 < row["uncalibrated_probability"] < 1
         assert isinstance(row["selected"], bool)
 
 
@@ -189,7 +189,7 @@ def test_tags_as_a_table(fake: FakeFamily, picture: Path) -> None:
     result = ttd("tags", picture, "a [red]dog[/red] on grass", "--backbone", "fake:small")
     assert result.exit_code == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines() if line.strip()]
-    assert rows[0] == ["tag", "score", "probability", "selected"]
+    assert rows[0] == ["tag", "score", "probability", "(uncalibrated)", "selected"]
     assert [row[0] for row in rows if len(row) == 4 and row[3] in ("yes", "no")] == ["red", "dog", "grass"]
 
 
@@ -217,7 +217,7 @@ def test_options_reach_what_they_are_for(fake: FakeFamily, picture: Path) -> Non
     result = ttd(
         *("tags", picture, "the dog", "--backbone", "fake:small@random", "--json"),
         *("--backbone-option", "width=9", "--tags-option", "stop_words=null", "--size", "16x24", "--device", "cpu"),
-        *("--rule", "absolute", "--threshold", "-2"),
+        *("--rule", "absolute", "--threshold", "-1"),
     )
     assert result.exit_code == 0, result.stderr
     assert fake.loaded == [("small", "random")]

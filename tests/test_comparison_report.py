@@ -252,11 +252,11 @@ def test_layers_hold_the_maps_interpolated_before_they_are_coloured(tmp_path: Pa
 
 def test_tags_are_marked_where_they_start_and_selections_judged(tmp_path: Path) -> None:
     picture = make_picture(0, ("b",), caption="A <dog> & a dog", tags=("dog", "a dog"))
-    picture = replace(picture, truth={"dog": picture.truth["dog"]})
+    picture = replace(picture, truth={"dog": picture.truth["dog"]}, absent=("a dog",))
     text = write(tmp_path, make_comparison(("b",), 0, backbones=[make_backbone("b")], gallery=[picture]))
     caption = re.search(r'<p class="caption">(.*?)</p>', text)
     assert caption is not None
-    assert caption[1] == ('“A &lt;<mark class="true">dog</mark>&gt; &amp; <mark class="other">a dog</mark>”')
+    assert caption[1] == ('“A &lt;<mark class="true">dog</mark>&gt; &amp; <mark class="absent">a dog</mark>”')
     for tag in picture.views["b"]["after"].tags:
         verdict = "selected" if tag.selected else "rejected"
         right = tag.selected == (tag.text == "dog")

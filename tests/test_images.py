@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -12,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ttd_plugins.data.images import read_image, to_rgb
+from ttd_plugins.data.images import IMAGE_FORMATS, read_image, to_rgb
 from ttd_plugins.errors import InputError
+from ttd_plugins.evaluation.datasets.annotation_files import DatasetError, image_size, read_indices
 
 
 @pytest.fixture
@@ -235,3 +238,118 @@ def test_broken_exif_costs_no_picture(tmp_path: Path, picture: Image.Image, exif
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert close(read_image(tmp_path / "odd.png"), upright)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(/tmp/x) (w) file\n"
+WMF = bytes.fromhex("d7cdc69a0000000000000800080060000000000000000100090000031800000000000500000000000400")
+FITS = b"".join(
+    line.ljust(80)
+    for line in (
+        f"{'SIMPLE':8}={'T':>21}".encode(),
+        f"{'BITPIX':8}={8:>21}".encode(),
+        f"{'NAXIS':8}={0:>21}".encode(),
+        b"END",
+    )
+).ljust(2880)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (EPS, "a PostScript file"),
+        (b"\xc5\xd0\xd3\xc6" + struct.pack("<II", 32, len(EPS)) + bytes(20) + EPS, "a PostScript file"),
+        (WMF.ljust(200, b"\0"), "a Windows metafile"),
+        (FITS, "a FITS file"),
+        (b"8BPS\0\1" + bytes(20), "a Photoshop file"),
+        (b"%PDF-1.7\n", "a PDF file"),
+        (b"<!DOCTYPE html><html><body>403</body></html>", "an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "a Git LFS pointer"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "an SVG drawing"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(40), "an HDF5 file"),
+        (b"GRIB" + bytes(40), "is not an image"),
+        (b"#define im_width 4\n#define im_height 1\nstatic char im_bits[] = {\n0x0f};", "is not an image"),
+    ],
+)
+def test_only_listed_formats_reach_a_decoder(
+    tmp_path: Path, content: bytes, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.init()
+    called: list[str] = []
+    for name in set(Image.OPEN) - set(IMAGE_FORMATS):
+        accept = Image.OPEN[name][1]
+        monkeypatch.setitem(Image.OPEN, name, (lambda *_, name=name: called.append(name), accept))
+    (tmp_path / "a.jpg").write_bytes(content)
+    for source in (tmp_path / "a.jpg", content):
+        with pytest.raises(InputError, match=kind) as caught:
+            read_image(source)
+        assert "JPEG, PNG" in str(caught.value)
+    with pytest.raises(DatasetError, match=r"the image .*a\.jpg' "):
+        image_size(tmp_path / "a.jpg")
+    with pytest.raises(DatasetError, match=r"the mask .*a\.jpg' "):
+        read_indices(tmp_path / "a.jpg")
+    assert called == []
+
+
+@pytest.mark.parametrize("name", IMAGE_FORMATS)
+def test_every_listed_format_is_read(tmp_path: Path, picture: Image.Image, name: str) -> None:
+    buffer = io.BytesIO()
+    picture.save(buffer, name)
+    assert read_image(buffer.getvalue()).size == picture.size
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("limit", [900, 100])
+def test_a_mask_that_is_a_bomb_is_refused(
+    tmp_path: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    picture.convert("L").save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    for read in (read_indices, image_size):
+        with pytest.raises(DatasetError, match=r"bomb\.png' (has 40 x 24 pixels|is refused: Image size)"):
+            read(tmp_path / "bomb.png")
+
+
+def test_no_other_module_opens_images_with_pillow() -> None:
+    root = Path(__file__).parents[1]
+    files = [*root.glob("ttd_plugins/**/*.py"), *root.glob("adapters/**/*.py"), *root.glob("examples/**/*.py")]
+    opening = [file for file in files if re.search(r"\bImage\.open\((?!.*formats=)", file.read_text(encoding="utf-8"))]
+    assert [file.relative_to(root).as_posix() for file in opening] == []
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+LONG = bytes(range(65, 91)) * 200_000
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [(b"zTXt", b"Comment\0\0" + zlib.compress(LONG))],
+        [(b"iTXt", b"parameters\0\1\0en\0name\0" + zlib.compress(LONG))],
+        [(b"iTXt", b"parameters\0\0\0en\0name\0" + LONG)],
+        [(b"tEXt", b"workflow\0" + LONG)] * 15,
+        [(b"iCCP", b"profile\0\0" + zlib.compress(LONG))],
+        [(b"zTXt", b"Comment\0\0" + zlib.compress(LONG[:1_000_000]))] * 70,
+    ],
+)
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_long_text_costs_no_picture(
+    tmp_path: Path, picture: Image.Image, chunks: list[tuple[bytes, bytes]], place: str
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "long.png", exif=exif)
+    data = (tmp_path / "long.png").read_bytes()
+    start = 33 if place == "before" else data.index(b"IEND") - 4
+    data = data[:start] + b"".join(png_chunk(*one) for one in chunks) + data[start:]
+    (tmp_path / "long.png").write_bytes(data)
+    upright = picture.transpose(Image.Transpose.ROTATE_270)
+    assert close(read_image(tmp_path / "long.png"), upright)
+    assert close(read_image(data), upright)
+    # A text does not hide that the pixels are cut short.
+    (tmp_path / "long.png").write_bytes(data[: data.index(b"IDAT") + 12])
+    with pytest.raises(InputError):
+        read_image(tmp_path / "long.png")

@@ -100,7 +100,8 @@ def write(tmp_path: Path, comparison: Comparison | None = None) -> str:
     ],
 )  # fmt: skip
 def test_the_headline_follows_the_metrics(control: dict[str, Any], after: dict[str, Any], headline: str) -> None:
-    assert describe_comparison(make_result(control=control, after=after)).headline == headline
+    found = describe_comparison(make_result(control=control, after=after)).headline
+    assert found == f"{headline} (only 60 steps, one seed)"
 
 
 @pytest.mark.parametrize(
@@ -234,10 +235,23 @@ def test_selections_are_told_right_from_wrong(tmp_path: Path) -> None:
     view = image.views[NAME]["before"]
     selected = {"dog": True, "lion": True, "photo": False, "grass": False}
     view = replace(view, tags=[replace(tag, selected=selected[tag.text]) for tag in view.tags])
-    text = write(tmp_path, make_result(gallery=[replace(image, views={NAME: {"before": view}})]))
+    labels = {"dog": True, "lion": False, "photo": False, "grass": True}
+    text = write(tmp_path, make_result(gallery=[replace(image, views={NAME: {"before": view}}, labels=labels)]))
     rows = re.findall(r"<tr data-tag=.*?</tr>", text, re.S)
     words = [" ".join(re.sub(r"<[^>]+>", " ", row).split()[2:]) for row in rows]
     assert words == ["✓ selected", "✓ wrongly selected", "✗ rejected", "✗ wrongly rejected"]
+
+
+@pytest.mark.parametrize("selected", [True, False])
+def test_a_tag_of_unknown_truth_is_neither_right_nor_wrong(tmp_path: Path, selected: bool) -> None:
+    image = make_picture(0, (NAME,), arms=("before",))
+    view = image.views[NAME]["before"]
+    view = replace(view, tags=[replace(tag, selected=selected) for tag in view.tags])
+    labels = {tag.text: None for tag in view.tags}
+    text = write(tmp_path, make_result(gallery=[replace(image, views={NAME: {"before": view}}, labels=labels)]))
+    rows = "".join(re.findall(r"<tr data-tag=.*?</tr>", text, re.S))
+    assert "wrong" not in rows and 'class="right"' not in rows and 'class="absent"' not in rows
+    assert rows.count('<mark class="other">') == len(view.tags)
 
 
 def test_layers_hold_the_maps(tmp_path: Path) -> None:

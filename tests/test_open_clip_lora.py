@@ -496,9 +496,9 @@ def test_the_layers_are_in_the_mode_of_what_they_wrap() -> None:
 def test_lora_twice_is_refused() -> None:
     model = tiny_clip()
     adapter = OpenCLIPAdapter(model).add_lora(2)
-    with pytest.raises(TTDError, match="has LoRA or other peft layers already"):
+    with pytest.raises(TTDError, match=r"has LoRA already; merge\(\) or unload\(\) it first"):
         adapter.add_lora(2)
-    with pytest.raises(TTDError, match="has LoRA or other peft layers already"):
+    with pytest.raises(TTDError, match="is a peft layer that this adapter did not add"):
         OpenCLIPAdapter(model).add_lora(2)
 
 

@@ -18,7 +18,6 @@ from helpers_trunks import CONTEXT, HEADS, SIDE, STRIDE, TEXT, TRUNKS, WIDTH, pi
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from ttd_open_clip import recognition
-from ttd_open_clip.map_positions import at_centres, position_shift
 from ttd_open_clip.trunk_adapter import DEFAULT_CALIBRATION, OpenCLIPTrunkAdapter
 
 from ttd_plugins import TTD, load, wrap
@@ -84,7 +83,7 @@ def head_formula(model: Any, positions: Tensor, head: str) -> Tensor:
 @pytest.mark.parametrize("kind", TRUNKS)
 def test_features_are_those_of_the_formula(kind: str, head: str, custom_text: bool) -> None:
     model = trunk_clip(kind, head, custom_text=custom_text)
-    adapter = wrap(model, dense="head")
+    adapter = wrap(model)
     assert isinstance(adapter, OpenCLIPTrunkAdapter)
     assert (adapter.description.embedding_width, adapter.description.patch_size) == (WIDTH, (STRIDE, STRIDE))
     images = pixels(2, 64, 128)
@@ -108,7 +107,7 @@ def test_an_image_of_one_position_has_one_patch_that_is_the_pooled_embedding(kin
 @pytest.mark.parametrize(("kind", "linear"), [("convnext", False), ("efficientnet", True), ("mobileclip", True)])
 def test_the_mean_over_the_map_is_the_pooled_embedding_where_the_head_is_linear(kind: str, linear: bool) -> None:
     with torch.no_grad():
-        features = wrap(trunk_clip(kind), dense="head").encode_image(pixels())
+        features = wrap(trunk_clip(kind)).encode_image(pixels())
     difference = (features.patches.mean((1, 2)) - features.pooled).abs().max() / features.pooled.abs().max()
     assert difference < 1e-4 if linear else difference > 0.05
 
@@ -152,54 +151,6 @@ def test_a_trunk_whose_map_does_not_follow_the_image_is_refused_with_the_reason(
     model.visual.trunk = FixedMap()
     with pytest.raises(UnsupportedModelError, match=r"a map of 2 x 2 positions for images of 96 x 128 .* 3 x 4"):
         wrap(model).encode_image(pixels(1, 96, 128))
-
-
-# Positions -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("trunk", "shift"),
-    [
-        ("test_convnext", 0.0),
-        ("test_efficientnet", -0.5),
-        ("fastvit_mci1", -0.5),
-        ("resnet18", -0.5),
-        ("tf_efficientnet_lite0", 0.5),
-    ],
-)
-def test_positions_lie_where_the_pixels_that_change_them_are(trunk: str, shift: float) -> None:
-    """Against gradients: the centroid of the pixels that a position depends on, beyond what all pixels do equally."""
-    torch.manual_seed(0)
-    model: Any = timm.create_model(trunk, num_classes=0).eval()
-    assert position_shift(model) == shift
-    rows, row = 7, 3
-    images = torch.randn(2, 3, STRIDE * rows, STRIDE * rows, requires_grad=True)
-    features = model.forward_features(images)
-    (found,) = torch.autograd.grad(features[:, :, row, row].square().sum(), images)
-    sensitivity = found.abs().sum((0, 1, 3))
-    sensitivity = (sensitivity - sensitivity.quantile(0.5)).clamp_min(0)
-    centroid = float((sensitivity * torch.arange(len(sensitivity))).sum() / sensitivity.sum())
-    assert (centroid - (STRIDE * row + (STRIDE - 1) / 2)) / STRIDE == pytest.approx(shift, abs=0.2)
-
-
-def test_a_map_is_interpolated_at_the_centres_of_its_patches() -> None:
-    map_ = torch.arange(12.0).reshape(1, 1, 3, 4)
-    assert at_centres(map_, -0.5)[0, 0].tolist() == [[2.5, 3.5, 4.5, 5.0], [6.5, 7.5, 8.5, 9.0], [8.5, 9.5, 10.5, 11.0]]
-    assert at_centres(map_, 0.5)[0, 0].tolist() == [[0.0, 0.5, 1.5, 2.5], [2.0, 2.5, 3.5, 4.5], [6.0, 6.5, 7.5, 8.5]]
-    assert at_centres(map_, 0.25)[0, 0, :, 0].tolist() == [0.0, 3.0, 7.0]
-
-
-def test_the_default_mode_is_centred_where_positions_are_beside_the_centres() -> None:
-    assert wrap(trunk_clip("convnext")).description.dense_modes == ("head",)
-    model = trunk_clip("efficientnet")
-    adapter = wrap(model)
-    assert (adapter.description.dense_mode, adapter.description.dense_modes) == ("centred", ("centred", "head"))
-    with torch.no_grad():
-        map_ = last_map(model, pixels())
-        expected = head_formula(model, at_centres(map_.permute(0, 3, 1, 2), -0.5).permute(0, 2, 3, 1), "linear")
-        torch.testing.assert_close(adapter.encode_image(pixels()).patches, expected, atol=1e-4, rtol=1e-4)
-    with pytest.raises(UnsupportedModelError, match=r"'centred' cannot be used: .*centres of the patches already; use"):
-        wrap(trunk_clip("convnext"), dense="centred")
 
 
 # Names and objects ---------------------------------------------------------------------------------------------------
@@ -280,7 +231,7 @@ def test_a_checkpoint_on_disk(architecture: str, tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(adapter.encode_image(pixels()).pooled, model.encode_image(pixels()))
     torch.save({"other": torch.zeros(1)}, tmp_path / "weights.pt")
-    with pytest.raises(TTDError, match=r"weights.pt cannot be loaded .*saved for open_clip's "):
+    with pytest.raises(TTDError, match=r"weights.pt cannot be loaded: .*saved for open_clip's "):
         load(f"open_clip:{architecture}@{tmp_path / 'weights.pt'}")
 
 
@@ -380,15 +331,16 @@ def test_ttd_trains_and_unload_restores_weights_and_statistics_bitwise(kind: str
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
-    assert all(module.training for module in model.modules())
 
 
 def test_frozen_batch_normalisation_uses_its_running_averages_in_training_mode() -> None:
     pytest.importorskip("peft", reason="LoRA needs peft")
-    adapter = wrap(trunk_clip("efficientnet"), lora=2)
+    tokenizer = open_clip.SimpleTokenizer(context_length=CONTEXT)
+    adapter = wrap(trunk_clip("efficientnet"), tokenizer=tokenizer, lora=2)
     with torch.no_grad():
         evaluated = adapter.encode_image(pixels())
-        adapter.train()
+    TTD(adapter).train()(pixels(), ["a red dog", "the blue kite"])
+    with torch.no_grad():
         trained = adapter.encode_image(pixels())
     assert adapter.model.training
     assert torch.equal(trained.patches, evaluated.patches) and torch.equal(trained.pooled, evaluated.pooled)

@@ -169,7 +169,7 @@ def test_every_figure_agrees_with_its_loop(options: dict[str, Any], seed: int) -
     ("name", "old", "new"),
     [
         ("_measure_batch", "alignment.tag_maps.amax(-1)", "alignment.tag_maps.mean(-1)"),
-        ("_measure_batch", "tag in scene.true_tags", "tag in scene.masks or tag in scene.absent_tags"),
+        ("_measure_batch", "scene_truth(scene).labels(tags)", "[not tag for tag in tags]"),
         ("_measure_batch", "targets.selected.tolist()", "(~targets.selected).tolist()"),
         ("_measure_maps", "heat > CAPTION_MAP_THRESHOLD", "heat > TAG_MAP_THRESHOLD"),
         ("_measure_maps", "scene.named_region", "next(iter(scene.masks.values()))"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ttd_plugins.errors import InputError
 from ttd_plugins.tag_extractors.word_tags import STOP_WORDS, WordTags
-from ttd_plugins.tags import TagExtractor, distinct, fold, split_words, without_symbols
+from ttd_plugins.tags import TagExtractor, distinct, fold, split_words, unescape_entities, without_symbols
 
 captions = st.text(max_size=80)
 
@@ -45,6 +45,15 @@ captions = st.text(max_size=80)
         ("一只狗，在草地上。", ["一只狗", "在草地上"]),
         ("犬が芝生の上にいる", ["犬が芝生の上にいる"]),
         ("개가 잔디 위에 있다", ["개가", "잔디", "위에", "있다"]),
+        ("A dog &amp; a cat", ["A", "dog", "a", "cat"]),
+        (
+            "a dog&#39;s &quot;bed&quot;&nbsp;&lt;here&gt; caf&eacute; &#x72AC; &amp;amp;",
+            ["a", "dog's", "bed", "here", "café", "犬"],
+        ),
+        ("AT&T; rock & roll &copy 2 &nosuch; &;", ["AT", "T", "rock", "roll", "copy", "2", "nosuch"]),
+        ("sun\u00adflower sun&shy;flower", ["sunflower", "sunflower"]),
+        ("\ufeffdog\u2060house \u202bכלב\u202c li\u200eght", ["doghouse", "כלב", "light"]),
+        ("e\u00ad\u0301 dog\u200bcat", ["é", "dog", "cat"]),
     ],
 )
 def test_words_of_any_script(text: str, words: list[str]) -> None:
@@ -76,7 +85,8 @@ def test_no_letter_is_lost(text: str) -> None:
     def letters(of: str) -> list[str]:
         return [character for character in of if unicodedata.category(character)[0] in "LN"]
 
-    assert letters("".join(split_words(text))) == letters(unicodedata.normalize("NFC", text).replace("ʼ", "'"))
+    plain = "".join(c for c in unescape_entities(text) if unicodedata.category(c) != "Cf")
+    assert letters("".join(split_words(text))) == letters(unicodedata.normalize("NFC", plain).replace("ʼ", "'"))
 
 
 @given(st.lists(captions, max_size=4))
@@ -181,3 +191,13 @@ def test_the_word_split_is_importable_from_its_old_module() -> None:
 
     with pytest.warns(FutureWarning, match=r"ttd_plugins.tags.WordTags is now ttd_plugins.tag_extractors.word_tags."):
         assert tags.WordTags is WordTags
+
+
+def test_a_symbol_that_is_escaped_is_one() -> None:
+    assert without_symbols("a dog &amp; sun\u00adflower\u200b &hearts; caf&eacute;") == "a dog & sunflower café"
+
+
+@given(captions)
+def test_texts_without_entities_stay(text: str) -> None:
+    if "&" not in text or ";" not in text:
+        assert unescape_entities(text) is text

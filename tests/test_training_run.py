@@ -362,10 +362,10 @@ def test_foreign_weights_are_tensors_or_refused(tmp_path: Path) -> None:
     torch.save({"a": 3}, tmp_path / "numbers.pt")
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     for name in ("evil.pt", "evil2.pt", "broken.safetensors"):
-        with pytest.raises(InputError, match="is refused: only tensors are loaded"):
+        with pytest.raises(InputError, match=r"is refused: |is damaged"):
             checkpoints.read_foreign_weights(tmp_path / name)
     assert not (tmp_path / "owned").exists()
-    with pytest.raises(InputError, match="has no named tensors"):
+    with pytest.raises(InputError, match="no named tensors"):
         checkpoints.read_foreign_weights(tmp_path / "numbers.pt")
     with pytest.raises(InputError, match="does not exist"):
         checkpoints.read_foreign_weights(tmp_path / "none.pt")
@@ -461,7 +461,7 @@ def test_a_collapse_is_told_once_until_it_is_over() -> None:
 
 
 def test_a_collapse_stands_in_the_log_in_the_result_and_after_resuming(tmp_path: Path) -> None:
-    config = toy_config(optimizer={"steps": 3}, ttd={"rule": "absolute", "threshold": 2.0})
+    config = toy_config(optimizer={"steps": 3}, ttd={"rule": "absolute", "threshold": 1.0})
     result = run_toy(tmp_path, config)
     assert len(result.warnings) == 1 and "hardly any tag is selected" in result.warnings[0]
     assert [("warnings" in line) for line in log_of(tmp_path)] == [True, False, False]
@@ -586,7 +586,7 @@ def test_fine_tune_shows_progress_draws_heat_maps_and_takes_what_users_have(
     from ttd_plugins import fine_tune
 
     run = {"heatmap_every": 2, "heatmap_samples": 2, "log_every": 2}
-    config = toy_config(optimizer={"steps": 4}, run=run, ttd={"rule": "absolute", "threshold": 2.0}).as_dict()
+    config = toy_config(optimizer={"steps": 4}, run=run, ttd={"rule": "absolute", "threshold": 1.0}).as_dict()
     result = fine_tune(config, tmp_path / "run", backbone=toy(), loader=lambda backbone, rank, count: MemoryPairs())
     drawn = sorted(
         str(path.relative_to(tmp_path / "run" / "pictures")) for path in tmp_path.rglob("step-*/sample-*.png")

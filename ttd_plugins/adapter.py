@@ -10,6 +10,7 @@ This module imports torch only. Adapters import backbone libraries, and only whe
 from __future__ import annotations
 
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,13 +21,21 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from ttd_plugins.errors import ImageSizeError, PluginError, UnsupportedModelError
-from ttd_plugins.lora.attach import attach_lora
+from ttd_plugins.errors import ImageSizeError, PluginError, TTDError, UnsupportedModelError
+from ttd_plugins.library_reference import LibraryReference as LibraryReference
+from ttd_plugins.lora.attach import attach_lora, foreign_peft_layer
 from ttd_plugins.lora.handle import TOWERS as TOWERS
 from ttd_plugins.lora.handle import LoRAHandle
 from ttd_plugins.lora.handle import Tower as Tower
 from ttd_plugins.options import Calibration
+from ttd_plugins.utils import wrapped_models
+from ttd_plugins.utils.contract_types import ExportedModel as ExportedModel
+from ttd_plugins.utils.contract_types import ImageFeatures as ImageFeatures
+from ttd_plugins.utils.contract_types import Tokens as Tokens
 from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_keyword, renamed_names, warn_renamed
+from ttd_plugins.utils.running_state import WeightSnapshot
+from ttd_plugins.utils.sizes import Size as Size
+from ttd_plugins.utils.sizes import size_pair
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,7 +52,8 @@ SUPPORTED_API_VERSIONS: tuple[int, ...] = (API_VERSION,)
 if not TYPE_CHECKING:
     __getattr__ = renamed_names(__name__, {"SPOKEN_API_VERSIONS": "SUPPORTED_API_VERSIONS"})
 
-Size = int | tuple[int, int]
+MAX_PATCHES = 2**15
+"""Most patches of an image: the cost of attention grows with their square, so that a mistyped size would hang."""
 
 
 @renamed_keyword("text_after_end_matters", "text_needs_full_context")
@@ -67,6 +77,9 @@ class BackboneDescription:
         dense_mode: name of the dense-feature mode in use.
         dense_modes: the dense-feature modes that this object supports.
         calibration: the default map from cosine to probability.
+        calibrated: whether :attr:`calibration` was fitted to image-text pairs; otherwise probabilities are labelled.
+        trained_on: the only kind of images that the weights were pre-trained on, in the plural ("drawings"); ``None``
+            if the weights know photographs, or nothing is known. Where it is set, results come with a note.
     """
 
     family: str
@@ -84,6 +97,8 @@ class BackboneDescription:
     dense_mode: str
     dense_modes: tuple[str, ...] = ()
     calibration: Calibration = field(default_factory=Calibration)
+    calibrated: bool = False
+    trained_on: str | None = None
 
     text_after_end_matters = RenamedAttribute("text_needs_full_context")
 
@@ -91,66 +106,6 @@ class BackboneDescription:
     def name(self) -> str:
         """``family:model@weights``, or ``family:model`` for a wrapped object."""
         return f"{self.family}:{self.model}" + (f"@{self.weights}" if self.weights else "")
-
-
-@dataclass
-class ImageFeatures:
-    """Features of a batch of images in the joint space, not L2-normalised, in the dtype of the backbone.
-
-    Attributes:
-        patches: ``[B, H, W, D]``, row 0 at the top of the image, column 0 at its left.
-        pooled: ``[B, D]``, the library's own image embedding; ``None`` if it was not requested.
-    """
-
-    patches: Tensor
-    pooled: Tensor | None = None
-
-
-@dataclass
-class Tokens:
-    """Tokenised texts.
-
-    Attributes:
-        ids: int64 ``[N, L]``, L being the context length, padded as in the backbone's training.
-        lengths: int64 ``[N]``, always on the CPU: number of positions up to and including the end token.
-        truncated: for each text, whether it was longer than the context and lost its last words.
-    """
-
-    ids: Tensor
-    lengths: Tensor
-    truncated: list[bool]
-
-    def __post_init__(self) -> None:
-        if self.ids.ndim != 2 or self.lengths.shape != self.ids.shape[:1] or len(self.truncated) != len(self.ids):
-            raise ValueError(
-                f"Tokens needs ids [N, L], lengths [N] and N truncation flags; got {tuple(self.ids.shape)}, "
-                f"{tuple(self.lengths.shape)} and {len(self.truncated)}"
-            )
-
-
-@dataclass(frozen=True)
-class ExportedModel:
-    """How the backbone's own library loads what :meth:`DenseAdapter.export` wrote.
-
-    Texts contain ``PATH`` instead of the folder, which may be moved; :meth:`at` inserts it.
-
-    Attributes:
-        library: name of the package that loads it.
-        load: one line of code that loads the model.
-        more: further lines, for example for its tokenizer and its preprocessing.
-        name: the name for :func:`ttd_plugins.load`, or ``None`` if there is none.
-        notes: sentences on what was not saved or needs care.
-    """
-
-    library: str
-    load: str
-    more: tuple[str, ...] = ()
-    name: str | None = None
-    notes: tuple[str, ...] = ()
-
-    def at(self, folder: str | Path) -> tuple[str, ...]:
-        """Return the lines of code with ``folder`` instead of ``PATH``, :attr:`load` first."""
-        return tuple(line.replace("PATH", str(folder)) for line in (self.load, *self.more))
 
 
 ImageTransform = Callable[["Image"], Tensor]
@@ -179,20 +134,32 @@ class DenseAdapter(nn.Module, ABC):
     Attributes:
         model: the caller's model.
         owner: the plugin that created this adapter, for messages; ``None`` if it was created by hand.
+        distribution: name and version of the installed distribution of that plugin, or ``None``.
         lora_needs_adapter: whether the library's own forward reads the weights of some LoRA targets without calling
             the modules. Unmerged LoRA then affects the features of this adapter only.
+        library_reference: the library's own functions, for the conformance kit; an adapter sets it or makes it a
+            property. ``None``: the kit looks for usual names, such as ``encode_image`` and ``get_text_features``.
     """
 
     model: nn.Module
     lora_needs_adapter: bool = False
+    library_reference: LibraryReference | None = None
 
     def __init__(self, model: nn.Module) -> None:
+        """Adapt ``model`` without changing it.
+
+        Raises:
+            UnsupportedModelError: the model is a wrapper around a model, or it is quantised.
+        """
+        wrapped_models.refuse(model)
         super().__init__()
         self.model = model
         self.training = model.training
         self.owner: str | None = None
+        self.distribution: tuple[str, str | None] | None = None
         self._lora: LoRAHandle | None = None
-        self._originals: list[tuple[Tensor, Tensor]] | None = None
+        self._originals: WeightSnapshot | None = None
+        self._merged = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -248,9 +215,7 @@ class DenseAdapter(nn.Module, ABC):
         from ttd_plugins.toolkit.transforms import DenseTransform, Normalisation
 
         description = self.description
-        if size is None:
-            size = description.image_size
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = size_pair(description.image_size if size is None else size)
         self.patch_grid(height, width)
         normalisation = Normalisation(description.mean, description.std, description.interpolation)
         return DenseTransform((height, width), normalisation)
@@ -359,9 +324,14 @@ class DenseAdapter(nn.Module, ABC):
         """Rows and columns of the patch grid of an image of ``height`` by ``width`` pixels.
 
         Raises:
-            ImageSizeError: a side is not a positive multiple of the patch side.
+            ImageSizeError: a side is not a positive multiple of the patch side, or there are too many patches.
         """
         rows, columns = self.description.patch_size
+        if (height // rows) * (width // columns) > MAX_PATCHES:
+            raise ImageSizeError(
+                f"an image of {height} x {width} pixels has {height // rows} x {width // columns} patches, more than "
+                f"{MAX_PATCHES:,} in all; choose a smaller size"
+            )
         if height < rows or width < columns or height % rows or width % columns:
             raise ImageSizeError(
                 f"{self.description.name} takes images whose height is a multiple of {rows} and whose width is a "
@@ -380,7 +350,13 @@ class DenseAdapter(nn.Module, ABC):
         return self.patch_grid(pixels.shape[2], pixels.shape[3])
 
     def add_lora(
-        self, rank: int = 8, *, alpha: float | None = None, dropout: float = 0.0, towers: Sequence[Tower] = TOWERS
+        self,
+        rank: int = 8,
+        *,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        towers: Sequence[Tower] = TOWERS,
+        modules: str | None = None,
     ) -> Self:
         """Add LoRA (arXiv 2106.09685) to the towers in place, through peft, and freeze everything else.
 
@@ -389,6 +365,7 @@ class DenseAdapter(nn.Module, ABC):
             alpha: the scale is ``alpha / rank``; by default alpha is twice the rank.
             dropout: probability of dropping an input of the LoRA path while training.
             towers: the towers to adapt.
+            modules: a regular expression; of :meth:`lora_targets` only those are wrapped in whose names it is found.
 
         Returns:
             This adapter.
@@ -397,19 +374,17 @@ class DenseAdapter(nn.Module, ABC):
             TTDError: the model has LoRA already, or a tower has no module that LoRA can wrap.
             MissingDependencyError: peft is not installed.
         """
-        self._lora = attach_lora(self, rank=rank, alpha=alpha, dropout=dropout, towers=towers)
+        self._lora = attach_lora(self, rank=rank, alpha=alpha, dropout=dropout, towers=towers, modules=modules)
         return self
 
     def snapshot_weights(self) -> None:
         """Copy the backbone's own parameters and buffers, so that :meth:`unload` can restore them.
 
         The engine calls this before the first step of full fine-tuning; LoRA does not need it. A second call does
-        nothing.
+        nothing, and neither does one after :meth:`merge`, which gave the originals up.
         """
-        if self._originals is None:
-            lora = {id(parameter) for parameter in self.lora_parameters()}
-            tensors = [*self.model.parameters(), *self.model.buffers()]
-            self._originals = [(t, t.detach().clone()) for t in tensors if id(t) not in lora]
+        if self._originals is None and not self._merged:
+            self._originals = WeightSnapshot(self.model, self.lora_parameters())
 
     remember_weights = _remember_weights
 
@@ -420,29 +395,51 @@ class DenseAdapter(nn.Module, ABC):
     def merge(self) -> nn.Module:
         """Merge LoRA into the weights, and return the fine-tuned model with no trace of LoRA.
 
-        Full fine-tuning changed the weights in place already, so that merging only drops the snapshot.
-        ``requires_grad`` flags are restored. The adapter stays usable.
+        Full fine-tuning changed the weights in place already, so that merging only drops the snapshot. Every parameter
+        requires a gradient exactly if it did before :meth:`add_lora`. The adapter stays usable, but :meth:`unload`
+        cannot restore the weights from before.
+
+        Raises:
+            TTDError: LoRA has values that are not finite, or the model has peft layers that this adapter did not add.
         """
         if self._lora is not None:
             self._lora.merge()
-            self._lora = None
-        self._originals = None
+        elif (foreign := foreign_peft_layer(self.model)) is not None:
+            raise TTDError(foreign)
+        self._merged = self._merged or self._lora is not None or self._originals is not None
+        self._lora = self._originals = None
         return self.model
 
     def unload(self) -> nn.Module:
-        """Remove LoRA, restore the weights from before the first TTD step, and return the model.
+        """Remove LoRA, restore the weights and buffers from before the first TTD step, and return the model.
 
-        The weights are bitwise those of the caller's model. The adapter stays usable.
+        They are bitwise those of the caller's model. The adapter stays usable. LoRA that was added after a
+        :meth:`merge` is removed with a warning that the merged weights stay.
+
+        Raises:
+            TTDError: :meth:`merge` made the tuning permanent.
         """
-        if self._lora is not None:
-            self._lora.remove()
-            self._lora = None
-        if self._originals is not None:
-            with torch.no_grad():
-                for tensor, original in self._originals:
-                    tensor.copy_(original)
-            self._originals = None
+        if self._merged and self._lora is None:
+            raise TTDError(
+                f"the tuning of {self.description.name} was merged into its weights, so unload() cannot restore the "
+                "originals; load the model again"
+            )
+        undo_tuning(self)
+        if self._merged:
+            warnings.warn(
+                "unload() removed LoRA; the weights are those of the earlier merge(), not those before it", stacklevel=2
+            )
         return self.model
+
+
+def undo_tuning(adapter: DenseAdapter) -> None:
+    """Remove LoRA of an adapter, and restore its snapshot of weights and buffers, if it has any."""
+    if adapter._lora is not None:
+        adapter._lora.remove()
+        adapter._lora = None
+    if adapter._originals is not None:
+        adapter._originals.restore()
+        adapter._originals = None
 
 
 class AdapterFamily(ABC):
@@ -489,6 +486,13 @@ class AdapterFamily(ABC):
     def claims(self, model: object) -> bool:
         """Whether this family adapts ``model``. Decide by structure alone, so that no two families claim one object."""
 
+    def unclaimed_reason(self, model: object) -> str | None:
+        """Why this family does not claim a model of its library, as the end of a sentence; ``None`` for other objects.
+
+        :func:`ttd_plugins.wrap` quotes it where no family claims the object.
+        """
+        return None
+
     @abstractmethod
     def wrap(self, model: nn.Module, *, tokenizer: Any = None, preprocess: Any = None, **options: Any) -> DenseAdapter:
         """Adapt a model of the caller without changing it.
@@ -505,12 +509,13 @@ def image_pixels(adapter: DenseAdapter, image: Image, size: Size | None = None) 
     """Return ``adapter.dense_transform(size)(image)``: pixels ``[3, height, width]``.
 
     Raises:
+        ImageSizeError: the size does not fit the patch grid.
         PluginError: the result is no tensor of that shape.
     """
-    pixels = adapter.dense_transform(size)(image)
-    expected = (
-        adapter.description.image_size if size is None else (size, size) if isinstance(size, int) else tuple(size)
-    )
+    expected = size_pair(adapter.description.image_size if size is None else size)
+    # First, since an adapter's own transform may not check the size.
+    adapter.patch_grid(*expected)
+    pixels = adapter.dense_transform(None if size is None else expected)(image)
     _require(adapter, "dense_transform", pixels, (3, *expected))
     return pixels
 
@@ -530,6 +535,18 @@ def image_features(adapter: DenseAdapter, pixels: Tensor, *, pooled: bool = True
     if pooled:
         _require(adapter, "encode_image", features.pooled, (len(pixels), width), "pooled")
     return features
+
+
+def named_tower_parameters(adapter: DenseAdapter, tower: Tower) -> list[tuple[str, nn.Parameter]]:
+    """Return ``adapter.tower_parameters(tower)`` as a list.
+
+    Raises:
+        PluginError: the tower has no parameters, so that nothing of it could be trained or frozen.
+    """
+    named = list(adapter.tower_parameters(tower))
+    if not named:
+        raise _broken(adapter, f"tower_parameters({tower!r}) names no parameter")
+    return named
 
 
 def text_tokens(adapter: DenseAdapter, texts: Sequence[str]) -> Tokens:

@@ -7,6 +7,7 @@ A *source* is a path that contains a tuned backbone. Commands that accept tuned 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ttd_plugins.errors import BackboneNameError, InputError, choices_sentence, one_sentence
 from ttd_plugins.plugins import get_family, load, parse_name
+from ttd_plugins.utils.configuration import check_seed
 
 if TYPE_CHECKING:
     from ttd_plugins.adapter import DenseAdapter
@@ -51,7 +53,7 @@ def check_backbone(name: str) -> None:
     family = get_family(parsed.family)
     known = [*family.weights(parsed.model), RANDOM]
     # Families also accept the path of a checkpoint file as weights.
-    if parsed.weights not in (*known, family.default_weights(parsed.model)) and not Path(parsed.weights).exists():
+    if parsed.weights not in (*known, family.default_weights(parsed.model)) and not os.path.exists(parsed.weights):
         raise BackboneNameError(choices_sentence(f"weights of {parsed.model}", parsed.weights, known))
 
 
@@ -68,6 +70,7 @@ def open_backbone(name: str, *, seed: int = 0, device: str | None = None) -> Den
         InputError, TTDError: as in :func:`check_backbone`, or the backbone cannot be loaded.
     """
     check_backbone(name)
+    check_seed(seed)
     base, source = _split(name)
     torch.manual_seed(seed)
     if source is None:
@@ -80,14 +83,14 @@ def open_backbone(name: str, *, seed: int = 0, device: str | None = None) -> Den
 def _split(name: str) -> tuple[str | None, str | None]:
     """Split into the name of the untuned backbone and the path of the source; at most one is ``None``."""
     # An existing path may contain a colon.
-    if Path(name).exists():
+    if os.path.exists(name):
         return None, name
-    if Path(name.rpartition("@")[2]).exists():
+    if os.path.exists(name.rpartition("@")[2]):
         return name, None
     splits = [(name[:place], name[place + 1 :]) for place, letter in enumerate(name) if letter == "+"]
     splits = [(base, source) for base, source in splits if ":" in base and source]
     for base, source in splits:
-        if Path(source).exists():
+        if os.path.exists(source):
             return base, source
     if splits:
         base, source = splits[0]
@@ -105,11 +108,12 @@ def source_kind(source: str) -> SourceKind:
         InputError: the source does not exist or has none of the known forms.
     """
     path = Path(source)
-    if path.is_file():
+    # Unlike the methods of Path, these functions raise nothing for a name that is too long.
+    if os.path.isfile(path):
         if path.suffix == ".safetensors":
             return "weights"
         raise InputError(f"{source!r} is a file and not *.safetensors; name {FORMS}")
-    if path.is_dir():
+    if os.path.isdir(path):
         if (path / "adapter_config.json").is_file():
             return "lora"
         if (path / "config.yaml").is_file():
@@ -220,7 +224,8 @@ def load_trained_weights(adapter: DenseAdapter, file: Path) -> DenseAdapter:
 def _lora_rank(tensors: Mapping[str, Tensor]) -> int | None:
     """The LoRA rank of a file, from its first down-projection; ``None`` without LoRA."""
     for key, tensor in tensors.items():
-        if "lora_A" in key and tensor.ndim == 2:
+        # A tensor without elements may claim any rank.
+        if "lora_A" in key and tensor.ndim == 2 and tensor.numel():
             return int(tensor.shape[0])
     return None
 

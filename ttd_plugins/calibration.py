@@ -21,10 +21,13 @@ from torch import Tensor
 
 from ttd_plugins.adapter import Calibration, DenseAdapter, Size, image_features
 from ttd_plugins.engine import evaluation_mode
+from ttd_plugins.engine_checks import require_adapter
 from ttd_plugins.errors import InputError, TagExtractionError, TTDError
 from ttd_plugins.method import selection, similarity
 from ttd_plugins.method.text_embeddings import encode_texts
 from ttd_plugins.tags import fold
+from ttd_plugins.utils.configuration import check_seed
+from ttd_plugins.utils.numbers import number, whole_number
 
 if TYPE_CHECKING:
     from ttd_plugins.tags import TagExtractor
@@ -86,8 +89,7 @@ def fit_logistic(scores: NDArray[Any], present: NDArray[Any], *, ridge: float = 
             scores than negatives, so that no increasing map fits.
     """
     x, y = np.asarray(scores, np.float64), np.asarray(present, np.float64)
-    if not ridge > 0:
-        raise InputError(f"the ridge must be above 0, not {ridge}")
+    ridge = number("the ridge", ridge, low=0, inclusive=False)
     if x.ndim != 1 or x.shape != y.shape or not 0 < y.sum() < len(y):
         raise TTDError("a calibration needs scores of words that are present and of words that are absent")
     if not np.isfinite(x).all():
@@ -183,11 +185,12 @@ def fit_calibration(
         TagExtractionError: the extractor finds no word in any caption, or returns the wrong number of lists.
         TTDError: no increasing map fits; see :func:`fit_logistic`.
     """
-    if not 0 < held_out < 1:
-        raise InputError(f"held_out must be between 0 and 1, not {held_out}")
-    if batch_size < 1:
-        raise InputError(f"batch_size must be 1 or more, not {batch_size}")
-    if template.count("{}") != 1:
+    require_adapter(backbone, "fit_calibration()")
+    held_out = number("held_out", held_out, low=0, high=1, inclusive=False)
+    batch_size = whole_number("batch_size", batch_size, at_least=1)
+    seed = whole_number("seed", seed, at_least=0)
+    check_seed(seed)
+    if not isinstance(template, str) or template.count("{}") != 1:
         raise InputError(f"the template {template!r} must contain {{}} once, where the word goes")
     found = _read_pairs(pairs)
     without = _draw_words(found, extractor, np.random.default_rng([seed, 0]))

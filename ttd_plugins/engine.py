@@ -8,9 +8,9 @@ similarity maps; scores and selection; targets without gradient; losses. The eng
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,182 +20,42 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ttd_plugins.adapter import (
+    TOWERS,
     Calibration,
     DenseAdapter,
     Size,
     image_features,
     image_pixels,
+    named_tower_parameters,
+    undo_tuning,
 )
-from ttd_plugins.errors import InputError, TagExtractionError, TTDError, UnsupportedModelError
+from ttd_plugins.caption_maps import CaptionMaps as CaptionMaps
+from ttd_plugins.caption_maps import backbone_notes
+from ttd_plugins.engine_checks import (
+    check_calibration,
+    check_captions,
+    check_extracted,
+    check_groups,
+    check_images,
+    check_pixels,
+    check_precision,
+    check_tags,
+    require_adapter,
+    require_extractor,
+)
+from ttd_plugins.engine_outputs import Alignment, Candidates, Targets, TTDOutput
+from ttd_plugins.engine_teacher import load_teacher, save_teacher, teacher_problem, update_average, without_teacher
+from ttd_plugins.errors import InputError, TTDError, UnsupportedModelError
 from ttd_plugins.method import losses, selection, similarity
-from ttd_plugins.method.text_embeddings import TextEmbeddingCache, on_device
+from ttd_plugins.method.text_embeddings import TextEmbeddingCache
 from ttd_plugins.options import TTDOptions
 from ttd_plugins.utils import distributed
-from ttd_plugins.utils.deprecation import RenamedAttribute
+from ttd_plugins.utils.running_state import keep_frozen_norms_in_eval
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ttd_plugins.tags import TagExtractor
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """The N candidate tags of a batch: candidate n is tag ``distinct[tag_index[n]]`` of image ``image_index[n]``.
-
-    Attributes:
-        tags: the candidates of each caption.
-        distinct: the K distinct tags of the batch; each is encoded once.
-        image_index, tag_index: int64 ``[N]``; ``image_index`` is ascending.
-    """
-
-    tags: list[list[str]]
-    distinct: list[str]
-    image_index: Tensor
-    tag_index: Tensor
-
-    most = RenamedAttribute("max_tags")
-
-    @classmethod
-    def of(cls, tags: Sequence[Sequence[str]], device: torch.device) -> Candidates:
-        """Flatten the tags of the captions, in order."""
-        number: dict[str, int] = {}
-        images, indices = [], []
-        for image, names in enumerate(tags):
-            for name in names:
-                images.append(image)
-                indices.append(number.setdefault(name, len(number)))
-        return cls(
-            [list(names) for names in tags],
-            list(number),
-            on_device(torch.tensor(images, dtype=torch.long), device),
-            on_device(torch.tensor(indices, dtype=torch.long), device),
-        )
-
-    @property
-    def max_tags(self) -> int:
-        """The largest number of candidates of one image, without host synchronisation."""
-        return max(map(len, self.tags), default=0)
-
-
-@dataclass
-class Alignment:
-    """Maps, scores and features of a batch by one backbone, in at least float32.
-
-    Attributes:
-        candidates: the N candidate tags.
-        grid: rows H and columns W of the patch grid; P = H * W.
-        tag_maps: cosines ``[N, P]``.
-        caption_maps: cosines ``[B, P]``.
-        scores: cosines ``[N]``, by the option ``score``.
-        patches: L2-normalised patch features ``[B, P, D]``.
-        tags: L2-normalised embeddings of the K distinct tags, ``[K, D]``.
-        pooled: L2-normalised pooled image embeddings ``[B, D]``, or ``None`` if they were not needed.
-        captions: L2-normalised caption embeddings ``[B, D]``.
-        truncated: for each caption, whether it was longer than the context and lost its last words.
-    """
-
-    candidates: Candidates
-    grid: tuple[int, int]
-    tag_maps: Tensor
-    caption_maps: Tensor
-    scores: Tensor
-    patches: Tensor
-    tags: Tensor
-    pooled: Tensor | None
-    captions: Tensor
-    truncated: list[bool]
-
-
-@dataclass
-class Targets:
-    """Targets of the maps, without gradient.
-
-    Attributes:
-        selected: bool ``[N]``, the image-relevant tags.
-        tag_maps: ``[N, P]``, min-max normalised maps of selected tags, zero for rejected ones.
-        union: ``[B, P]``, patchwise maximum of an image's ``tag_maps``.
-        usable: bool ``[B]``, captions whose union is not empty; the others do not contribute to L_distill.
-    """
-
-    selected: Tensor
-    tag_maps: Tensor
-    union: Tensor
-    usable: Tensor
-
-
-@dataclass
-class TTDOutput:
-    """Loss of one batch, its parts, and the maps that it was computed from.
-
-    Attributes:
-        loss: the weighted sum of the parts, a scalar with gradient.
-        losses: ``"tag"``, ``"distill"`` and ``"contrastive"``, unweighted scalars without gradient; a part of weight
-            zero is left out.
-        alignment: maps and scores of the backbone (the student).
-        targets: the targets of its maps.
-    """
-
-    loss: Tensor
-    losses: dict[str, Tensor]
-    alignment: Alignment
-    targets: Targets
-
-    figures = RenamedAttribute("device_statistics")
-
-    @property
-    def device_statistics(self) -> dict[str, float | Tensor]:
-        """The :attr:`statistics` as numbers and scalar device tensors, without host synchronisation."""
-        maps, batch = self.alignment.caption_maps.detach(), max(len(self.alignment.truncated), 1)
-        return {
-            "tags_per_caption": len(self.targets.selected) / batch,
-            "selected_per_caption": self.targets.selected.sum() / batch,
-            "caption_map_spread": (maps.amax(-1) - maps.amin(-1)).mean(),
-            "captions_without_target": (~self.targets.usable).sum(),
-            "captions_truncated": float(sum(self.alignment.truncated)),
-        }
-
-    @property
-    def statistics(self) -> dict[str, float]:
-        """Statistics of the batch.
-
-        ``tags_per_caption``, ``selected_per_caption``, ``caption_map_spread`` (mean of max - min over patches; near
-        zero means collapse), ``captions_without_target`` and ``captions_truncated``.
-        """
-        return {name: float(value) for name, value in self.device_statistics.items()}
-
-
-@dataclass
-class CaptionMaps:
-    """The maps of one image and caption as numpy arrays, for plots.
-
-    Attributes:
-        image: uint8 ``[height, width, 3]``, the input of the network.
-        caption: the caption.
-        tags: T candidate tags.
-        scores: cosines ``[T]``.
-        probabilities: calibrated scores ``[T]`` in (0, 1).
-        selected: bool ``[T]``.
-        tag_maps: cosines ``[T, H, W]``.
-        tag_maps_normalized: ``[T, H, W]`` in [0, 1], min-max over patches, including rejected tags.
-        union: ``[H, W]`` in [0, 1], the target of the caption's map.
-        caption_map: cosines ``[H, W]``.
-        caption_map_normalized: ``[H, W]`` in [0, 1], min-max over patches.
-        truncated: whether the caption was longer than the context.
-    """
-
-    image: NDArray[np.uint8]
-    caption: str
-    tags: list[str]
-    scores: NDArray[np.float32]
-    probabilities: NDArray[np.float32]
-    selected: NDArray[np.bool_]
-    tag_maps: NDArray[np.float32]
-    tag_maps_normalized: NDArray[np.float32]
-    union: NDArray[np.float32]
-    caption_map: NDArray[np.float32]
-    caption_map_normalized: NDArray[np.float32]
-    truncated: bool
 
 
 @contextmanager
@@ -216,8 +76,17 @@ class TTD(nn.Module):
     Args:
         backbone: from :func:`ttd_plugins.load` or :func:`ttd_plugins.wrap`.
         options: the options of the method.
-        extractor: a tag extractor object, instead of ``options.extractor``.
+        extractor: the name of a tag extractor, as ``ttd plugins`` lists them, or a tag extractor object; by default
+            ``options.extractor``.
         **changes: options by name, as in ``TTD(backbone, rule="absolute", threshold=0.2)``.
+
+    With ``teacher="ema"`` the moving average is a part of :meth:`state_dict`, so that a loop resumes with it. Loading a
+    state dict without it is an error, and a warning with ``strict=False``.
+
+    Raises:
+        InputError: the backbone is not an adapter, or an option has the wrong type or range.
+        UnsupportedModelError: the backbone does not support an option.
+        TagExtractionError: the tag extractor does not exist, or its resources are missing.
 
     Example::
 
@@ -231,13 +100,20 @@ class TTD(nn.Module):
         backbone: DenseAdapter,
         options: TTDOptions | None = None,
         *,
-        extractor: TagExtractor | None = None,
+        extractor: TagExtractor | str | None = None,
         **changes: Any,
     ) -> None:
         super().__init__()
+        backbone = require_adapter(backbone, "TTD()")
+        for tower in TOWERS:
+            named_tower_parameters(backbone, tower)
         unknown = sorted(set(changes) - set(TTDOptions.__dataclass_fields__))
         if unknown:
             raise InputError(f"TTD has no option {unknown[0]!r}; options: {', '.join(TTDOptions.__dataclass_fields__)}")
+        if options is not None and not isinstance(options, TTDOptions):
+            raise InputError(f"options of TTD() is a TTDOptions, not {options!r}; pass single options by name")
+        if isinstance(extractor, str):
+            extractor, changes = None, {"extractor": extractor, **changes}
         self.options = replace(options or TTDOptions(), **changes)
         self.backbone = backbone
         self.training = backbone.training
@@ -245,7 +121,7 @@ class TTD(nn.Module):
             from ttd_plugins.plugins import make_tag_extractor
 
             extractor = make_tag_extractor(self.options.extractor, **self.options.extractor_options)
-        self.extractor = extractor
+        self.extractor = require_extractor(extractor)
         # A tuple, so that the copy is not a submodule: its weights must not be trained, saved or moved.
         self._teacher = () if self.options.teacher == "self" else (self._copy_backbone(),)
         if self.options.text_activation_checkpointing and not backbone.tower_blocks("text"):
@@ -255,11 +131,16 @@ class TTD(nn.Module):
             )
         self._text_cache = TextEmbeddingCache(self.options.text_cache_size)
         self._teacher_text_cache = TextEmbeddingCache(self.options.text_cache_size)
+        self._checked_first_batch = False
+        self._checked_first_step = False
+        self.covers_unused = True
+        """Whether weights that a loss does not use have a zero gradient if several processes train together."""
+        self._unused: tuple[tuple[bool, ...], list[nn.Parameter]] | None = None
 
     def _copy_backbone(self) -> DenseAdapter:
         teacher = copy.deepcopy(self.backbone)
         if self.options.teacher == "frozen":
-            teacher.unload()
+            undo_tuning(teacher)
         return teacher.requires_grad_(False).eval()
 
     @property
@@ -272,36 +153,102 @@ class TTD(nn.Module):
         """The copy that computes the targets; ``None`` if the backbone is its own teacher."""
         return self._teacher[0] if self._teacher else None
 
+    @property
+    def _average(self) -> DenseAdapter | None:
+        """The teacher if it is a moving average."""
+        return self.teacher if self.options.teacher == "ema" else None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._average is not None:
+            save_teacher(self._average, destination, prefix)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self._average is not None:
+            load_teacher(self._average, state_dict, prefix, missing_keys, error_msgs)
+            self._teacher_text_cache.clear()
+            state_dict = without_teacher(state_dict, prefix)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights, and the moving average of ``teacher="ema"``; see :meth:`torch.nn.Module.load_state_dict`.
+
+        Without a moving average in the state dict it starts anew at the loaded weights, with a warning, if ``strict``
+        is false.
+
+        Raises:
+            InputError: ``strict``, and the moving average is missing, is of another backbone, or has no use.
+        """
+        problem = teacher_problem(self._average, state_dict, self.options.teacher) if strict else None
+        if problem is not None:
+            raise InputError(problem)
+        return super().load_state_dict(state_dict, strict, assign)
+
     def forward(
         self,
         images: Tensor,
         captions: Sequence[str],
         tags: Sequence[Sequence[str]] | None = None,
-        groups: Sequence[str] | None = None,
+        groups: Sequence[Hashable] | None = None,
+        *,
+        return_loss: bool = True,
     ) -> TTDOutput:
         """Compute the loss of a batch of image-text pairs.
 
         If ``torch.distributed`` is initialised and gradients are enabled, the loss is that of the joint batch of all
         processes: their pairs are negatives of the contrastive term, and means are over all of them. The average of
         the processes' gradients is the gradient of this loss. Every process must make the call. Without gradients the
-        loss is that of this batch alone.
+        loss is that of this batch alone. Trained weights that the loss does not use, such as the logit scale without a
+        contrastive term, have a gradient of zero with several processes, so that ``DistributedDataParallel`` needs no
+        ``find_unused_parameters``.
+
+        Normalisation layers whose weights are frozen are set to evaluation mode, so that their statistics stay.
 
         Args:
-            images: ``[B, 3, height, width]``, normalised for the backbone, of any size that it accepts.
+            images: float ``[B, 3, height, width]``, normalised for the backbone, of any size that it accepts, on its
+                device.
             captions: B strings; an empty one has no tags and contributes to the contrastive term only.
             tags: candidate tags of each caption; by default the extractor finds them.
-            groups: a name of each pair's image; pairs of one image are not negatives in the contrastive term. Either
-                all processes pass groups, or none.
+            groups: the id of each pair's image: a string, an integer or another hashable value, in a sequence, an array
+                or a tensor. Pairs of one image are not negatives in the contrastive term. Either all processes pass
+                groups, or none.
+            return_loss: must be true; training libraries look for the argument before they evaluate a model.
 
         Raises:
-            InputError: the number of captions, of lists of tags or of groups differs from that of images.
+            InputError: an argument has the wrong type or shape, the number of captions, of lists of tags or of groups
+                differs from that of images, or the pixels of the first batch are not normalised.
         """
         options = self.options
-        if groups is not None and len(groups) != len(images):
-            raise InputError(f"{len(images)} images came with {len(groups)} groups; pass one group per image")
-        if torch.is_grad_enabled() and not self.backbone.has_lora:
-            self.backbone.snapshot_weights()
+        if not return_loss:
+            raise InputError("TTD always returns its loss; leave return_loss out")
+        if getattr(self, "_is_replica", False):
+            raise TTDError(
+                "nn.DataParallel copies the backbone without its parameters and does not split captions; start one "
+                "process for each GPU (torchrun or accelerate launch), or make one GPU visible"
+            )
+        images = check_images(images, self.backbone)
+        ids = None if groups is None else check_groups(groups, images)
+        if torch.is_grad_enabled():
+            if not self._checked_first_step:
+                check_precision(self.backbone)
+                self._checked_first_step = True
+            keep_frozen_norms_in_eval(self.backbone.model)
+            if not self.backbone.has_lora:
+                self.backbone.snapshot_weights()
         candidates = self.candidates(images, captions, tags)
+        if not self._checked_first_batch:
+            check_pixels(images, self.backbone)
         need_pooled = options.contrastive_weight > 0
         # Without L_tag, tag embeddings only affect targets, and need no gradient.
         tag_gradient = options.tag_weight > 0
@@ -309,6 +256,11 @@ class TTD(nn.Module):
             self.backbone, images, captions, candidates, pooled=need_pooled, tag_gradient=tag_gradient
         )
         targets = self.targets(self._teacher_alignment(images, captions, candidates) or alignment)
+        if not self._checked_first_batch:
+            if self._uses_calibration():
+                maps = [alignment.tag_maps, alignment.caption_maps]
+                check_calibration(self.calibration, maps, self.backbone.description.name)
+            self._checked_first_batch = True
 
         parts: dict[str, Tensor] = {}
         weights = {"tag": options.tag_weight, "distill": options.distill_weight}
@@ -328,9 +280,11 @@ class TTD(nn.Module):
                 parts["contrastive"] = self._contrastive(
                     alignment.pooled,
                     alignment.captions,
-                    groups,
+                    ids,
                 )
             loss = sum((weights[name] * part for name, part in parts.items()), alignment.caption_maps.sum() * 0)
+            if self.covers_unused and distributed.process_count() > 1 and loss.requires_grad:
+                loss = sum((parameter.sum() * 0 for parameter in self._unused_parameters(loss)), loss)
         return TTDOutput(loss, {name: part.detach() for name, part in parts.items()}, alignment, targets)
 
     def candidates(
@@ -339,31 +293,27 @@ class TTD(nn.Module):
         """Return the candidate tags of a batch: ``tags``, or those that the extractor finds in the captions.
 
         Raises:
-            InputError: the batch is empty, or the number of captions or of lists of tags differs from that of images.
-            TagExtractionError: the extractor returns another number of lists than there are captions.
+            InputError: the batch is empty, an argument has the wrong type or shape, or the number of captions or of
+                lists of tags differs from that of images.
+            TagExtractionError: the extractor does not return one list of strings for each caption.
         """
-        if isinstance(captions, str):
-            raise InputError("captions must be a list with one string for each image, not a single string")
-        if len(captions) != len(images):
-            raise InputError(f"{len(images)} images came with {len(captions)} captions; pass one caption per image")
-        if tags is not None and len(tags) != len(captions):
-            raise InputError(f"{len(captions)} captions came with {len(tags)} lists of tags; pass one list per caption")
-        if not len(images):
-            raise InputError("the batch is empty; pass at least one image and caption")
+        images = check_images(images, self.backbone)
+        captions = check_captions(captions, images)
         if tags is None:
-            tags = self.extractor(captions)
-            if len(tags) != len(captions):
-                raise TagExtractionError(
-                    f"tag extractor {self.extractor.name!r} returned {len(tags)} lists for {len(captions)} captions"
-                )
-        elif any(isinstance(names, str) for names in tags):
-            raise InputError("tags must be a list of tags for each caption, not one string; write [[tag], ...]")
+            tags = check_extracted(self.extractor(captions), captions, self.extractor)
+        else:
+            tags = check_tags(tags, captions)
         return Candidates.of(tags, images.device)
 
     def align(
         self, images: Tensor, captions: Sequence[str], candidates: Candidates, *, pooled: bool = True
     ) -> Alignment:
-        """Compute maps and scores of a batch with the backbone (the student); gradients follow torch's grad mode."""
+        """Compute maps and scores of a batch with the backbone (the student); gradients follow torch's grad mode.
+
+        Raises:
+            InputError: an argument has the wrong type or shape.
+        """
+        images = check_images(images, self.backbone)
         return self._align(self.backbone, images, captions, candidates, pooled=pooled)
 
     def _align(
@@ -418,6 +368,21 @@ class TTD(nn.Module):
                 truncated[: len(captions)],
             )
 
+    def _uses_calibration(self) -> bool:
+        """Whether the selection or a loss maps cosines to probabilities."""
+        options = self.options
+        trained = options.tag_weight > 0 or options.distill_weight > 0
+        return trained and (options.rule == "probability" or options.activation == "sigmoid")
+
+    def _unused_parameters(self, loss: Tensor) -> list[nn.Parameter]:
+        """Return the trained parameters that a loss does not depend on, found once for each choice of trained ones."""
+        trained = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
+        key = tuple(parameter.requires_grad for parameter in self.backbone.parameters())
+        if self._unused is None or self._unused[0] != key:
+            used = distributed.leaves(loss)
+            self._unused = key, [parameter for parameter in trained if parameter not in used]
+        return self._unused[1]
+
     def _checkpoints_texts(self, adapter: DenseAdapter) -> bool:
         """Whether to use activation checkpointing in the text tower; by default where texts cannot be trimmed."""
         option = self.options.text_activation_checkpointing
@@ -431,12 +396,8 @@ class TTD(nn.Module):
         (teacher,) = self._teacher
         teacher.to(images.device)
         # The model's mode and not this module's: the caller's loop switches the model.
-        if self.options.teacher == "ema" and self.backbone.model.training:
-            averages, parameters = list(teacher.parameters()), list(self.backbone.parameters())
-            if [p.shape for p in averages] != [p.shape for p in parameters]:
-                raise TTDError("LoRA was added to or removed from the backbone after TTD() was built; build a new TTD")
-            for average, current in zip(averages, parameters, strict=True):
-                average.lerp_(current.detach().to(average.dtype), 1 - self.options.ema_decay)
+        if self._average is not None and self.backbone.model.training:
+            update_average(teacher, self.backbone, self.options.ema_decay)
         return self._align(teacher, images, captions, candidates, pooled=False)
 
     @torch.no_grad()
@@ -469,7 +430,7 @@ class TTD(nn.Module):
         """Return ``total / count``: with gradients over the joint batch of all processes, otherwise over this one."""
         return distributed.joint_mean(total, count) if torch.is_grad_enabled() else total / count.clamp_min(1e-6)
 
-    def _contrastive(self, pooled: Tensor, captions: Tensor, groups: Sequence[str] | None) -> Tensor:
+    def _contrastive(self, pooled: Tensor, captions: Tensor, groups: Sequence[Hashable] | None) -> Tensor:
         numbers = None if groups is None else distributed.group_numbers(groups, pooled.device)
         if torch.is_grad_enabled():
             pooled, captions = distributed.gather_rows(pooled), distributed.gather_rows(captions)
@@ -501,19 +462,22 @@ class TTD(nn.Module):
             tags: candidate tags; by default the extractor finds them in the caption.
 
         Raises:
-            InputError: the image cannot be read.
+            InputError: the image cannot be read, or an argument has the wrong type.
             ImageSizeError: the size does not fit the patch grid.
         """
-        if isinstance(image, Path | str):
-            from ttd_plugins.data.images import read_image
+        from ttd_plugins.data.images import read_image, to_rgb
 
-            image = read_image(image)
+        if not isinstance(caption, str):
+            raise InputError(f"the caption must be a string, not a {type(caption).__name__}")
+        image = read_image(image) if isinstance(image, Path | str) else to_rgb(image)
         pixels = image_pixels(self.backbone, image, size)
         images = pixels[None].to(self.backbone.device)
         with evaluation_mode(self.backbone):
             candidates = self.candidates(images, [caption], None if tags is None else [tags])
             alignment = self.align(images, [caption], candidates, pooled=False)
         targets = self.targets(alignment)
+        own = self.options.calibration
+        calibrated = self.backbone.description.calibrated if own is None else own != Calibration()
 
         def array(maps: Tensor) -> NDArray[Any]:
             return maps.reshape(*maps.shape[:-1], *alignment.grid).cpu().numpy()
@@ -531,6 +495,8 @@ class TTD(nn.Module):
             caption_map=array(alignment.caption_maps)[0],
             caption_map_normalized=array(similarity.minmax_normalize(alignment.caption_maps))[0],
             truncated=alignment.truncated[0],
+            calibrated=calibrated,
+            notes=backbone_notes(self.backbone.description, calibrated=calibrated, rule=self.options.rule),
         )
 
     def image_array(self, pixels: Tensor) -> NDArray[np.uint8]:

@@ -6,23 +6,26 @@ hidden folder beside it, which is renamed at the end.
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ttd_plugins._version import __version__
 from ttd_plugins.adapter import ExportedModel
+from ttd_plugins.engine_checks import require_adapter
 from ttd_plugins.errors import InputError, TTDError, choices_sentence, one_sentence
 from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_keyword
+from ttd_plugins.utils.files import given_path
+from ttd_plugins.utils.output_folder import new_folder, require_new
 from ttd_plugins.utils.settings import flatten
 
 if TYPE_CHECKING:
     from ttd_plugins.adapter import DenseAdapter
+
+log = logging.getLogger(__name__)
 
 Form = Literal["native", "lora", "weights"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -89,7 +92,12 @@ class Exported:
 
 
 def export_backbone(
-    adapter: DenseAdapter, out: str | Path, *, form: Form = "native", card: ModelCard | None = None
+    adapter: DenseAdapter,
+    out: str | Path,
+    *,
+    form: Form = "native",
+    card: ModelCard | None = None,
+    lora_scale: float = 1.0,
 ) -> Exported:
     """Write a backbone in its current state, with a model card, to the new folder ``out``.
 
@@ -103,23 +111,30 @@ def export_backbone(
         form: ``"native"`` for files that the backbone's own library loads, ``"lora"`` for LoRA alone in peft's format,
             ``"weights"`` for the state dict alone, for ``load_state_dict`` of the same model.
         card: content of the model card.
+        lora_scale: factor of LoRA in the export, from 0 (the original weights) to 1 (as trained) or more; see
+            :func:`ttd_plugins.lora.scale_lora`.
 
     Raises:
-        InputError: the form is unknown, or the folder is not empty or cannot be written (a full disk included); no
-            file is left then.
+        InputError: the form is unknown, the scale is negative, or the folder is not empty or cannot be written (a full
+            disk included); no file is left then.
         UnsupportedModelError: the library cannot rebuild this model, with the reason.
         TTDError: there is no LoRA to save, or it has values that are not finite.
         MissingDependencyError: the backbone's library is not installed.
     """
+    out = given_path(out)
+    require_adapter(adapter, "export_backbone()")
     if form not in FORMS:
         raise InputError(choices_sentence("form of export", str(form), FORMS))
     if form == "lora" and not adapter.has_lora:
         raise TTDError(f"{adapter.description.name} has no LoRA to export; use form='native' or form='weights'")
+    from ttd_plugins.lora import scaled_lora
+
     card = card if card is not None else ModelCard()
-    out = Path(out)
+    if lora_scale != 1:
+        card = replace(card, settings={**card.settings, "lora_scale": lora_scale})
     # Before anything slow, so that a wrong path fails at once.
-    _require_free(out)
-    with _complete_or_absent(out) as folder:
+    require_new(out)
+    with scaled_lora(adapter, lora_scale), _complete_or_absent(out) as folder:
         if form == "lora":
             model = _write_lora(adapter, folder)
         elif adapter._lora is not None:
@@ -132,7 +147,9 @@ def export_backbone(
     return Exported(out, form, files, model)
 
 
-def export_run(run: str | Path, out: str | Path, *, form: Form = "native", step: int | None = None) -> Exported:
+def export_run(
+    run: str | Path, out: str | Path, *, form: Form = "native", step: int | None = None, lora_scale: float = 1.0
+) -> Exported:
     """Write the backbone of a training run; see :func:`export_backbone`.
 
     Args:
@@ -140,13 +157,15 @@ def export_run(run: str | Path, out: str | Path, *, form: Form = "native", step:
         out: the folder to write.
         form: as in :func:`export_backbone`.
         step: the step of the checkpoint; by default the last one.
+        lora_scale: as in :func:`export_backbone`.
 
     Raises:
         TTDError: the run cannot be read, or as :func:`export_backbone`.
     """
-    _require_free(Path(out))
+    # Before anything slow, so that a wrong path fails at once.
+    require_new(given_path(out))
     adapter, card = read_run(Path(run), step)
-    return export_backbone(adapter, out, form=form, card=card)
+    return export_backbone(adapter, out, form=form, card=card, lora_scale=lora_scale)
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -197,38 +216,16 @@ def _class_of(adapter: DenseAdapter) -> str:
     return f"{type(adapter.model).__module__}.{type(adapter.model).__qualname__}"
 
 
-def _require_free(out: Path) -> None:
-    try:
-        if out.exists() and not out.is_dir():
-            raise InputError(f"{str(out)!r} is a file; choose another folder to export to")
-        if out.is_dir() and any(out.iterdir()):
-            raise InputError(f"the folder {str(out)!r} is not empty; choose another one to export to")
-    except OSError as error:
-        raise InputError(f"{str(out)!r} cannot be read ({error.strerror}); choose another folder") from error
-
-
 @contextmanager
 def _complete_or_absent(out: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside ``out``; it is renamed to ``out`` on success and removed otherwise."""
+    """:func:`new_folder`, with the errors of safetensors as those of the file system."""
     from safetensors import SafetensorError
 
-    beside: Path | None = None
-    try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.part-", dir=out.absolute().parent))
-        inner = beside / "export"
-        inner.mkdir()
-        yield inner
-        # This replaces an empty folder.
-        os.replace(inner, out)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or one_sentence(error)
-        raise InputError(
-            f"{str(out)!r} cannot be written ({reason}); free some space or choose another folder"
-        ) from error
-    finally:
-        if beside is not None:
-            shutil.rmtree(beside, ignore_errors=True)
+    with new_folder(out) as folder:
+        try:
+            yield folder
+        except SafetensorError as error:
+            raise OSError(one_sentence(error)) from error
 
 
 # The card ------------------------------------------------------------------------------------------------------------
@@ -355,10 +352,13 @@ def read_run(run: Path, step: int | None = None) -> tuple[DenseAdapter, ModelCar
     """
     from ttd_plugins.training.checkpoints import read_state, restore_backbone
     from ttd_plugins.training.config import TrainConfig
+    from ttd_plugins.training.divergence import DivergenceWatch
     from ttd_plugins.training.jsonl_log import JsonlLog
 
     adapter = restore_backbone(run, step)
     config, state = asdict(TrainConfig.read(run / "config.yaml")), read_state(run, step)
+    if DivergenceWatch(**(state.get("health") or {})).diverged:
+        log.warning("the run had diverged at step %d, so its weights are most likely useless", state["step"])
     source = config["data"]["source"]
     data = {
         # The name of the folder or file: the rest of a path means nothing elsewhere.
@@ -376,7 +376,7 @@ def read_run(run: Path, step: int | None = None) -> tuple[DenseAdapter, ModelCar
     metrics = {name: value for name, value in state.get("figures", {}).items() if isinstance(value, int | float)}
     logged = {"last log line of the training": metrics} if metrics else {}
     lines = [line for line in JsonlLog(run / "log.jsonl").read() if "evaluation" in line]
-    for line in [line for line in lines if line["step"] <= state["step"]][-1:]:
+    for line in [one for one in lines if one["step"] <= state["step"] and isinstance(one["evaluation"], Mapping)][-1:]:
         logged[f"evaluation after step {line['step']}"] = line["evaluation"]
     name, colon, place = (config["evaluation"]["data"] or "").partition(":")
     if name:

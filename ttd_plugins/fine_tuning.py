@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ttd_plugins.engine_checks import require_adapter
 from ttd_plugins.errors import InputError, MissingDependencyError
 from ttd_plugins.training.config import TrainConfig
 from ttd_plugins.training.prefetching import PairBatches
 from ttd_plugins.training.reporting import Reporter
 from ttd_plugins.training.run import Evaluate, LoaderFactory, Sample, TrainResult, train_run
+from ttd_plugins.utils.files import given_path
 from ttd_plugins.utils.progress import Advance
 
 if TYPE_CHECKING:
@@ -60,8 +62,11 @@ def fine_tune(
         NonFiniteError: a loss or gradient was not finite, and the configuration does not allow to skip the step.
         TTDError: the backbone cannot be loaded, or cannot be tuned as configured.
     """
+    out = given_path(out)
+    if backbone is not None:
+        backbone = require_adapter(backbone, "fine_tune()")
     if config is None:
-        stored = Path(out) / "config.yaml"
+        stored = out / "config.yaml"
         if not resume or not stored.is_file():
             raise InputError(
                 f"there is no configuration: none is given, and {out} has no run that --resume could continue"

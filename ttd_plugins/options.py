@@ -21,6 +21,17 @@ Activation = Literal["sigmoid", "minmax", "none"]
 Teacher = Literal["self", "frozen", "ema"]
 
 
+def check_threshold(rule: Rule, threshold: float) -> None:
+    """Check the threshold of a selection rule.
+
+    Raises:
+        InputError: it is outside the range of the scores of the rule.
+    """
+    low = -1 if rule == "absolute" else 0
+    if not low <= threshold <= 1:
+        raise InputError(f"threshold must be at least {low} and at most 1 with the rule {rule}, not {threshold:g}")
+
+
 @configuration()
 class Calibration:
     """An affine map from cosine to probability, ``sigmoid(scale * cosine + shift)``.
@@ -66,7 +77,9 @@ class TTDOptions:
     template: Annotated[Text, option("Prompt around a tag, with {} for the tag (unknown; the bare word).")] = "{}"
     score: Annotated[Score, option("Score of a tag; pixel is the paper's, image and text are its baselines.")] = "pixel"
     rule: Annotated[Rule, option("Rule that turns scores into a selection (unknown).")] = "minmax"
-    threshold: Annotated[Float, option("Threshold of the selection rule (unknown).")] = 0.5
+    threshold: Annotated[
+        Float, option("Threshold of the selection rule (unknown), from 0 to 1; from -1 to 1 for the rule absolute.")
+    ] = 0.5
     distance: Annotated[Distance, option("Distance between a map and its target (unknown).")] = "bce"
     activation: Annotated[Activation, option("What is applied to a map before the distance (unknown).")] = "sigmoid"
     tag_weight: Annotated[Float, option("Weight of L_tag (unknown).", ge=0)] = 1.0
@@ -105,6 +118,7 @@ class TTDOptions:
     ] = None
 
     def __post_init__(self) -> None:
+        check_threshold(self.rule, self.threshold)
         before, _, after = self.template.partition("{}")
         if "{}" not in self.template or set("{}") & set(before + after):
             raise InputError(

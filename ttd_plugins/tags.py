@@ -7,6 +7,7 @@ This module does not import torch.
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -49,6 +50,9 @@ _JOINERS = "'-"
 _LETTER, _MARK, _JOINER, _SEPARATOR = range(4)
 # Zero-width joiners shape letters in Persian and Indic scripts, and join emoji elsewhere.
 _ZERO_WIDTH_JOINERS = "\u200c\u200d"
+# By Unicode's rule of word boundaries (UAX #29) a zero-width space separates words; other format characters do not.
+_SEPARATING_FORMATS = "\u200b"
+_ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 _SYMBOLS = frozenset({"So", "Sk", "Cc", "Cs", "Co", "Cn"})
 
 
@@ -58,11 +62,13 @@ def split_words(text: str) -> list[str]:
     A word is a run of letters, marks and digits of any script, with single apostrophes and hyphens inside it
     (``dog's``, ``t-shirt``); typographic ones become ``'`` and ``-``. Punctuation, emoji and other symbols are dropped:
     in captions, symbols are mostly decoration. Scripts without spaces (Chinese, Japanese, Thai) are not segmented: each
-    run between punctuation marks is one word.
+    run between punctuation marks is one word. HTML entities are unescaped first (``&amp;``), and soft hyphens and other
+    invisible format characters do not split words.
     """
+    text = unescape_entities(text)
     if text.isascii():
         return _ASCII_WORD.findall(text)
-    text = plain_punctuation(unicodedata.normalize("NFC", text))
+    text = plain_punctuation(unicodedata.normalize("NFC", _without_formats(text)))
     words: list[str] = []
     word = joiner = ""
     for character in text:
@@ -97,13 +103,35 @@ def _is_emoji_modifier(character: str) -> bool:
     return "\ufe00" <= character <= "\ufe0f" or character == "\u20e3"
 
 
+def unescape_entities(text: str) -> str:
+    """Replace HTML entities by their characters, also those that were escaped twice (``&amp;quot;``).
+
+    An entity ends in ``;``. Anything else with an ampersand, such as ``AT&T``, stays.
+    """
+    for _ in range(2):
+        if "&" not in text or ";" not in text:
+            break
+        text = _ENTITY.sub(lambda entity: html.unescape(entity.group()), text)
+    return text
+
+
+def _without_formats(text: str) -> str:
+    """Remove invisible format characters, except joiners, which are part of a word, and those that separate words."""
+    kept = _ZERO_WIDTH_JOINERS + _SEPARATING_FORMATS
+    return "".join(c for c in text if c in kept or unicodedata.category(c) != "Cf")
+
+
 def plain_punctuation(text: str) -> str:
     """Replace typographic apostrophes and hyphens by ``'`` and ``-``."""
     return text.translate(_PLAIN_PUNCTUATION)
 
 
 def without_symbols(text: str) -> str:
-    """Return ``text`` on one line, in Unicode's composed form, with plain apostrophes and without symbols or emoji."""
+    """Return ``text`` on one line, in Unicode's composed form, with plain apostrophes and without symbols or emoji.
+
+    HTML entities are unescaped, and invisible format characters are removed.
+    """
+    text = _without_formats(unescape_entities(text)).replace(_SEPARATING_FORMATS, " ")
     text = plain_punctuation(unicodedata.normalize("NFC", text))
     dropped = (" " if unicodedata.category(c) in _SYMBOLS or _is_emoji_modifier(c) else c for c in text)
     return " ".join("".join(dropped).split())

@@ -25,6 +25,10 @@ class OpenCLIPFamily(OpenCLIPModelFamily):
         kind = OpenCLIPTrunkAdapter if recognition.has_trunk(model) else OpenCLIPAdapter
         return kind(model, **options)
 
+    def unclaimed_reason(self, model: object) -> str | None:
+        """Why a model of open_clip is not claimed, such as a ResNet; ``None`` for other objects."""
+        return recognition.unclaimed_reason(model)
+
     def _architecture(self, open_clip: Any, name: str, weights: str) -> str:
         """The architecture with the activation function that the pretrained tag was trained with.
 

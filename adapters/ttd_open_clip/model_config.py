@@ -81,6 +81,7 @@ def _trunk_config(visual: Any) -> dict[str, Any] | None:
         return None
     linear, mlp = getattr(visual.head, "proj", None), getattr(visual.head, "mlp", None)
     last = linear if linear is not None else getattr(mlp, "fc2", None)
+    projection: str | None
     if last is not None:
         projection = "linear" if linear is not None else "mlp"
     else:

@@ -37,6 +37,9 @@ ATTENTIONAL_POOLING = (
 )
 
 
+RESNET = f"its image tower is a ResNet that pools by attention, and {SUPPORTED}"
+
+
 def import_open_clip() -> Any:
     """Return the module ``open_clip``, or raise MissingDependencyError."""
     install = "'ttd-plugins[open_clip]'"
@@ -67,7 +70,7 @@ def unsupported_reason(model: object) -> str | None:
     if hasattr(visual, "trunk"):
         return _unsupported_trunk_reason(model) or text_tower.unpooled_reason(model)
     if hasattr(visual, "attnpool") or hasattr(visual, "layer4"):
-        return f"its image tower is a ResNet that pools by attention, and {SUPPORTED}"
+        return RESNET
     if not claims(model):
         return "it is not built like open_clip's native vision transformer (batch first, visual.transformer.resblocks)"
     if getattr(visual, "attn_pool", None) is not None:
@@ -75,6 +78,21 @@ def unsupported_reason(model: object) -> str | None:
     if getattr(visual, "pool_type", "tok") not in ("tok", "avg"):
         return f"its image tower returns no pooled embedding (pool_type {visual.pool_type!r})"
     return text_tower.unpooled_reason(model)
+
+
+def unclaimed_reason(model: object) -> str | None:
+    """Why a model with open_clip's methods is not claimed, as the end of a sentence; ``None`` for other objects."""
+    if all(hasattr(model, name) for name in VIT_PARTS):
+        return "it is an image tower alone, and TTD needs both towers; pass the whole model"
+    if claims(model) or not all(hasattr(model, name) for name in ("visual", "encode_image", "encode_text")):
+        return None
+    reason = unsupported_reason(model)
+    if reason == RESNET:
+        return (
+            f"{reason}; load a vision transformer such as ViT-B-16, or the same ResNet with the original clip package, "
+            "whose models the family 'openai_clip' supports"
+        )
+    return reason
 
 
 def unsupported_config_reason(config: Mapping[str, Any]) -> str | None:
@@ -90,7 +108,7 @@ def unsupported_config_reason(config: Mapping[str, Any]) -> str | None:
             return f"its image tower pools by {vision['timm_pool']}, and {SUPPORTED}"
         return None
     if isinstance(vision.get("layers"), (list, tuple)):
-        return f"its image tower is a ResNet that pools by attention, and {SUPPORTED}"
+        return RESNET
     if vision.get("attentional_pool"):
         return ATTENTIONAL_POOLING
     if vision.get("pool_type", "tok") not in ("tok", "avg"):

@@ -12,7 +12,7 @@ from torch import nn
 from ttd_openai_clip.adapter import OpenAICLIPAdapter
 from ttd_openai_clip.architectures import CONFIGURATIONS, SHORT_NAMES, hub_name
 from ttd_openai_clip.original_adapter import OriginalResNetAdapter, OriginalViTAdapter
-from ttd_openai_clip.recognition import container, import_transformers
+from ttd_openai_clip.recognition import container, import_transformers, unclaimed_reason
 from ttd_openai_clip.transformers_adapter import TransformersCLIPAdapter
 from ttd_plugins.adapter import Calibration, DenseAdapter
 from ttd_plugins.errors import BackboneNameError, InputError, TTDError, UnsupportedModelError, choices_sentence
@@ -149,6 +149,10 @@ class OpenAICLIPFamily(CLIPFamily):
     def claims(self, model: object) -> bool:
         """Whether ``model`` is transformers' ``CLIPModel`` or a model of the original package, by its structure."""
         return container(model) is not None
+
+    def unclaimed_reason(self, model: object) -> str | None:
+        """Why a model that resembles a ``CLIPModel`` is not claimed; ``None`` for other objects."""
+        return unclaimed_reason(model)
 
     def _adapt(self, model: nn.Module, **options: Any) -> OpenAICLIPAdapter:
         kind = container(model)

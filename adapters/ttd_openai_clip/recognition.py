@@ -76,6 +76,16 @@ def is_transformers_clip(model: object) -> bool:
     return getattr(getattr(model, "config", None), "model_type", "clip") == "clip"
 
 
+def unclaimed_reason(model: object) -> str | None:
+    """Why a model that resembles transformers' ``CLIPModel`` is not claimed; ``None`` for other objects."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in ("clip_vision_model", "clip_text_model"):
+        return "it is one tower alone, and TTD needs both; pass a CLIPModel"
+    if container(model) is None and _has(model, TRANSFORMERS_PARTS) and kind not in (None, "clip"):
+        return f"its config.model_type is {kind!r} and not 'clip', so its towers differ from those of a CLIPModel"
+    return None
+
+
 def _runs_sequence_first(transformer: Any) -> bool:
     """Whether a transformer is the original package's: masks stored in its blocks, no layer scale, sequence first."""
     blocks: Any = getattr(transformer, "resblocks", None)

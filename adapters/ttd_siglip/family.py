@@ -29,6 +29,7 @@ from ttd_siglip.recognition import (
     import_transformers,
     is_timm_siglip,
     is_transformers_siglip,
+    unclaimed_reason,
     unsupported_reason,
     unsupported_transformers_config_reason,
 )
@@ -161,6 +162,10 @@ class SiglipFamily(OpenCLIPModelFamily):
             last_block=last_block,
             calibration=calibration,
         )
+
+    def unclaimed_reason(self, model: object) -> str | None:
+        """Why one tower of a SigLIP model is not claimed; ``None`` for other objects."""
+        return unclaimed_reason(model)
 
     def _adapt(self, model: nn.Module, **options: Any) -> SiglipAdapter:
         return adapt(model, **options)

@@ -63,6 +63,14 @@ def claims(model: object) -> bool:
     return is_transformers_siglip(model) or is_timm_siglip(model)
 
 
+def unclaimed_reason(model: object) -> str | None:
+    """Why one tower of transformers' ``SiglipModel`` is not claimed; ``None`` for other objects."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in ("siglip_vision_model", "siglip_text_model", "siglip2_vision_model", "siglip2_text_model"):
+        return "it is one tower alone, and TTD needs both; pass a SiglipModel"
+    return None
+
+
 def unsupported_reason(model: Any) -> str | None:
     """Why ``model`` cannot be adapted, as the end of a sentence; ``None`` where it can."""
     if is_transformers_siglip(model):

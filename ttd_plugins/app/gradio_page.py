@@ -8,13 +8,24 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
 from importlib import resources
 from typing import Any
 
 from ttd_plugins.app.rendering import render_error, render_message, render_note, render_progress, render_result
+from ttd_plugins.app.request_guard import (
+    UNKNOWN_FILE,
+    RequestGuard,
+    check_allowed_host,
+    check_listening,
+    split_host,
+    uploaded_file,
+)
 from ttd_plugins.app.studio import MAX_STEPS, Studio, TuningStoppedError, error_sentence
-from ttd_plugins.errors import InputError, MissingDependencyError, one_sentence
+from ttd_plugins.embedded.photo_examples import photograph
+from ttd_plugins.errors import InputError, MissingDependencyError, TTDError, one_sentence
 from ttd_plugins.reports.heat_overlay import HEAT_OPACITY
 from ttd_plugins.reports.templating import stylesheet
 
@@ -45,6 +56,18 @@ def import_gradio() -> Any:
     return gradio
 
 
+def example_kinds(studio: Studio) -> list[tuple[str, Callable[[int], tuple[Any, str]], int]]:
+    """Label, source and number of the buttons with examples: what the page's backbones know."""
+    scenes = bool(studio.tunable)
+    photographs = any(name not in studio.tunable for name in studio.backbones)
+    kinds: list[tuple[str, Callable[[int], tuple[Any, str]], int]] = []
+    if photographs:
+        kinds.append(("Photo", photograph, EXAMPLES))
+    if scenes:
+        kinds.append(("Scene", studio.example, EXAMPLES))
+    return kinds
+
+
 def build_page(studio: Studio) -> Any:
     """Build the ``gradio.Blocks`` of a studio.
 
@@ -52,6 +75,14 @@ def build_page(studio: Studio) -> Any:
         MissingDependencyError: gradio is not installed.
     """
     gr = import_gradio()
+
+    def uploaded_path(payload: Any) -> str | None:
+        if payload is None:
+            return None
+        path = uploaded_file(payload.path, gr.utils.get_upload_folder())
+        if path is None:
+            raise gr.Error(UNKNOWN_FILE, print_exception=False)
+        return path
 
     def visitor(request: Any) -> str:
         return str(request.session_hash or "")
@@ -107,11 +138,11 @@ def build_page(studio: Studio) -> Any:
                 names = list(dict.fromkeys([*names, name]))
                 yield render_note(f"{note}.", finished), shown(image, caption, names, who), *done
 
-    def example(number: int) -> tuple[Any, Any, Any]:
+    def example(draw: Callable[[int], tuple[Any, str]], number: int) -> tuple[Any, Any, Any]:
         try:
-            image, caption = studio.example(number)
+            image, caption = draw(number)
         except Exception as error:
-            return gr.skip(), gr.skip(), render_error(error_sentence(error, "drawing a scene"))
+            return gr.skip(), gr.skip(), render_error(error_sentence(error, "opening an example"))
         return image, caption, gr.skip()
 
     for listener in (show, tune):
@@ -132,10 +163,12 @@ def build_page(studio: Studio) -> Any:
                     elem_id="ttd-image",
                 )
                 # Gradio opens the file itself and fails without a sentence; read_image says what is wrong.
-                image.preprocess = lambda payload: None if payload is None else payload.path
+                image.preprocess = uploaded_path
                 with gr.Row(elem_id="ttd-examples"):
                     examples = [
-                        gr.Button(f"Scene {number}", size="sm", min_width=64) for number in range(1, EXAMPLES + 1)
+                        (gr.Button(f"{kind} {number + 1}", size="sm", min_width=64), draw, number)
+                        for kind, draw, count in example_kinds(studio)
+                        for number in range(count)
                     ]
                 caption = gr.Textbox(
                     label="Caption", placeholder="a dog beside an umbrella on the grass", lines=2, elem_id="ttd-caption"
@@ -196,39 +229,60 @@ def build_page(studio: Studio) -> Any:
         for ending in (halt, forget):
             ending.__annotations__ = {"request": gr.Request}
         end.click(halt, None, None, queue=False, **hidden)
-        for number, button in enumerate(examples):
-            button.click(lambda number=number: example(number), None, [image, caption, result], **hidden)
+        for button, draw, number in examples:
+            button.click(partial(example, draw, number), None, [image, caption, result], **hidden)
         opacity.change(None, opacity, None, js=SET_OPACITY, **hidden)
         page.unload(forget)
     return page
 
 
 def launch_page(
-    page: Any, *, host: str = "127.0.0.1", port: int | None = None, browser: bool = False
+    page: Any,
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    browser: bool = False,
+    allow_hosts: Sequence[str] = (),
 ) -> tuple[Any, str]:
-    """Serve the page from a thread of its own.
+    """Serve the page from a thread of its own, behind a :class:`~ttd_plugins.app.request_guard.RequestGuard`.
 
     Args:
         page: the ``gradio.Blocks`` of :func:`build_page`.
         host: address to listen on; the default accepts connections from this machine only.
         port: port to listen on; ``None`` takes the first free one from 7860.
         browser: whether to open the page in the browser.
+        allow_hosts: further host names under which the page may be addressed, such as that of a proxy.
 
     Returns:
         The page, whose ``block_thread()`` waits and ``close()`` ends it, and its address.
 
     Raises:
-        InputError: the address or the port cannot be used.
+        InputError: the address or the port cannot be used, or a name in ``allow_hosts`` is no host name.
     """
+    named = [check_allowed_host(name) for name in allow_hosts]
+    address, free_port = check_listening(host, port)
+    own = split_host(address)
     gr = import_gradio()
+    guards: list[RequestGuard] = []
+
+    @asynccontextmanager
+    async def guard_requests(app: Any) -> AsyncIterator[None]:
+        # Outside every middleware of Gradio's, before the first request.
+        guard = RequestGuard(
+            app.middleware_stack, hosts=[own[0]] if own else [], named=named, uploads=app.uploaded_file_dir
+        )
+        app.middleware_stack = guard
+        guards.append(guard)
+        yield
+
     files = resources.files("ttd_plugins.app")
     layout, script = (files.joinpath(name).read_text(encoding="utf-8") for name in ("app.css", "app.js"))
     css = str(stylesheet("heat_overlay.css", dark=".dark")) + layout
     fonts = {"font": ["system-ui", "-apple-system", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     try:
-        _, address, _ = page.queue(max_size=64).launch(
-            server_name=host,
-            server_port=port,
+        _, shown, _ = page.queue(max_size=64).launch(
+            server_name=address,
+            server_port=free_port,
             share=False,
             inbrowser=browser,
             prevent_thread_lock=True,
@@ -240,20 +294,31 @@ def launch_page(
             enable_monitoring=False,
             theme=gr.themes.Default(**fonts),
             head=f"<style>{css}</style><script>{script}</script>",
+            app_kwargs={"lifespan": guard_requests},
         )
     except (OSError, ValueError) as error:
-        where = f"{host}:{port}" if port is not None else host
         raise InputError(
-            f"the page cannot be served at {where} ({one_sentence(error)}); give another --port or --host"
+            f"the page cannot be served at {host}:{free_port} ({one_sentence(error)}); give another --port or --host"
         ) from error
-    return page, str(address)
+    if not guards:
+        page.close(verbose=False)
+        raise TTDError(
+            "this version of gradio starts the page without its guard; install another one: pip install -U gradio"
+        )
+    return page, str(shown)
 
 
 def serve(
-    studio: Studio, *, host: str, port: int | None, browser: bool, announce: Callable[[str], object] = print
+    studio: Studio,
+    *,
+    host: str,
+    port: int | None,
+    browser: bool,
+    allow_hosts: Sequence[str] = (),
+    announce: Callable[[str], object] = print,
 ) -> None:
     """Serve the page of a studio until Ctrl-C; ``announce`` is called with a sentence that states the address."""
-    page, address = launch_page(build_page(studio), host=host, port=port, browser=browser)
+    page, address = launch_page(build_page(studio), host=host, port=port, browser=browser, allow_hosts=allow_hosts)
     announce(f"the page is at {address} (Ctrl-C ends it)")
     try:
         page.block_thread()

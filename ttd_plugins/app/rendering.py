@@ -88,7 +88,7 @@ def _cells(maps: CaptionMaps) -> list[dict[str, str]]:
     return [
         {
             "score": f"{float(score):.3f}",
-            "probability": f"{float(probability):.0%}",
+            "probability": f"{float(probability):.0%}" if maps.calibrated else "",
             "word": "selected" if selected else "rejected",
         }
         for score, probability, selected in rows

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ttd_plugins.adapter import Calibration, DenseAdapter
+from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.data.images import read_image
 from ttd_plugins.engine import TTD, CaptionMaps, TTDOptions
 from ttd_plugins.errors import InputError, TTDError, one_sentence
-from ttd_plugins.plugins import explain, families, load, make_tag_extractor, parse_name
+from ttd_plugins.plugins import RANDOM_WEIGHTS, explain, families, load, make_tag_extractor, parse_name
 from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_names
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def embedded_backbones() -> list[str]:
     """Names of the backbones that need no download: those for photographs first, then in alphabetical order."""
     known = families()
     names = [f"{family}:{model}" for family in sorted(known) for model in known[family].embedded_models]
-    return sorted(names, key=lambda name: (name.endswith(":tiny"), name))
+    return sorted(filter(is_embedded, names), key=lambda name: (knows_scenes(name), name))
 
 
 def is_embedded(name: str) -> bool:
@@ -104,10 +104,16 @@ def is_embedded(name: str) -> bool:
         parsed = parse_name(name)
     except TTDError:
         return False
-    known = families()
-    if parsed.family not in known:
+    family = families().get(parsed.family)
+    if family is None or parsed.model not in family.embedded_models:
         return False
-    return parsed.model in known[parsed.family].embedded_models and parsed.weights != "random"
+    # A small model that comes with random weights only has no default.
+    return parsed.weights != RANDOM_WEIGHTS and family.default_weights(parsed.model) is not None
+
+
+def knows_scenes(name: str) -> bool:
+    """Whether ``name`` is an embedded backbone for generated scenes, small enough to be tuned in a page."""
+    return is_embedded(name) and parse_name(name).model == "tiny"
 
 
 class Studio:
@@ -156,8 +162,8 @@ class Studio:
 
     @property
     def tunable(self) -> list[str]:
-        """Names of the backbones that can be fine-tuned in the page: the embedded ones."""
-        return [name for name in self.backbones if is_embedded(name)]
+        """Names of the backbones that can be fine-tuned in the page: the embedded ones for scenes."""
+        return [name for name in self.backbones if knows_scenes(name)]
 
     # Maps ------------------------------------------------------------------------------------------------------------
 
@@ -217,7 +223,7 @@ class Studio:
         try:
             with self._using(self._before[name], lambda: load(name, device=self.device)) as adapter:
                 before = TTD(adapter, self.options).maps(image, caption, tags=tags)
-                notes += _notes(adapter, before, self.options)
+                notes += _notes(adapter, before)
         except Exception as error:
             return BackboneView(name, error=error_sentence(error, name))
         with self._guard:
@@ -275,6 +281,7 @@ class Studio:
         if not 1 <= steps <= MAX_STEPS:
             raise InputError(f"fine-tuning takes 1 to {MAX_STEPS} steps, not {steps}")
         from ttd_plugins.training.scene_tuning import SceneTuning, tune_on_scenes
+        from ttd_plugins.training.step import warm_up_warning
 
         stop = threading.Event()
         with self._guard:
@@ -294,7 +301,8 @@ class Studio:
                     raise TuningStoppedError("stopped before the first step; nothing has changed")
             try:
                 adapter = load(name, device=self.device)
-                tune_on_scenes(adapter, SceneTuning(steps=steps, ttd=self.options, **settings), on_step=after_step)
+                tuning = SceneTuning(steps=steps, ttd=self.options, **settings)
+                tune_on_scenes(adapter, tuning, on_step=after_step)
             finally:
                 self._tuning.release()
             with self._guard:
@@ -302,7 +310,9 @@ class Studio:
                 while len(self._own) >= MAX_TUNED:
                     self._own.pop(next(iter(self._own)))
                 count = f"{steps} step" + "s" * (steps != 1)
-                self._own[visitor, name] = _Loaded(adapter=adapter.eval(), title=f"after: {count} of TTD on scenes")
+                short = warm_up_warning(tuning.optimizer.warm_up, steps) is not None
+                title = f"after: {count} of TTD on scenes" + ", too few to judge it" * short
+                self._own[visitor, name] = _Loaded(adapter=adapter.eval(), title=title)
         except TTDError:
             raise
         except Exception as error:
@@ -341,15 +351,13 @@ class Studio:
         return Image.fromarray(scene.image), scene.caption
 
 
-def _notes(adapter: DenseAdapter, maps: CaptionMaps, options: TTDOptions) -> list[str]:
-    description = adapter.description
-    notes = []
-    if description.weights == "random":
-        notes.append("Its weights are random, so its maps mean nothing.")
-    if (options.calibration or description.calibration) == Calibration():
-        notes.append("Not calibrated: its percentages use the default calibration; “ttd calibrate” fits one to pairs.")
+def _notes(adapter: DenseAdapter, maps: CaptionMaps) -> list[str]:
+    notes = list(maps.notes)
+    if not maps.calibrated:
+        notes.append("Not calibrated, so probabilities are left out; “ttd calibrate” shows how to fit a calibration.")
     if maps.truncated:
-        notes.append(f"The caption is longer than {description.context_length} tokens, so its end was not read.")
+        length = adapter.description.context_length
+        notes.append(f"The caption is longer than {length} tokens, so its end was not read.")
     return notes
 
 

@@ -5,7 +5,9 @@ Heavy modules are imported inside the commands, so that ``ttd --help`` is quick.
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -33,10 +35,11 @@ from ttd_plugins.cli import (
     tags,
     train,
 )
-from ttd_plugins.cli.command_line import ARGUMENTS
-from ttd_plugins.errors import PluginWarning, TTDError
+from ttd_plugins.cli.command_line import ARGUMENTS, refuse_empty_values
+from ttd_plugins.errors import InputWarning, PluginWarning, TTDError, is_out_of_memory, one_sentence, printable
 
 USER_ERROR = 2
+DENY = "TTD_PLUGINS_DENY"
 INTERRUPTED = 130
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -98,25 +101,30 @@ class _Group(TyperGroup):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            # File names need not be valid text; they are shown with their bytes escaped.
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         with warnings.catch_warnings(), _messages_on_stderr():
             # The error about such an image says the same.
             warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
             others = warnings.showwarning
 
             def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-                if issubclass(category, PluginWarning):
+                if issubclass(category, PluginWarning | InputWarning):
                     typer.echo(f"warning: {_one_line(message)}", err=True)
                 else:
                     others(message, category, *where, **more)
 
             warnings.showwarning = show
             try:
+                refuse_empty_values(ctx.meta[ARGUMENTS])
                 return super().invoke(ctx)
             except TTDError as error:
                 typer.echo(f"error: {_one_line(error)}", err=True)
                 raise typer.Exit(USER_ERROR) from error
             except (Exception, SystemExit) as error:
-                blamed = _plugin_error(error)
+                blamed = _plugin_error(error) or _system_error(error)
                 if blamed is None:
                     raise
                 typer.echo(f"error: {_one_line(blamed)}", err=True)
@@ -132,8 +140,21 @@ def _plugin_error(error: BaseException) -> TTDError | None:
     return plugins_module.explain(error) if plugins_module is not None else None
 
 
+def _system_error(error: BaseException) -> TTDError | None:
+    """What the operating system refused, or that memory ran out, as one sentence; ``None`` for any other exception."""
+    if is_out_of_memory(error):
+        return TTDError(f"memory ran out ({one_sentence(error, 160)}); use a smaller batch, image or backbone")
+    # A reader of the output that has gone is no error: click ends the process quietly.
+    if not isinstance(error, OSError) or error.errno in (None, errno.EPIPE):
+        return None
+    names = [one_sentence(ValueError(repr(name)), 120) for name in (error.filename, error.filename2) if name]
+    where = f" ({', '.join(names)})" if names else ""
+    reason = error.strerror or one_sentence(error)
+    return TTDError(f"the system refused an operation: {reason[:1].lower()}{reason[1:]}{where}")
+
+
 def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
+    return printable(message)
 
 
 app = typer.Typer(
@@ -161,11 +182,36 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _ttd(
+    context: typer.Context,
+    deny_plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--deny-plugin",
+            metavar="NAME",
+            help="Do not load this plugin or distribution, as TTD_PLUGINS_DENY does; repeatable.",
+        ),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Text-Tag Self-Distillation (TTD, arXiv 2404.00384) for any CLIP-like backbone."""
+    if deny_plugin:
+        _deny(context, deny_plugin)
+
+
+def _deny(context: typer.Context, names: list[str]) -> None:
+    """Add plugins to the environment variable, which child processes inherit, until the command ends."""
+    before = os.environ.get(DENY)
+
+    def restore() -> None:
+        if before is None:
+            os.environ.pop(DENY, None)
+        else:
+            os.environ[DENY] = before
+
+    os.environ[DENY] = ",".join([*([before] if before else []), *names])
+    context.call_on_close(restore)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -25,6 +25,14 @@ def command(
     ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for the network.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option("--port", help="Port.  [default: the first free one from 7860]")] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host",
+            metavar="NAME",
+            help="A further host name under which the page may be opened, such as a proxy's; repeatable.",
+        ),
+    ] = None,
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Do not open the browser.")] = False,
     tags: image_maps.TagsOption = "words",
     tags_option: image_maps.TagsSettings = None,
@@ -44,9 +52,13 @@ def command(
     if port is not None and not 1 <= port <= 65535:
         raise InputError(f"--port must be from 1 to 65535, not {port}")
     from ttd_plugins.app.gradio_page import import_gradio, serve
+    from ttd_plugins.app.request_guard import check_allowed_host, check_listening
 
-    # First, so that a missing package is reported at once.
+    # First, so that a missing package and a wrong address are reported at once.
     import_gradio()
+    for name in allow_host or ():
+        check_allowed_host(name)
+    check_listening(host, port)
     from ttd_plugins.app.studio import Studio, embedded_backbones
     from ttd_plugins.engine import TTDOptions
 
@@ -59,7 +71,7 @@ def command(
     if names is None:
         names = list(sources) or sorted(embedded_backbones(), key=lambda name: name != image_maps.DEFAULT_BACKBONE)
     studio = Studio(list(dict.fromkeys([*names, *sources])), sources, options=options, device=device)
-    serve(studio, host=host, port=port, browser=not no_browser, announce=typer.echo)
+    serve(studio, host=host, port=port, browser=not no_browser, allow_hosts=allow_host or (), announce=typer.echo)
 
 
 def parse_tuned(given: list[str] | None) -> dict[str, str]:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ttd_plugins.errors import printable
+
 
 def command(
     family: Annotated[str | None, typer.Argument(help="Only this family.")] = None,
@@ -27,11 +29,11 @@ def command(
         typer.echo(json.dumps([dataclasses.asdict(info) for info in found], indent=2))
         return
     for info in found:
-        typer.echo(f"{info.family}: {info.summary or 'no summary'} (plugin {info.plugin})")
+        typer.echo(printable(f"{info.family}: {info.summary or 'no summary'} (plugin {info.plugin})"))
         if info.error:
-            typer.echo(f"  error: {info.error}")
+            typer.echo(f"  error: {printable(info.error)}")
         for backbone in info.backbones:
             weights = " ".join(
                 f"@{name}{' (default)' if name == backbone.default_weights else ''}" for name in backbone.weights
             )
-            typer.echo(f"  {info.family}:{backbone.model} {weights or '@random only'}")
+            typer.echo(f"  {printable(f'{info.family}:{backbone.model}')} {printable(weights or '@random only')}")

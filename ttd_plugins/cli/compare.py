@@ -43,6 +43,7 @@ def command(
         int | None,
         typer.Option("--jobs", help="Arms trained at once on scenes.  [default: one per core, at most 4, on the CPU]"),
     ] = None,
+    allow_pipe: image_maps.AllowPipeOption = False,
     option: Annotated[
         list[str] | None,
         typer.Option("--ttd", metavar="KEY=VALUE", help="An option of TTD, as distill_weight=5; repeatable."),
@@ -56,6 +57,7 @@ def command(
     writes a report. If it is stopped, the same command continues it.
     """
     from ttd_plugins.comparison.running import run_comparison
+    from ttd_plugins.data.shard_urls import allow_pipe as pipe_permission
     from ttd_plugins.training.stop_signals import TrainingStoppedError
     from ttd_plugins.utils.progress import progress_bars
 
@@ -64,7 +66,7 @@ def command(
     names = tuple(name.strip() for name in backbones.split(",") if name.strip())
     options = CompareOptions(names, **values)
     options = replace(options, jobs=default_jobs(options.data, options.device) if jobs is None else jobs)
-    with progress_bars(width=40, keep_finished=4) as stage:
+    with pipe_permission(allow_pipe), progress_bars(width=40, keep_finished=4) as stage:
         try:
             comparison = run_comparison(out, options, stage=stage, command=command_line(context))
         except TrainingStoppedError as stopped:
@@ -81,7 +83,7 @@ def print_summary(comparison: Comparison, out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ttd_plugins.comparison.tables import table_rows
+    from ttd_plugins.comparison.tables import table_rows, training_limits
 
     console, rows = Console(), table_rows(comparison)
     # On a narrow terminal, several tables below each other: a number that is cut off is useless.
@@ -103,6 +105,7 @@ def print_summary(comparison: Comparison, out: Path) -> None:
             previous = name
         console.print(table)
     lines = ["mean ± spread over seeds. control: the same training without TTD. gain: after TTD minus control."]
+    lines += [sentence for _, sentence in training_limits(comparison)]
     lines += [f"{name} failed: {reason}" for name, reason in comparison.failures.items()]
     lines += [
         f"report: {out / 'report.html'}   plots: {out / 'plots'}",

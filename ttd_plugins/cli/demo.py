@@ -43,7 +43,7 @@ def print_summary(comparison: Comparison, out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ttd_plugins.comparison.tables import table_rows
+    from ttd_plugins.comparison.tables import table_rows, training_limits
 
     scenes = comparison.settings["data"]["images"]
     rows = table_rows(comparison)
@@ -57,7 +57,8 @@ def print_summary(comparison: Comparison, out: Path) -> None:
     console.print(table)
     console.print(
         "gain: after TTD minus control. control: the same training without TTD.\n"
-        f"report: {out / 'report.html'}   metrics: {out / 'metrics.json'}   heat maps: {out / 'heatmaps'}",
+        + "".join(f"{sentence}\n" for _, sentence in training_limits(comparison))
+        + f"report: {out / 'report.html'}   metrics: {out / 'metrics.json'}   heat maps: {out / 'heatmaps'}",
         highlight=False,
         soft_wrap=True,
     )

@@ -172,12 +172,15 @@ def _run(
     as_json: bool,
     preset: str,
 ) -> None:
+    from ttd_plugins.caption_maps import backbone_notes
     from ttd_plugins.evaluation.protocols import process_place
     from ttd_plugins.plugins import load
     from ttd_plugins.utils.progress import progress_bars
 
     own_rank, own_world = process_place()
     adapter = load(backbone, device=device, **image_maps.parse_settings(backbone_option))
+    # Labelled data sets are photographs.
+    image_maps.warn_of(backbone_notes(adapter.description))
     with progress_bars(width=18) as stage:
         result = evaluate(
             adapter,

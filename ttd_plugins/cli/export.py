@@ -27,6 +27,12 @@ def command(
         ),
     ] = "native",
     step: Annotated[int | None, typer.Option("--step", help="Step of the checkpoint.  [default: the last]")] = None,
+    lora_scale: Annotated[
+        float,
+        typer.Option(
+            "--lora-scale", help="Factor of LoRA: 1 is as trained; less keeps more of the original model, 0 all of it."
+        ),
+    ] = 1.0,
     backbone: Annotated[
         str | None, typer.Option("--backbone", help="Instead of a run: the name of a backbone, exported as it is.")
     ] = None,
@@ -43,6 +49,8 @@ def command(
         raise InputError("--step selects a checkpoint of a run, and --backbone has none; remove one of them")
     if backbone is None and backbone_option:
         raise InputError("--backbone-option needs --backbone; a run stores the options of its backbone")
+    if backbone is not None and lora_scale != 1:
+        raise InputError("--lora-scale needs the folder of a run, and --backbone has no LoRA; remove one of them")
     from ttd_plugins.export import FORMS, export_backbone, export_run
     from ttd_plugins.plugins import load
 
@@ -53,7 +61,7 @@ def command(
         done = export_backbone(load(backbone, **image_maps.parse_settings(backbone_option)), out, form=chosen)
     else:
         assert run is not None
-        done = export_run(run, out, form=chosen, step=step)
+        done = export_run(run, out, form=chosen, step=step, lora_scale=lora_scale)
     if as_json:
         typer.echo(json.dumps(done.as_dict(), indent=2))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -30,7 +31,7 @@ def command(
 
     The file shows the map of the caption, the map and score of each tag, and the union of the selected tags.
     """
-    check_writable(out)
+    check_writable(out, image)
     found = image_maps.compute_maps(
         image,
         caption,
@@ -50,17 +51,19 @@ def command(
     typer.echo(f"wrote {out}")
 
 
-def check_writable(out: Path) -> None:
+def check_writable(out: Path, image: Path | None = None) -> None:
     """Check that a PNG can be written to ``out``, before anything slow.
 
     Raises:
-        InputError: the name does not end in .png, the folder is missing, or it is not writable.
+        InputError: the name does not end in .png, the folder is missing or not writable, or ``out`` is the image.
     """
     name = f"--out {str(out)!r}"
     if out.suffix.lower() != ".png":
         raise InputError(f"{name} must end in .png")
-    if not out.parent.is_dir():
+    if not os.path.isdir(out.parent):
         raise InputError(f"{name} cannot be written: the folder {str(out.parent)!r} does not exist")
+    if image is not None and os.path.exists(out) and os.path.exists(image) and os.path.samefile(out, image):
+        raise InputError(f"{name} is the image itself, which the heat map would replace; choose another name")
     if out.is_dir():
         raise InputError(f"{name} cannot be written: it is a folder")
     try:

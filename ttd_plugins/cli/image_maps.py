@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ttd_plugins.errors import InputError
+from ttd_plugins.errors import InputError, one_sentence
 
 if TYPE_CHECKING:
     from ttd_plugins.engine import CaptionMaps
@@ -37,6 +38,9 @@ SizeOption = Annotated[
 ]
 RuleOption = Annotated[str | None, typer.Option("--rule", help="Selection rule: minmax, absolute or probability.")]
 ThresholdOption = Annotated[float | None, typer.Option("--threshold", help="Threshold of the selection rule.")]
+AllowPipeOption = Annotated[
+    bool, typer.Option("--allow-pipe", help="Permit shards pipe:COMMAND, which run a shell command.")
+]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="Where to compute, such as cpu or cuda.")]
 
 
@@ -66,11 +70,18 @@ def parse_size(size: str | None) -> int | tuple[int, int] | None:
     """
     if size is None:
         return None
-    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", size)
+    match = re.fullmatch(r"([1-9][0-9]{0,5})(?:x([1-9][0-9]{0,5}))?", size)
     if match is None:
-        raise InputError(f"size {size!r} is neither a number of pixels nor HEIGHTxWIDTH, such as 224 or 224x320")
+        shown = one_sentence(ValueError(size), 40)
+        raise InputError(f"size {shown!r} is neither a number of pixels nor HEIGHTxWIDTH, such as 224 or 224x320")
     height, width = match.groups()
     return int(height) if width is None else (int(height), int(width))
+
+
+def warn_of(notes: Iterable[str]) -> None:
+    """Print notes on a backbone, such as those of :func:`ttd_plugins.caption_maps.backbone_notes`, on stderr."""
+    for note in notes:
+        typer.echo(f"warning: {note}", err=True)
 
 
 def compute_maps(
@@ -110,6 +121,7 @@ def compute_maps(
     )
     ttd = TTD(load(backbone, device=device, **(backbone_options or {})), options)
     maps = ttd.maps(pixels, caption, size=size, tags=tags)
+    warn_of(maps.notes)
     if maps.truncated:
         length = ttd.backbone.description.context_length
         typer.echo(f"warning: the caption is longer than {length} tokens; its end was cut off", err=True)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import tempfile
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,13 +47,11 @@ def write_project(name: str, out: Path | None = None) -> Path:
         InputError: the name is invalid or taken, or the folder cannot be written or is not empty.
     """
     from ttd_plugins.adapter import API_VERSION
-    from ttd_plugins.errors import InputError, one_sentence
+    from ttd_plugins.utils.output_folder import new_folder
 
     _require_free(name)
     distribution = f"ttd-{name.replace('_', '-')}"
     folder = Path(distribution) if out is None else out
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{str(folder)!r} is a file; give --out another folder")
     values = {
         "family": name,
         "package": f"ttd_{name}",
@@ -64,20 +59,8 @@ def write_project(name: str, out: Path | None = None) -> Path:
         "distribution": distribution,
         "api_version": str(API_VERSION),
     }
-    try:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise InputError(f"the folder {str(folder)!r} is not empty; give --out another one")
-        if not folder.parent.is_dir():
-            raise InputError(f"{str(folder)!r} cannot be written: the folder {str(folder.parent)!r} does not exist")
-        beside = Path(tempfile.mkdtemp(prefix=".ttd-new-adapter-", dir=folder.parent))
-        try:
-            _render(files("ttd_plugins.cli") / "adapter_template", beside / "project", values)
-            # Replaces an empty folder of that name.
-            os.replace(beside / "project", folder)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-    except OSError as error:
-        raise InputError(f"{str(folder)!r} cannot be written: {error.strerror or one_sentence(error)}") from error
+    with new_folder(folder, parents=False) as inner:
+        _render(files("ttd_plugins.cli") / "adapter_template", inner, values)
     return folder
 
 
@@ -103,7 +86,7 @@ def _require_free(name: str) -> None:
 
 def _render(source: Traversable, target: Path, values: dict[str, str]) -> None:
     """Copy a tree of templates and fill in names and contents."""
-    target.mkdir()
+    target.mkdir(exist_ok=True)
     for item in source.iterdir():
         if item.is_dir():
             _render(item, target / (values["package"] if item.name == "package" else item.name), values)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ttd_plugins.errors import printable
+
 
 def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead.")] = False,
@@ -23,8 +25,8 @@ def command(
         typer.echo(json.dumps([dataclasses.asdict(plugin) for plugin in found], indent=2))
         return
     for plugin in found:
-        origin = f"  {plugin.distribution} {plugin.version}" if plugin.distribution else ""
-        typer.echo(f"{plugin.name}{origin}")
+        origin = f"  {printable(f'{plugin.distribution} {plugin.version}')}" if plugin.distribution else ""
+        typer.echo(f"{printable(plugin.name)}{origin}")
         hooks = [hook + (" (deprecated, ignored)" if hook in plugin.deprecated_hooks else "") for hook in plugin.hooks]
         for label, names in (
             ("families", plugin.families),
@@ -32,6 +34,6 @@ def command(
             ("hooks", hooks),
         ):
             if names:
-                typer.echo(f"  {label}: {', '.join(names)}")
+                typer.echo(f"  {label}: {printable(', '.join(names))}")
         if plugin.error:
-            typer.echo(f"  error: {plugin.error}")
+            typer.echo(f"  error: {printable(plugin.error)}")

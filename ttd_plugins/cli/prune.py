@@ -29,6 +29,7 @@ def command(
     spec: Annotated[str, typer.Argument(help="Folder, table, COCO JSON, shards or hf:NAME.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="File for the scores, .jsonl or .parquet.", show_default=False)],
     batch_size: Annotated[int, typer.Option("--batch-size", help="Pairs in a batch.")] = 64,
+    allow_pipe: image_maps.AllowPipeOption = False,
     device: image_maps.DeviceOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
     *,
@@ -42,9 +43,12 @@ def command(
     backbone = BackboneConfig(**{"name": image_maps.DEFAULT_BACKBONE, **sections["backbone"]})
     data = DataConfig(source=spec, **sections["data"])
     assert backbone.name is not None
+    from ttd_plugins.data.shard_urls import allow_pipe as pipe_permission
     from ttd_plugins.data.source_detection import open_pairs
 
-    source = open_pairs(spec, **data.options)
+    with pipe_permission(allow_pipe):
+        source = open_pairs(spec, **data.options)
+    from ttd_plugins.caption_maps import backbone_notes
     from ttd_plugins.data.pair_source import MapSource
     from ttd_plugins.data.pruning import quantiles, require_scores_file, score_pairs
     from ttd_plugins.plugins import load
@@ -52,6 +56,7 @@ def command(
 
     require_scores_file(out)
     model = load(backbone.name, device=device, **backbone.options)
+    image_maps.warn_of(backbone_notes(model.description))
     total = int(source.caption_counts().sum()) if isinstance(source, MapSource) else None
     with progress_bars(terminal_only=True) as stage:
         result = score_pairs(

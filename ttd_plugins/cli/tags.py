@@ -44,14 +44,23 @@ def command(
         threshold=threshold,
         device=device,
     )
+    # Another key, so that no script takes a guess for a probability.
+    key = "probability" if found.calibrated else "uncalibrated_probability"
     rows = [
-        {"tag": name, "score": float(score), "probability": float(probability), "selected": bool(selected)}
+        {"tag": name, "score": float(score), key: float(probability), "selected": bool(selected)}
         for name, score, probability, selected in zip(
             found.tags, found.scores, found.probabilities, found.selected, strict=True
         )
     ]
     if as_json:
-        answer = {"image": str(image), "caption": caption, "backbone": backbone, "truncated": found.truncated}
+        answer = {
+            "image": str(image),
+            "caption": caption,
+            "backbone": backbone,
+            "truncated": found.truncated,
+            "calibrated": found.calibrated,
+            "notes": list(found.notes),
+        }
         typer.echo(json.dumps({**answer, "tags": rows}, indent=2))
     elif rows:
         _print_table(found)
@@ -67,7 +76,7 @@ def _print_table(found: CaptionMaps) -> None:
 
     table = Table(box=SIMPLE)
     table.add_column("tag")
-    for column in ("score", "probability", "selected"):
+    for column in ("score", found.probability_label, "selected"):
         table.add_column(column, justify="right")
     for i, tag in enumerate(found.tags):
         selected = "yes" if found.selected[i] else "no"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ttd_plugins.cli.config_flags import ConfigFlag, flags_of, old_flags, print_json, with_flags
+from ttd_plugins.cli.image_maps import AllowPipeOption
 from ttd_plugins.errors import InputError
 from ttd_plugins.training.config import TrainConfig
 
@@ -22,6 +23,8 @@ PAIR_COLUMNS = (
 """Options of ``open_pairs`` that have a flag of their own wherever pairs are read."""
 
 FLAGS = [*flags_of(TrainConfig), *PAIR_COLUMNS]
+DIVERGED = 1
+"""Exit status of a run that ended, and whose weights are most likely useless."""
 OLD_FLAGS = old_flags(FLAGS, {"--evaluate-most": "--evaluate-limit"})
 
 
@@ -36,21 +39,23 @@ def command(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any option, as section.key=value; repeatable."),
     ] = None,
+    allow_pipe: AllowPipeOption = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the YAML file and stop.")] = False,
     *,
     given: dict[str, Any],
 ) -> None:
     """Fine-tune a backbone by TTD on image-text pairs.
 
-    Options come from a YAML file, from flags, or from both; flags and --set take precedence. SIGTERM and Ctrl-C save
-    first, and --resume continues as if nothing had happened. `accelerate launch` and `torchrun` start it on several
-    devices.
+    Options come from a YAML file, from flags, or from both; flags and --set take precedence. SIGTERM, SIGHUP and Ctrl-C
+    save first, and --resume continues as if nothing had happened. The status is 1 if the run diverged. `accelerate
+    launch` and `torchrun` start it on several devices.
     """
     if schema:
         from ttd_plugins.utils.configuration import json_schema
 
         print_json(json_schema(TrainConfig))
         return
+    from ttd_plugins.data.shard_urls import allow_pipe as pipe_permission
     from ttd_plugins.fine_tuning import fine_tune
     from ttd_plugins.training.config import parse_change
     from ttd_plugins.training.processes import is_main_process
@@ -62,12 +67,15 @@ def command(
     elif config is None and not changes:
         raise InputError("say what to train: a YAML file, or --backbone NAME and --data SOURCE; see docs/training.md")
     try:
-        result = fine_tune(TrainConfig.read(config, changes), out, resume=resume)
+        with pipe_permission(allow_pipe):
+            result = fine_tune(TrainConfig.read(config, changes), out, resume=resume)
     except TrainingStoppedError as stopped:
         typer.echo(str(stopped), err=True)
         raise typer.Exit(stopped.status) from stopped
     if is_main_process():
         print_summary(result)
+    if result.diverged is not None:
+        raise typer.Exit(DIVERGED)
 
 
 def print_summary(result: TrainResult) -> None:
@@ -87,6 +95,8 @@ def print_summary(result: TrainResult) -> None:
         typer.echo(f"{result.skipped_steps} steps were skipped; {result.folder / 'nonfinite.jsonl'} lists them")
     for warning in result.warnings:
         typer.echo(f"warning: {warning}")
+    if result.diverged is not None:
+        typer.echo(f"warning: {result.diverged}")
     for path, meaning in (
         (result.checkpoint, "the tuned weights, and the state for --resume"),
         (result.folder / "log.jsonl", "the metrics of every logged step"),

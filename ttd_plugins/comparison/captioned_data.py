@@ -61,6 +61,11 @@ class CaptionedData:
         """Peak learning rate; by default that of ``ttd train``."""
         return 1e-4 if self.options.learning_rate is None else self.options.learning_rate
 
+    @property
+    def warm_up(self) -> int:
+        """Steps of linear warm-up: at most a tenth of the training."""
+        return min(100, self.options.steps // 10)
+
     def describe(self) -> dict[str, Any]:
         return {
             **self.reader.describe(),
@@ -69,6 +74,9 @@ class CaptionedData:
             "preset": self.options.preset,
             "learning_rate": self.learning_rate,
         }
+
+    def warnings(self) -> list[str]:
+        return []
 
     def check(self, backbone: DenseAdapter) -> None:
         pass
@@ -112,7 +120,7 @@ class CaptionedData:
                     "steps": options.steps,
                     "batch_size": options.batch_size,
                     "learning_rate": self.learning_rate,
-                    "warm_up": min(100, options.steps // 10),
+                    "warm_up": self.warm_up,
                 },
                 "run": {
                     "seed": seed,
@@ -136,7 +144,7 @@ class CaptionedData:
         backbone.to(options.device or "cpu").eval()
         lines = [line for line in JsonlLog(folder / "log.jsonl").read() if "loss" in line]
         curve = [{k: v for k, v in line.items() if _belongs_in_curve(k, v)} for line in lines]
-        return curve, result.warnings
+        return curve, result.warnings + ([] if result.diverged is None else [result.diverged])
 
     def samples(self, count: int) -> Iterator[Sample]:
         from ttd_plugins.data.images import read_image
@@ -152,7 +160,7 @@ class CaptionedData:
                     absent = dict.fromkeys(m.text for m, shown in verdicts if shown is False and m.text not in true)
                     image = np.asarray(read_image(item.path))
                     masks = {tag: item.masks[tag] for tag in tags}
-                    yield Sample(key, image, truth.caption, masks, item.valid, tuple(absent))
+                    yield Sample(key, image, truth.caption, masks, item.valid, tuple(absent), truth)
                     break
 
 

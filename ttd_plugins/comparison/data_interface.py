@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.comparison.results import Metric
+from ttd_plugins.evaluation.datasets import CaptionTruth
 from ttd_plugins.options import TTDOptions
 from ttd_plugins.utils.progress import Stage
 
@@ -30,6 +31,7 @@ class Sample:
         truth: true tag to bool mask ``[height, width]``.
         valid: bool ``[height, width]``, the labelled pixels; ``None`` if all are.
         absent: tags of the caption that the image is known not to show.
+        caption_truth: what the annotations say about the caption's words; labels its candidate tags.
     """
 
     key: str
@@ -38,6 +40,7 @@ class Sample:
     truth: Mapping[str, NDArray[np.bool_]]
     valid: NDArray[np.bool_] | None = None
     absent: Sequence[str] = ()
+    caption_truth: CaptionTruth | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,9 @@ class ComparisonData(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Return every setting of the data that decides the results."""
+
+    def warnings(self) -> list[str]:
+        """Return sentences on the fine-tuning that the user should know before it starts."""
 
     def check(self, backbone: DenseAdapter) -> None:
         """Check that a backbone can be used with these data.

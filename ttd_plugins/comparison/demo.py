@@ -9,15 +9,17 @@ from typing import Any
 
 from PIL import Image
 
-from ttd_plugins.backbone_sources import load_tuned, open_backbone
+from ttd_plugins.backbone_sources import check_backbone, load_tuned, open_backbone
+from ttd_plugins.comparison.data import open_data
 from ttd_plugins.comparison.experiment_record import ADVICE, ExperimentRecord, versions
 from ttd_plugins.comparison.options import CompareOptions
 from ttd_plugins.comparison.results import ARMS, Arm, Comparison
-from ttd_plugins.comparison.running import RESULTS, run_comparison
+from ttd_plugins.comparison.running import COMPARISON_FOLDER, RESULTS, run_comparison_in
 from ttd_plugins.comparison.scene_data import SceneData
 from ttd_plugins.engine import TTD
 from ttd_plugins.reports.heatmaps import draw_maps
 from ttd_plugins.utils.files import make_folder, write_atomic
+from ttd_plugins.utils.output_folder import output_folder
 from ttd_plugins.utils.progress import Stage, no_progress
 
 METRICS, HEATMAPS = "metrics.json", "heatmaps"
@@ -54,13 +56,17 @@ def run_demo(
         InputError: ``out`` cannot be written, or has the results of other options.
         TTDError: the backbone cannot be loaded, or a package that draws scenes is not installed.
     """
-    if (out / METRICS).exists() and not (out / RESULTS).exists():
-        # A folder of version 0.1: same settings are run anew, and the results of other settings stay as they are.
-        ExperimentRecord(out / METRICS, _settings(options))
-    comparison = run_comparison(out, options, stage=stage, command=command)
-    content = {"settings": _settings(options), **_results(comparison, options.first_seed)}
-    write_atomic(out / METRICS, json.dumps(content, indent=1) + "\n", advice=ADVICE)
-    _draw_heatmaps(out, options, comparison, stage)
+    for name in options.backbones:
+        check_backbone(name)
+    data = open_data(options)
+    with output_folder(out, COMPARISON_FOLDER):
+        if (out / METRICS).exists() and not (out / RESULTS).exists():
+            # A folder of version 0.1: same settings are run anew, and the results of other settings stay as they are.
+            ExperimentRecord(out / METRICS, _settings(options))
+        comparison = run_comparison_in(out, options, data, stage=stage, command=command)
+        content = {"settings": _settings(options), **_results(comparison, options.first_seed)}
+        write_atomic(out / METRICS, json.dumps(content, indent=1) + "\n", advice=ADVICE)
+        _draw_heatmaps(out, options, comparison, stage)
     return comparison
 
 

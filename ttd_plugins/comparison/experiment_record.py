@@ -21,6 +21,8 @@ from ttd_plugins.utils.settings import first_difference
 
 _T = TypeVar("_T")
 ADVICE = "free some space or choose another --out"
+ENTRIES: dict[str, type] = {"settings": dict, "backbones": dict, "failures": dict, "pictures": list}
+"""Entries of a record, and their types."""
 
 
 def versions() -> dict[str, str]:
@@ -41,7 +43,7 @@ class ExperimentRecord:
     """
 
     def __init__(self, file: Path, settings: Mapping[str, Any], **initial: Any) -> None:
-        """Read an existing file or create a new one.
+        """Read an existing file, or begin a record that :meth:`save` writes.
 
         Args:
             file: path of the JSON file; its folder is created if it does not exist.
@@ -56,7 +58,7 @@ class ExperimentRecord:
         own = json.loads(json.dumps(settings))
         for folder in (file.parent, file.parent / "weights"):
             make_folder(folder)
-        earlier = self._read() if file.exists() else {}
+        earlier = read_record(file) if file.exists() else {}
         if earlier:
             difference = first_difference(_with_current_names(earlier.get("settings")), own)
             if difference is not None:
@@ -64,16 +66,6 @@ class ExperimentRecord:
                     f"{file} contains the results of a run with other settings ({difference}); choose another --out"
                 )
         self.content: dict[str, Any] = {**initial, **earlier, "settings": own}
-        self.save()
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            content = json.loads(self.file.read_text(encoding="utf-8"))
-            if not isinstance(content, dict):
-                raise ValueError("it is not a JSON object")
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.file} cannot be read ({one_sentence(error)}); choose another --out") from error
-        return content
 
     def save(self) -> None:
         """Write the file, completely or not at all.
@@ -86,6 +78,42 @@ class ExperimentRecord:
     def weights_file(self, name: str) -> Path:
         """Return the path of the weights called ``name``."""
         return self.file.parent / "weights" / f"{name}.safetensors"
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """Return the content of a record.
+
+    Raises:
+        InputError: the file cannot be read, or is not a JSON object whose known entries have their types.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
+        for key, kind in ENTRIES.items():
+            if not isinstance(content.get(key, kind()), kind):
+                raise ValueError(f"{key!r} is not {'an object' if kind is dict else 'a list'}")
+        for name, backbone in content.get("backbones", {}).items():
+            _check_backbone_entry(name, backbone)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file} cannot be read ({one_sentence(error)}); choose another --out") from error
+    return content
+
+
+def _check_backbone_entry(name: str, entry: Any) -> None:
+    """Raise ValueError unless the entry of a backbone has the types that a comparison continues from."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"the entry of {name!r} is not an object")
+    for key in ("about", "figures", "bias", "curves", "seconds"):
+        if not isinstance(entry.get(key, {}), dict):
+            raise ValueError(f"{key!r} of {name!r} is not an object")
+    if not isinstance(entry.get("warnings", []), list):
+        raise ValueError(f"'warnings' of {name!r} is not a list")
+    for key in ("figures", "bias", "curves"):
+        for arm, values in entry.get(key, {}).items():
+            kind = list if key == "curves" else dict
+            if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+                raise ValueError(f"{key!r} of {name!r} has no list of results for {arm!r}")
 
 
 def _with_current_names(settings: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ def compute_view(ttd: TTD, sample: Sample) -> View:
         valid = np.ones_like(union) if sample.valid is None else sample.valid
         if ((lit | union) & valid).any():
             iou = mask_overlap(lit, union, valid).iou
-    return View(maps.caption_map_normalized.astype(np.float32), tags, iou, bool(maps.truncated))
+    return View(maps.caption_map_normalized.astype(np.float32), tags, iou, bool(maps.truncated), maps.calibrated)
 
 
 def choose_gallery(samples: Sequence[Sample], views: Views, count: int) -> list[GalleryImage]:
@@ -77,9 +77,18 @@ def choose_gallery(samples: Sequence[Sample], views: Views, count: int) -> list[
                 views={name: of_backbone[index] for name, of_backbone in views.items()},
                 why=f"{rank} {quantity} of {len(ranking)} images: {value:+.3f}{average}",
                 absent=tuple(sample.absent),
+                labels=_labels(sample, [of_backbone[index] for of_backbone in views.values()]),
             )
         )
     return chosen
+
+
+def _labels(sample: Sample, views: Iterable[Mapping[Arm, View]]) -> dict[str, bool | None] | None:
+    """Labels of every tag of the views by the protocol; ``None`` if the data have no annotations."""
+    if sample.caption_truth is None:
+        return None
+    tags = list(dict.fromkeys(tag.text for by_arm in views for view in by_arm.values() for tag in view.tags))
+    return dict(zip(tags, sample.caption_truth.labels(tags), strict=True))
 
 
 def _ranking(samples: Sequence[Sample], views: Views) -> list[tuple[float, int]]:

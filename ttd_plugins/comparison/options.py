@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from ttd_plugins.errors import InputError
 from ttd_plugins.options import TTDOptions
-from ttd_plugins.utils.configuration import Flag, Float, Int, Text, configuration, option
+from ttd_plugins.utils.configuration import MAX_SEED, Flag, Float, Int, Text, configuration, option
 
 Arm = Literal["before", "control", "after"]
 ARMS: tuple[Arm, ...] = ("before", "control", "after")
@@ -40,7 +40,7 @@ class CompareOptions:
     ] = None
     tune: Annotated[Flag, option("Whether to fine-tune; otherwise backbones are measured as loaded.")] = True
     seeds: Annotated[Int, option("Number of seeds.", ge=1)] = 3
-    first_seed: Annotated[Int, option("The first seed; the others follow it.")] = 0
+    first_seed: Annotated[Int, option("The first seed; the others follow it.", ge=0, le=MAX_SEED)] = 0
     steps: Annotated[Int, option("Training steps of each arm.", ge=1)] = 200
     batch_size: Annotated[Int, option("Pairs per step.", ge=2)] = 48
     rank: Annotated[Int, option("Rank of LoRA on both towers; 0 trains all weights.", ge=0)] = 16

@@ -105,12 +105,14 @@ class View:
         tags: candidate tags, in the caption's order.
         iou: Caption IoU of this image; ``None`` without masks.
         truncated: whether the caption is longer than the text tower's context, so that its end was not read.
+        calibrated: whether the probabilities of the tags are calibrated.
     """
 
     caption: NDArray[np.float32]
     tags: Sequence[TagView]
     iou: float | None = None
     truncated: bool = False
+    calibrated: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ class GalleryImage:
         views: name of the backbone to arm to view, of the first seed.
         why: why the image is shown, as in "largest gain" or "largest loss".
         absent: tags of the caption that the image is known not to show.
+        labels: each candidate tag to whether it is true by the protocol of tag selection, ``None`` if unknown. If it is
+            left out, tags of ``truth`` are true, those of ``absent`` false, and others unknown.
     """
 
     key: str
@@ -134,6 +138,7 @@ class GalleryImage:
     views: Mapping[str, Mapping[Arm, View]]
     why: str = ""
     absent: Sequence[str] = ()
+    labels: Mapping[str, bool | None] | None = None
 
 
 @dataclass

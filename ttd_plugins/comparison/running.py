@@ -6,14 +6,14 @@ import errno
 import hashlib
 import logging
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ttd_plugins.backbone_sources import check_backbone, open_backbone
+from ttd_plugins.caption_maps import backbone_notes
 from ttd_plugins.comparison.arms import (
     ArmExecutor,
     ArmJob,
@@ -25,16 +25,17 @@ from ttd_plugins.comparison.arms import (
 )
 from ttd_plugins.comparison.data import open_data
 from ttd_plugins.comparison.data_interface import ComparisonData, Sample
-from ttd_plugins.comparison.experiment_record import ExperimentRecord, versions
+from ttd_plugins.comparison.experiment_record import ExperimentRecord, read_record, versions
 from ttd_plugins.comparison.gallery import CANDIDATES, choose_gallery, compute_view
-from ttd_plugins.comparison.options import CompareOptions
+from ttd_plugins.comparison.options import SCENES, CompareOptions
 from ttd_plugins.comparison.results import Arm, BackboneResult, Comparison, View
 from ttd_plugins.comparison.tables import summary, write_csv, write_markdown
 from ttd_plugins.engine import TTD
 from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.evaluation.protocols.runner import weights_hash
 from ttd_plugins.training.stop_signals import TrainingStoppedError
-from ttd_plugins.utils.files import make_folder
+from ttd_plugins.utils.files import given_path, make_folder
+from ttd_plugins.utils.output_folder import FolderKind, output_folder
 from ttd_plugins.utils.progress import Stage, no_progress, progress_bars
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def compare(
     names = (backbones,) if isinstance(backbones, str) else tuple(backbones)
     settings = CompareOptions(names, data=data, seeds=seeds, steps=steps, tune=tune, **options)
     with progress_bars(width=40, keep_finished=4) if progress else nullcontext(no_progress) as stage:
-        return run_comparison(Path(out), settings, stage=stage)
+        return run_comparison(given_path(out), settings, stage=stage)
 
 
 def run_comparison(
@@ -116,12 +117,35 @@ def run_comparison(
     """
     for name in options.backbones:
         check_backbone(name)
-    run = _ComparisonRun(out, options, open_data(options), stage, command)
+    data = open_data(options)
+    with output_folder(out, COMPARISON_FOLDER):
+        return run_comparison_in(out, options, data, stage=stage, command=command)
+
+
+def run_comparison_in(
+    out: Path, options: CompareOptions, data: ComparisonData, *, stage: Stage, command: str | None
+) -> Comparison:
+    """Do the work of :func:`run_comparison` in a folder that the caller has locked."""
+    run = _ComparisonRun(out, options, data, stage, command)
+    for sentence in data.warnings():
+        log.warning("%s", sentence)
     run.describe_backbones()
     run.run_arms()
     comparison = run.comparison()
     write_outputs(out, comparison)
     return comparison
+
+
+def _is_earlier_comparison(folder: Path) -> bool:
+    """Whether a folder was written by a release without markers: its results, or those of a demo up to 0.1."""
+    for name, keys in ((RESULTS, {"settings", "backbones"}), ("metrics.json", {"settings", "seconds", "curves"})):
+        with suppress(InputError):
+            if (folder / name).is_file() and keys <= read_record(folder / name).keys():
+                return True
+    return False
+
+
+COMPARISON_FOLDER = FolderKind("comparison", "the folder of ttd compare or ttd demo", _is_earlier_comparison)
 
 
 def write_outputs(out: Path, comparison: Comparison) -> None:
@@ -179,6 +203,9 @@ class _ComparisonRun:
         backbone = open_backbone(name, seed=self.options.first_seed, device=self.options.device)
         self.data.check(backbone)
         description = backbone.description
+        if self.options.data != SCENES:
+            for note in backbone_notes(description):
+                log.warning("%s", note)
         about = {
             "family": description.family,
             "parameters": sum(parameter.numel() for parameter in backbone.model.parameters()),
@@ -217,7 +244,9 @@ class _ComparisonRun:
         log.debug("%s failed", name, exc_info=error)
         kind = "" if isinstance(error, TTDError) else f"{type(error).__name__}: "
         self.failures[name] = kind + one_sentence(error)
-        self.record.save()
+        # A comparison whose backbones all fail at once leaves no results behind.
+        if self.record.content["backbones"]:
+            self.record.save()
 
     def _check_that_one_is_left(self) -> None:
         if len(self.failures) == len(self.options.backbones):
@@ -315,7 +344,7 @@ class _ComparisonRun:
         for name in names:
             self._content(name)["weights"] = self._weights(name)
         self.record.content["pictures"] = [{"key": one.key, "caption": one.caption, "why": one.why} for one in gallery]
-        shutil.rmtree(self.out / WORK, ignore_errors=True)
+        self._remove_work()
         self.record.save()
         return Comparison(
             settings=self.record.content["settings"] | {"command": self.record.content["command"]},
@@ -325,6 +354,15 @@ class _ComparisonRun:
             attribution=self.data.attribution,
             failures=dict(self.failures),
         )
+
+    def _remove_work(self) -> None:
+        """Delete the work of this comparison's arms, and nothing else that the folder may have."""
+        for name in self.options.backbones:
+            for arm in self.options.arms:
+                for seed in (None,) if arm == "before" else self.options.seed_numbers:
+                    remove_unfinished_work(self._job(name, arm, seed))
+        with suppress(OSError):
+            (self.out / WORK).rmdir()
 
     def _weights(self, name: str) -> dict[Arm, list[str]]:
         """For each trained arm one file per seed, relative to the folder of the comparison."""

@@ -14,11 +14,13 @@ from ttd_plugins.comparison.metric_definitions import SCENE_METRICS
 from ttd_plugins.comparison.options import SCENES, CompareOptions
 from ttd_plugins.embedded.scenes import ATTRIBUTION, Scene, Scenes
 from ttd_plugins.engine import TTD
-from ttd_plugins.evaluation.scene_protocol import check_scenes_fit, measure_on_scenes
+from ttd_plugins.evaluation.scene_protocol import check_scenes_fit, measure_on_scenes, scene_truth
 from ttd_plugins.options import TTDOptions
 from ttd_plugins.training.collapse_watch import CollapseWatch, MetricAverager
 from ttd_plugins.training.config import OptimizerConfig
+from ttd_plugins.training.divergence import DivergenceWatch
 from ttd_plugins.training.scene_tuning import SCENE_OPTIMIZER, KeptScenes, SceneTuning, training_scenes, tune_on_scenes
+from ttd_plugins.training.step import effective_warm_up, warm_up_warning
 from ttd_plugins.utils.progress import Stage, list_with_progress
 
 DEFAULT_COUNT = 512
@@ -56,7 +58,12 @@ class SceneData:
     def describe(self) -> dict[str, Any]:
         names = ("learning_rate", "weight_decay", "warm_up", "clip_norm")
         optimizer = {name: getattr(self.optimizer, name) for name in names}
+        optimizer["warm_up"] = effective_warm_up(self.optimizer.warm_up, self.options.steps)
         return {"name": SCENES, "images": self.count, "optimizer": optimizer}
+
+    def warnings(self) -> list[str]:
+        warning = warm_up_warning(self.optimizer.warm_up, self.options.steps) if self.options.tune else None
+        return [] if warning is None else [warning]
 
     def check(self, backbone: DenseAdapter) -> None:
         check_scenes_fit(backbone)
@@ -92,7 +99,7 @@ class SceneData:
             }
             for report in reports
         ]
-        return curve, collapse_warnings(curve)
+        return curve, collapse_warnings(curve) + divergence_warnings(curve)
 
     def _tuning(self, seed: int, ttd: TTDOptions) -> SceneTuning:
         options = self.options
@@ -105,13 +112,31 @@ class SceneData:
             # A single true tag cannot show the bias.
             if len(scene.true_tags) > 1:
                 truth = {tag: scene.masks[tag] for tag in scene.true_tags}
-                yield Sample(f"scene-{index:04d}", scene.image, scene.caption, truth, absent=scene.absent_tags)
+                yield Sample(
+                    f"scene-{index:04d}",
+                    scene.image,
+                    scene.caption,
+                    truth,
+                    absent=scene.absent_tags,
+                    caption_truth=scene_truth(scene),
+                )
 
     def _scenes(self, side: int, stage: Stage) -> list[Scene]:
         if side not in self._test:
             advance = stage(f"draw test scenes of {side} pixels", self.count)
             self._test[side] = list_with_progress(Scenes("test", self.count, side=side), advance)
         return self._test[side]
+
+
+def divergence_warnings(curve: Sequence[Mapping[str, float]]) -> list[str]:
+    """Return one sentence if the training diverged, and none otherwise."""
+    watch = DivergenceWatch()
+    for row in curve:
+        watch.add(int(row["step"]), row["loss"], row, (), skipped=False)
+    if not watch.diverged:
+        return []
+    why = watch.sentence(curve[-1]["loss"], curve[-1].get("caption_map_spread"))
+    return [f"step {curve[-1]['step']}: the training diverged: {why}; lower the learning rate"]
 
 
 def collapse_warnings(curve: Sequence[Mapping[str, float]]) -> list[str]:

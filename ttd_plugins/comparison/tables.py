@@ -12,6 +12,8 @@ from ttd_plugins.comparison.results import ARMS, BackboneResult, Comparison, Met
 from ttd_plugins.utils.deprecation import renamed_names
 from ttd_plugins.utils.files import write_atomic
 
+FEW_STEPS = 100
+"""A training of fewer steps is too short to judge TTD."""
 ARM_LABELS = {"before": "before", "control": "control", "after": "after TTD"}
 
 
@@ -26,6 +28,26 @@ def gain(backbone: BackboneResult, key: str) -> tuple[float, float | None] | Non
     if not known or len(known) != len(values):
         return None
     return mean_and_spread(known)
+
+
+def training_limits(comparison: Comparison) -> list[tuple[str, str]]:
+    """What limits the conclusions from a comparison: a few words for a headline, and a sentence.
+
+    A training of fewer than :data:`FEW_STEPS` steps, and one seed.
+    """
+    trained = [backbone for backbone in comparison.backbones if backbone.metrics.get("after")]
+    if not trained:
+        return []
+    limits = []
+    steps = comparison.settings.get("steps")
+    if isinstance(steps, int) and steps < FEW_STEPS:
+        words = f"{steps} step" + "s" * (steps != 1)
+        sentence = f"The training took only {words}: fewer than {FEW_STEPS} are too few to judge TTD. Train longer."
+        limits.append((f"only {words}", sentence))
+    if all(len(backbone.metrics["after"]) == 1 for backbone in trained):
+        sentence = "One seed was run, so the spread is unknown: small differences may be chance."
+        limits.append(("one seed", sentence))
+    return limits
 
 
 def summary(backbone: BackboneResult, metrics: Sequence[Metric]) -> dict[str, Any]:
@@ -77,6 +99,7 @@ def markdown(comparison: Comparison) -> str:
             for metric in comparison.metrics
         ),
     ]
+    lines += [line for _, sentence in training_limits(comparison) for line in ("", sentence)]
     if comparison.failures:
         lines += ["", "Failed:", "", *(f"- {name}: {reason}" for name, reason in comparison.failures.items())]
     return "\n".join(lines) + "\n"

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ttd_plugins.data.pair_source import PairSource
     from ttd_plugins.data.pruning import score_pairs
     from ttd_plugins.data.score_filter import PairFilter
+    from ttd_plugins.data.shard_urls import allow_pipe
     from ttd_plugins.data.skipped_samples import SkipLog
     from ttd_plugins.data.source_detection import open_pairs
 
@@ -22,6 +23,7 @@ _LAZY_EXPORTS = {
     "PairLoader": "ttd_plugins.data.loader",
     "PairSource": "ttd_plugins.data.pair_source",
     "SkipLog": "ttd_plugins.data.skipped_samples",
+    "allow_pipe": "ttd_plugins.data.shard_urls",
     "open_pairs": "ttd_plugins.data.source_detection",
     "read_image": "ttd_plugins.data.images",
     "score_pairs": "ttd_plugins.data.pruning",
@@ -34,6 +36,7 @@ __all__ = [
     "PairLoader",
     "PairSource",
     "SkipLog",
+    "allow_pipe",
     "open_pairs",
     "read_image",
     "score_pairs",

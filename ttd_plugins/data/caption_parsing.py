@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from dataclasses import dataclass
 from typing import Any
 
 from ttd_plugins.errors import one_sentence
+from ttd_plugins.tags import unescape_entities
 
-CAPTION_NAMES = ("captions", "caption", "text", "txt", "sentence", "sentences", "title", "description", "raw_caption")
+CAPTION_NAMES = (
+    *("captions", "caption", "text", "txt", "sentence", "sentences", "title", "description", "raw_caption"),
+    *("comment", "conversations", "messages"),
+)
 IMAGE_NAMES = (
     *("image", "images", "image_path", "image_file", "path", "filepath", "file_path", "filename", "file_name"),
     *("file", "img", "img_path", "image_name", "jpg"),
 )
 TAGS_NAMES = ("tags", "tag", "candidate_tags", "keywords", "nouns")
+MISSING_VALUES = frozenset(
+    r"nan -nan none null nil undefined na n/a #na #n/a <na> nat <null> (null) [null] \n -1.#ind 1.#ind 1.#qnan".split()
+)
+"""What pandas, R, spreadsheets and databases write for a missing value, case-folded."""
 
 Text = str | bytes
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    # UTF-32 first: its little-endian mark begins with that of UTF-16.
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
 
 
 class BadPairError(Exception):
@@ -30,31 +47,56 @@ def as_bytes(text: str) -> bytes:
         return text.encode("utf-8", "surrogatepass")
 
 
+def encoding_of(head: bytes) -> tuple[str, int]:
+    """Return the encoding that the byte order mark of a text names, and the mark's length; UTF-8 without a mark."""
+    return next(((name, len(mark)) for mark, name in _MARKS if head.startswith(mark)), ("utf-8", 0))
+
+
+def decode_text(data: bytes, errors: str = "strict") -> str:
+    """Decode a text by its byte order mark, or as UTF-8.
+
+    Raises:
+        UnicodeDecodeError: the text is invalid and ``errors`` is ``"strict"``.
+    """
+    encoding, start = encoding_of(data)
+    # Only UTF-8 has a lenient decoder whose result can be encoded again.
+    return data[start:].decode(encoding, errors if encoding == "utf-8" or errors == "strict" else "replace")
+
+
+def is_missing(text: str) -> bool:
+    """Return whether a text is blank, or stands for a missing value, as ``nan`` and ``NULL`` do."""
+    return not (text := text.strip()) or text.casefold() in MISSING_VALUES
+
+
 def usable_caption(caption: Text | None) -> str:
     """Return a caption as one line of text.
 
     Raises:
-        BadPairError: the caption is empty or not UTF-8.
+        BadPairError: the caption is empty, stands for a missing value, or is not text in UTF-8 or UTF-16 with a mark.
     """
     try:
-        text = (caption or b"").decode("utf-8-sig") if not isinstance(caption, str) else caption
+        text = decode_text(caption or b"") if not isinstance(caption, str) else caption
         text.encode()
     except UnicodeError as error:
-        if isinstance(error, UnicodeDecodeError):
+        where = ""
+        if isinstance(error, UnicodeDecodeError) and error.encoding == "utf-8":
             where = f" (byte 0x{error.object[error.start]:02x} at position {error.start})"
-        else:
-            where = ""
         raise BadPairError(f"the caption is not UTF-8{where}") from error
     text = " ".join(text.split())
     if not text:
         raise BadPairError("the caption is empty")
+    if is_missing(text):
+        raise BadPairError(f"the caption is {text!r}, which stands for a missing value")
+    if "\0" in text:
+        raise BadPairError("the caption contains NUL characters; if it is UTF-16, save it with a byte order mark")
     return text
 
 
 def parse_tags(value: Any) -> list[str] | None:
     """Parse ready-made tags: a list, a JSON list, or a text with ``|``, ``;`` or ``,`` between tags.
 
-    Blank and repeated tags are removed. ``None`` stays ``None``.
+    Blank and repeated tags are removed, and HTML entities are unescaped. ``None`` stays ``None``; a text that stands
+    for a missing value, such as ``nan``, is no tags.
 
     Raises:
         BadPairError: the value has another form.
@@ -67,22 +109,27 @@ def parse_tags(value: Any) -> list[str] | None:
         except UnicodeDecodeError as error:
             raise BadPairError("the tags are not UTF-8") from error
     if isinstance(value, str):
-        text = value.strip()
+        # Before the text is split at the ";" of an entity.
+        text = unescape_entities(value.strip())
+        if is_missing(text):
+            return []
         if text.startswith("["):
             try:
                 value = json.loads(text)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise BadPairError(f"the tags are not a valid JSON list: {one_sentence(error)}") from error
         else:
             value = text.split(next((mark for mark in "|;," if mark in text), ","))
     if not isinstance(value, list | tuple) or not all(isinstance(tag, str | bytes) for tag in value):
         raise BadPairError("the tags are neither a list of texts nor one text")
-    names = [tag.decode("utf-8", "replace") if isinstance(tag, bytes) else tag for tag in value]
+    names = [unescape_entities(tag.decode("utf-8", "replace") if isinstance(tag, bytes) else tag) for tag in value]
     return list(dict.fromkeys(name for name in (" ".join(name.split()) for name in names) if name))
 
 
 def parse_captions(value: Any) -> list[Text]:
-    """Parse captions: one text, or a list of texts or of ``{"raw": ...}`` objects (COCO and Karpathy splits).
+    """Parse captions: one text, a list of texts or of ``{"raw": ...}`` objects (Karpathy splits), or a conversation.
+
+    The caption of a conversation (LLaVA's ``from`` and ``value``, or ``role`` and ``content``) is its first answer.
 
     Raises:
         BadPairError: the value has another form.
@@ -92,10 +139,24 @@ def parse_captions(value: Any) -> list[Text]:
     if isinstance(value, str | bytes):
         return [value]
     if isinstance(value, list | tuple):
+        for speaker, text in (("from", "value"), ("role", "content")):
+            if value and all(isinstance(turn, dict) and speaker in turn and text in turn for turn in value):
+                return _first_answer([(_plain(turn[speaker]), _plain(turn[text])) for turn in value])
         texts = [item.get("raw", item.get("caption")) if isinstance(item, dict) else item for item in value]
         if all(isinstance(text, str | bytes) or text is None for text in texts):
             return [text or "" for text in texts]
     raise BadPairError("the captions are neither a text nor a list of texts")
+
+
+def _first_answer(turns: list[tuple[Any, Any]]) -> list[Text]:
+    answers = [text for speaker, text in turns if speaker in ("gpt", "assistant", "model", "bot")]
+    if not answers or not isinstance(answers[0], str):
+        raise BadPairError("its conversation has no answer that is a text")
+    return [answers[0]]
+
+
+def _plain(value: Any) -> Any:
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
 
 
 def load_json_bytes(data: bytes) -> Any:
@@ -105,7 +166,7 @@ def load_json_bytes(data: bytes) -> Any:
         BadPairError: the JSON is invalid.
     """
     try:
-        return json.loads(data.decode("utf-8-sig", "surrogateescape"))
+        return json.loads(decode_text(data, "surrogateescape"))
     except (ValueError, RecursionError) as error:
         raise BadPairError(f"its JSON cannot be parsed: {one_sentence(error)}") from error
 

@@ -3,23 +3,90 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ttd_plugins.data.caption_parsing import BadPairError, Fields, as_bytes, load_json_bytes
+from ttd_plugins.data.caption_parsing import BadPairError, Fields, as_bytes
+from ttd_plugins.data.image_paths import find_images, with_slashes
 from ttd_plugins.data.pair_source import MapSource, PackedTexts, RawPair, refuse_empty
-from ttd_plugins.errors import InputError, listed
+from ttd_plugins.errors import InputError
+
+
+class ImageIds:
+    """The ids of the ``images`` of a COCO file, and which of them an annotation refers to.
+
+    An ``image_id`` that is a string where the ids are integers (``"139"`` and 139), or the other way round, refers to
+    the same image.
+
+    Args:
+        ids: the id of each image.
+
+    Raises:
+        ValueError: an id is not a number or a text, or two images have the same id.
+    """
+
+    def __init__(self, ids: Iterable[Any]) -> None:
+        self._places: dict[Hashable, int] = {}
+        self._alike: dict[str, int] = {}
+        for place, value in enumerate(ids):
+            if not _is_id(value):
+                raise ValueError(f"an image has the id {_short(value)}, which is neither a number nor a text")
+            if value in self._places:
+                raise ValueError(f"two images have the id {_short(value)}")
+            self._places[value] = place
+            # Ids that look alike ("7" and "007") stand for themselves only.
+            self._alike[_spelled(value)] = -1 if _spelled(value) in self._alike else place
+
+    def place(self, image_id: Any) -> int | None:
+        """Return the index of the image that ``image_id`` refers to, or ``None`` if there is no such image.
+
+        Raises:
+            ValueError: ``image_id`` is not a number or a text.
+        """
+        if not _is_id(image_id):
+            raise ValueError(f"the image_id {_short(image_id)} is neither a number nor a text")
+        found = self._places.get(image_id, self._alike.get(_spelled(image_id), -1))
+        return None if found < 0 else found
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | float | str) and not isinstance(value, bool)
+
+
+def _spelled(value: Any) -> str:
+    """Return an id in the form in which numbers and texts are compared: without leading zeros or a fraction of zero."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value).strip()
+    return (text.lstrip("0") or "0") if text.isascii() and text.isdigit() else text
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def is_coco(content: Any) -> bool:
+    """Return whether parsed JSON is in COCO's format: an object with the lists ``images`` and ``annotations``."""
+    return isinstance(content, Mapping) and all(
+        isinstance(content.get(name), list) for name in ("images", "annotations")
+    )
 
 
 class CocoPairs(MapSource):
     """COCO captions: ``images`` in their order, each with the captions of its ``annotations``.
 
+    Captions of images that ``images`` does not list are listed as skipped, once per image. Images of the same
+    ``file_name`` are one image.
+
     Args:
         file: the JSON file.
-        images: the folder of images; by default it is searched next to the file.
+        content: its content, for which :func:`is_coco` is true.
+        images: the folder of images; by default it is searched near the file.
         fields: names of the annotation's fields. Ready-made tags of all annotations of an image are merged.
 
     Raises:
@@ -28,46 +95,55 @@ class CocoPairs(MapSource):
 
     kind = "coco"
 
-    def __init__(self, file: Path, *, images: Path | None = None, fields: Fields | None = None) -> None:
+    def __init__(
+        self, file: Path, content: Mapping[str, Any], *, images: Path | None = None, fields: Fields | None = None
+    ) -> None:
         self.name = str(file)
         fields = fields or Fields()
+        entries = content["images"]
+        if not all(isinstance(entry, dict) for entry in entries):
+            raise InputError(f"{str(file)!r} is not in COCO's format: an entry of 'images' is not an object")
         try:
-            content = load_json_bytes(file.read_bytes())
-        except OSError as error:
-            raise InputError(f"{str(file)!r} cannot be read: {error.strerror}") from error
-        except BadPairError as error:
-            raise InputError(f"{str(file)!r}: {error}") from error
-        entries, annotations = _parts(file, content)
-        captions: dict[Any, list[bytes]] = {}
-        tags: dict[Any, list[str]] = {}
+            ids = ImageIds(entry.get("id") for entry in entries)
+        except ValueError as error:
+            raise InputError(f"{str(file)!r} is not in COCO's format: {error}") from error
         name = fields.caption or "caption"
-        for annotation in annotations:
-            if isinstance(annotation, dict) and isinstance(annotation.get(name), str):
-                place = annotation.get("image_id")
-                captions.setdefault(place, []).append(as_bytes(annotation[name]))
-                try:
-                    tags.setdefault(place, []).extend(fields.tags_of(annotation) or [])
-                except BadPairError as error:
-                    raise InputError(f"{str(file)!r}: annotation {annotation.get('id')}: {error}") from error
-        if not captions:
+        if not any(isinstance(annotation, dict) and name in annotation for annotation in content["annotations"]):
             raise InputError(
                 f"no annotation in {str(file)!r} has a field {name!r}; give COCO's captions_*.json, not its "
                 "instances_*.json"
             )
-        names = [str(entry.get("file_name") or f"{entry.get('id')}.jpg") for entry in entries]
-        ids = [entry.get("id") for entry in entries]
-        known = set(ids)
-        strays = [place for place in captions if place not in known]
-        rows = [captions.get(place, []) for place in ids] + [captions[place] for place in strays]
-        refuse_empty(len(rows), f"{str(file)!r}")
-        self._missing_from = len(names)
-        self._names = PackedTexts([*names, *(f"image_id {place}" for place in strays)])
-        self._texts = PackedTexts(text for row in rows for text in row)
-        self._starts: NDArray[np.int64] = np.cumsum([0, *(len(row) for row in rows)])
-        self._tags: dict[str, list[str]] = {
-            key: list(dict.fromkeys(tags[place])) for key, place in zip(names, ids, strict=True) if tags.get(place)
-        }
+        names = [_file_name(entry) for entry in entries]
         self.images = images or _find_images(file, names)
+        rows: dict[str, list[bytes]] = {with_slashes(self.images, name): [] for name in names}
+        place_names = [with_slashes(self.images, name) for name in names]
+        strays: dict[str, list[bytes]] = {}
+        tags: dict[str, list[str]] = {}
+        for number, annotation in enumerate(content["annotations"], 1):
+            if not isinstance(annotation, dict):
+                raise InputError(f"{str(file)!r} is not in COCO's format: annotation {number} is not an object")
+            if name not in annotation:
+                continue
+            try:
+                place = ids.place(annotation.get("image_id"))
+                given = fields.tags_of(annotation) or []
+            except (ValueError, BadPairError) as error:
+                raise InputError(f"{str(file)!r}: annotation {_short(annotation.get('id'))}: {error}") from error
+            text = annotation[name]
+            # What is no text becomes an empty caption, which is listed as skipped.
+            caption = as_bytes(text) if isinstance(text, str) else b""
+            if place is None:
+                strays.setdefault(f"image_id {annotation.get('image_id')}", []).append(caption)
+            else:
+                rows[place_names[place]].append(caption)
+                tags.setdefault(place_names[place], []).extend(given)
+        refuse_empty(len(rows) + len(strays), f"{str(file)!r}")
+        self._missing_from = len(rows)
+        captions = [*rows.values(), *strays.values()]
+        self._names = PackedTexts([*rows, *strays])
+        self._texts = PackedTexts(text for row in captions for text in row)
+        self._starts: NDArray[np.int64] = np.cumsum([0, *(len(row) for row in captions)])
+        self._tags = {key: list(dict.fromkeys(found)) for key, found in tags.items() if found}
 
     @property
     def summary(self) -> str:
@@ -94,33 +170,16 @@ class CocoPairs(MapSource):
         return np.maximum(np.diff(self._starts), 1)
 
 
-def _parts(file: Path, content: Any) -> tuple[list[dict[str, Any]], list[Any]]:
-    if isinstance(content, dict):
-        images, annotations = content.get("images"), content.get("annotations")
-        if (
-            isinstance(images, list)
-            and isinstance(annotations, list)
-            and all(isinstance(image, dict) for image in images)
-        ):
-            return images, annotations
-        keys = listed(str(key) for key in content)
-        raise InputError(
-            f"{str(file)!r} is not in COCO's format: it must have the lists 'images' and 'annotations', but has {keys}"
-        )
-    raise InputError(
-        f"{str(file)!r} is not in COCO's format: its JSON must be an object with 'images' and 'annotations'"
-    )
+def _file_name(entry: Mapping[str, Any]) -> str:
+    name = entry.get("file_name")
+    return name if isinstance(name, str) and name else f"{entry.get('id')}.jpg"
 
 
 def _find_images(file: Path, names: list[str]) -> Path:
     """Return the folder near a COCO file that contains most of a sample of its images."""
     split = re.sub(r"^(captions|instances|annotations)[_-]?", "", file.stem)
-    parents = [file.parent, file.parent.parent]
-    folders = [parent / name for parent in parents for name in (split, "images", f"images/{split}", "image", ".")]
-    step = max(len(names) // 50, 1)
-    found = {folder: sum((folder / name).is_file() for name in names[::step]) for folder in folders if folder.is_dir()}
-    best = max(found, key=lambda folder: found[folder], default=file.parent)
-    if not found.get(best):
-        looked = ", ".join(repr(str(folder)) for folder in found if folder.name)
+    best, folders = find_images(file, names, (split, "images", f"images/{split}", "image"), around=False)
+    if best is None:
+        looked = ", ".join(repr(str(folder)) for folder in folders[:8] if folder.name)
         raise InputError(f"none of the images of {str(file)!r} is in {looked}; give their folder with images=")
     return best

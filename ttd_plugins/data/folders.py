@@ -1,16 +1,19 @@
-"""Folders: ``name.jpg`` with ``name.txt`` or ``name.json``, in one folder or in two parallel folders."""
+"""Folders: ``name.jpg`` with ``name.txt``, ``.caption`` or ``.json``, in one folder or in two parallel folders."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from ttd_plugins.data.caption_parsing import BadPairError, Fields
 from ttd_plugins.data.pair_source import IMAGE_SUFFIXES, MapSource, PackedTexts, RawPair
 from ttd_plugins.data.sidecar import add_sidecar
 from ttd_plugins.errors import InputError, one_sentence
+from ttd_plugins.utils.user_files import read_regular, walk_files
 
+TEXT_SUFFIXES = (".txt", ".caption")
+MAX_SIDECAR_BYTES = 64 << 20
+"""Size of the largest caption file that is read."""
 IMAGE_FOLDERS = ("image", "images", "img", "imgs")
 CAPTION_FOLDERS = ("json", "jsons", "json_refined", "captions", "caption", "txt", "text", "texts")
 
@@ -25,8 +28,9 @@ def paper_layout(folder: Path) -> tuple[Path, Path] | None:
 class FolderPairs(MapSource):
     """Images of a folder and its subfolders, sorted by path. A caption file has the image's path with another suffix.
 
-    Each line of a ``.txt`` is a caption. A ``.json`` is a list of captions, or an object with one or several captions
-    and optional tags. An image without a caption file, and a caption file without an image, are listed as skipped.
+    Each line of a ``.txt``, or of a ``.caption`` where there is no ``.txt``, is a caption. A ``.json`` is a list of
+    captions, or an object with one or several captions and optional tags. The suffix replaces that of the image, or
+    follows it. An image without a caption file, and a caption file without an image, are listed as skipped.
 
     Raises:
         InputError: a folder cannot be read, or contains no images.
@@ -42,24 +46,25 @@ class FolderPairs(MapSource):
         paths: list[str] = []
         texts: dict[str, str] = {}
         records: dict[str, str] = {}
-        for path in _files(images):
+        for path in walk_files(images):
             _sort_in(path, paths, texts, records)
         if captions is not None:
             texts, records = {}, {}
-            for path in _files(captions):
+            for path in walk_files(captions):
                 _sort_in(path, [], texts, records)
         if not paths:
             raise InputError(f"the folder {str(images)!r} contains no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        stems = {_stem(path) for path in paths}
-        orphans = [stem for stem in {**texts, **records} if stem not in stems]
+        # "photo.jpg.txt" is another usual name of the captions of "photo.jpg".
+        names = {name for path in paths for name in (path, _stem(path))}
+        sidecars = texts.keys() | records.keys()
+        orphans = sidecars - names
         # A caption file without an image has the position that its image would have.
         rows = sorted([*((path, _stem(path)) for path in paths), *((stem, stem) for stem in orphans)])
-        lonely = set(orphans)
-        self._paths = PackedTexts("" if path in lonely and path == stem else path for path, stem in rows)
+        self._paths = PackedTexts("" if path in orphans else path for path, _ in rows)
         self._stems = PackedTexts(stem for _, stem in rows)
-        self._texts = PackedTexts(texts.get(stem, "") for _, stem in rows)
-        self._records = PackedTexts(records.get(stem, "") for _, stem in rows)
-        if not stems & (texts.keys() | records.keys()):
+        self._texts = PackedTexts(texts.get(path) or texts.get(stem, "") for path, stem in rows)
+        self._records = PackedTexts(records.get(path) or records.get(stem, "") for path, stem in rows)
+        if not names & sidecars:
             raise InputError(
                 f"none of the {len(paths)} images in {str(images)!r} has a caption file; 'photo.jpg' needs "
                 f"{self._caption_files('photo')}"
@@ -99,28 +104,16 @@ class FolderPairs(MapSource):
         if not path:
             return None
         try:
-            return (self.captions / path).read_bytes()
-        except OSError as error:
-            raise BadPairError(f"the caption file cannot be read: {error.strerror}") from error
-
-
-def _files(folder: Path) -> Iterator[str]:
-    """Yield the relative paths, with ``/``, of all files of a folder and its subfolders, except hidden ones."""
-
-    def refuse(error: OSError) -> None:
-        raise InputError(f"the folder {error.filename!r} cannot be read: {error.strerror}")
-
-    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        above = PurePosixPath(os.path.relpath(root, folder).replace(os.sep, "/"))
-        yield from (str(above / name) for name in names if not name.startswith("."))
+            return read_regular(self.captions / path, "the caption file", MAX_SIDECAR_BYTES)
+        except InputError as error:
+            raise BadPairError(str(error)) from error
 
 
 def _sort_in(path: str, images: list[str], texts: dict[str, str], records: dict[str, str]) -> None:
     suffix = PurePosixPath(path).suffix.lower()
     if suffix in IMAGE_SUFFIXES:
         images.append(path)
-    elif suffix == ".txt":
+    elif suffix == ".txt" or (suffix in TEXT_SUFFIXES and _stem(path) not in texts):
         texts[_stem(path)] = path
     elif suffix == ".json":
         records[_stem(path)] = path

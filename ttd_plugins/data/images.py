@@ -1,15 +1,28 @@
-"""Reading image files: every format that Pillow reads becomes an upright 8-bit RGB image."""
+"""Reading image files: every accepted format becomes an upright 8-bit RGB image.
+
+Every part of the project that opens an image does so through :func:`open_image`. Pillow itself would also start
+Ghostscript for PostScript, and run rarely used decoders, whatever a file is called.
+"""
 
 from __future__ import annotations
 
 import io
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from ttd_plugins.errors import InputError, one_sentence
+from ttd_plugins.errors import InputError, TTDError, one_sentence
+from ttd_plugins.utils.file_kinds import HEAD_BYTES, describe_kind, read_head
+from ttd_plugins.utils.png_texts import without_long_texts
+from ttd_plugins.utils.user_files import open_regular
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+"""Pillow's names of the formats that are read; ``PPM`` includes PGM and PBM. The content decides, not the file name."""
 
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -38,34 +51,69 @@ def read_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
         An image of mode ``"RGB"``.
 
     Raises:
-        InputError: the file is missing, empty, truncated, broken or not an image; its values are floating-point; or it
-            has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``. The message names the file.
+        InputError: the file is missing, empty, truncated, broken, not an image or not a regular file; its values are
+            floating-point; or it has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``. The message names the file.
     """
-    if name is None and not isinstance(source, bytes):
-        name = str(source)
-    name = "the image" if name is None else f"image {name!r}"
-    if not isinstance(source, bytes) and Path(source).is_dir():
-        raise InputError(f"{name} is a folder; give the path of one image")
+    with open_image(source, name) as image:
+        image.load()
+        return to_rgb(image, _title(source, name, "image"))
+
+
+@contextmanager
+def open_image(
+    source: str | os.PathLike[str] | bytes, name: str | None = None, *, kind: str = "image"
+) -> Iterator[Image.Image]:
+    """Open an image file as it is stored, without decoding its pixels; errors inside the ``with`` block are included.
+
+    Args:
+        source: a path, or the bytes of an image file.
+        name: name of the image in messages; by default the path.
+        kind: what the image is, for messages, such as ``"mask"``.
+
+    Yields:
+        The image in its own mode, not turned by EXIF, closed after the block.
+
+    Raises:
+        InputError: the file is missing, empty, truncated, broken, not a regular file (a named pipe would block), or in
+            none of :data:`IMAGE_FORMATS`; or it has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``. The message names
+            the file.
+    """
+    title = _title(source, name, kind)
+    if not isinstance(source, bytes) and os.path.isdir(source):
+        raise InputError(f"{title} is a folder; give the path of one image")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            _refuse_bomb(image, name)
-            image.load()
-            return to_rgb(image, name)
-    except InputError:
+        with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source, title) as stream:
+            shortened = without_long_texts(stream)
+            stream.seek(0)
+            with Image.open(stream if shortened is None else io.BytesIO(shortened), formats=IMAGE_FORMATS) as image:
+                _refuse_bomb(image, title)
+                yield image
+    except TTDError:
         raise
-    except FileNotFoundError:
-        raise InputError(f"{name} does not exist") from None
-    except PermissionError as error:
-        raise InputError(f"{name} cannot be read: permission denied") from error
     except UnidentifiedImageError as error:
-        size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
-        what = "is empty" if size == 0 else "is not an image in a format that Pillow reads"
-        raise InputError(f"{name} {what}") from error
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{name} is refused: {one_sentence(error)}") from error
+        raise InputError(f"{title} {_unidentified(source)}") from error
+    # A program may turn the warning into an exception.
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(f"{title} is refused: {one_sentence(error)}") from error
     # Decoders of broken files raise exceptions of many types.
     except Exception as error:
-        raise InputError(f"{name} cannot be decoded; it may be truncated ({one_sentence(error)})") from error
+        raise InputError(f"{title} cannot be decoded; it may be truncated ({one_sentence(error)})") from error
+
+
+def _title(source: str | os.PathLike[str] | bytes, name: str | None, kind: str) -> str:
+    if name is None and not isinstance(source, bytes):
+        name = os.fspath(source)
+    return f"the {kind}" if name is None else f"{kind} {name!r}"
+
+
+def _unidentified(source: str | os.PathLike[str] | bytes) -> str:
+    """Return the end of a sentence about a file that is in no accepted format."""
+    head = source[:HEAD_BYTES] if isinstance(source, bytes) else read_head(source)
+    if not head:
+        return "is empty"
+    found = describe_kind(head)
+    what = f"is {found}" if found else "is not an image"
+    return f"{what}; the formats that are read are {', '.join(IMAGE_FORMATS)}"
 
 
 def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
@@ -78,8 +126,13 @@ def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
         name: name of the image in messages.
 
     Raises:
-        InputError: the image has floating-point values, or integers outside 16 bits.
+        InputError: the object is not a PIL image, or it has floating-point values, or integers outside 16 bits.
     """
+    if not isinstance(image, Image.Image):
+        raise InputError(
+            f"{name} must be a PIL image or a path, not an object of class {type(image).__module__}."
+            f"{type(image).__qualname__}; PIL.Image.fromarray() converts a uint8 array [height, width, 3]"
+        )
     image = _upright(image)
     if image.mode in _16_BIT_MODES or image.mode == "I":
         values = np.asarray(image).astype(np.int64)
@@ -96,14 +149,34 @@ def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    # ImageOps.exif_transpose would rewrite the whole EXIF, and fails on unrelated tags.
+    turn = _TURNS.get(exif_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image, 1 to 8; 1 (upright) if it has none, or one that cannot be parsed."""
     try:
         orientation = image.getexif().get(_ORIENTATION)
     # The EXIF of some cameras and editors cannot be parsed, while the pixels are sound.
     except Exception:
-        return image
-    # ImageOps.exif_transpose would rewrite the whole EXIF, and fails on unrelated tags.
-    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else image.transpose(turn)
+        return 1
+    return orientation if isinstance(orientation, int) and orientation in _TURNS else 1
+
+
+def turn_upright(values: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Turn an array ``[height, width]`` of pixels as they are stored the way :func:`to_rgb` turns their image.
+
+    Args:
+        values: one value per stored pixel.
+        orientation: the EXIF orientation; see :func:`exif_orientation`.
+    """
+    if orientation >= 5:
+        values = values.T
+    # What is left to mirror, from left to right and from top to bottom.
+    across = orientation in (2, 3, 6, 7)
+    down = orientation in (3, 4, 7, 8)
+    return np.ascontiguousarray(values[:: -1 if down else 1, :: -1 if across else 1])
 
 
 def _refuse_bomb(image: Image.Image, name: str) -> None:

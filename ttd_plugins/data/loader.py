@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from ttd_plugins.data.chunks import (
 )
 from ttd_plugins.data.pair_source import MapSource, PairSource, StreamSource
 from ttd_plugins.data.skipped_samples import SkipLog
+from ttd_plugins.data.worker_processes import WorkerKilledError, ignore_first_signals, read_from_workers
 from ttd_plugins.errors import InputError, TTDError, choices_sentence, one_sentence
 
 if TYPE_CHECKING:
@@ -252,16 +252,13 @@ class PairLoader:
             num_workers=self.workers,
             pin_memory=self.pin_memory,
             collate_fn=_identity,
-            worker_init_fn=_ignore_first_signals,
+            worker_init_fn=ignore_first_signals,
             # By default torch draws a number from the global generator, which would differ after resuming.
             generator=torch.Generator().manual_seed(0),
         )
         try:
-            yield from loader
-        except RuntimeError as error:
-            # An exception inside a worker has another message and is a bug; this is a worker that was killed.
-            if not str(error).startswith("DataLoader worker (pid"):
-                raise
+            yield from read_from_workers(loader)
+        except WorkerKilledError as error:
             raise TTDError(
                 f"a worker process that decodes images of {self.source.name!r} was killed ({one_sentence(error, 100)}),"
                 " most likely because memory ran out; use fewer workers or a smaller batch"
@@ -332,16 +329,6 @@ def _concatenate(images: list[Tensor]) -> Tensor:
 
 def _identity(chunk: Any) -> Any:
     return chunk
-
-
-def _ignore_first_signals(worker: int) -> None:
-    """Let a worker survive Ctrl-C and one SIGTERM: they reach workers too, while the training still saves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def once(*_: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    signal.signal(signal.SIGTERM, once)
 
 
 def _require_options(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ttd_plugins.data.score_filter import PairFilter
 
 IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .avif .jp2".split()  # what Pillow reads
+    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .avif .jp2".split()  # of data.images.IMAGE_FORMATS
 )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +20,20 @@ import torch
 from ttd_plugins.adapter import DenseAdapter, ImageTransform, Size, image_features
 from ttd_plugins.data.loader import LoaderPosition, PairLoader
 from ttd_plugins.data.pair_source import MapSource, PairSource
-from ttd_plugins.data.score_filter import PairScores, read_scores
+from ttd_plugins.data.score_filter import PairScores, is_utf8, read_scores
 from ttd_plugins.data.skipped_samples import SkipLog
 from ttd_plugins.engine import evaluation_mode
-from ttd_plugins.errors import InputError, MissingDependencyError, TTDError
+from ttd_plugins.errors import InputError, MissingDependencyError, TTDError, one_sentence
 from ttd_plugins.method import similarity
 from ttd_plugins.method.text_embeddings import encode_texts
-from ttd_plugins.utils.files import atomic_path
+from ttd_plugins.utils.files import atomic_path, given_path
+from ttd_plugins.utils.output_folder import locked
 from ttd_plugins.utils.settings import first_difference
+
+HEADER = b'{"scores": {'
+"""How a file of scores begins."""
+SKIPPED = b'{"key": '
+"""How a line of a list of skipped samples begins."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +82,12 @@ def score_pairs(
         on_batch: callback, called with the number of samples scored since the last call.
 
     Raises:
-        InputError: ``out`` cannot be written, or contains scores of other pairs or of another backbone.
+        InputError: ``out`` cannot be written, another process writes it, it contains scores of other pairs or of
+            another backbone, or a file beside it that would be replaced is not of an earlier call.
         TTDError: no pair can be scored, or too many samples are skipped.
         MissingDependencyError: pyarrow, needed for ``.parquet``, is not installed.
     """
-    file = Path(out)
+    file = given_path(out)
     settings = {
         "backbone": backbone.description.name,
         "spec": source.name,
@@ -87,6 +95,25 @@ def score_pairs(
         "pictures": len(source) if isinstance(source, MapSource) else None,
     }
     require_scores_file(file)
+    with locked(file.with_name(f".{file.name}.lock"), f"the scores {file}"):
+        return _score_pairs(
+            source, backbone, file, settings, transform, size, batch_size, workers, max_skipped, on_batch
+        )
+
+
+def _score_pairs(
+    source: PairSource,
+    backbone: DenseAdapter,
+    file: Path,
+    settings: dict[str, Any],
+    transform: ImageTransform | None,
+    size: Size | None,
+    batch_size: int,
+    workers: int,
+    max_skipped: int | float | None,
+    on_batch: Callable[[int], None] | None,
+) -> PruningResult:
+    """:func:`score_pairs` with the lock of its file."""
     skips_file = file.with_name(f"{file.name}.skipped.jsonl")
     if file.exists():
         done = read_scores(file)
@@ -94,8 +121,9 @@ def score_pairs(
         return PruningResult(file, done, dict(SkipLog(skips_file if skips_file.exists() else None).reasons))
     part = file.with_name(f"{file.name}.part")
     start = _resume(part, settings)
-    if start is None:
-        skips_file.unlink(missing_ok=True)
+    if start is None and skips_file.exists():
+        _require_skip_log(skips_file)
+        skips_file.unlink()
     skipped = SkipLog(skips_file)
     loader = PairLoader(
         source,
@@ -149,8 +177,12 @@ def require_scores_file(file: Path) -> None:
         raise InputError(f"the file of scores {str(file)!r} is a folder")
     if not file.parent.is_dir():
         raise InputError(f"the file of scores {str(file)!r} cannot be written: its folder does not exist")
-    if not os.access(file.parent, os.W_OK):
-        raise InputError(f"the file of scores {str(file)!r} cannot be written: permission denied")
+    try:
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        reason = (error.strerror or one_sentence(error)).lower()
+        raise InputError(f"the file of scores {str(file)!r} cannot be written: {reason}") from error
 
 
 def _require_same(found: dict[str, Any], wanted: dict[str, Any], file: Path) -> None:
@@ -166,25 +198,61 @@ def _resume(part: Path, settings: dict[str, Any]) -> LoaderPosition | None:
     try:
         position: LoaderPosition | None = None
         end = 0
+        if part.is_symlink():
+            raise ValueError
         if part.exists():
             with open(part, "rb") as stream:
                 for number, line in enumerate(stream):
                     record = json.loads(line) if line.endswith(b"\n") else {}
+                    if not isinstance(record, dict):
+                        raise ValueError
                     if not number and "scores" in record:
                         _require_same(record["scores"], settings, part)
                         end = len(line)
+                    # A first line that was cut short is of a call that was killed at its start.
+                    if not end and not (not number and HEADER.startswith(line[: len(HEADER)])):
+                        raise ValueError
                     if "position" in record:
                         position, end = record["position"], stream.tell()
+                _require_position(position)
             os.truncate(part, end)
         if not end:
             part.write_bytes(json.dumps({"scores": settings}).encode() + b"\n")
         return position
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{str(part)!r} is not an incomplete file of scores; delete it to start again") from error
     except OSError as error:
         raise TTDError(f"the scores cannot be written to {str(part)!r}: {error.strerror}") from error
+
+
+def _require_position(position: Any) -> None:
+    """Raise ValueError unless a position is one of the loader, or ``None``."""
+    if position is None:
+        return
+    whole = isinstance(position, dict) and set(position) == set(LoaderPosition.__annotations__)
+    numbers = [one for key, one in position.items() if key != "units"] + position["units"] if whole else [None]
+    if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in numbers):
+        raise ValueError
+
+
+def _require_skip_log(file: Path) -> None:
+    """Check that a file is a list of skipped samples, before it is deleted.
+
+    Raises:
+        InputError: it is another file.
+    """
+    try:
+        with open(file, "rb") as stream:
+            # A last line that was cut short is of a call that was killed.
+            whole = [line for line in stream if line.endswith(b"\n") or not line.startswith(SKIPPED[: len(line)])]
+        lines = [json.loads(line) for line in whole]
+        foreign = file.is_symlink() or not all(isinstance(one, dict) and set(one) == {"key", "reason"} for one in lines)
+    except (OSError, ValueError, RecursionError):
+        foreign = True
+    if foreign:
+        raise InputError(f"{str(file)!r} is not a list of skipped samples and would be replaced; move it away")
 
 
 def _finish(part: Path, file: Path, skipped: SkipLog) -> None:
@@ -199,14 +267,20 @@ def _finish(part: Path, file: Path, skipped: SkipLog) -> None:
             import pyarrow as pa
             import pyarrow.parquet as pq
 
+            # Names of files need not be UTF-8, but texts of Parquet are: their JSON form is.
+            keys = [row["key"] for row in rows]
+            as_json = any(not is_utf8(key) for key in keys)
             columns = {
-                "key": pa.array([row["key"] for row in rows], pa.string()),
+                "key": pa.array([json.dumps(key) for key in keys] if as_json else keys, pa.string()),
                 "caption": pa.array([row["caption"] for row in rows], pa.int32()),
                 "similarity": pa.array([row["similarity"] for row in rows], pa.float64()),
                 "reason": pa.array([row.get("reason") for row in rows], pa.string()),
             }
-            table = pa.table(columns).replace_schema_metadata({"scores": json.dumps(settings)})
-            pq.write_table(table, temporary)
+            metadata = {"scores": json.dumps(settings)} | ({"keys": "json"} if as_json else {})
+            table = pa.table(columns).replace_schema_metadata(metadata)
+            # pyarrow takes no path that is not UTF-8.
+            with open(temporary, "wb") as stream:
+                pq.write_table(table, stream)
         else:
             with open(temporary, "wb") as stream:
                 for row in ({"scores": settings}, *rows):

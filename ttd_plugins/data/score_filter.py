@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,22 @@ from numpy.typing import NDArray
 
 from ttd_plugins.errors import InputError, MissingDependencyError, one_sentence
 from ttd_plugins.utils.deprecation import RenamedAttribute
+from ttd_plugins.utils.numbers import number
 
 
 def key_hash(key: str) -> int:
     """Return a 64-bit hash of a key that is the same in every process."""
     digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether a text, such as the name of a file, can be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -58,23 +69,35 @@ def read_scores(file: str | Path) -> PairScores:
         MissingDependencyError: pyarrow, needed for Parquet, is not installed.
     """
     path = Path(file)
-    if not path.is_file():
-        unfinished = path.with_name(path.name + ".part").is_file()
+    if not os.path.isfile(path):
+        unfinished = os.path.isfile(path.with_name(path.name + ".part"))
         hint = "is incomplete; run `ttd prune` again to continue" if unfinished else "does not exist"
         raise InputError(f"the file of scores {str(path)!r} {hint}")
     try:
         settings, keys, captions, similarity = _parquet(path) if path.suffix == ".parquet" else _json_lines(path)
-    except (KeyError, TypeError, ValueError, OSError) as error:
+        numbers = [math.nan if value is None else value for value in similarity]
+        if not isinstance(settings, dict) or not all(isinstance(key, str) for key in keys):
+            raise ValueError("its settings or keys have another type")
+        return PairScores(settings, keys, np.asarray(captions, np.int64), np.asarray(numbers, np.float64))
+    # Reading a damaged file raises nearly anything.
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        NotImplementedError,
+        OSError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise InputError(f"{str(path)!r} is not a file of scores of `ttd prune`: {one_sentence(error)}") from error
-    numbers = [math.nan if value is None else value for value in similarity]
-    return PairScores(settings, keys, np.asarray(captions, np.int64), np.asarray(numbers, np.float64))
 
 
 def _json_lines(path: Path) -> tuple[dict[str, Any], list[str], list[int], list[float | None]]:
     with open(path, "rb") as stream:
         settings = json.loads(next(stream, b"{}"))["scores"]
         rows = [json.loads(line) for line in stream]
-    rows = [row for row in rows if "key" in row]
+    rows = [row for row in rows if isinstance(row, dict) and "key" in row]
     return settings, *([row[name] for row in rows] for name in ("key", "caption", "similarity"))  # type: ignore[return-value]
 
 
@@ -83,9 +106,13 @@ def _parquet(path: Path) -> tuple[dict[str, Any], Any, Any, Any]:
         import pyarrow.parquet as pq
     except ImportError as error:
         raise MissingDependencyError(f"{str(path)!r} needs pyarrow; pip install 'ttd-plugins[data]'") from error
-    table = pq.read_table(path)
-    settings = json.loads((table.schema.metadata or {})[b"scores"])
-    return settings, *(table.column(name).to_pylist() for name in ("key", "caption", "similarity"))
+    # pyarrow takes no path that is not UTF-8.
+    with open(path, "rb") as stream:
+        table = pq.read_table(stream)
+    metadata = table.schema.metadata or {}
+    settings = json.loads(metadata[b"scores"])
+    keys, captions, similarity = (table.column(name).to_pylist() for name in ("key", "caption", "similarity"))
+    return settings, [json.loads(key) for key in keys] if b"keys" in metadata else keys, captions, similarity
 
 
 class PairFilter:
@@ -110,6 +137,8 @@ class PairFilter:
     def __init__(self, scores: PairScores, *, threshold: float | None = None, quantile: float | None = None) -> None:
         if (threshold is None) == (quantile is None):
             raise InputError("pruning needs either a threshold (a cosine) or a quantile (the fraction to reject)")
+        if threshold is not None:
+            threshold = number("the threshold", threshold, low=-1, high=1)
         self.threshold = threshold if threshold is not None else scores.threshold(quantile or 0.0)
         selected = scores.similarity >= self.threshold
         if not selected.any():

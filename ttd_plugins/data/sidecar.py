@@ -4,8 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from ttd_plugins.data.caption_parsing import BadPairError, Fields, load_json_bytes
+from ttd_plugins.data.caption_parsing import (
+    BadPairError,
+    Fields,
+    Text,
+    decode_text,
+    encoding_of,
+    load_json_bytes,
+)
 from ttd_plugins.data.pair_source import RawPair
+
+
+def caption_lines(text: bytes) -> list[Text]:
+    """Return the lines of a text that are not blank; as bytes, unless a byte order mark names another encoding."""
+    if encoding_of(text)[0] == "utf-8":
+        return [row for row in text.splitlines() if row.strip()]
+    return [row for row in decode_text(text, "replace").splitlines() if row.strip()]
 
 
 def add_sidecar(
@@ -36,7 +50,7 @@ def add_sidecar(
         pair.problem = pair.problem or str(error)
         return pair
     if text is not None and (listed is None or (len(listed) < 2 and fields.caption is None)):
-        rows = [row for row in text.splitlines() if row.strip()] if lines else [text]
+        rows = caption_lines(text) if lines else [text]
         pair.captions = rows or [b""]
     elif listed is not None:
         pair.captions = listed

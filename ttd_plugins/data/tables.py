@@ -1,11 +1,12 @@
-"""Tables of paths and captions: CSV, TSV, JSON lines and Parquet."""
+"""Tables of paths and captions: CSV, TSV, JSON lines, JSON lists and Parquet."""
 
 from __future__ import annotations
 
-import csv
+import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,40 @@ from ttd_plugins.data.caption_parsing import (
     Fields,
     Text,
     as_bytes,
+    encoding_of,
     escaped,
+    is_missing,
     load_json_bytes,
     parse_captions,
     parse_tags,
 )
-from ttd_plugins.data.pair_source import IMAGE_SUFFIXES, MapSource, PackedTexts, RawPair, refuse_empty
+from ttd_plugins.data.delimited_text import open_delimited
+from ttd_plugins.data.image_paths import find_images, is_image_name, with_slashes, without_number
+from ttd_plugins.data.pair_source import MapSource, PackedTexts, RawPair, refuse_empty
 from ttd_plugins.errors import InputError, MissingDependencyError, choices_sentence, listed, one_sentence
+from ttd_plugins.utils.user_files import open_regular
 
-TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".txt", ".parquet", ".pq", ".jsonl", ".ndjson"})
+TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".txt", ".token", ".parquet", ".pq", ".jsonl", ".ndjson"})
 Row = tuple[int, dict[str, Any] | None, str]
 """Row number (from 1, without the header), cells by column or ``None``, and the problem if there are no cells."""
+Table = tuple[list[str], Iterator[Row]]
+"""Names of columns, and rows."""
 
 
 class TablePairs(MapSource):
     """Rows with a path and a caption; rows with the same path are one image with several captions.
 
-    Paths are relative to ``images``, by default the table's folder. A caption may be a list, written as JSON in CSV and
-    TSV. Ready-made tags are lists, or texts with ``|``, ``;`` or ``,`` between tags.
+    Paths are relative to ``images``, by default the table's folder, or else a folder near it that contains the images;
+    ``\\`` in a path is a ``/``. A caption may be a list, written as JSON in CSV and TSV, or a conversation. Ready-made
+    tags are lists, or texts with ``|``, ``;`` or ``,`` between tags. Rows that are broken or have no path are listed as
+    skipped, with their numbers.
+
+    Args:
+        file: the table.
+        images: the folder of relative paths.
+        fields: names of the columns.
+        delimiter: the delimiter of CSV; by default it is detected.
+        table: columns and rows, if the file was read already.
 
     Raises:
         InputError: the table cannot be read or is empty, or a column is missing or cannot be identified.
@@ -47,19 +64,25 @@ class TablePairs(MapSource):
     kind = "table"
 
     def __init__(
-        self, file: Path, *, images: Path | None = None, fields: Fields | None = None, delimiter: str | None = None
+        self,
+        file: Path,
+        *,
+        images: Path | None = None,
+        fields: Fields | None = None,
+        delimiter: str | None = None,
+        table: Table | None = None,
     ) -> None:
         self.name = str(file)
-        self.images = images or file.parent
-        columns, rows = _open_table(file, fields or Fields(), delimiter)
-        image, caption, tags = _choose_columns(file, columns, fields or Fields(), rows)
+        columns, ahead = _open_table(file, fields or Fields(), delimiter, table)
+        image, caption, tags = _choose_columns(file, columns, fields or Fields(), ahead)
+        self.images = images or _images_of(file, ahead.paths(image))
         groups: dict[str, int] = {}
         places: list[int] = []
         texts: list[Text] = []
         tag_texts: dict[int, str] = {}
         self._problems: dict[int, str] = {}
-        for number, cells, wrong in rows:
-            path = "" if cells is None else _text(cells.get(image))
+        for number, cells, wrong in ahead:
+            path = "" if cells is None else _path(cells.get(image))
             if not path:
                 group = groups.setdefault(f"{file.name}:row {number}", len(groups))
                 self._problems[group] = wrong or f"row {number} has no path in column {image!r}"
@@ -67,7 +90,7 @@ class TablePairs(MapSource):
                 texts.append("")
                 continue
             assert cells is not None
-            group = groups.setdefault(path, len(groups))
+            group = groups.setdefault(with_slashes(self.images, path), len(groups))
             try:
                 found = _cell_captions(cells.get(caption), plural=caption.endswith("s")) or [""]
                 given = parse_tags(cells.get(tags)) if tags is not None else None
@@ -110,10 +133,11 @@ class TablePairs(MapSource):
         return np.diff(self._starts)
 
 
-def _text(value: Any) -> str:
+def _path(value: Any) -> str:
+    """Return the path of an image in a cell; empty if there is none."""
     if isinstance(value, bytes):
         value = value.decode("utf-8", "surrogateescape")
-    return value.strip() if isinstance(value, str) else ""
+    return without_number(value.strip()) if isinstance(value, str) and not is_missing(value) else ""
 
 
 def _cell_captions(value: Any, *, plural: bool) -> list[Text]:
@@ -170,26 +194,37 @@ class _Rows:
         yield from self._first
         yield from self._rest
 
+    def paths(self, column: str) -> list[str]:
+        """Return the paths in the first rows."""
+        return [path for _, cells, _ in self._first if cells and (path := _path(cells.get(column)))]
+
     def looks_like_url(self, column: str) -> bool:
-        values = [_text(cells.get(column)) for _, cells, _ in self._first if cells]
-        return bool(values) and all(value.startswith(("http://", "https://")) for value in values if value)
+        values = self.paths(column)
+        return bool(values) and all(value.startswith(("http://", "https://")) for value in values)
 
 
-def _open_table(file: Path, fields: Fields, delimiter: str | None) -> tuple[list[str], _Rows]:
+def _images_of(file: Path, paths: Sequence[str]) -> Path:
+    """Return the folder of a table's relative paths: its own, or the one near it that contains the images."""
+    if any(os.path.isfile(file.parent / path) for path in paths):
+        return file.parent
+    found, _ = find_images(file, paths)
+    return found or file.parent
+
+
+def _open_table(file: Path, fields: Fields, delimiter: str | None, table: Table | None) -> tuple[list[str], _Rows]:
     suffix = file.suffix.lower()
-    try:
-        if suffix in (".parquet", ".pq"):
-            columns, rows = _parquet(file)
-        elif suffix in (".jsonl", ".ndjson"):
-            columns, rows = _json_lines(file)
-        else:
-            columns, rows = _delimited(file, fields, delimiter)
-    except OSError as error:
-        raise InputError(f"the table {str(file)!r} cannot be read: {error.strerror or one_sentence(error)}") from error
+    if table is not None:
+        columns, rows = table
+    elif suffix in (".parquet", ".pq"):
+        columns, rows = _parquet(file)
+    elif suffix in (".jsonl", ".ndjson"):
+        columns, rows = _json_lines(file)
+    else:
+        columns, rows = _delimited(file, fields, delimiter)
     return columns, _Rows(rows)
 
 
-def _parquet(file: Path) -> tuple[list[str], Iterator[Row]]:
+def _parquet(file: Path) -> Table:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -197,16 +232,19 @@ def _parquet(file: Path) -> tuple[list[str], Iterator[Row]]:
         raise MissingDependencyError(
             f"the Parquet table {str(file)!r} needs pyarrow; pip install 'ttd-plugins[data]'"
         ) from error
+    # pyarrow takes no path that is not UTF-8.
+    stream = open_regular(file, f"the table {str(file)!r}")
     try:
-        table = pq.ParquetFile(file)
-    except pa.ArrowException as error:
+        table = pq.ParquetFile(stream)
+    # Thrift and Arrow raise exceptions of several types for a broken file.
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{str(file)!r} is not a Parquet table: {one_sentence(error)}") from error
     names = list(table.schema_arrow.names)
     embedded = next((name for name in names if name.lower() in IMAGE_NAMES and _has_images(table, name)), None)
     if embedded is not None:
         raise InputError(
-            f"column {embedded!r} of {str(file)!r} contains images, not paths; open it with Hugging Face datasets: "
-            f"'hf:parquet' with data_files={str(file)!r}"
+            f"column {embedded!r} of {str(file)!r} contains images, not paths; open it with Hugging Face datasets: the "
+            f"source 'hf:parquet' with the option data_files={str(file)!r}"
         )
 
     def rows() -> Iterator[Row]:
@@ -217,7 +255,7 @@ def _parquet(file: Path) -> tuple[list[str], Iterator[Row]]:
                 for index in range(batch.num_rows):
                     number += 1
                     yield number, {name: column[index] for name, column in values.items()}, ""
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise InputError(f"{str(file)!r} cannot be read after row {number}: {one_sentence(error)}") from error
 
     return names, rows()
@@ -245,85 +283,94 @@ def arrow_values(column: Any) -> list[Any]:
     return list(column.to_pylist())
 
 
-def _json_lines(file: Path) -> tuple[list[str], Iterator[Row]]:
+def json_records(records: Iterable[Any], problems: Mapping[int, str] | None = None) -> Table:
+    """Return JSON objects as a table.
+
+    Args:
+        records: the objects; anything else is a row with a problem.
+        problems: problems of records by their row number, from 1.
+    """
+    first, rest = _ahead(iter(records), 20)
+    columns: dict[str, None] = {}
+    for record in first:
+        columns.update(dict.fromkeys(record if isinstance(record, dict) else ()))
+
     def rows() -> Iterator[Row]:
-        with open(file, "rb") as stream:
+        for number, record in enumerate(chain(first, rest), 1):
+            problem = (problems or {}).get(number)
+            if isinstance(record, dict) and problem is None:
+                yield number, record, ""
+            else:
+                yield number, None, problem or f"row {number} is not a JSON object"
+
+    return list(columns), rows()
+
+
+def _ahead(items: Iterator[Any], count: int) -> tuple[list[Any], Iterator[Any]]:
+    return list(islice(items, count)), items
+
+
+def _json_lines(file: Path) -> Table:
+    problems: dict[int, str] = {}
+
+    def records() -> Iterator[Any]:
+        with open_regular(file, f"the table {str(file)!r}") as binary:
+            encoding, start = encoding_of(binary.read(4))
+            binary.seek(start)
+            # Lines of UTF-16 cannot be split as bytes.
+            lines = binary if encoding == "utf-8" else io.TextIOWrapper(binary, encoding, "replace", newline="\n")
             number = 0
-            for line in stream:
+            for line in lines:
                 if not line.strip():
                     continue
                 number += 1
                 try:
-                    record = load_json_bytes(line)
+                    yield load_json_bytes(line if isinstance(line, bytes) else line.encode())
                 except BadPairError as error:
-                    yield number, None, f"row {number}: {error}"
-                    continue
-                if isinstance(record, dict):
-                    yield number, record, ""
-                else:
-                    yield number, None, f"row {number} is not a JSON object"
+                    problems[number] = f"row {number}: {error}"
+                    yield None
 
-    columns: dict[str, None] = {}
-    for _, cells, _ in islice(rows(), 20):
-        columns.update(dict.fromkeys(cells or ()))
-    return list(columns), rows()
+    return json_records(records(), problems)
 
 
-def _delimited(file: Path, fields: Fields, delimiter: str | None) -> tuple[list[str], Iterator[Row]]:
-    with open(file, encoding="utf-8-sig", errors="surrogateescape") as stream:
-        first = stream.readline().rstrip("\r\n")
-    if not first:
-        raise InputError(f"the table {str(file)!r} is empty" + (" in its first line" if file.stat().st_size else ""))
-    mark = delimiter or ("\t" if file.suffix.lower() == ".tsv" else max(",\t;|", key=first.count))
-    header = next(_cells(iter([first]), mark, file))
+def _delimited(file: Path, fields: Fields, delimiter: str | None) -> Table:
     names = {name.lower() for name in (*IMAGE_NAMES, *CAPTION_NAMES, *TAGS_NAMES)}
     given = {name for name in (fields.image, fields.caption, fields.tags) if name is not None}
-    paths = [number for number, cell in enumerate(header) if Path(cell.strip()).suffix.lower() in IMAGE_SUFFIXES]
+
+    def tells(cell: str) -> bool:
+        cell = cell.strip()
+        return cell in given or cell.lower() in names or is_image_name(cell)
+
+    text = open_delimited(file, delimiter, tells)
+    header = [cell.strip() for cell in text.first]
+    paths = [number for number, cell in enumerate(header) if is_image_name(cell)]
     urls = [number for number, cell in enumerate(header) if cell.startswith(("http://", "https://"))]
-    headed = bool(given & set(header) or {cell.strip().lower() for cell in header} & names)
+    headed = bool(given & set(header) or {cell.lower() for cell in header} & names)
     if not headed and len(header) == 2 and (paths or urls):
         # Two columns without a header, as in many caption lists: the one with an image's file name is the path.
         place = (paths or urls)[0]
         columns = ["caption", "caption"]
         columns[place] = "image"
     else:
-        headed, columns = True, [cell.strip() for cell in header]
+        headed, columns = True, header
+
+    def is_row(cells: list[str]) -> bool:
+        return len(cells) == len(columns) and any(map(is_image_name, cells))
 
     def rows() -> Iterator[Row]:
-        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-            found = _cells(stream, mark, file)
-            if headed:
-                next(found)
-            number = 0
-            for cells in found:
-                if not cells:
-                    continue
-                number += 1
-                if len(cells) != len(columns):
-                    yield number, None, f"row {number} has {len(cells)} columns; the table has {len(columns)}"
-                else:
-                    yield number, dict(zip(columns, cells, strict=True)), ""
+        lines = text.lines(is_row)
+        if headed:
+            next(lines, None)
+        for number, line in enumerate(lines, 1):
+            if line.problem:
+                yield number, None, f"row {number}: {line.problem}"
+            elif len(line.cells) != len(columns):
+                yield (
+                    number,
+                    None,
+                    (f"row {number} has {len(line.cells)} columns; the table has {len(columns)}"),
+                )
+            else:
+                yield number, dict(zip(columns, line.cells, strict=True)), ""
 
     return columns, rows()
-
-
-def _cells(lines: Iterator[str] | Any, mark: str, file: Path) -> Iterator[list[str]]:
-    if mark == "\t":
-        # Web captions contain stray quotes, and in TSV a quote rarely starts a cell of several lines.
-        for line in lines:
-            row = line.rstrip("\r\n")
-            yield [_unquoted(cell) for cell in row.split("\t")] if row else []
-        return
-    csv.field_size_limit(1 << 30)
-    reader = csv.reader(lines, delimiter=mark)
-    try:
-        yield from reader
-    except csv.Error as error:
-        raise InputError(f"{str(file)!r} cannot be read at line {reader.line_num}: {error}") from error
-
-
-def _unquoted(cell: str) -> str:
-    inner = cell[1:-1]
-    if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner.replace('""', ""):
-        return inner.replace('""', '"')
-    return cell

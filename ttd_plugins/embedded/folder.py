@@ -24,10 +24,17 @@ MAX_SHARD = 4_000_000
 
 @dataclass(frozen=True)
 class TinySettings:
-    """Content of ``ttd.json``: the default dense mode of a model, and its map from cosine to probability."""
+    """Content of ``ttd.json``.
+
+    Attributes:
+        dense_mode: the default dense mode.
+        calibration: map from cosine to probability; the default of the contract where none was fitted.
+        trained_on: the only kind of images in the training, such as "drawings"; ``None`` for photographs.
+    """
 
     dense_mode: str
     calibration: Calibration
+    trained_on: str | None = None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -58,7 +65,10 @@ def read_settings(folder: Path) -> TinySettings:
         calibration = Calibration(
             scale=float(content["calibration"]["scale"]), shift=float(content["calibration"]["shift"])
         )
-        return TinySettings(dense_mode=str(content["dense_mode"]), calibration=calibration)
+        trained_on = content.get("trained_on")
+        if trained_on is not None and not isinstance(trained_on, str):
+            raise ValueError("trained_on is no text")
+        return TinySettings(str(content["dense_mode"]), calibration, trained_on)
     except (KeyError, TypeError, ValueError) as error:
         raise TTDError(
             f"{folder / SETTINGS_FILE} must contain dense_mode and calibration (scale, shift): {one_sentence(error)}"

@@ -70,6 +70,7 @@ def evaluate(
         DatasetError: the data set has another layout than expected; the message names the path.
         TTDError: the backbone cannot be loaded.
     """
+    from ttd_plugins.engine_checks import require_adapter
     from ttd_plugins.errors import InputError, choices_sentence
     from ttd_plugins.evaluation import protocols
     from ttd_plugins.evaluation.datasets import open_named
@@ -95,7 +96,7 @@ def evaluate(
 
         backbone = load(backbone, device=device)
     return function(
-        backbone,
+        require_adapter(backbone, "evaluate()"),
         reader,
         chosen,
         out=out,

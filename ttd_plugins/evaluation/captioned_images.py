@@ -25,13 +25,14 @@ def open_labelled(name: str, root: Path | str, *, limit: int | None = None, spli
 
     Raises:
         InputError: the name is unknown, or there are no images.
-        DatasetError: the layout is wrong; the message names the path.
+        DatasetError: the layout is wrong, and the message names the path; or no caption has a true tag.
     """
     more: dict[str, Any] = {"limit": limit, "split": split}
     reader = open_captions(name, root, **{key: value for key, value in more.items() if value is not None})
     if not len(reader):
         raise InputError(f"{str(root)!r} contains no captioned images")
     reader.check()
+    reader.require_truth()
     return reader
 
 

@@ -9,7 +9,7 @@ from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ttd_plugins.errors import InputError
-from ttd_plugins.options import Calibration, Rule
+from ttd_plugins.options import Calibration, Rule, check_threshold
 from ttd_plugins.utils.configuration import Flag, Float, Int, Text, configuration, option
 
 if TYPE_CHECKING:
@@ -104,6 +104,9 @@ class TagProtocol:
         option("Templates of class names for zero-shot classification; null skips it, as do data without classes."),
     ] = "photo"
 
+    def __post_init__(self) -> None:
+        check_threshold(self.rule, self.threshold)
+
 
 @configuration()
 class TextProtocol:
@@ -113,7 +116,9 @@ class TextProtocol:
     activation: Annotated[
         MapActivation, option("How a map is scaled to [0, 1] before the threshold: minmax or probability.")
     ] = "minmax"
-    threshold: Annotated[Float, option("Constant background plane; the caption's region is above it.")] = 0.40
+    threshold: Annotated[Float, option("Constant background plane; the caption's region is above it.", ge=0, le=1)] = (
+        0.40
+    )
     templates: Annotated[TemplateSet, option("Templates around the caption.")] = "none"
     calibration: Annotated[
         Calibration | None, option("Map from cosine to probability; null means the backbone's own.")
@@ -137,7 +142,7 @@ class SegmentProtocol:
     aliases: Annotated[Flag, option("Use the usual aliases of a class; its score is the best of them.")] = True
     background: Annotated[Background, option("Treatment of the background.")] = "constant"
     threshold: Annotated[
-        Float | None, option("Constant background plane; null means the paper's for the data set.")
+        Float | None, option("Constant background plane; null means the paper's for the data set.", ge=0, le=1)
     ] = None
     background_words: Annotated[tuple[Text, ...], option("Names of the background for words.")] = BACKGROUND_WORDS
     calibration: Annotated[

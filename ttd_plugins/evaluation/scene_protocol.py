@@ -16,6 +16,7 @@ from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.embedded.scenes import NOUNS, Scene, Scenes, kind_of_noun
 from ttd_plugins.engine import TTD, Alignment, evaluation_mode
 from ttd_plugins.errors import InputError
+from ttd_plugins.evaluation.datasets import CaptionTruth
 from ttd_plugins.evaluation.metrics import (
     average_precision,
     f1_score,
@@ -25,6 +26,7 @@ from ttd_plugins.evaluation.metrics import (
     upsample_map,
     zero_shot_accuracy,
 )
+from ttd_plugins.evaluation.true_tags import mentions_of_tags
 from ttd_plugins.method.similarity import minmax_normalize
 from ttd_plugins.method.text_embeddings import encode_texts
 from ttd_plugins.utils.deprecation import renamed_names
@@ -90,6 +92,12 @@ def normalized_pixels(images: NDArray[np.uint8], adapter: DenseAdapter) -> Tenso
 __getattr__ = renamed_names(__name__, {"picture_pixels": "normalized_pixels"})
 
 
+def scene_truth(scene: Scene) -> CaptionTruth:
+    """Return the mentions of a scene's caption and whether the image shows them; a scene leaves none unknown."""
+    mentions = mentions_of_tags(scene.caption, (*scene.true_tags, *scene.absent_tags))
+    return CaptionTruth(scene.caption, tuple(mentions), tuple(m.classes[0] in scene.true_tags for m in mentions))
+
+
 def scene_pixels(scenes: Sequence[Scene], adapter: DenseAdapter) -> Tensor:
     """Normalise the images of equally large scenes to float32 pixels ``[B, 3, side, side]`` on the adapter's device."""
     return normalized_pixels(np.stack([scene.image for scene in scenes]), adapter)
@@ -100,7 +108,7 @@ class _Collected:
     """Results collected over batches."""
 
     words: list[str] = field(default_factory=list)
-    labels: list[bool] = field(default_factory=list)
+    labels: list[bool | None] = field(default_factory=list)
     selected: list[bool] = field(default_factory=list)
     scores: dict[str, list[NDArray[np.float32]]] = field(default_factory=lambda: defaultdict(list))
     patches: list[Tensor] = field(default_factory=list)
@@ -139,14 +147,15 @@ def measure_on_scenes(
         blind = _image_blind_scores(ttd, pool)
         nouns, _ = encode_texts(ttd.backbone, [ttd.options.template.format(noun) for noun in NOUNS])
 
-    labels = np.array(pool.labels)
-    ap = {name: average_precision(np.concatenate(parts), labels) for name, parts in pool.scores.items()}
+    known = np.array([label is not None for label in pool.labels], bool)
+    labels = np.array([label for label in pool.labels if label is not None], bool)
+    ap = {name: average_precision(np.concatenate(parts)[known], labels) for name, parts in pool.scores.items()}
     return SceneMetrics(
         tag_ap=ap["pixel"],
-        tag_ap_blind=average_precision(np.array([blind[word] for word in pool.words]), labels),
+        tag_ap_blind=average_precision(np.array([blind[word] for word in pool.words])[known], labels),
         tag_ap_image=ap["image"],
         tag_ap_text=ap["text"],
-        tag_f1=f1_score(np.array(pool.selected), labels),
+        tag_f1=f1_score(np.array(pool.selected, bool)[known], labels),
         caption_iou=float(np.mean(pool.caption_iou)),
         tag_iou=float(np.mean(pool.tag_iou)),
         tag_balance=float(np.mean(pool.balance)),
@@ -188,13 +197,14 @@ def _measure_batch(ttd: TTD, scenes: list[Scene], pool: _Collected) -> None:
     targets = ttd.targets(alignment)
     assert alignment.pooled is not None
     pool.words += [tag for tags in candidates.tags for tag in tags]
-    pool.labels += [tag in scene.true_tags for scene, tags in zip(scenes, candidates.tags, strict=True) for tag in tags]
+    for scene, tags in zip(scenes, candidates.tags, strict=True):
+        pool.labels += scene_truth(scene).labels(tags)
     pool.selected += targets.selected.tolist()
-    tags = alignment.tags
+    embeddings = alignment.tags
     image_index, tag_index = candidates.image_index, candidates.tag_index
     pool.scores["pixel"].append(alignment.tag_maps.amax(-1).cpu().numpy())
-    pool.scores["image"].append((alignment.pooled[image_index] * tags[tag_index]).sum(-1).cpu().numpy())
-    pool.scores["text"].append((alignment.captions[image_index] * tags[tag_index]).sum(-1).cpu().numpy())
+    pool.scores["image"].append((alignment.pooled[image_index] * embeddings[tag_index]).sum(-1).cpu().numpy())
+    pool.scores["text"].append((alignment.captions[image_index] * embeddings[tag_index]).sum(-1).cpu().numpy())
     pool.patches.append(alignment.patches)
     pool.pooled.append(alignment.pooled)
     pool.captions.append(alignment.captions)

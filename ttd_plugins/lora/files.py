@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ttd_plugins.errors import TTDError, one_sentence
+from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.lora.attach import LoRABackbone
 from ttd_plugins.lora.handle import PREFIX, TOWERS, Tower
+from ttd_plugins.utils.files import atomic_path, write_atomic
+from ttd_plugins.utils.state_dicts import foreign_files
+from ttd_plugins.utils.wrapped_models import class_name
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+MAX_RANK = 65536
 PEFT_TYPE, OWN_TYPE = "LORA", "TTD_LORA"
 
 _BackboneT = TypeVar("_BackboneT", bound=LoRABackbone)
 
 
 def save_lora(adapter: LoRABackbone, folder: str | Path) -> bool:
-    """Write LoRA alone into an existing folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
+    """Write LoRA alone into a folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    The folder is made if it does not exist.
 
     If every layer is peft's own and the library's own forward calls it, this is peft's format, and
     ``peft.PeftModel.from_pretrained`` loads the folder. Otherwise ``peft_type`` is ``TTD_LORA``: peft would replace
@@ -31,10 +40,12 @@ def save_lora(adapter: LoRABackbone, folder: str | Path) -> bool:
 
     Raises:
         TTDError: the model has no LoRA.
+        InputError: the folder has files of these names that hold no LoRA of this backbone.
         OSError, safetensors.SafetensorError: the folder cannot be written.
     """
     from safetensors.torch import save_file
 
+    _require_backbone(adapter, "save_lora()")
     handle = adapter._lora
     if handle is None:
         raise TTDError(f"{adapter.description.name} has no LoRA to save; add_lora() adds it")
@@ -45,9 +56,27 @@ def save_lora(adapter: LoRABackbone, folder: str | Path) -> bool:
         "inference_mode": True,
     }
     content = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
-    save_file(handle.tensors(), str(Path(folder) / WEIGHTS_FILE), metadata={"format": "pt"})
-    (Path(folder) / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _require_own(folder, adapter.description.model)
+    with atomic_path(folder / WEIGHTS_FILE) as temporary:
+        save_file(handle.tensors(), str(temporary), metadata={"format": "pt"})
+    write_atomic(folder / CONFIG_FILE, json.dumps(content, indent=2, sort_keys=True) + "\n")
     return peft_suffices
+
+
+def _require_own(folder: Path, base: str) -> None:
+    """Refuse to replace files that :func:`save_lora` did not write for the model ``base``."""
+    there = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if os.path.lexists(folder / name)]
+    if not there:
+        return
+    try:
+        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        own = content["peft_type"] in (PEFT_TYPE, OWN_TYPE) and content["base_model_name_or_path"] == base
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        own = False
+    if not own:
+        raise InputError(f"{folder} has a file {there[0]} that is no LoRA of {base}; choose another folder")
 
 
 def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
@@ -64,6 +93,7 @@ def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
         TTDError: a file cannot be read, or belongs to another backbone; the adapter has no LoRA then.
         MissingDependencyError: peft cannot be imported.
     """
+    _require_backbone(adapter, "load_lora()")
     folder = Path(folder)
     content, tensors = _read_lora(folder)
     unsupported = _unsupported_options(content)
@@ -72,17 +102,24 @@ def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
             f"{folder / CONFIG_FILE} describes more than plain LoRA ({', '.join(unsupported)}); load it with peft"
         )
     names = {name.removeprefix(PREFIX) for name in tensors}
-    towers: list[Tower] = [
-        tower
+    wrapped = {
+        tower: [t for t in adapter.lora_targets(tower) if any(name.startswith(f"{t}.lora_") for name in names)]
         for tower in TOWERS
-        if any(name.startswith(f"{target}.") for target in adapter.lora_targets(tower) for name in names)
-    ]
+    }
+    towers: list[Tower] = [tower for tower in TOWERS if wrapped[tower]]
     if not towers:
         raise TTDError(
             f"{folder} holds LoRA for none of the modules of {adapter.description.name}; load the backbone that it was "
             f"trained on ({content.get('base_model_name_or_path') or 'its name was not saved'})"
         )
-    adapter.add_lora(int(content["r"]), alpha=content["lora_alpha"], dropout=content["lora_dropout"], towers=towers)
+    chosen = "|".join(re.escape(target) for tower in towers for target in wrapped[tower])
+    adapter.add_lora(
+        int(content["r"]),
+        alpha=content["lora_alpha"],
+        dropout=content["lora_dropout"],
+        towers=towers,
+        modules=f"^({chosen})$",
+    )
     handle = adapter._lora
     assert handle is not None
     try:
@@ -94,6 +131,12 @@ def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
     return adapter
 
 
+def _require_backbone(adapter: object, who: str) -> None:
+    """Raise InputError if ``adapter`` is no adapter."""
+    if not hasattr(adapter, "_lora") or not hasattr(adapter, "lora_targets"):
+        raise InputError(f"{who} takes an adapter, not an object of class {class_name(adapter)}; pass wrap(model)")
+
+
 def _read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -102,13 +145,22 @@ def _read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if content["peft_type"] not in (PEFT_TYPE, OWN_TYPE):
             raise ValueError(f"its peft_type is {content['peft_type']}")
-        numbers = [content[name] for name in ("r", "lora_alpha", "lora_dropout")]
-        if not all(isinstance(number, int | float) for number in numbers):
-            raise ValueError("r, lora_alpha and lora_dropout must be numbers")
-        return content, load_file(str(folder / WEIGHTS_FILE))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        rank, *numbers = (content[name] for name in ("r", "lora_alpha", "lora_dropout"))
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
+            raise ValueError(f"r must be a whole number from 1 to {MAX_RANK}, not {rank!r}")
+        for number in numbers:
+            if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
+                raise ValueError(f"lora_alpha and lora_dropout must be finite numbers, not {number!r}")
+        tensors = load_file(str(folder / WEIGHTS_FILE))
+        for name, tensor in tensors.items():
+            # Before matrices of that rank are allocated.
+            if "lora_A" in name and (tensor.ndim < 2 or tensor.shape[0] != rank or not tensor.numel()):
+                raise ValueError(f"r is {rank}, and {name} has the shape {list(tensor.shape)}")
+        return content, tensors
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        reason = foreign_files(folder) or f"{type(error).__name__}: {one_sentence(error)}"
         raise TTDError(
-            f"no LoRA can be read from {folder} ({type(error).__name__}: {one_sentence(error)}); pass a folder with "
+            f"no LoRA can be read from {folder} ({reason}); pass a folder with "
             f"{CONFIG_FILE} and {WEIGHTS_FILE}, as save_lora writes them"
         ) from error
 

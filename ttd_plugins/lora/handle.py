@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ttd_plugins.errors import TTDError
 from ttd_plugins.utils.deprecation import RenamedAttribute
+from ttd_plugins.utils.running_state import BufferSnapshot
 
 Tower = Literal["image", "text"]
 TOWERS: tuple[Tower, ...] = ("image", "text")
@@ -58,7 +59,7 @@ class LoRAHandle:
     _model: nn.Module = field(repr=False)
     _wrapped: list[WrappedModule] = field(repr=False)
     _requires_grad: list[tuple[nn.Parameter, bool]] = field(repr=False)
-    _frozen_norms: list[nn.Module] = field(default_factory=list, repr=False)
+    _buffers: BufferSnapshot = field(repr=False)
 
     folded = RenamedAttribute("temporarily_merged")
     fill = RenamedAttribute("load_tensors")
@@ -66,6 +67,11 @@ class LoRAHandle:
     def parameters(self) -> list[nn.Parameter]:
         """The LoRA parameters, layer by layer in the model's order."""
         return [parameter for wrapped in self._wrapped for parameter in wrapped.parameters().values()]
+
+    def second_matrices(self) -> list[nn.Parameter]:
+        """The matrices B, in which the update ``scaling * B @ A`` of each layer is linear."""
+        self._require_attached()
+        return [p for wrapped in self._wrapped for name, p in wrapped.parameters().items() if "lora_B" in name]
 
     def tensors(self) -> dict[str, Tensor]:
         """Return LoRA's tensors on the CPU, by their names in ``adapter_model.safetensors``."""
@@ -151,7 +157,7 @@ class LoRAHandle:
                     parameter.copy_(value)
 
     def remove(self) -> None:
-        """Remove LoRA; modules and tensors are bitwise those from before.
+        """Remove LoRA; modules, weights and buffers are bitwise those from before.
 
         Raises:
             TTDError: LoRA is not attached any more, or was merged into the weights through peft.
@@ -163,20 +169,18 @@ class LoRAHandle:
                 "unmerge first, or merge() to make it permanent"
             )
         self.detach()
+        self._buffers.restore()
 
     def detach(self) -> None:
-        """Put the base modules, ``requires_grad`` flags and batch normalisation back, without a look at the weights."""
+        """Put the base modules and ``requires_grad`` flags back, without a look at the weights."""
         for wrapped in self._wrapped:
             setattr(wrapped.parent, wrapped.child, wrapped.base)
         for parameter, flag in self._requires_grad:
             parameter.requires_grad_(flag)
-        for norm in self._frozen_norms:
-            norm.training = self._model.training
         if hasattr(self._model, "peft_config"):
             del self._model.peft_config
         self._wrapped = []
         self._requires_grad = []
-        self._frozen_norms = []
 
     def _require_finite(self) -> None:
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters()):

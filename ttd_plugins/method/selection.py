@@ -7,6 +7,7 @@ results are consistent with two rules, and both are here. All functions take the
 
 from __future__ import annotations
 
+import math
 from typing import get_args
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ttd_plugins.errors import InputError
 from ttd_plugins.options import Calibration, Rule
+from ttd_plugins.utils.numbers import number
 
 
 def pixel_scores(tag_maps: Tensor) -> Tensor:
@@ -87,9 +89,9 @@ def select_tags(
         bool ``[N]``; no gradient.
 
     Raises:
-        InputError: the rule is unknown.
+        InputError: the rule is unknown, or the threshold is not a finite number.
     """
-    scores = scores.detach()
+    scores, threshold = scores.detach(), number("threshold", threshold, low=-math.inf)
     if rule == "minmax":
         scores = minmax_over_tags(scores, image_index, batch)
     elif rule == "probability":

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ttd_plugins.adapter import DenseAdapter, Tokens, text_embeddings, text_tokens
+from ttd_plugins.adapter import DenseAdapter, Tokens, named_tower_parameters, text_embeddings, text_tokens
 from ttd_plugins.method.similarity import normalize
 from ttd_plugins.utils.deprecation import renamed_keyword, renamed_names
 
@@ -179,7 +179,7 @@ def _call_cost(adapter: DenseAdapter) -> int:
     if adapter.device.type == "cpu":
         return CPU_CALL_COST
     blocks = [parameter for block in adapter.tower_blocks("text") for parameter in block.parameters()]
-    weights = sum(p.numel() for p in blocks or [parameter for _, parameter in adapter.tower_parameters("text")])
+    weights = sum(p.numel() for p in blocks or [parameter for _, parameter in named_tower_parameters(adapter, "text")])
     return int(GPU_CALL_WORK / weights)
 
 
@@ -255,6 +255,10 @@ class TextEmbeddingCache:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def clear(self) -> None:
+        """Remove all embeddings."""
+        self._rows.clear()
+
     @renamed_keyword("recompute", "activation_checkpointing")
     def encode(
         self, adapter: DenseAdapter, texts: Sequence[str], *, activation_checkpointing: bool = False
@@ -287,7 +291,7 @@ class TextEmbeddingCache:
 
 def _state_of_text_tower(adapter: DenseAdapter) -> Hashable:
     """Return everything but the text that determines an embedding; ``None`` if embeddings cannot be cached."""
-    parameters = [parameter for _, parameter in adapter.tower_parameters("text")]
+    parameters = [parameter for _, parameter in named_tower_parameters(adapter, "text")]
     if torch.is_inference_mode_enabled():
         return None
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):

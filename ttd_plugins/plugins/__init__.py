@@ -14,12 +14,13 @@ from ttd_plugins.plugins.listing import (
 )
 from ttd_plugins.plugins.loading import ADAPTER_GUIDE, family_for_model, load, make_tag_extractor, wrap
 from ttd_plugins.plugins.names import RANDOM_WEIGHTS, BackboneName, parse_name
-from ttd_plugins.plugins.registry import LOAD_PLUGINS_VARIABLE, TagExtractorFactory
+from ttd_plugins.plugins.registry import DENY_PLUGINS_VARIABLE, LOAD_PLUGINS_VARIABLE, TagExtractorFactory
 from ttd_plugins.plugins.temporary import temporary_plugin
 
 __all__ = [
     "ADAPTER_GUIDE",
     "DEFAULT_PLUGINS",
+    "DENY_PLUGINS_VARIABLE",
     "ENTRY_POINT_GROUP",
     "LOAD_PLUGINS_VARIABLE",
     "RANDOM_WEIGHTS",

@@ -21,12 +21,18 @@ import pluggy
 from ttd_plugins._version import __version__
 from ttd_plugins.errors import PluginError, PluginWarning, choices_sentence, one_sentence
 from ttd_plugins.hookspecs import PROJECT_NAME
-from ttd_plugins.plugins.registry import LOAD_PLUGINS_VARIABLE, Plugin, Registry
+from ttd_plugins.plugins.isolation import isolated_import
+from ttd_plugins.plugins.registry import (
+    DENY_PLUGINS_VARIABLE,
+    LOAD_PLUGINS_VARIABLE,
+    OWN_DISTRIBUTION,
+    Plugin,
+    Registry,
+)
 
 DEFAULT_PLUGINS = ("ttd_plugins.tag_extractors.word_tags",)
 """Modules that are always loaded; all other plugins, ours included, come through entry points."""
 
-OWN_DISTRIBUTION = "ttd-plugins"
 ENTRY_POINT_GROUP = PROJECT_NAME
 
 _lock = threading.RLock()
@@ -52,7 +58,7 @@ def get_registry() -> Registry:
                 _loading = False
             _loaded = registry
             for plugin in registry.plugins:
-                for problem in registry.problems(plugin):
+                for problem in [*registry.problems(plugin), *plugin.notes]:
                     warnings.warn(f"{plugin.owner}: {problem}", PluginWarning, stacklevel=3)
         return _loaded
 
@@ -68,7 +74,7 @@ def plugin_manager() -> pluggy.PluginManager:
 
 
 def load_plugins() -> Registry:
-    """Return a new registry with the default plugins and the entry points that ``TTD_LOAD_PLUGINS`` selects."""
+    """Return a new registry with the default plugins and the entry points that are selected and not denied."""
     registry = Registry()
     for module in DEFAULT_PLUGINS:
         _load_plugin(registry, Plugin(module, OWN_DISTRIBUTION, __version__), partial(importlib.import_module, module))
@@ -79,18 +85,20 @@ def load_plugins() -> Registry:
 
 def _load_plugin(registry: Registry, plugin: Plugin, importer: Callable[[], object]) -> None:
     """Import and register one plugin; record on it whatever fails."""
-    try:
-        imported = importer()
-    # A module that calls sys.exit() on import must not end the caller's program.
-    except (Exception, SystemExit) as error:
-        plugin.discard(f"could not be imported: {type(error).__name__}: {one_sentence(error)}")
-        registry.plugins.append(plugin)
-        return
-    try:
-        registry.register(plugin, imported)
-    except PluginError as error:
-        plugin.discard(str(error))
-        registry.plugins.append(plugin)
+    advice = f"to leave it out, set {DENY_PLUGINS_VARIABLE}={plugin.distribution or plugin.name}"
+    with isolated_import(plugin.owner, plugin.notes.append, advice):
+        try:
+            imported = importer()
+        # A module that calls sys.exit() on import must not end the caller's program.
+        except (Exception, SystemExit) as error:
+            plugin.discard(f"could not be imported: {type(error).__name__}: {one_sentence(error)}")
+            registry.plugins.append(plugin)
+            return
+        try:
+            registry.register(plugin, imported)
+        except PluginError as error:
+            plugin.discard(str(error))
+            registry.plugins.append(plugin)
 
 
 def _selected_entry_points(registry: Registry) -> list[tuple[importlib.metadata.EntryPoint, Plugin]]:
@@ -100,23 +108,41 @@ def _selected_entry_points(registry: Registry) -> list[tuple[importlib.metadata.
         distribution = entry_point.dist
         origin = (distribution.name, distribution.version) if distribution is not None else (None, None)
         found.append((entry_point, Plugin(entry_point.name, *origin)))
-    found.sort(key=lambda pair: (pair[1].name, pair[1].distribution or ""))
+    # Our own first: otherwise another distribution could take the names of our plugins.
+    found.sort(key=lambda pair: (pair[1].distribution != OWN_DISTRIBUTION, pair[1].name, pair[1].distribution or ""))
+    registry.reserved = {plugin.name for _, plugin in found if plugin.distribution == OWN_DISTRIBUTION}
+    denied = {_canonical(name) for name in _names(os.environ.get(DENY_PLUGINS_VARIABLE, ""))}
+    for pair in list(found):
+        if denied & _names_of(pair[1]):
+            found.remove(pair)
+            pair[1].denied = True
+            registry.plugins.append(pair[1])
     selection = os.environ.get(LOAD_PLUGINS_VARIABLE)
     if selection is None:
         return found
-    names = [name.strip() for name in selection.split(",") if name.strip()]
-    known = {known for _, plugin in found for known in (plugin.name, plugin.distribution) if known}
+    names = _names(selection)
+    known = {
+        known
+        for plugin in [*(plugin for _, plugin in found), *registry.plugins]
+        for known in (plugin.name, plugin.distribution)
+        if known
+    }
     for name in names:
         if _canonical(name) not in {_canonical(other) for other in (*known, *DEFAULT_PLUGINS)}:
             unknown = Plugin(name)
             unknown.discard(f"{LOAD_PLUGINS_VARIABLE}: {choices_sentence('plugin', name, known)}")
             registry.plugins.append(unknown)
     selected = {_canonical(name) for name in names}
-    return [
-        pair
-        for pair in found
-        if _canonical(pair[1].name) in selected or _canonical(pair[1].distribution or "") in selected
-    ]
+    return [pair for pair in found if selected & _names_of(pair[1])]
+
+
+def _names(variable: str) -> list[str]:
+    return [name.strip() for name in variable.split(",") if name.strip()]
+
+
+def _names_of(plugin: Plugin) -> set[str]:
+    """The names by which the environment variables select or deny a plugin."""
+    return {_canonical(name) for name in (plugin.name, plugin.distribution) if name}
 
 
 def _canonical(name: str) -> str:

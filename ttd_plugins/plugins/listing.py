@@ -9,7 +9,7 @@ from ttd_plugins.adapter import AdapterFamily
 from ttd_plugins.errors import TTDError
 from ttd_plugins.hookspecs import DEPRECATED_HOOKS
 from ttd_plugins.plugins.discovery import get_registry
-from ttd_plugins.plugins.registry import Plugin, Registry, TagExtractorFactory, plugin_errors
+from ttd_plugins.plugins.registry import DENY_PLUGINS_VARIABLE, Plugin, Registry, TagExtractorFactory, plugin_errors
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,16 @@ def list_plugins() -> list[PluginInfo]:
 def plugin_info(registry: Registry, plugin: Plugin) -> PluginInfo:
     """Return the entry of one plugin in :func:`list_plugins`."""
     families, extractors = registry.families(), registry.tag_extractors()
-    problems = registry.problems(plugin)
+    problems = [*registry.problems(plugin), *plugin.notes]
+    if plugin.denied:
+        problems.append(f"is not loaded, because {DENY_PLUGINS_VARIABLE} names it")
     return PluginInfo(
         name=plugin.name,
         distribution=plugin.distribution,
         version=plugin.version,
         hooks=plugin.hooks,
-        families=tuple(name for name, _ in plugin.families if name in families),
-        tag_extractors=tuple(name for name, _ in plugin.tag_extractors if name in extractors),
+        families=tuple(name for name, family in plugin.families if families.get(name) is family),
+        tag_extractors=tuple(name for name, factory in plugin.tag_extractors if extractors.get(name) is factory),
         error="; ".join(problems) if problems else None,
     )
 

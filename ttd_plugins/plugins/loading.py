@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
 
-from ttd_plugins.adapter import AdapterFamily, BackboneDescription, DenseAdapter
+from ttd_plugins.adapter import TOWERS, AdapterFamily, BackboneDescription, DenseAdapter, named_tower_parameters
 from ttd_plugins.errors import (
     AdapterConflictError,
     InputError,
@@ -23,8 +24,16 @@ from ttd_plugins.errors import (
 )
 from ttd_plugins.plugins.discovery import get_registry
 from ttd_plugins.plugins.names import parse_name
-from ttd_plugins.plugins.registry import LOAD_PLUGINS_VARIABLE, Plugin, plugin_errors
+from ttd_plugins.plugins.registry import (
+    DENY_PLUGINS_VARIABLE,
+    LOAD_PLUGINS_VARIABLE,
+    Plugin,
+    Registry,
+    plugin_errors,
+)
 from ttd_plugins.tags import TagExtractor
+from ttd_plugins.utils import wrapped_models
+from ttd_plugins.utils.loading_lock import LOADING_LOCK
 
 ADAPTER_GUIDE = "docs/writing-an-adapter.md"
 
@@ -37,6 +46,8 @@ def load(
     **options: Any,
 ) -> DenseAdapter:
     """Load a backbone by name, in evaluation mode.
+
+    One thread at a time loads: libraries change global state of torch while they build a model.
 
     Args:
         name: ``family:model@weights``; see :func:`~ttd_plugins.plugins.names.parse_name`.
@@ -56,7 +67,7 @@ def load(
     _check_options(f"family {backbone.family!r}", family.load, options, reserved=("model", "weights"))
     arguments = _lora_arguments(lora)
     target = _checked_device(device)
-    with plugin_errors(plugin.owner, f"load {backbone}"):
+    with LOADING_LOCK, plugin_errors(plugin.owner, f"load {backbone}"):
         adapter = _checked_adapter(family.load(backbone.model, backbone.weights, **options), plugin)
         if arguments is not None:
             adapter.add_lora(**arguments)
@@ -88,10 +99,10 @@ def wrap(
         PluginError: the plugin raised an exception that is not a TTDError; it is chained as the cause.
     """
     plugin, family = _claimant(model)
-    what = _class_name(model)
+    what = wrapped_models.class_name(model)
     _check_options(f"family {family.name!r}", family.wrap, options, reserved=("model", "tokenizer", "preprocess"))
     arguments = _lora_arguments(lora)
-    with plugin_errors(plugin.owner, f"wrap {what}"):
+    with LOADING_LOCK, plugin_errors(plugin.owner, f"wrap {what}"):
         adapter = _checked_adapter(family.wrap(model, tokenizer=tokenizer, preprocess=preprocess, **options), plugin)
         if arguments is not None:
             adapter.add_lora(**arguments)
@@ -112,11 +123,14 @@ def _claimant(model: object) -> tuple[Plugin, AdapterFamily]:
 
     ``claims`` of every family is called, so that the order of plugins never decides.
     """
-    what = _class_name(model)
+    what = wrapped_models.class_name(model)
     if isinstance(model, str):
         raise UnsupportedModelError(f"wrap() takes a model object; pass the name {model!r} to load()")
     if isinstance(model, DenseAdapter):
         raise UnsupportedModelError(f"{what} is an adapter already; wrap() takes the backbone's own model object")
+    if isinstance(getattr(model, "backbone", None), DenseAdapter):
+        raise UnsupportedModelError(f"{what} has an adapter already, its attribute backbone; use that")
+    wrapped_models.refuse(model)
     registry = get_registry()
     claimants: list[tuple[Plugin, AdapterFamily]] = []
     failed: list[PluginError] = []
@@ -131,17 +145,46 @@ def _claimant(model: object) -> tuple[Plugin, AdapterFamily]:
     if len(claimants) > 1:
         claims = " and by ".join(f"family {family.name!r} of {plugin.owner}" for plugin, family in claimants)
         raise AdapterConflictError(
-            f"{what} is claimed by {claims}; uninstall one, or name the plugins to load in {LOAD_PLUGINS_VARIABLE}"
+            f"{what} is claimed by {claims}; uninstall one, or name the plugins to load in {LOAD_PLUGINS_VARIABLE} or "
+            f"one to leave out in {DENY_PLUGINS_VARIABLE}"
         )
     if claimants:
         for problem in failed:
             warnings.warn(f"{problem}; it was skipped", PluginWarning, stacklevel=3)
+        # A wrapper that forwards attributes looks like its model, but names of weights have a prefix.
+        inside = wrapped_models.advice_for_unclaimed(model, claimants[0][1].claims)
+        if inside is not None:
+            raise UnsupportedModelError(f"{what} is a wrapper around a model; {inside}")
         return claimants[0]
     if failed:
         raise PluginError(f"no family claims {what}, and {failed[0]}") from failed[0]
-    raise UnsupportedModelError(
-        f"no family claims an object of class {what}; families: {listed(registry.families())}; {ADAPTER_GUIDE} "
-        f"describes how to write an adapter{registry.not_loaded()}"
+    raise UnsupportedModelError(f"no family claims an object of class {what}{_unclaimed(model, registry)}")
+
+
+def _unclaimed(model: object, registry: Registry) -> str:
+    """Return the end of the sentence about an object that no family claims: the reason, and what to do."""
+
+    def claimed(part: object) -> bool:
+        for name in registry.families():
+            # A broken family was reported already, for the object itself.
+            with suppress(Exception):
+                if registry.family(name)[1].claims(part):
+                    return True
+        return False
+
+    advice = wrapped_models.advice_for_unclaimed(model, claimed)
+    if advice is not None:
+        return f"; {advice}"
+    reasons = []
+    for name in registry.families():
+        plugin, family = registry.family(name)
+        with plugin_errors(plugin.owner, f"explain why family {name!r} does not claim an object"):
+            reason = family.unclaimed_reason(model)
+        if reason is not None:
+            reasons.append(f"; family {name!r} does not, because {reason}")
+    return (
+        f"{''.join(reasons)}; families: {listed(registry.families())}; {ADAPTER_GUIDE} describes how to write an "
+        f"adapter{registry.not_loaded()}"
     )
 
 
@@ -160,16 +203,16 @@ def make_tag_extractor(name: str, **options: Any) -> TagExtractor:
         return factory(**options)
 
 
-def _class_name(model: object) -> str:
-    return f"{type(model).__module__}.{type(model).__qualname__}"
-
-
 def _checked_adapter(adapter: object, plugin: Plugin) -> DenseAdapter:
     if not isinstance(adapter, DenseAdapter):
         raise TypeError(f"it returned a {type(adapter).__name__}, not a DenseAdapter")
     if not isinstance(adapter.description, BackboneDescription):
         raise TypeError(f"its description is a {type(adapter.description).__name__}, not a BackboneDescription")
     adapter.owner = plugin.owner
+    adapter.distribution = (plugin.distribution, plugin.version) if plugin.distribution else None
+    # A tower without parameters would be trained where it is to be frozen, and the other way round.
+    for tower in TOWERS:
+        named_tower_parameters(adapter, tower)
     return adapter
 
 
@@ -209,6 +252,8 @@ def _checked_device(device: str | torch.device | None) -> torch.device | None:
     try:
         target = torch.device(device)
         torch.empty(0, device=target)
+        if target.type == "meta":
+            raise RuntimeError("tensors of the device meta have no values")
     # torch raises AssertionError if it was built without the device, RuntimeError if the machine has none.
     except (AssertionError, RuntimeError, NotImplementedError) as error:
         raise InputError(f"device {str(device)!r} cannot be used: {one_sentence(error)}") from error

@@ -23,10 +23,16 @@ from ttd_plugins.errors import (
     one_sentence,
 )
 from ttd_plugins.hookspecs import DEPRECATED_HOOKS, PROJECT_NAME
+from ttd_plugins.plugins.isolation import stdout_to_stderr
 from ttd_plugins.tags import TagExtractor
 
 LOAD_PLUGINS_VARIABLE = "TTD_LOAD_PLUGINS"
 """Environment variable that limits loading to some entry points or distributions (a comma list; empty means none)."""
+
+DENY_PLUGINS_VARIABLE = "TTD_PLUGINS_DENY"
+"""Environment variable with the entry points or distributions that are not loaded (a comma list)."""
+
+OWN_DISTRIBUTION = "ttd-plugins"
 
 TagExtractorFactory = Callable[..., TagExtractor]
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -42,7 +48,8 @@ def plugin_errors(owner: str, task: str) -> Iterator[None]:
         task: what the plugin was called for, an infinitive such as ``"list the models"``.
     """
     try:
-        yield
+        with stdout_to_stderr():
+            yield
     except TTDError:
         raise
     # A plugin that calls sys.exit() must not end the caller's program.
@@ -61,6 +68,8 @@ class Plugin:
         families, tag_extractors: accepted registrations, in order.
         refused: for each refused family its reason.
         problems: one sentence per problem.
+        notes: one sentence per change of global state that was undone.
+        denied: whether ``TTD_PLUGINS_DENY`` names it, so that it was not loaded.
     """
 
     name: str
@@ -71,6 +80,8 @@ class Plugin:
     tag_extractors: list[tuple[str, TagExtractorFactory]] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    denied: bool = False
 
     @property
     def owner(self) -> str:
@@ -93,6 +104,8 @@ class Registry:
         self.manager = pluggy.PluginManager(PROJECT_NAME)
         self.manager.add_hookspecs(hookspecs)
         self.plugins: list[Plugin] = []
+        self.reserved: set[str] = set()
+        """Names of the entry points of our own distribution, which are those of its families and tag extractors."""
 
     def register(self, plugin: Plugin, implementation: object) -> None:
         """Register ``implementation`` (a module or object with hook implementations) and call its registration hooks.
@@ -116,6 +129,7 @@ class Registry:
                 raise
             raise PluginError(f"could not be registered: {one_sentence(error)}") from error
         self.plugins.append(plugin)
+        plugin.problems += _unmarked_hooks(implementation, plugin.hooks)
         ignored = [hook for hook in plugin.hooks if hook in DEPRECATED_HOOKS]
         if ignored:
             warnings.warn(
@@ -189,7 +203,7 @@ class Registry:
         for plugin in self.plugins:
             for name, family in plugin.families:
                 owners.setdefault(name, []).append((plugin, family))
-        return owners
+        return {name: _own_first(found) for name, found in owners.items()}
 
     def extractor_owners(self) -> dict[str, list[tuple[Plugin, TagExtractorFactory]]]:
         """Return every tag extractor's name with all plugins that registered it."""
@@ -197,7 +211,7 @@ class Registry:
         for plugin in self.plugins:
             for name, factory in plugin.tag_extractors:
                 owners.setdefault(name, []).append((plugin, factory))
-        return owners
+        return {name: _own_first(found) for name, found in owners.items()}
 
     def family(self, name: str) -> tuple[Plugin, AdapterFamily]:
         """Return the family called ``name``, with its plugin.
@@ -233,12 +247,57 @@ class Registry:
             *(_conflict("family", name, owners) for name, owners in self.family_owners().items()),
             *(_conflict("tag extractor", name, owners) for name, owners in self.extractor_owners().items()),
         ]
-        return [*plugin.problems, *(sentence for owners, sentence in conflicts if len(owners) > 1 and plugin in owners)]
+        return [
+            *plugin.problems,
+            *self._taken_names(plugin),
+            *(sentence for owners, sentence in conflicts if len(owners) > 1 and plugin in owners),
+        ]
+
+    def _taken_names(self, plugin: Plugin) -> list[str]:
+        """Return one sentence per name of our own distribution that another plugin registers."""
+        if plugin.distribution == OWN_DISTRIBUTION:
+            return []
+        found = []
+        for kind, registered, owners in (
+            ("family", plugin.families, self.family_owners()),
+            ("tag extractor", plugin.tag_extractors, self.extractor_owners()),
+        ):
+            for name, _ in registered:
+                if all(owner is not plugin for owner, _ in owners[name]):
+                    found.append(f"registers {kind} {name!r}, which is a name of {OWN_DISTRIBUTION}; it is ignored")
+                elif name in self.reserved:
+                    found.append(
+                        f"registers {kind} {name!r}, which is a name of {OWN_DISTRIBUTION} whose own plugin is not "
+                        "loaded; it is used in its place"
+                    )
+        return found
 
     def not_loaded(self) -> str:
         """Return the end of a sentence about an unknown name: plugins that failed, which may have provided it."""
         broken = [plugin.owner for plugin in self.plugins if plugin.problems]
-        return f"; not loaded: {', '.join(broken)}, see `ttd plugins`" if broken else ""
+        denied = [plugin.owner for plugin in self.plugins if plugin.denied]
+        return (f"; not loaded: {', '.join(broken)}, see `ttd plugins`" if broken else "") + (
+            f"; denied by {DENY_PLUGINS_VARIABLE}: {', '.join(denied)}" if denied else ""
+        )
+
+
+def _own_first(owners: list[tuple[Plugin, _T]]) -> list[tuple[Plugin, _T]]:
+    """Return the registrations that count: those of our own distribution if there is one, and all otherwise."""
+    return [pair for pair in owners if pair[0].distribution == OWN_DISTRIBUTION] or owners
+
+
+def _unmarked_hooks(implementation: object, hooks: tuple[str, ...]) -> list[str]:
+    """Return one sentence if functions with the names of hooks lack their mark, or if there are no hooks at all."""
+    known = [name for name in vars(hookspecs) if hasattr(getattr(hookspecs, name), f"{PROJECT_NAME}_spec")]
+    unmarked = [name for name in known if name not in hooks and callable(getattr(implementation, name, None))]
+    if unmarked:
+        return [
+            f"has {' and '.join(unmarked)} without @hookimpl of ttd_plugins, so that nothing calls it; write @hookimpl "
+            "above it"
+        ]
+    if not hooks:
+        return [f"has no hook, so that it does nothing; mark a function with @hookimpl: {', '.join(known)}"]
+    return []
 
 
 def _conflict(kind: str, name: str, owners: list[tuple[Plugin, _T]]) -> tuple[list[Plugin], str]:
@@ -246,7 +305,8 @@ def _conflict(kind: str, name: str, owners: list[tuple[Plugin, _T]]) -> tuple[li
     plugins = [plugin for plugin, _ in owners]
     return plugins, (
         f"{kind} {name!r} is registered by {' and by '.join(plugin.owner for plugin in plugins)}, so the name is "
-        f"ambiguous and cannot be used; uninstall one, or name the plugins to load in {LOAD_PLUGINS_VARIABLE}"
+        f"ambiguous and cannot be used; uninstall one, or name the plugins to load in {LOAD_PLUGINS_VARIABLE} or one "
+        f"to leave out in {DENY_PLUGINS_VARIABLE}"
     )
 
 
@@ -263,10 +323,16 @@ def _family_problem(family: object) -> str | None:
     name = getattr(family, "name", None)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         return f"family {name!r} is refused: its name may contain lower-case letters, digits and underscores only"
-    if family.api_version not in SUPPORTED_API_VERSIONS:
+    version = family.api_version
+    if not isinstance(version, int) or isinstance(version, bool):
+        return (
+            f"family {name!r} is refused: its api_version is {version!r} of the type {type(version).__name__}; write "
+            f"the whole number, as in api_version = {SUPPORTED_API_VERSIONS[-1]}"
+        )
+    if version not in SUPPORTED_API_VERSIONS:
         supported = " or ".join(map(str, SUPPORTED_API_VERSIONS))
         return (
-            f"family {name!r} is refused: it implements version {family.api_version} of the adapter contract, and this "
+            f"family {name!r} is refused: it implements version {version} of the adapter contract, and this "
             f"release of ttd-plugins supports version {supported}; install versions that fit together"
         )
     return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ttd_plugins.comparison.results import Arm, BackboneResult, Comparison, Metric, mean_and_spread
-from ttd_plugins.comparison.tables import gain
+from ttd_plugins.comparison.tables import gain, training_limits
 from ttd_plugins.reports.formatting import capitalised, number, plural, signed
 
 Verdict = Literal["better", "worse", "same", "spread", "none"]
@@ -123,6 +123,10 @@ def describe_comparison(comparison: Comparison) -> Finding:
         sentences += _bias_sentences(tuned[0])
     else:
         sentences = _many_sentences(comparison, tuned, lead, cost)
+    limits = training_limits(comparison)
+    if limits:
+        headline += f" ({', '.join(words for words, _ in limits)})"
+    sentences += [sentence for _, sentence in limits]
     sentences += _below_before_sentences(tuned, lead)
     sentences += _uncertainty_sentences(tuned, lead)
     sentences += _collapse_sentences(tuned)
@@ -346,8 +350,6 @@ def _uncertainty_sentences(tuned: Sequence[BackboneResult], lead: Metric) -> lis
     words = []
     changes = {backbone.name: change(backbone, lead) for backbone in tuned}
     known = [found for found in changes.values() if found is not None]
-    if known and all(found.spread is None for found in known):
-        words.append("One seed was run, so the spread is unknown: small differences may be chance.")
     if any(found.baseline == "before" for found in known):
         words.append("Where no control was run, any further training may explain the gain.")
     missing = [name for name, found in changes.items() if found is None]

@@ -21,6 +21,8 @@ OUTLINE_SIDE = 200
 OUTLINE_SCALE = 2
 POOR_IOU = 0.5
 """Below this Caption IoU an image counts as a failure."""
+KINDS = {True: "true", False: "absent", None: "other"}
+"""Name of each label in the page."""
 CAPTION, UNION = "caption", "union"
 
 
@@ -32,18 +34,23 @@ def gallery_view(comparison: Comparison) -> dict[str, Any]:
         MissingDependencyError: there is an image, and matplotlib is not installed.
     """
     names = [backbone.name for backbone in comparison.backbones]
+    images = [_image_view(n, image, names) for n, image in enumerate(comparison.gallery, start=1)]
     arms = {arm for image in comparison.gallery for views in image.views.values() for arm in views}
     return {
-        "images": [_image_view(n, image, names) for n, image in enumerate(comparison.gallery, start=1)],
+        "images": images,
         "has_truth": any(image.truth for image in comparison.gallery),
-        "has_absent": any(image.absent for image in comparison.gallery),
+        "has_absent": any(image["has_absent"] for image in images),
+        "calibrated": all(
+            view.calibrated for one in comparison.gallery for views in one.views.values() for view in views.values()
+        ),
         "has_control": {"control", "after"} <= arms,
     }
 
 
 def _image_view(number_of_image: int, image: GalleryImage, names: Sequence[str]) -> dict[str, Any]:
     tags = _all_tags(image)
-    kinds = {text: _kind(text, image) for text, _ in tags}
+    labels = {text: _label(text, image) for text, _ in tags}
+    kinds = {text: KINDS[label] for text, label in labels.items()}
     height, width = image.image.shape[:2]
     return {
         "number": number_of_image,
@@ -54,13 +61,12 @@ def _image_view(number_of_image: int, image: GalleryImage, names: Sequence[str])
         "badges": _badges(image),
         "caption": _caption_pieces(image.caption, tags, kinds),
         "true_tags": ", ".join(image.truth),
+        "has_absent": False in labels.values(),
         "truncated": any(view.truncated for views in image.views.values() for view in views.values()),
         "choices": [{"map": str(n), "text": text, "kind": kinds[text]} for n, (text, _) in enumerate(tags)],
         "outlines": _outlines(image, tags),
         "cards": [
-            _card(n, name, image.views[name], tags, kinds, judged=bool(image.truth))
-            for n, name in enumerate(names)
-            if name in image.views
+            _card(n, name, image.views[name], tags, labels) for n, name in enumerate(names) if name in image.views
         ],
     }
 
@@ -77,11 +83,13 @@ def _folded(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def _kind(text: str, image: GalleryImage) -> str:
-    """``true`` if the image shows the tag, ``absent`` if it is known not to, else ``other``."""
+def _label(text: str, image: GalleryImage) -> bool | None:
+    """Whether the tag is true by the protocol of tag selection; ``None`` if unknown."""
+    if image.labels is not None:
+        return image.labels.get(text)
     if _folded(text) in map(_folded, image.truth):
-        return "true"
-    return "absent" if _folded(text) in map(_folded, image.absent) else "other"
+        return True
+    return False if _folded(text) in map(_folded, image.absent) else None
 
 
 def _caption_pieces(caption: str, tags: Sequence[tuple[str, int]], kinds: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -132,9 +140,7 @@ def _card(
     name: str,
     views: Mapping[Arm, View],
     tags: Sequence[tuple[str, int]],
-    kinds: Mapping[str, str],
-    *,
-    judged: bool,
+    labels: Mapping[str, bool | None],
 ) -> dict[str, Any]:
     """One backbone's maps and scores of one image."""
     arms = [arm for arm in ARMS if arm in views]
@@ -148,19 +154,19 @@ def _card(
             {
                 "map": str(n),
                 "text": tag[0],
-                "kind": kinds[tag[0]],
-                "cells": [(arm, _verdict(found[arm].get(tag), kinds[tag[0]], judged=judged)) for arm in arms],
+                "kind": KINDS[labels[tag[0]]],
+                "cells": [(arm, _verdict(found[arm].get(tag), labels[tag[0]])) for arm in arms],
             }
             for n, tag in enumerate(tags)
         ],
     }
 
 
-def _verdict(tag: TagView | None, kind: str, *, judged: bool) -> dict[str, Any] | None:
+def _verdict(tag: TagView | None, label: bool | None) -> dict[str, Any] | None:
     """Score and selection of a tag; ``right`` is ``None`` where the truth is unknown."""
     if tag is None:
         return None
-    right = tag.selected == (kind == "true") if judged else None
+    right = None if label is None else tag.selected == label
     word = "selected" if tag.selected else "rejected"
     return {
         "score": f"{tag.score:.2f}",

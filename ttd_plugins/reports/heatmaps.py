@@ -91,7 +91,7 @@ def _draw(maps: CaptionMaps, after: CaptionMaps | None) -> Figure:
     panel_height = min(max(_PANEL * height / width, 0.3 * _PANEL), 2 * _PANEL)
     line_characters = round(columns * _PANEL * 10.5)
     heading = _wrap(printable(maps.caption) or "(empty caption)", line_characters, MAX_CAPTION_LINES)
-    footing = _wrap(_remarks(maps, hidden=len(maps.tags) - len(shown)), round(line_characters * 1.25), 3)
+    footing = _wrap(_remarks(maps, after, hidden=len(maps.tags) - len(shown)), round(line_characters * 1.25), 5)
 
     row_height = _TITLE + panel_height + _GAP
     top = _MARGIN + 1.4 * _LINE * len(heading) + _GAP
@@ -149,8 +149,9 @@ def _tag_panels(maps: CaptionMaps, after: CaptionMaps | None, shown: list[int]) 
     return panels
 
 
-def _remarks(maps: CaptionMaps, *, hidden: int) -> str:
-    remarks = ["Each map runs from its own lowest to its own highest cosine: colours show where, not how much."]
+def _remarks(maps: CaptionMaps, after: CaptionMaps | None, *, hidden: int) -> str:
+    remarks = list(dict.fromkeys([*maps.notes, *(after.notes if after is not None else ())]))
+    remarks.append("Each map runs from its own lowest to its own highest cosine: colours show where, not how much.")
     if not maps.tags:
         remarks.append("The caption has no candidate tags.")
     if hidden:

@@ -14,9 +14,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ttd_plugins.errors import InputError, MissingDependencyError, TagExtractionError, one_sentence
+from ttd_plugins.errors import MissingDependencyError, TagExtractionError, one_sentence
 from ttd_plugins.hookspecs import hookimpl
 from ttd_plugins.tags import check_captions, distinct, split_words, without_symbols
+from ttd_plugins.utils.numbers import whole_number
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -73,8 +74,8 @@ class StanzaTags:
         language: str = "en",
         cache_size: int = 100_000,
     ) -> None:
-        if batch_size < 1 or cache_size < 1:
-            raise InputError(f"batch_size and cache_size are at least 1, not {batch_size} and {cache_size}")
+        batch_size = whole_number("batch_size", batch_size, at_least=1)
+        cache_size = whole_number("cache_size", cache_size, at_least=1)
         self.upos = _NOUNS | ({"ADJ"} if adjectives else frozenset())
         self.compounds = compounds
         self.batch_size = batch_size

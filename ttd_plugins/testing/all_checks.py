@@ -9,8 +9,14 @@ from ttd_plugins.testing.check_session import CheckSession
 from ttd_plugins.testing.check_types import Check, Report
 from ttd_plugins.testing.checks import (
     description,
+    exporting,
     image_features,
+    inputs,
+    joint_space,
+    library,
+    lora,
     preprocessing,
+    process,
     side_effects,
     spatial_alignment,
     text_features,
@@ -23,11 +29,17 @@ CHECKS: tuple[Check, ...] = tuple(
     for module in (
         description,
         image_features,
+        joint_space,
         spatial_alignment,
         text_features,
         preprocessing,
+        library,
         side_effects,
+        inputs,
         training,
+        lora,
+        exporting,
+        process,
     )
     for check in module.CHECKS
 )

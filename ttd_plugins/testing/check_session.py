@@ -16,8 +16,14 @@ from torch import Tensor
 from ttd_plugins.adapter import BackboneDescription, DenseAdapter, ImageFeatures, Tokens
 from ttd_plugins.errors import InputError, choices_sentence, one_sentence
 from ttd_plugins.testing.check_types import Check, CheckFailed, CheckResult, NotApplicable, Report
-from ttd_plugins.testing.library_reference import Reference, library_image_embedding, library_text_embedding
+from ttd_plugins.testing.library_reference import (
+    Reference,
+    call_text_reference,
+    library_image_embedding,
+    library_text_embedding,
+)
 from ttd_plugins.testing.module_snapshot import ModuleSnapshot
+from ttd_plugins.testing.process_state import ProcessState
 from ttd_plugins.utils.deprecation import warn_renamed
 from ttd_plugins.utils.rng import preserved_rng, seed_everything
 
@@ -65,6 +71,7 @@ class CheckSession:
         self.given_family = family
         self.image_reference = image_reference or library_image_embedding
         self.text_reference = text_reference or library_text_embedding
+        self.process_changes: dict[str, list[str]] = {}
         self._make = make_adapter
         self._adapter: DenseAdapter | None = None
         self._problem: BaseException | None = None
@@ -83,8 +90,12 @@ class CheckSession:
             CheckFailed: the adapter cannot be built.
         """
         if self._adapter is None and self._problem is None:
+            before = ProcessState()
             try:
                 made = self._make()
+                if before.torch_changes():
+                    self.process_changes["make_adapter"] = before.torch_changes()
+                    before.restore_torch()
                 if not isinstance(made, DenseAdapter):
                     raise TypeError(f"it returned a {type(made).__name__}")
                 if not isinstance(made.model, torch.nn.Module):
@@ -226,6 +237,17 @@ class CheckSession:
         expect_shape(f"text embeddings of ids {tuple(ids.shape)}", found, (len(ids), self.description.embedding_width))
         return found
 
+    def library_text(self, adapter: DenseAdapter, ids: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """Return the library's own text embeddings of ids ``[N, L]``; by default the mask ends at the end token.
+
+        Raises:
+            Exception: what the library raises.
+        """
+        ids = ids.to(adapter.device)
+        if mask is None:
+            mask = torch.ones_like(ids)
+        return call_text_reference(self.text_reference, adapter, ids, mask.to(ids.device))
+
     def expect_close(self, what: str, seen: Tensor, expected: Tensor, *, tolerance: float | None = None) -> None:
         """Fail unless two tensors agree.
 
@@ -326,6 +348,7 @@ class CheckSession:
                     self._snapshot = ModuleSnapshot(adapter)
                 stack.callback(self._snapshot.restore)
                 adapter.eval()
+            stack.callback(_record_changes, self, check.name, ProcessState())
             check.function(self)
 
     def restore(self) -> None:
@@ -351,6 +374,19 @@ class CheckSession:
             return str(self.adapter.description.name)
         except (Exception, SystemExit):
             return self.given_family or "an adapter that cannot be described"
+
+
+def _record_changes(session: CheckSession, name: str, before: ProcessState) -> None:
+    """Record which of torch's modes a check left changed, and restore the process."""
+    # Checks themselves draw random numbers, and a first import changes environment and filters.
+    if before.torch_changes():
+        session.process_changes.setdefault(name, before.torch_changes())
+    before.restore()
+
+
+def text_mask(tokens: Tokens) -> Tensor:
+    """Return the mask of tokens, int64 ``[N, L]``: 1 up to and including the end token."""
+    return (torch.arange(tokens.ids.shape[1]) < tokens.lengths.cpu()[:, None]).long()
 
 
 def error_text(error: BaseException) -> str:

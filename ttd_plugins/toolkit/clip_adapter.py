@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -13,7 +13,6 @@ from ttd_plugins.errors import InputError, UnsupportedModelError, choices_senten
 from ttd_plugins.toolkit.dense_modes import PRESETS
 from ttd_plugins.toolkit.tokenizing import inner_tokenizer
 from ttd_plugins.toolkit.transforms import Normalisation
-from ttd_plugins.utils.batch_norm import freeze_running_averages
 
 
 class CLIPAdapter(DenseAdapter):
@@ -28,6 +27,8 @@ class CLIPAdapter(DenseAdapter):
         modes: the dense modes by name; each has a ``name``.
         default_mode: name of the mode that is used where the caller chooses none.
         tower_prefixes: prefixes of the names of each tower's parameters.
+        calibrated, trained_on: see :class:`~ttd_plugins.adapter.BackboneDescription`; a calibration that the caller
+            passes is taken as fitted.
     """
 
     model: Any
@@ -35,6 +36,7 @@ class CLIPAdapter(DenseAdapter):
     modes: ClassVar[Mapping[str, Any]] = PRESETS
     default_mode: ClassVar[str] = "maskclip"
     tower_prefixes: ClassVar[Mapping[Tower, tuple[str, ...]]] = {}
+    trained_on: str | None = None
 
     def __init__(
         self,
@@ -70,6 +72,7 @@ class CLIPAdapter(DenseAdapter):
         self._preprocess = None if isinstance(preprocess, Mapping) else preprocess
         self._normalisation = self._read_normalisation(preprocess)
         self._calibration = calibration if calibration is not None else self._default_calibration()
+        self.calibrated = calibration is not None and calibration != Calibration()
         self._name = name if name is not None else type(model).__name__
         self._weights = weights
         self.dense = self.default_mode if dense is None else dense
@@ -173,6 +176,8 @@ class CLIPAdapter(DenseAdapter):
             dense_mode=self.dense.name,
             dense_modes=self._usable_modes(),
             calibration=self._calibration,
+            calibrated=self.calibrated,
+            trained_on=self.trained_on,
         )
 
     def encode_image(self, pixels: Tensor, *, pooled: bool = True) -> ImageFeatures:
@@ -196,22 +201,23 @@ class CLIPAdapter(DenseAdapter):
         self._require_mode(self.dense)
         return self._encode_image(pixels, grid, pooled)
 
-    def train(self, mode: bool = True) -> Self:
-        """Set training or evaluation mode; batch normalisation with frozen weights stays in evaluation mode.
-
-        So its running averages stay, and a model without its LoRA is bitwise the model from before.
-        """
-        super().train(mode)
-        freeze_running_averages(self.model)
-        return self
-
     def logit_bias(self) -> Tensor | None:
         """The bias of the logits of a model trained with a sigmoid loss, a scalar tensor, or ``None``."""
         bias: Any = getattr(self.model, "logit_bias", None)
         return None if bias is None else bias.reshape(())
 
     def tower_parameters(self, tower: Tower) -> Iterable[tuple[str, nn.Parameter]]:
-        """Named parameters of one tower; logit scale and bias belong to neither."""
-        for name, parameter in self.model.named_parameters():
-            if name.startswith(self.tower_prefixes[tower]):
-                yield name, parameter
+        """Named parameters of one tower; logit scale and bias belong to neither.
+
+        Raises:
+            UnsupportedModelError: no parameter of the model has a name of the tower.
+        """
+        named = list(self.model.named_parameters())
+        own = [(name, parameter) for name, parameter in named if name.startswith(self.tower_prefixes[tower])]
+        if not own:
+            first = f"; its parameters have names such as {named[0][0]}" if named else ""
+            raise UnsupportedModelError(
+                f"this {type(self.model).__name__} has no parameters of the {tower} tower, whose names begin with "
+                f"{' or '.join(self.tower_prefixes[tower])}{first}; pass the model itself and not a wrapper around it"
+            )
+        return own

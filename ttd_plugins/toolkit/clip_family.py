@@ -109,7 +109,7 @@ class CLIPFamily(AdapterFamily):
         module = importlib.import_module(f"{type(self).__module__.rpartition('.')[0]}.{module_name}")
         built, own_tokenizer = getattr(module, function)(module.EMBEDDED_FOLDER, weights=weights == EMBEDDED)
         settings = read_settings(module.EMBEDDED_FOLDER)
-        return self._adapt(
+        adapter = self._adapt(
             built.to(dtype),
             tokenizer=tokenizer if tokenizer is not None else own_tokenizer,
             dense=dense if dense is not None else settings.dense_mode,
@@ -118,3 +118,9 @@ class CLIPFamily(AdapterFamily):
             weights=weights,
             **options,
         )
+        if isinstance(adapter, CLIPAdapter):
+            adapter.trained_on = settings.trained_on if weights == EMBEDDED else None
+            if calibration is None and (weights == RANDOM or settings.trained_on is not None):
+                # The shipped calibration was fitted to the images of the training, and not to photographs.
+                adapter.calibrated = False
+        return adapter

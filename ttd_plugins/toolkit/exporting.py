@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.errors import TTDError, UnsupportedModelError
 from ttd_plugins.utils.deprecation import renamed_names
+from ttd_plugins.utils.files import follow_umask
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Largest relative difference of embeddings between a model and the one that its library loads, by dtype."""
@@ -49,6 +50,8 @@ def write_weights(model: nn.Module, path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file(exportable_state_dict(model), str(path), metadata={"format": "pt"})
+    # safetensors writes files that only their owner can read.
+    follow_umask(path)
 
 
 def parameter_dtypes(model: nn.Module) -> set[torch.dtype]:

@@ -1,8 +1,8 @@
 """Downloads from a model hub, with one clear reason where they fail.
 
-Adapters fetch all files of a model first; the libraries then read only the download cache (:func:`hub_offline`). On
-their own the libraries continue without a file that a failing hub did not send, or retry for minutes what cannot
-succeed.
+Adapters fetch all files of a model first; the libraries then read local files only (:func:`cached_file`,
+:func:`cached_folder`). On their own the libraries continue without a file that a failing hub did not send, or retry for
+minutes what cannot succeed. Nothing here changes the environment or the settings of the hub's client.
 """
 
 from __future__ import annotations
@@ -111,6 +111,31 @@ def fetch(repository: str, *choices: Choice, cache_dir: str | None = None) -> Hu
     return None
 
 
+def cached_file(repository: str, *names: str, cache_dir: str | None = None) -> Path:
+    """Return the path of the first of these files that the download cache has, without network.
+
+    Args:
+        repository: ``ORG/NAME`` on the hub.
+        names: names of files in the repository.
+        cache_dir: folder for downloads; the hub client's own by default.
+
+    Raises:
+        FileNotFoundError: the cache has none of them.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in names:
+        path = try_to_load_from_cache(repository, name, cache_dir=cache_dir)
+        if isinstance(path, str):
+            return Path(path)
+    raise FileNotFoundError(f"the download cache has no {' and no '.join(names)} of {repository}")
+
+
+def cached_folder(repository: str, *names: str, cache_dir: str | None = None) -> str:
+    """Return the folder in the download cache with the first of these files; arguments as in :func:`cached_file`."""
+    return str(cached_file(repository, *names, cache_dir=cache_dir).parent)
+
+
 def _cache_absence_of_config(repository: str, cache_dir: str | None) -> None:
     """Record in the cache that there is no configuration; transformers asks for it first, even for a tokenizer."""
     from huggingface_hub import errors, hf_hub_download
@@ -130,13 +155,10 @@ def fetch_transformers_model(
         weights: whether to download the weights too.
         cache_dir: folder for downloads; the hub client's own by default.
     """
-    from huggingface_hub import hf_hub_download
-
     problem = fetch(repository, first_of(CONFIG), cache_dir=cache_dir)
     if problem is not None:
         return problem
-    config = hf_hub_download(repository, CONFIG, cache_dir=cache_dir, local_files_only=True)
-    check(json.loads(Path(config).read_text(encoding="utf-8")))
+    check(json.loads(cached_file(repository, CONFIG, cache_dir=cache_dir).read_text(encoding="utf-8")))
     return fetch(repository, SMALL_FILES, *([transformers_weights] if weights else []), cache_dir=cache_dir)
 
 
@@ -234,19 +256,6 @@ def cannot_load(what: str, problem: HubProblem | None, error: BaseException, oth
         return f"{what} cannot be loaded ({type(error).__name__}: {one_sentence(error)}); {otherwise}"
     missing = "and the download cache does not have all of it"
     return f"{what} cannot be loaded: {problem.reason}, {missing}; {problem.advice}, or {otherwise}"
-
-
-@contextmanager
-def hub_offline(offline: bool = True) -> Iterator[None]:
-    """Make the hub's client read only its cache, as ``HF_HUB_OFFLINE=1`` does, where ``offline`` is set."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or offline
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 @contextmanager

@@ -24,8 +24,10 @@ from ttd_plugins.toolkit.exporting import (
     save_tokenizer,
     write_weights,
 )
-from ttd_plugins.toolkit.hub import hub_offline, quiet_root_logger
+from ttd_plugins.toolkit.hub import quiet_root_logger
+from ttd_plugins.toolkit.open_clip_models import local_text_tower, model_config
 from ttd_plugins.toolkit.transforms import OPENAI_NORMALISATION, Normalisation
+from ttd_plugins.utils.loading_lock import LOADING_LOCK
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
@@ -74,12 +76,15 @@ def export_open_clip(
     precision = _precision(model)
     allowed = max(TOLERANCE.get(kind, 1e-5) for kind in parameter_dtypes(model))
     reasons: list[str] = []
-    with quiet_root_logger("open_clip"), hub_offline():
+    with quiet_root_logger("open_clip"), LOADING_LOCK:
         for name, config in _candidates(open_clip, adapter, inferred):
             content = {"model_cfg": config, "preprocess_cfg": preprocessing}
             (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             try:
-                built = open_clip.create_model(f"local-dir:{folder}", precision=precision, pretrained_text=False)
+                text_tower = local_text_tower(config, name or "a configuration")
+                built = open_clip.create_model(
+                    f"local-dir:{folder}", precision=precision, pretrained_text=False, **text_tower
+                )
                 gap = embedding_difference(adapter, built)
             except Exception as error:  # a wrong configuration raises nearly anything
                 reasons.append(f"{name or 'a configuration read from it'}: {one_sentence(error, 120)}")
@@ -149,7 +154,7 @@ def _candidates(
         yield own, open_clip.get_model_config(own)
     elif own.startswith(("local-dir:", "hf-hub:")):
         try:
-            yield None, open_clip.get_model_config(own)
+            yield None, model_config(open_clip, own)
         except Exception:  # the folder may be gone; then the others are tried
             own = ""
     fitting = [(name, open_clip.get_model_config(name)) for name in known if name != own]

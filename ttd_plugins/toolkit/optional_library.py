@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from ttd_plugins.errors import MissingDependencyError, one_sentence
+from ttd_plugins.utils.loading_lock import LOADING_LOCK
 
 
 def import_library(
     module: str, needed_by: str, *, distribution: str, install: str, attributes: Sequence[str] = ()
 ) -> Any:
-    """Import and return a module.
+    """Import and return a module; one thread at a time imports libraries.
 
     Args:
         module: name of the module.
@@ -25,9 +26,10 @@ def import_library(
         MissingDependencyError: the module, or something that it imports, is absent or broken.
     """
     try:
-        library = importlib.import_module(module)
-        for attribute in attributes:
-            getattr(library, attribute)
+        with LOADING_LOCK:
+            library = importlib.import_module(module)
+            for attribute in attributes:
+                getattr(library, attribute)
     except Exception as error:  # a torchvision of another build raises RuntimeError or AttributeError
         raise MissingDependencyError(
             f"{needed_by} need {distribution}, which cannot be imported ({type(error).__name__}: "

@@ -11,13 +11,17 @@ from torch import nn
 
 from ttd_plugins.errors import MissingDependencyError, TTDError, UnsupportedModelError, one_sentence
 from ttd_plugins.toolkit.hub import (
+    CONFIG,
     SMALL_FILES,
     HubProblem,
+    cached_folder,
     cannot_load,
     fetch,
     fetch_transformers_model,
-    hub_offline,
 )
+from ttd_plugins.toolkit.remote_code import load_auto, refuse_code
+from ttd_plugins.utils.loading_lock import LOADING_LOCK
+from ttd_plugins.utils.state_dicts import foreign_files
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -78,7 +82,8 @@ class TransformersModel:
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
         """A model with fresh float32 weights from keyword arguments of its configuration class; in evaluation mode."""
-        return self._fresh(getattr(self.import_transformers(), f"{self.kind}Config")(**config))
+        with LOADING_LOCK:
+            return self._fresh(getattr(self.import_transformers(), f"{self.kind}Config")(**config))
 
     def load(self, *, weights: bool) -> tuple[nn.Module, Any]:
         """The model in evaluation mode, and its image processor.
@@ -101,12 +106,13 @@ class TransformersModel:
                     self.where, self._require_supported, weights=weights, cache_dir=self.cache_dir
                 )
                 self.fetched = True
-            with hub_offline(not self.is_folder):
+            with LOADING_LOCK:
                 config = self._config(transformers)
                 processor = None
                 if not self.is_folder or has_any(self.where, PROCESSOR_FILES):
                     loader = getattr(transformers, self.processor_class)
-                    processor = loader.from_pretrained(self.where, **self._options)
+                    what = f"the image processor of {self.backbone}"
+                    processor = load_auto(loader, self.where, what, **self._options)
                 return self._pretrained(transformers, config) if weights else self._fresh(config), processor
         except TTDError:
             raise
@@ -117,6 +123,9 @@ class TransformersModel:
                 )
             else:
                 advice = f"give the path of a folder after {self.backbone.partition(':')[0]}:"
+            foreign = foreign_files(Path(self.where)) if self.is_folder else None
+            if foreign is not None:
+                raise TTDError(f"{self.backbone} cannot be loaded: {foreign}; {advice}") from error
             raise TTDError(cannot_load(self.backbone, self.problem, error, advice)) from error
 
     def _require_supported(self, config: Mapping[str, Any]) -> None:
@@ -129,6 +138,7 @@ class TransformersModel:
         if not content:
             raise FileNotFoundError("no config.json")
         self._require_supported(content)
+        refuse_code(content, f"{self.backbone} ({CONFIG})")
         return getattr(transformers, f"{self.kind}Config").from_dict(content)
 
     def _fresh(self, config: Any) -> nn.Module:
@@ -141,12 +151,15 @@ class TransformersModel:
         # Without ignore_mismatched_sizes the error does not name the weights.
         options = {"output_loading_info": True, "ignore_mismatched_sizes": True, **self._options}
         loader = getattr(transformers, f"{self.kind}Model")
-        model, report = loader.from_pretrained(self.where, config=config, **options)
+        # By name, transformers would also ask the hub to convert weights that are not safetensors.
+        folder = self.where if self.is_folder else cached_folder(self.where, CONFIG, cache_dir=self.cache_dir)
+        model, report = loader.from_pretrained(folder, config=config, **options)
         # transformers replaces absent weights by random ones and only warns. Mismatched keys may come with shapes.
         mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
         absent = sorted([*report["missing_keys"], *mismatched])
         if absent:
             raise ValueError(f"{len(absent)} weights are absent or of another shape, such as {absent[0]}")
+        model.name_or_path = model.config._name_or_path = self.where
         return model.eval()
 
     def load_tokenizer(self) -> Any:
@@ -164,10 +177,12 @@ class TransformersModel:
                 problem = fetch(self.where, SMALL_FILES, cache_dir=self.cache_dir)
             if not self.has_tokenizer_files:
                 raise FileNotFoundError(f"no {' and no '.join(self.tokenizer_files)}")
-            with hub_offline(not self.is_folder):
-                tokenizer = transformers.AutoTokenizer.from_pretrained(self.where, **self._options)
+            with LOADING_LOCK:
+                tokenizer = load_auto(transformers.AutoTokenizer, self.where, what, **self._options)
             if self.fewest_tokens and len(tokenizer) < self.fewest_tokens:
                 raise ValueError(f"it has {len(tokenizer)} tokens")
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{error}, or pass tokenizer= when you load the model") from error
         except ImportError as error:
             raise MissingDependencyError(
                 f"{what} needs a library that cannot be imported ({one_sentence(error)}); run: pip install "

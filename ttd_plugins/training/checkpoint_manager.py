@@ -70,7 +70,7 @@ class CheckpointManager:
 
         def write() -> None:
             assert checkpoint is not None
-            checkpoints.write_checkpoint(self.out, checkpoint, self.options.keep)
+            checkpoints.write_checkpoint(self.out, checkpoint, self.options.keep, protected=state.health.kept)
 
         main_process_first(write, is_main=is_main)
         self.saved_step = state.step

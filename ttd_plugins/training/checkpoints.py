@@ -6,7 +6,8 @@
         teacher.safetensors     the moving average, with the EMA teacher
         optimizer.safetensors   the optimizer's tensors: "exp_avg/NAME" and so on
         random.safetensors      RNG states of every process
-        state.json              step, epoch, loader positions, gradient scaler, metrics and the rest of the state
+        state.json              step, epoch, loader positions, gradient scaler, metrics and the rest of the state;
+                                SHA-256 of every other file and of itself, which reading verifies
 
 A folder is written under a name that ends in ``.part`` and renamed when it is complete;
 :func:`remove_unfinished` deletes what an interruption left.
@@ -14,12 +15,13 @@ A folder is written under a name that ends in ``.part`` and renamed when it is c
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from ttd_plugins.errors import InputError, TTDError, one_sentence
+from ttd_plugins.training.checkpoint_state import CHECKSUMS, StateSeal, check_state
 from ttd_plugins.training.sharding import shard_like
+from ttd_plugins.utils.files import follow_umask
+from ttd_plugins.utils.state_dicts import read_state_dict
 
 if TYPE_CHECKING:
     from ttd_plugins.adapter import DenseAdapter
@@ -90,8 +95,14 @@ def remove_unfinished(run: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def write_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
+def write_checkpoint(run: Path, checkpoint: Checkpoint, keep: int, *, protected: Collection[int] = ()) -> Path:
     """Write a checkpoint, and then delete all but the newest ``keep``.
+
+    Args:
+        run: folder of the run.
+        checkpoint: its content.
+        keep: how many of the newest checkpoints stay.
+        protected: steps whose checkpoints stay in any case.
 
     Raises:
         InputError: it cannot be written, for example on a full disk; earlier checkpoints are not touched.
@@ -105,10 +116,14 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
         try:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
+            seal = StateSeal()
             for name, tensors in checkpoint.tensors().items():
                 save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, part / name)
+                # safetensors writes files that only their owner can read.
+                follow_umask(part / name)
                 _sync(part / name)
-            state = json.dumps({"format": FORMAT} | checkpoint.state, indent=1, allow_nan=True)
+                seal.add(part / name)
+            state = json.dumps(seal.sealed({"format": FORMAT} | checkpoint.state), indent=1, allow_nan=True)
             (part / STATE).write_text(state + "\n", encoding="utf-8")
             _sync(part / STATE)
             _sync(part)
@@ -127,33 +142,75 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
             f"the checkpoint of step {checkpoint.state['step']} cannot be written to {final.parent} ({reason}); {last}"
             "; fix the cause and continue with --resume"
         ) from error
-    for step in checkpoint_steps(run)[:-keep]:
+    for step in [step for step in checkpoint_steps(run)[:-keep] if step not in protected]:
         _delete(checkpoint_folder(run, step))
     return final
 
 
 def read_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
-    """Read the checkpoint of a step, by default the newest.
+    """Read the checkpoint of a step, by default the newest, and verify its checksums.
+
+    Checkpoints of releases up to 0.3 have no checksums; they are read without.
 
     Raises:
         InputError: there is no such checkpoint, or one of its files is damaged.
     """
-    return Checkpoint(read_state(run, step), **{
-        name.removesuffix(".safetensors"): _read_tensors(run, step, name)
+    state = read_state(run, step, complete=True)
+    tensors = {
+        name.removesuffix(".safetensors"): _read_tensors(run, step, name, state)
         for name in (TRAINED, BUFFERS, TEACHER, OPTIMIZER, RANDOM)
-    })  # fmt: skip
+    }
+    return Checkpoint({key: value for key, value in state.items() if key not in CHECKSUMS}, **tensors)
 
 
-def read_state(run: Path, step: int | None = None) -> dict[str, Any]:
-    """Read ``state.json`` of a checkpoint; see :func:`read_checkpoint`."""
+def read_state(run: Path, step: int | None = None, *, complete: bool = False) -> dict[str, Any]:
+    """Read ``state.json`` of a checkpoint; see :func:`read_checkpoint`.
+
+    Args:
+        run: folder of the run.
+        step: step of the checkpoint; by default the newest.
+        complete: whether every field that resuming needs must be present.
+
+    Raises:
+        InputError: there is no such checkpoint, or its state is damaged.
+    """
     file = _folder(run, step) / STATE
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"the checkpoint file {file} cannot be read: {one_sentence(error)}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"the checkpoint file {file} cannot be read: {one_sentence(error)}; {_advice(run)}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{file} is not of checkpoint format {FORMAT}, the one that this version of ttd-plugins reads")
+    expected = int(file.parent.name.rpartition("-")[2])
+    problem = check_state(state, expected, complete=complete)
+    if problem is not None:
+        raise InputError(f"the checkpoint file {file} is damaged: {problem}; {_advice(run)}")
     return state
+
+
+def _advice(run: Path) -> str:
+    """What to do about a damaged checkpoint."""
+    if len(checkpoint_steps(run)) > 1:
+        return "delete its folder to use the checkpoint before it"
+    return "restore it from a copy, or start the run again in another folder"
+
+
+@contextmanager
+def damage_is_reported(where: str) -> Iterator[None]:
+    """Turn what impossible values of a checkpoint raise into one sentence.
+
+    Raises:
+        InputError: the block raised an exception that wrong values cause.
+    """
+    try:
+        yield
+    except TTDError:
+        raise
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+        raise InputError(
+            f"the checkpoint {where} is damaged: its values cannot be restored ({type(error).__name__}: "
+            f"{one_sentence(error, 160)}); delete its folder to use the checkpoint before it"
+        ) from error
 
 
 def _folder(run: Path, step: int | None) -> Path:
@@ -165,15 +222,27 @@ def _folder(run: Path, step: int | None) -> Path:
     return checkpoint_folder(run, steps[-1] if step is None else step)
 
 
-def _read_tensors(run: Path, step: int | None, name: str) -> dict[str, Tensor]:
+def _read_tensors(run: Path, step: int | None, name: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     file = _folder(run, step) / name
+    expected = state.get("sha256", {}).get(name)
     try:
+        if expected is not None:
+            with file.open("rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            if found != expected:
+                raise InputError(
+                    f"the checkpoint file {file} cannot be read: it is damaged, its SHA-256 is {found[:12]}… and not "
+                    f"{expected[:12]}… as in state.json; {_advice(run)}"
+                )
         return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"the checkpoint file {file} cannot be read: {one_sentence(error)}") from error
+    # A damaged header makes safetensors raise anything.
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"the checkpoint file {file} cannot be read: {one_sentence(error)}; {_advice(run)}") from error
 
 
 def _delete(folder: Path) -> None:
@@ -218,11 +287,19 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]
 def unpack_optimizer(
     optimizer: torch.optim.Optimizer, packed: Mapping[str, Tensor], names: Mapping[Tensor, str]
 ) -> None:
-    """Load the tensors of :func:`pack_optimizer` into an optimizer."""
+    """Load the tensors of :func:`pack_optimizer` into an optimizer.
+
+    Raises:
+        ValueError: a tensor belongs to no parameter, or has another shape.
+    """
     by_name: dict[str, dict[str, Tensor]] = {}
     for entry, value in packed.items():
         key, _, name = entry.partition("/")
         by_name.setdefault(name, {})[key] = value
+    shapes = {name: parameter.shape for parameter, name in names.items()}
+    for name, values in by_name.items():
+        if name not in shapes or any(value.ndim and value.shape != shapes[name] for value in values.values()):
+            raise ValueError(f"the optimizer's tensors of {name!r} fit no trained parameter")
     state = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state["state"] = {
@@ -291,38 +368,19 @@ def restore_backbone(run: Path, step: int | None = None, *, backbone: DenseAdapt
         raise InputError(f"{run} is not the folder of a run: it has no config.yaml")
     config = TrainConfig.read(file)
     where = str(_folder(run, step))
+    state = read_state(run, step)
+    # Read before the backbone is built, so that a damaged file is found at once.
+    trained, buffers = (_read_tensors(run, step, name, state) for name in (TRAINED, BUFFERS))
     adapter = build_backbone(config, backbone)
-    load_tensors(adapter.model, _read_tensors(run, step, TRAINED), where)
-    load_tensors(adapter.model, _read_tensors(run, step, BUFFERS), where)
+    load_tensors(adapter.model, trained, where)
+    load_tensors(adapter.model, buffers, where)
     return adapter.eval()
 
 
 def read_foreign_weights(file: Path) -> dict[str, Tensor]:
-    """Read a checkpoint of another program: safetensors, or a pickle of tensors and plain containers only.
-
-    Args:
-        file: ``*.safetensors`` or a file of ``torch.save``; a ``state_dict`` or ``model`` inside it is unwrapped.
+    """Read a checkpoint of another program; see :func:`~ttd_plugins.utils.state_dicts.read_state_dict`.
 
     Raises:
-        InputError: the file cannot be read, or would run code when loaded.
+        InputError: the file cannot be read, is no weights file, or would run code when loaded.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    name = f"the checkpoint {str(file)!r}"
-    if not file.is_file():
-        raise InputError(f"{name} does not exist")
-    try:
-        values = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-    # A damaged or hostile file makes the unpickler raise anything.
-    except (SafetensorError, Exception) as error:
-        raise InputError(
-            f"{name} is refused: only tensors are loaded from it, without running code, and that failed "
-            f"({one_sentence(error, 160)}); save it as safetensors"
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(values, Mapping) and isinstance(values.get(key), Mapping):
-            values = values[key]
-    if not isinstance(values, Mapping) or not all(isinstance(value, Tensor) for value in values.values()):
-        raise InputError(f"{name} has no named tensors")
-    return dict(values)
+    return read_state_dict(file).tensors

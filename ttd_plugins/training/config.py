@@ -13,7 +13,7 @@ from pydantic import BeforeValidator
 from ttd_plugins.errors import InputError, one_sentence
 from ttd_plugins.options import TTDOptions
 from ttd_plugins.utils import configuration as configurations
-from ttd_plugins.utils.configuration import Flag, Float, Int, Text, configuration, option
+from ttd_plugins.utils.configuration import MAX_SEED, Flag, Float, Int, Text, configuration, option
 
 TowerTuning = Literal["lora", "full", "frozen"]
 # YAML 1.1 reads a bare no as false.
@@ -67,6 +67,15 @@ class DataConfig:
 
 
 @configuration()
+class LoaderConfig:
+    """The keys of ``data.loader``; see :class:`ttd_plugins.data.PairLoader`."""
+
+    shuffle: Annotated[Flag, option("Shuffle the order in each epoch.")] = True
+    drop_last: Annotated[Flag, option("Drop the samples of an incomplete last batch.")] = True
+    buffer: Annotated[Int, option("Undecoded samples in the shuffle buffer of a stream.", ge=1)] = 1000
+
+
+@configuration()
 class TowersConfig:
     """What is trained of each tower: LoRA, all weights (``"full"``) or nothing (``"frozen"``)."""
 
@@ -75,6 +84,14 @@ class TowersConfig:
     rank: Annotated[Int, option("LoRA rank.", ge=1)] = 16
     alpha: Annotated[Float | None, option("LoRA alpha; null means twice the rank.", gt=0)] = None
     dropout: Annotated[Float, option("LoRA dropout.", ge=0, lt=1)] = 0.0
+    modules: Annotated[
+        Text | None,
+        option(
+            "Regular expression: of the modules that LoRA can wrap, only those in whose names it is found; null means "
+            "all.",
+            flag="--lora-modules",
+        ),
+    ] = None
     logit_scale: Annotated[Flag, option("Train the scale and bias of the contrastive logits.")] = False
 
 
@@ -93,7 +110,7 @@ class OptimizerConfig:
     weight_decay: Annotated[Float, option("Weight decay of matrices; vectors, norms and biases have none.", ge=0)] = (
         0.01
     )
-    warm_up: Annotated[Int, option("Steps of linear warm-up.", ge=0)] = 100
+    warm_up: Annotated[Int, option("Steps of linear warm-up; a tenth of the training if it is no shorter.", ge=0)] = 100
     clip_norm: Annotated[Float | None, option("Largest global gradient norm; null means no clipping.", gt=0)] = 1.0
     batch_size: Annotated[
         Int, option("Pairs in a batch of one process; the contrastive loss sees those of all processes.", ge=1)
@@ -126,7 +143,9 @@ class EvaluationConfig:
 class RunConfig:
     """How the run is carried out and watched. Intervals are in optimizer steps; 0 means never."""
 
-    seed: Annotated[Int, option("Decides the order of the data, fresh LoRA weights and dropout.")] = 0
+    seed: Annotated[
+        Int, option("Decides the order of the data, fresh LoRA weights and dropout.", ge=0, le=MAX_SEED)
+    ] = 0
     mixed_precision: Annotated[Precision, option("Mixed precision through accelerate.", flag="--precision")] = "no"
     gradient_checkpointing: Annotated[
         Flag, option("Use activation checkpointing: less memory, more time.", flag="--grad-checkpointing")
@@ -151,6 +170,9 @@ class RunConfig:
         option("Skip a step whose loss or gradient is not finite, or end the run; its keys go to nonfinite.jsonl."),
     ] = "skip"
     max_skipped_steps: Annotated[Int, option("So many steps may be skipped before the run ends.", ge=0)] = 20
+    max_skipped_share: Annotated[
+        Float, option("This share of all steps may be skipped before the run ends, and three in any case.", ge=0, le=1)
+    ] = 0.1
 
 
 @configuration()
@@ -174,6 +196,11 @@ class TrainConfig:
     run: Annotated[RunConfig, option("Logs, checkpoints and devices.")] = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        configurations.from_mapping(LoaderConfig, self.data.loader, "data.loader")
+        # Both are given apart, and twice would be a TypeError.
+        for section, reserved in (("backbone", "name"), ("data", "spec")):
+            if reserved in getattr(self, section).options:
+                raise InputError(f"{section}.options cannot have the key {reserved!r}; remove it")
         if {self.towers.image, self.towers.text} == {"frozen"} and not self.towers.logit_scale:
             raise InputError("nothing is trained: towers.image and towers.text are both frozen")
         if self.evaluation.every and self.evaluation.data is None:

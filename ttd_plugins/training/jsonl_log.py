@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +37,47 @@ class JsonlLog:
             raise InputError(f"{self.file} cannot be written ({reason}); {RESUME_ADVICE}") from error
 
     def read(self) -> list[dict[str, Any]]:
-        """Return all complete lines; a last line that a crash cut short is skipped."""
-        lines = []
-        if self.file.exists():
-            for text in self.file.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    lines.append(json.loads(text))
-                except ValueError:
-                    continue
-        return lines
+        """Return all lines that are objects with a ``step``; lines that a crash cut short or damaged are skipped.
 
-    def truncate(self, step: int) -> None:
-        """Delete the lines after ``step``."""
-        if self.file.exists():
-            kept = [line for line in self.read() if line.get("step", 0) <= step]
+        Raises:
+            InputError: the file cannot be read.
+        """
+        return [line for line in map(_parse, self._texts()) if line is not None]
+
+    def truncate(self, step: int) -> int:
+        """Delete the lines after ``step``, and lines that are damaged.
+
+        Returns:
+            How many damaged lines were deleted, without a last one that a crash cut short.
+
+        Raises:
+            InputError: the file cannot be read or written.
+        """
+        texts = self._texts()
+        parsed = [_parse(text) for text in texts]
+        if texts:
+            kept = [line for line in parsed if line is not None and line["step"] <= step]
             write_atomic(
                 self.file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), advice=RESUME_ADVICE
             )
+        return sum(line is None for line in parsed[:-1])
+
+    def _texts(self) -> list[str]:
+        try:
+            if not self.file.exists():
+                return []
+            # Only line feeds end a line: JSON may contain other separators of Unicode.
+            return [text for text in self.file.read_text(encoding="utf-8", errors="replace").split("\n") if text]
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.file} cannot be read ({one_sentence(error)}); {RESUME_ADVICE}") from error
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    """The object of a line, or ``None`` where it is none or has no step."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    step = line.get("step") if isinstance(line, dict) else None
+    is_step = isinstance(step, int | float) and not isinstance(step, bool) and math.isfinite(step)
+    return line if is_step else None

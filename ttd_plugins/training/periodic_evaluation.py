@@ -111,7 +111,8 @@ class CaptionedSet(LabelledSet):
 
     def delete_after(self, step: int) -> None:
         for folder in self.folder.glob("step-*"):
-            if int(folder.name.partition("-")[2]) > step:
+            number = folder.name.partition("-")[2]
+            if number.isdecimal() and int(number) > step:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def measure(self, ttd: TTD, step: int, stage: Stage) -> dict[str, float]:

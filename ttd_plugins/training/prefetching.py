@@ -150,10 +150,13 @@ class BatchPrefetcher:
         self._ahead.append(found)
 
     def peek(self) -> DeviceBatch | None:
-        """Return the next batch without consuming it; ``None`` where the epoch ends."""
-        found = self._read()
-        self._ahead.append(found)
-        return found
+        """Return the next batch without consuming it; ``None`` where the epoch ends or the loader fails.
+
+        :meth:`next` raises what the loader raised, so that the state is saved first.
+        """
+        self.prefetch()
+        found = self._ahead[-1]
+        return None if isinstance(found, Exception) else found
 
     def take_seconds(self) -> float:
         """Return and reset :attr:`seconds`."""

@@ -7,6 +7,7 @@ import logging
 import math
 import signal
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,12 +16,14 @@ import torch
 from PIL import Image
 
 from ttd_plugins.adapter import DenseAdapter
+from ttd_plugins.data.images import read_image
 from ttd_plugins.engine import TTD, evaluation_mode
-from ttd_plugins.errors import InputError, TTDError, choices_sentence
+from ttd_plugins.errors import InputError, TTDError, is_out_of_memory, one_sentence
 from ttd_plugins.training import checkpoints
 from ttd_plugins.training.checkpoint_manager import CheckpointManager
 from ttd_plugins.training.compiling import compile_image_blocks
-from ttd_plugins.training.config import EvaluationConfig, TrainConfig
+from ttd_plugins.training.config import EvaluationConfig, LoaderConfig, TrainConfig
+from ttd_plugins.training.jsonl_log import JsonlLog
 from ttd_plugins.training.loop import run_loop
 from ttd_plugins.training.periodic_evaluation import LabelledSet, open_evaluation
 from ttd_plugins.training.prefetching import BatchPrefetcher, LoaderFailedError, PairBatches, StopRequested
@@ -32,21 +35,22 @@ from ttd_plugins.training.processes import (
 )
 from ttd_plugins.training.reporting import Reporter
 from ttd_plugins.training.run_logger import RunLogger
-from ttd_plugins.training.step import StepResult
+from ttd_plugins.training.step import StepResult, warm_up_warning
 from ttd_plugins.training.stop_signals import StopSignals, TrainingStoppedError
 from ttd_plugins.training.strategies import ReplicatedStrategy, ShardedStrategy, Strategy
 from ttd_plugins.training.train_state import TrainState
 from ttd_plugins.training.trainable_parameters import build_backbone, train_mode
-from ttd_plugins.utils import distributed
+from ttd_plugins.utils import configuration, distributed
 from ttd_plugins.utils.deprecation import warn_renamed
-from ttd_plugins.utils.files import make_folder, write_atomic
+from ttd_plugins.utils.files import given_path, make_folder, write_atomic
+from ttd_plugins.utils.output_folder import FolderKind, output_folder
 from ttd_plugins.utils.rng import get_rng_state, preserved_rng, seed_everything
 from ttd_plugins.utils.settings import first_difference
 
 RESUME_MUTABLE_KEYS = (
     "data.max_skipped", "run.log_every", "run.checkpoint_every", "run.checkpoint_minutes", "run.keep",
     "run.heatmap_every", "run.heatmap_samples", "run.evaluate_every", "run.trackers", "run.nonfinite",
-    "run.max_skipped_steps", "run.sharded", "run.compile",
+    "run.max_skipped_steps", "run.max_skipped_share", "run.sharded", "run.compile",
     *(f"evaluation.{one.name}" for one in fields(EvaluationConfig)),
 )  # fmt: skip
 """Options that a resumed run may change: they affect neither the data nor, except for rounding, the gradients."""
@@ -62,6 +66,14 @@ Draw = Callable[[TTD, int, Path, list[Sample]], None]
 
 Evaluate = Callable[[TTD, int], Mapping[str, float]]
 """Called with the engine, in evaluation mode, and the step, on the main process; returns named metrics."""
+
+
+RUN_SECTIONS = {"backbone", "data", "towers", "optimizer", "ttd", "run"}
+"""Sections of the ``config.yaml`` of every release."""
+
+
+LEAST_SKIPPED = 3
+"""Steps that may be skipped whatever their share: a few bad samples must not end a short run."""
 
 
 class NonFiniteError(TTDError):
@@ -81,6 +93,7 @@ class TrainResult:
         skipped_steps: steps that were skipped because they were not finite.
         warnings: sentences of the watch for collapse, including those of resumed runs.
         evaluations: (step, metrics) of every evaluation in the log, on the main process; empty on others.
+        diverged: one sentence where the run diverged, so that its weights are most likely useless; ``None`` otherwise.
     """
 
     folder: Path
@@ -91,6 +104,7 @@ class TrainResult:
     skipped_steps: int
     warnings: list[str] = field(default_factory=list)
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    diverged: str | None = None
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -111,9 +125,16 @@ def train_run(
     evaluate: Evaluate | None = None,
 ) -> TrainResult:
     """Fine-tune a backbone, in one process or in each of several; see :func:`ttd_plugins.fine_tune`."""
-    out = Path(out)
+    out = given_path(out)
     accelerator = start_accelerate(config, out)
-    try:
+    is_main = bool(accelerator.is_main_process)
+    with ExitStack() as stack:
+        stack.callback(reset_accelerate)
+
+        def lock_folder() -> None:
+            stack.enter_context(output_folder(out, RUN_FOLDER))
+
+        main_process_first(lock_folder, is_main=is_main)
         logger = RunLogger(out, config, reporter or Reporter(), accelerator)
         try:
             run = _Run(accelerator, logger, config, out, backbone, loader, resume, draw, evaluate)
@@ -123,8 +144,6 @@ def train_run(
                 run.close()
         finally:
             logger.close()
-    finally:
-        reset_accelerate()
 
 
 class _Run:
@@ -166,6 +185,9 @@ class _Run:
             {name: buffer.detach().clone() for name, buffer in model.named_buffers()},
             total_steps=total_steps(config, pairs, self.processes),
         )
+        warning = warm_up_warning(config.optimizer.warm_up, self.state.total_steps)
+        if warning is not None and self.is_main:
+            logger.message(warning, logging.WARNING)
         train_mode(self.ttd.backbone)
         self.ttd.training = True
         # Another seed for every process, or their dropout would be the same.
@@ -234,6 +256,9 @@ class _Run:
         with self.signals:
             if state.step == 0:
                 self._draw_heatmaps()
+                norm = state.weight_norm()
+                if norm is not None:
+                    state.health.weigh(norm, ())
             self._evaluate()
             try:
                 run_loop(state, self.prefetcher, self.config.optimizer, self, self.signals)
@@ -244,6 +269,10 @@ class _Run:
                 if failure.__cause__ is not None:
                     raise failure.__cause__ from None
                 raise
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise self._out_of_memory(error) from error
             if self.checkpoints.saved_step != state.step:
                 self.checkpoints.save(state)
         self.strategy.finish()
@@ -257,11 +286,14 @@ class _Run:
             skipped_steps=state.skipped_steps,
             warnings=state.warnings,
             evaluations=self.logger.evaluations() if self.is_main else [],
+            diverged=self._divergence(),
         )
 
     def step_ended(self, result: StepResult) -> None:
         """Log, draw, save and evaluate where it is due."""
         state, options = self.state, self.config.run
+        if result.problem is None:
+            self._watch(state.step, result)
         self.logger.count(state, result, self.prefetcher.take_seconds())
         self.logger.reporter.on_step(state.step, result.loss)
         if state.step % options.log_every == 0 or state.step == state.total_steps:
@@ -279,22 +311,74 @@ class _Run:
         problem, step = result.problem or {}, state.step + 1
         if self.is_main:
             self.logger.write_skipped(step, self.prefetcher.epoch, problem, keys)
+        self._watch(step, result)
         value = problem["loss" if problem["what"] == "loss" else "gradient_norm"]
         what = f"the {problem['what']} of step {step} is {value}"
         where = f"the keys of its batch are in {self.logger.skipped.file}"
+        by_share = max(LEAST_SKIPPED, math.floor(options.max_skipped_share * state.total_steps))
+        limit = min(options.max_skipped_steps, by_share)
         advice = None
         if options.nonfinite == "fatal":
             advice = f"{what}; {where}; lower the learning rate, or skip such steps: run.nonfinite=skip"
-        elif state.skipped_steps + 1 > options.max_skipped_steps:
+        elif state.skipped_steps + 1 > limit:
+            option = "run.max_skipped_share" if limit == by_share else "run.max_skipped_steps"
             advice = (
-                f"{what}, and {options.max_skipped_steps} steps were skipped already (run.max_skipped_steps); {where}; "
-                "lower the learning rate"
+                f"{what}, and {limit} steps were skipped already ({option}); {where}; lower the learning rate"
+                f"{self._earlier_checkpoint()}"
             )
         if advice is not None:
             self.checkpoints.save_within_step(state, self.prefetcher)
             raise NonFiniteError(advice)
         state.skipped_steps += 1
         self.logger.message(f"{what}, so the step was skipped; {where}", logging.WARNING)
+
+    def _watch(self, step: int, result: StepResult) -> None:
+        """Judge a step, and protect the checkpoints from before it where the run starts to diverge."""
+        health, count = self.state.health, max(len(result.statistics), 1)
+        spreads = [one["caption_map_spread"] for one in result.statistics if "caption_map_spread" in one]
+        metrics = {"caption_map_spread": sum(spreads) / count} if spreads else {}
+        existing = checkpoints.checkpoint_steps(self.out) if self.is_main else []
+        diverges = health.add(step, result.loss, metrics, existing, skipped=result.problem is not None)
+        # Measured as often as lines are logged: it reads every weight.
+        due = step % self.config.run.log_every == 0 or step == self.state.total_steps
+        norm = self.state.weight_norm() if due else None
+        if norm is not None:
+            diverges = health.weigh(norm, existing) or diverges
+        if diverges:
+            why = health.sentence(result.loss, metrics.get("caption_map_spread"))
+            self.logger.message(
+                f"step {step}: the run diverges: {why}; lower the learning rate{self._earlier_checkpoint()}",
+                logging.WARNING,
+            )
+
+    def _divergence(self) -> str | None:
+        """Describe why the weights after the last step are most likely useless, if they are."""
+        health, metrics = self.state.health, self.state.metrics
+        if not health.diverged:
+            return None
+        why = health.sentence(metrics.get("loss", math.nan), metrics.get("caption_map_spread"))
+        return (
+            f"the run diverged: {why}; its weights are most likely useless; lower the learning rate"
+            f"{self._earlier_checkpoint()}"
+        )
+
+    def _earlier_checkpoint(self) -> str:
+        """Name the checkpoint from before the first trouble, for messages."""
+        kept = self.state.health.kept
+        return f"; the checkpoint before that is {checkpoints.checkpoint_folder(self.out, kept[0])}" if kept else ""
+
+    def _out_of_memory(self, error: Exception) -> TTDError:
+        """Save, where the step under way has changed nothing, and return the error that says so."""
+        # Other processes are within a collective operation, which no checkpoint can join.
+        if self.processes == 1 and not self.state.updating:
+            self.strategy.optimizer.zero_grad(set_to_none=True)
+            self.checkpoints.save_within_step(self.state, self.prefetcher)
+        newest = self.checkpoints.newest()
+        return TTDError(
+            f"memory ran out in step {self.state.step + 1} ({one_sentence(error, 160)}); lower optimizer.batch_size or "
+            f"data.image_size, or set run.gradient_checkpointing; "
+            f"{f'the checkpoint is {newest}' if newest else 'nothing was saved'}"
+        )
 
     def _stopped(self, number: int) -> TrainingStoppedError:
         """Save, and return the error that says where the run stopped."""
@@ -356,8 +440,15 @@ class _Run:
                     {"picture": name, "caption": batch.captions[number], "tags": tags, "key": batch.keys[number]}
                 )
             write_atomic(file, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
-        rows = json.loads(file.read_text(encoding="utf-8"))
-        return [(Image.open(folder / row["picture"]).convert("RGB"), row["caption"], row["tags"]) for row in rows]
+        try:
+            rows = json.loads(file.read_text(encoding="utf-8"))
+            return [(read_image(folder / row["picture"]), row["caption"], row["tags"]) for row in rows]
+        except InputError as error:
+            raise InputError(f"{error}; delete {folder}, and other samples are drawn") from error
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"the fixed samples in {folder} cannot be read ({one_sentence(error)}); delete that folder"
+            ) from error
 
     def _evaluate(self) -> None:
         """Evaluate on the labelled set and by the callback, where it is due and not in the log yet."""
@@ -406,9 +497,24 @@ def prepare_folder(config: TrainConfig, out: Path, resume: bool) -> LabelledSet 
             )
     # A wrong layout is found before anything is loaded or written.
     labelled = open_evaluation(config.evaluation, out)
-    make_folder(out / checkpoints.FOLDER)
     checkpoints.remove_unfinished(out)
     return labelled
+
+
+def is_earlier_run(folder: Path) -> bool:
+    """Whether a folder is a run of a release that wrote no marker: its configuration, and a log or a checkpoint."""
+    try:
+        TrainConfig.read(folder / "config.yaml")
+        sections = configuration.read_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
+        lines = JsonlLog(folder / "log.jsonl").read()
+    except (TTDError, OSError):
+        return False
+    steps = checkpoints.checkpoint_steps(folder)
+    saved = [checkpoints.checkpoint_folder(folder, step) / checkpoints.STATE for step in steps]
+    return sections.keys() >= RUN_SECTIONS and (bool(lines) or any(file.is_file() for file in saved))
+
+
+RUN_FOLDER = FolderKind("run", "the folder of a run of ttd train", is_earlier_run)
 
 
 def total_steps(config: TrainConfig, loader: PairBatches, processes: int) -> int:
@@ -445,10 +551,7 @@ def open_loader(config: TrainConfig, backbone: DenseAdapter, out: Path, rank: in
         raise InputError("no data is named; set data.source (--data), for example a folder of name.jpg and name.txt")
     from ttd_plugins.data import PairLoader, open_pairs
 
-    known = ("shuffle", "drop_last", "buffer")
-    for option in data.loader:
-        if option not in known:
-            raise InputError(choices_sentence("key", f"data.loader.{option}", [f"data.loader.{one}" for one in known]))
+    options = configuration.from_mapping(LoaderConfig, data.loader, "data.loader")
     return PairLoader(
         open_pairs(data.source, **data.options),
         backbone.dense_transform(data.image_size),
@@ -461,5 +564,5 @@ def open_loader(config: TrainConfig, backbone: DenseAdapter, out: Path, rank: in
         skipped=out / "skipped.jsonl",
         max_skipped=data.max_skipped,
         pin_memory=backbone.device.type == "cuda",
-        **data.loader,
+        **configuration.plain_values(options),
     )

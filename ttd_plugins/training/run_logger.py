@@ -42,9 +42,10 @@ class RunLogger:
 
     def truncate(self, step: int) -> None:
         """Delete log lines after ``step``."""
-        if self.is_main:
-            self.log.truncate(step)
-            self.skipped.truncate(step)
+        for file in (self.log, self.skipped) if self.is_main else ():
+            damaged = file.truncate(step)
+            if damaged:
+                self.message(f"{damaged} damaged lines of {file.file} were deleted", logging.WARNING)
 
     def start(self, state: TrainState) -> None:
         """Start the trackers and the clock."""
@@ -91,14 +92,21 @@ class RunLogger:
 
     def evaluations(self) -> list[tuple[int, dict[str, float]]]:
         """(step, metrics) of every evaluation in the log."""
-        return [(line["step"], line["evaluation"]) for line in self.log.read() if "evaluation" in line]
+        found = [(line["step"], line.get("evaluation")) for line in self.log.read()]
+        return [
+            (step, {name: value for name, value in metrics.items() if isinstance(value, int | float)})
+            for step, metrics in found
+            if isinstance(metrics, dict)
+        ]
 
     def message(self, sentence: str, level: int = logging.INFO) -> None:
         """Pass a sentence to the reporter and, on the main process, to :mod:`logging`."""
         if self.is_main:
             # A handler that shares the terminal with the reporter can skip what the reporter displays.
             logger.log(level, "%s", sentence, extra={"reported": self.reporter.displays_messages})
-        self.reporter.on_message(sentence)
+        # A terminal that was closed must not end the run.
+        with suppress(OSError):
+            self.reporter.on_message(sentence)
 
     def close(self) -> None:
         """End the trackers."""
@@ -117,7 +125,7 @@ class RunLogger:
         def identify() -> str:
             if not file.exists():
                 write_atomic(file, uuid.uuid4().hex + "\n")
-            return file.read_text(encoding="utf-8").strip()
+            return file.read_text(encoding="utf-8", errors="replace").strip()
 
         name = main_process_first(identify, is_main=self.is_main)
         flat = {

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttd_plugins.adapter import TOWERS, DenseAdapter
+from ttd_plugins.adapter import TOWERS, DenseAdapter, named_tower_parameters
 from ttd_plugins.embedded.scenes import Scene, Scenes
 from ttd_plugins.engine import TTD, TTDOptions
 from ttd_plugins.errors import InputError
 from ttd_plugins.evaluation.scene_protocol import scene_pixels
 from ttd_plugins.training.config import OptimizerConfig
 from ttd_plugins.training.loop import StepReport, train_in_memory
+from ttd_plugins.utils.configuration import check_seed
 
 SCENE_OPTIMIZER = OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.999), eps=1e-8, warm_up=20)
 """Settings that suit the small embedded models on scenes."""
@@ -44,6 +45,7 @@ class SceneTuning:
     ttd: TTDOptions = field(default_factory=TTDOptions)
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if self.steps < 1 or self.batch_size < 2 or self.rank < 0:
             raise InputError(
                 f"steps must be 1 or more, batch_size 2 or more and rank 0 or more; "
@@ -116,7 +118,7 @@ def tune_on_scenes(
         backbone.add_lora(tuning.rank)
     else:
         for tower in TOWERS:
-            for _, parameter in backbone.tower_parameters(tower):
+            for _, parameter in named_tower_parameters(backbone, tower):
                 parameter.requires_grad_(True)
     scenes = training_scenes(tuning, backbone.description.image_size[0]) if scenes is None else scenes
     return train_in_memory(

@@ -48,6 +48,23 @@ class StepResult:
         return math.nan if self.problem else sum(one["loss"] for one in self.losses) / len(self.losses)
 
 
+def effective_warm_up(warm_up: int, steps: int) -> int:
+    """Steps of warm-up that a training of ``steps`` steps takes: a tenth of them where ``warm_up`` is not shorter."""
+    return warm_up if warm_up < steps else steps // 10
+
+
+def warm_up_warning(warm_up: int, steps: int) -> str | None:
+    """Return a sentence on a warm-up that is shortened; ``None`` if it is shorter than the training."""
+    shortened = effective_warm_up(warm_up, steps)
+    if shortened == warm_up or steps <= 1:
+        return None
+    longer = "longer than" if warm_up > steps else "as long as"
+    return (
+        f"the warm-up of {warm_up} steps is {longer} the training of {steps}, so the learning rate would hardly reach "
+        f"its peak; it is shortened to {shortened} steps (optimizer.warm_up)"
+    )
+
+
 def learning_rate_factor(step: int, steps: int, warm_up: int) -> float:
     """Factor of the peak learning rate at ``step`` (from 0): linear warm-up, then a cosine to zero at ``steps``."""
     if step < warm_up:
@@ -64,7 +81,8 @@ def training_step(
         StopRequested, LoaderFailedError, InputError: as :meth:`BatchPrefetcher.next`; no parameter has changed then.
     """
     strategy, optimizer = state.strategy, state.strategy.optimizer
-    factor = learning_rate_factor(state.step, state.total_steps, adam.warm_up)
+    warm_up = effective_warm_up(adam.warm_up, state.total_steps)
+    factor = learning_rate_factor(state.step, state.total_steps, warm_up)
     result = StepResult(adam.learning_rate * factor)
     for group in optimizer.param_groups:
         group["lr"] = result.learning_rate
@@ -94,7 +112,9 @@ def training_step(
         norm = strategy.clip_gradients(list(state.trained.values()), clip_limit(adam))
         # A gradient scaler expects infinite gradients now and then: it skips the step itself and lowers its scale.
         if math.isfinite(norm) or strategy.scaler is not None:
+            state.updating = True
             optimizer.step()
+            state.updating = False
             result.gradient_norm = norm if math.isfinite(norm) else None
         else:
             result.problem = {"what": "gradient", "gradient_norm": norm, "loss": result.loss}

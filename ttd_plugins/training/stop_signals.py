@@ -1,10 +1,12 @@
-"""Stopping a run by SIGTERM or Ctrl-C at the end of a step."""
+"""Stopping a run by SIGTERM, SIGHUP or Ctrl-C at the end of a step."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -15,14 +17,14 @@ class TrainingStoppedError(TTDError):
     """The run was stopped by a signal, and its state was saved.
 
     Attributes:
-        status: the exit status for this signal: 130 after Ctrl-C, 143 after SIGTERM.
+        status: the exit status for this signal: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
 
     status: int = 130
 
 
 class StopSignals:
-    """Context manager that stores the first SIGTERM or Ctrl-C; a second one acts at once.
+    """Context manager that stores the first SIGTERM, SIGHUP or Ctrl-C; a second one acts at once.
 
     Attributes:
         received: number of the signal, or ``None``.
@@ -32,12 +34,16 @@ class StopSignals:
         self.received: int | None = None
         self._on_message = on_message
         self._handlers: dict[int, Any] = {}
+        self._terminals: list[int] = []
 
     def __enter__(self) -> StopSignals:
         # Python lets only the main thread set handlers.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._handlers[number] = signal.signal(number, self._receive)
+            for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", None)):
+                # nohup ignores SIGHUP, and so does the run then.
+                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                    self._handlers[number] = signal.signal(number, self._receive)
+            self._terminals = [descriptor for descriptor in (1, 2) if _is_terminal(descriptor)]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -48,4 +54,22 @@ class StopSignals:
         if self.received is not None:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         self.received = number
-        self._on_message(f"{signal.Signals(number).name}: saving after this step; a second signal stops at once")
+        self._leave_closed_terminals()
+        # A message that cannot be shown must not end the step.
+        with suppress(OSError):
+            self._on_message(f"{signal.Signals(number).name}: saving after this step; a second signal stops at once")
+
+    def _leave_closed_terminals(self) -> None:
+        """Discard output to terminals that are gone, where every write would be an error."""
+        for descriptor in self._terminals:
+            if not _is_terminal(descriptor):
+                with suppress(OSError):
+                    nothing = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(nothing, descriptor)
+                    os.close(nothing)
+
+
+def _is_terminal(descriptor: int) -> bool:
+    with suppress(OSError):
+        return os.isatty(descriptor)
+    return False

@@ -25,6 +25,8 @@ class LossModule(nn.Module):
     def __init__(self, ttd: TTD) -> None:
         super().__init__()
         self.ttd = ttd
+        # accelerate finds unused weights itself; they stay without gradient, and so without weight decay.
+        ttd.covers_unused = False
 
     def forward(
         self, images: Tensor, captions: list[str], tags: list[list[str]] | None, groups: list[str] | None

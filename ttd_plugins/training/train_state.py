@@ -13,6 +13,7 @@ from ttd_plugins.engine import TTD
 from ttd_plugins.errors import InputError
 from ttd_plugins.training import checkpoints
 from ttd_plugins.training.collapse_watch import CollapseWatch, MetricAverager
+from ttd_plugins.training.divergence import DivergenceWatch
 from ttd_plugins.training.strategies import Strategy
 from ttd_plugins.utils import distributed
 from ttd_plugins.utils.rng import get_rng_state, set_rng_state
@@ -40,10 +41,12 @@ class TrainState:
         skipped_steps: steps that were skipped because the loss or the gradient was not finite.
         averager: metrics since the last line of the log.
         watch: state of the watch for collapse.
-        warnings: sentences of that watch.
+        health: state of the watch for divergence.
+        warnings: sentences of the watch for collapse.
         metrics: last line of the log.
         trained: trained parameters by name.
         initial_buffers: buffers of the backbone before training; only those that changed are stored.
+        updating: whether the optimizer is changing the parameters; an exception then leaves them half changed.
     """
 
     ttd: TTD
@@ -56,8 +59,10 @@ class TrainState:
     skipped_steps: int = 0
     averager: MetricAverager = field(default_factory=MetricAverager)
     watch: CollapseWatch = field(default_factory=CollapseWatch)
+    health: DivergenceWatch = field(default_factory=DivergenceWatch)
     warnings: list[str] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
+    updating: bool = False
 
     def __post_init__(self) -> None:
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in self.trained.items()}
@@ -86,6 +91,7 @@ class TrainState:
             state={
                 "step": self.step,
                 "steps": self.total_steps,
+                "family": self._family(),
                 "epoch": self.point.epoch,
                 "positions": positions,
                 "processes": processes,
@@ -94,6 +100,7 @@ class TrainState:
                 "figures": self.metrics,
                 "window": self.averager.as_dict(),
                 "watch": self.watch.as_dict(),
+                "health": self.health.as_dict(),
                 "warnings": self.warnings,
                 "random": rng_values,
             },
@@ -108,9 +115,26 @@ class TrainState:
         """Load a checkpoint, random state included.
 
         Raises:
-            InputError: the checkpoint was written by another number of processes or belongs to another backbone.
+            InputError: the checkpoint was written by another number of processes, belongs to another backbone, or is
+                damaged.
         """
+        with checkpoints.damage_is_reported(where):
+            self._restore(stored, where, rank=rank, processes=processes)
+
+    def _restore(self, stored: checkpoints.Checkpoint, where: str, *, rank: int, processes: int) -> None:
         state = stored.state
+        family, own = state.get("family"), self._family()
+        # Checkpoints of older releases do not have it.
+        if (
+            isinstance(family, dict)
+            and own["distribution"]
+            and family.get("distribution") not in (None, own["distribution"])
+        ):
+            raise InputError(
+                f"{where} is of a backbone from the distribution {family['distribution']}, and {own['distribution']} "
+                f"now provides the family {own['name']!r}; install the first, or leave the second out with "
+                "TTD_PLUGINS_DENY"
+            )
         if state["processes"] != processes:
             raise InputError(
                 f"{where} was written by {state['processes']} processes and cannot be continued by {processes}; start "
@@ -120,6 +144,11 @@ class TrainState:
             raise InputError(f"{where} has other tensors than this configuration trains; it is of another backbone")
         checkpoints.load_tensors(self.ttd.backbone.model, stored.trained, where)
         checkpoints.load_tensors(self.ttd.backbone.model, stored.buffers, where)
+        if self._stored_teacher() is not None and not stored.teacher:
+            raise InputError(
+                f"{where} has no moving average, and ttd.teacher=ema needs it to continue; restore its "
+                "teacher.safetensors, or start another run"
+            )
         if self.ttd.teacher is not None:
             checkpoints.load_tensors(self.ttd.teacher.model, stored.teacher, where)
         checkpoints.unpack_optimizer(self.strategy.inner_optimizer, stored.optimizer, self._names)
@@ -127,10 +156,20 @@ class TrainState:
             self.strategy.scaler.load_state_dict(state["scaler"])
         self.step, self.skipped_steps = state["step"], state["skipped_steps"]
         self.averager, self.watch = MetricAverager(**state["window"]), CollapseWatch(**state["watch"])
+        # Checkpoints of releases up to 0.3 have no watch for divergence.
+        self.health = DivergenceWatch(**(state.get("health") or {}))
         self.warnings, self.metrics = state["warnings"], state["figures"]
         rng = checkpoints.unpack_rng_state(stored.random, state["random"], rank)
         set_rng_state(rng)
         self.point = ResumePoint(state["epoch"], state["positions"][rank], rng)
+
+    def weight_norm(self) -> float | None:
+        """Norm of all trained weights; ``None`` where they are sharded."""
+        weights = [parameter.detach() for parameter in self.trained.values()]
+        if any(hasattr(weight, "full_tensor") for weight in weights):
+            return None
+        norms = torch.stack([weight.norm(dtype=torch.float32) for weight in weights])
+        return float(norms.norm())
 
     def changes_in_forward_pass(self) -> bool:
         """Whether a forward pass alone changes stored state: an EMA teacher, or running statistics."""
@@ -138,6 +177,12 @@ class TrainState:
             isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
             for module in self.ttd.backbone.model.modules()
         )
+
+    def _family(self) -> dict[str, str | None]:
+        """The backbone's family, and the installed distribution that provides it."""
+        backbone = self.ttd.backbone
+        name, version = backbone.distribution or (None, None)
+        return {"name": backbone.description.family, "distribution": name, "version": version}
 
     def _stored_teacher(self) -> nn.Module | None:
         teacher = self.ttd.teacher

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ttd_plugins.adapter import TOWERS, DenseAdapter
+from ttd_plugins.adapter import TOWERS, DenseAdapter, named_tower_parameters
 from ttd_plugins.errors import InputError, TTDError
 from ttd_plugins.training.config import OptimizerConfig, TowersConfig, TrainConfig
-from ttd_plugins.utils.batch_norm import freeze_running_averages
+from ttd_plugins.utils.running_state import keep_frozen_norms_in_eval
 
 
 def build_backbone(config: TrainConfig, backbone: DenseAdapter | None = None) -> DenseAdapter:
@@ -49,13 +49,15 @@ def prepare_towers(backbone: DenseAdapter, towers: TowersConfig) -> None:
     if backbone.has_lora:
         raise TTDError(f"{backbone.description.name} has LoRA already; merge() or unload() it first")
     if with_lora:
-        backbone.add_lora(towers.rank, alpha=towers.alpha, dropout=towers.dropout, towers=with_lora)
+        backbone.add_lora(
+            towers.rank, alpha=towers.alpha, dropout=towers.dropout, towers=with_lora, modules=towers.modules
+        )
     else:
         backbone.model.requires_grad_(False)
     in_towers: set[int] = set()
     trained: list[tuple[str, nn.Parameter]] = []
     for tower in TOWERS:
-        named = list(backbone.tower_parameters(tower))
+        named = named_tower_parameters(backbone, tower)
         in_towers |= {id(parameter) for _, parameter in named}
         if getattr(towers, tower) == "full":
             trained += [pair for pair in named if pair[1].is_floating_point()]
@@ -73,9 +75,9 @@ def prepare_towers(backbone: DenseAdapter, towers: TowersConfig) -> None:
 
 
 def train_mode(backbone: DenseAdapter) -> None:
-    """Set training mode, but keep frozen batch normalisation in evaluation mode, so that its averages stay."""
+    """Set training mode, but keep frozen normalisation layers in evaluation mode, so that their statistics stay."""
     backbone.train()
-    freeze_running_averages(backbone.model)
+    keep_frozen_norms_in_eval(backbone.model)
 
 
 def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:

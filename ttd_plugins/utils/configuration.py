@@ -36,6 +36,9 @@ Float = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Text = Annotated[str, Strict()]
 Flag = Annotated[bool, Strict()]
 
+MAX_SEED = 2**63 - 1
+"""Largest seed: torch's generators take 64 bits, of which one is a sign."""
+
 _C = TypeVar("_C")
 
 
@@ -84,6 +87,16 @@ def configuration(*, renamed: Mapping[str, str] | None = None) -> Callable[[type
         return built  # type: ignore[no-any-return]
 
     return decorate
+
+
+def check_seed(seed: object) -> None:
+    """Check that a seed is a whole number from 0 to :data:`MAX_SEED`.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
+        raise InputError(f"the seed must be a whole number from 0 to {MAX_SEED}, not {describe_value(seed)}")
 
 
 def field_information(kind: type[Any]) -> dict[str, FieldInfo]:
@@ -295,10 +308,12 @@ def _metadata(hint: Any) -> list[Any]:
 def _limits(metadata: Sequence[Any]) -> str:
     """Bounds in words, such as "at least 0 and below 1"."""
     bounds = {name: getattr(one, name) for one in metadata for name in ("ge", "gt", "lt", "le") if hasattr(one, name)}
-    low = f"at least {bounds['ge']:g}" if "ge" in bounds else f"above {bounds['gt']:g}" if "gt" in bounds else ""
-    high = f"below {bounds['lt']:g}" if "lt" in bounds else f"at most {bounds['le']:g}" if "le" in bounds else ""
-    if low and not high and "ge" in bounds:
-        return f"{bounds['ge']:g} or more"
+    # Whole numbers in full: %g would round a large one.
+    shown = {name: str(value) if isinstance(value, int) else f"{value:g}" for name, value in bounds.items()}
+    low = f"at least {shown['ge']}" if "ge" in shown else f"above {shown['gt']}" if "gt" in shown else ""
+    high = f"below {shown['lt']}" if "lt" in shown else f"at most {shown['le']}" if "le" in shown else ""
+    if low and not high and "ge" in shown:
+        return f"{shown['ge']} or more"
     return " and ".join(one for one in (low, high) if one)
 
 

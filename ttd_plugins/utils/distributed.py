@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -90,6 +90,21 @@ def gather_rows(rows: Tensor) -> Tensor:
     return _OwnRows.apply(rows, everyone, sum(lengths[: dist.get_rank()])) if rows.requires_grad else everyone
 
 
+def leaves(value: Tensor) -> set[Tensor]:
+    """Return the leaf tensors that a tensor's autograd graph leads to."""
+    found: set[Tensor] = set()
+    seen, left = set(), [value.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        left += [following for following, _ in node.next_functions]
+    return found
+
+
 def gathered(value: Any) -> list[Any]:
     """Return the picklable values of all processes, in the order of ranks."""
     if process_count() == 1:
@@ -99,11 +114,29 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
-def group_numbers(groups: Sequence[str], device: torch.device) -> Tensor:
-    """Return a 64-bit hash of each group name, int64 ``[b]``, equal for equal names on every process."""
-    digests = [hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest() for name in groups]
+def group_numbers(groups: Sequence[Hashable], device: torch.device) -> Tensor:
+    """Return a 64-bit hash of each group's id, int64 ``[b]``, equal for equal ids on every process.
+
+    Ids are strings, numbers, tuples and frozen sets of ids, or other values whose ``repr`` identifies them.
+    """
+    digests = [hashlib.blake2b(_id_bytes(one), digest_size=8).digest() for one in groups]
     numbers = [int.from_bytes(digest, "big", signed=True) for digest in digests]
     return torch.tensor(numbers, dtype=torch.long, device=device)
+
+
+def _id_bytes(one: Hashable) -> bytes:
+    """Return bytes that are equal for equal ids; Python's own hash of a string differs between processes."""
+    if isinstance(one, str):
+        return one.encode("utf-8", "surrogatepass")
+    if isinstance(one, tuple | frozenset):
+        parts = list(map(_id_bytes, one)) if isinstance(one, tuple) else sorted(map(_id_bytes, one))
+        text = b"".join(b"%d:%s" % (len(part), part) for part in parts)
+    elif isinstance(one, int) or (isinstance(one, float) and one.is_integer()):
+        text = b"%d" % int(one)  # as 1, 1.0 and True are equal
+    else:
+        text = repr(one).encode("utf-8", "surrogatepass")
+    # No string begins so, unless it is made to.
+    return b"\0" + type(one).__name__.encode() * (not isinstance(one, int | float)) + b"\0" + text
 
 
 def end_process(status: int) -> None:

@@ -7,11 +7,29 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from ttd_plugins.errors import InputError, one_sentence
 
 TEMPORARY_SUFFIX = ".part"
 """Ending of a file that is not complete yet."""
+
+
+def given_path(path: Any, name: str = "out") -> Path:
+    """Return a path that a caller passed.
+
+    Args:
+        path: a text or a path.
+        name: name of the argument, for messages.
+
+    Raises:
+        InputError: it is empty, which would mean the current folder, or no path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"{name} must be a path, not {path!r}")
+    if isinstance(path, str) and (not path.strip() or "\0" in path):
+        raise InputError(f"{name} must be a path, not {path!r}; '.' is the current folder")
+    return Path(path)
 
 
 @contextmanager
@@ -52,11 +70,13 @@ def write_atomic(
 ) -> None:
     """Write text (as UTF-8) or bytes to ``path``, completely or not at all.
 
+    Bytes of file names that are not UTF-8 are written escaped, as ``\\udce9``, which JSON and YAML read back.
+
     Raises:
         InputError: the file cannot be written; see :func:`atomic_path`.
     """
     with atomic_path(path, advice=advice) as temporary:
-        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        temporary.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
 
 
 def make_folder(folder: Path | str, *, advice: str = "choose another --out") -> None:
@@ -71,6 +91,18 @@ def make_folder(folder: Path | str, *, advice: str = "choose another --out") -> 
         raise InputError(
             f"the folder {folder} cannot be made ({error.strerror or one_sentence(error)}); {advice}"
         ) from error
+
+
+def follow_umask(path: Path | str) -> None:
+    """Give a file, or all files in a folder, the permissions that the umask allows; writers with private ones exist.
+
+    Raises:
+        OSError: the permissions cannot be changed.
+    """
+    path, mode = Path(path), 0o666 & ~_umask()
+    for file in [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]:
+        if not file.is_symlink():
+            file.chmod(mode)
 
 
 def _flush(path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ttd_perception_encoder import recognition
 from ttd_plugins.adapter import Calibration, ImageFeatures, Tower
@@ -63,9 +63,10 @@ class PerceptionEncoderAdapter(OpenCLIPModelAdapter):
         return int(rows), int(columns)
 
     def _embedding_widths(self) -> tuple[int, int | None]:
-        projections = (getattr(self._visual.head, "proj", None), self._trunk.head)
-        widths = [base_layer(layer).out_features for layer in projections if hasattr(layer, "weight")]
-        width = widths[0] if widths else self._trunk.attn_pool.out_features
+        # open_clip's own projection follows the trunk's where an architecture has one.
+        heads = [self._trunk.head, *self._visual.head.modules()]
+        widths = [layer.out_features for layer in map(base_layer, heads) if isinstance(layer, nn.Linear)]
+        width = widths[-1] if widths else self._trunk.attn_pool.out_features
         return int(width), text_tower.embedding_width(self.model)
 
     def _default_calibration(self) -> Calibration:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from functools import cache, lru_cache
 
 from PIL import Image
 
+from ttd_plugins.data.images import open_image
 from ttd_plugins.errors import MissingDependencyError, TTDError, one_sentence
 
 ATTRIBUTION = (
@@ -57,7 +57,8 @@ def pictogram(name: str) -> Image.Image:
         svg = get_openmoji_svg_data() / f"{code}.svg"
         if svg.is_file():
             png = resvg_py.svg_to_bytes(svg_string=svg.read_text(encoding="utf-8"), width=96, height=96)
-            drawn = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+            with open_image(bytes(png)) as image:
+                drawn = image.convert("RGBA")
             drawn = drawn.crop(drawn.getchannel("A").getbbox())
             drawn.thumbnail((RASTER_SIDE, RASTER_SIDE), Image.Resampling.LANCZOS)
             return drawn

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from ttd_plugins.data.caption_parsing import decode_text
+from ttd_plugins.data.images import exif_orientation, open_image
+from ttd_plugins.data.pair_source import IMAGE_SUFFIXES
 from ttd_plugins.errors import InputError, one_sentence
 from ttd_plugins.utils.deprecation import renamed_names
+from ttd_plugins.utils.user_files import read_regular, walk_files
 
 __getattr__ = renamed_names(
     __name__, {"PICTURES": "IMAGE_SUFFIXES", "picture_size": "image_size", "apply_table": "map_indices"}
 )
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPEG", ".JPG")
 
 
 class DatasetError(InputError):
@@ -31,15 +36,80 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises:
         DatasetError: the file is missing or not an image.
     """
+    (height, width), orientation = stored_image(path)
+    return (width, height) if orientation >= 5 else (height, width)
+
+
+def stored_image(path: Path) -> tuple[tuple[int, int], int]:
+    """Return height and width of an image as it is stored, and its EXIF orientation, from the header alone.
+
+    Raises:
+        DatasetError: the file is missing or not an image.
+    """
+    with _opened(path, "image") as image:
+        return (image.height, image.width), exif_orientation(image)
+
+
+def image_names(folder: Path) -> list[str]:
+    """Return the relative paths, with ``/``, of the images in a folder and its subfolders, sorted.
+
+    Raises:
+        DatasetError: a folder cannot be read.
+    """
     try:
-        with Image.open(path) as image:
-            rotated = image.getexif().get(0x0112, 1) >= 5
-            width, height = image.size
-            return (width, height) if rotated else (height, width)
-    except FileNotFoundError:
-        raise DatasetError(f"the image {str(path)!r} is missing") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DatasetError(f"the image {str(path)!r} cannot be read: {one_sentence(error)}") from error
+        return sorted(name for name in walk_files(folder) if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES)
+    except InputError as error:
+        raise DatasetError(str(error)) from error
+
+
+def unique_keys(names: Sequence[str], *, short: bool = False) -> list[str]:
+    """Return a key for each relative path: without the suffix, or with it if two paths differ in nothing else.
+
+    Args:
+        names: the paths.
+        short: whether to leave out the folders too, if the keys are still unique.
+
+    Raises:
+        DatasetError: a path occurs twice.
+    """
+    forms: list[Callable[[str], str]] = [_path_without_suffix, str]
+    for form in [_name_without_suffix, *forms] if short else forms:
+        keys = [form(name) for name in names]
+        if len(set(keys)) == len(keys):
+            return keys
+    twice = next(name for name, count in Counter(names).items() if count > 1)
+    raise DatasetError(f"the image {twice!r} is listed twice")
+
+
+def _path_without_suffix(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def _name_without_suffix(name: str) -> str:
+    return PurePosixPath(name).stem
+
+
+@contextmanager
+def _opened(path: Path, kind: str) -> Iterator[Image.Image]:
+    try:
+        if not os.path.exists(path):
+            raise DatasetError(f"the {kind} {str(path)!r} is missing")
+        with open_image(path, kind=kind) as image:
+            yield image
+    except DatasetError:
+        raise
+    except InputError as error:
+        raise DatasetError(f"the {error}") from error
+
+
+def has_mode(path: Path, mode: str) -> bool:
+    """Return whether an image is stored in a mode of Pillow, such as ``"RGB"``.
+
+    Raises:
+        DatasetError: the file is missing or not an image.
+    """
+    with _opened(path, "mask") as image:
+        return bool(image.mode == mode)
 
 
 def read_indices(path: Path) -> NDArray[np.int64]:
@@ -51,19 +121,12 @@ def read_indices(path: Path) -> NDArray[np.int64]:
     Raises:
         DatasetError: the file is missing or not an image.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("P", "L", "1", "I", "I;16", "RGB"):
-                raise DatasetError(
-                    f"the mask {str(path)!r} has mode {image.mode}; it must have palette indices, grey values or RGB"
-                )
-            values = np.asarray(ImageOps.exif_transpose(image)).astype(np.int64)
-    except DatasetError:
-        raise
-    except FileNotFoundError:
-        raise DatasetError(f"the mask {str(path)!r} is missing") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DatasetError(f"the mask {str(path)!r} cannot be read: {one_sentence(error)}") from error
+    with _opened(path, "mask") as image:
+        if image.mode not in ("P", "L", "1", "I", "I;16", "RGB"):
+            raise DatasetError(
+                f"the mask {str(path)!r} has mode {image.mode}; it must have palette indices, grey values or RGB"
+            )
+        values = np.asarray(ImageOps.exif_transpose(image)).astype(np.int64)
     return values if values.ndim == 2 else values[..., 0] + 256 * values[..., 1] + 65536 * values[..., 2]
 
 
@@ -101,11 +164,13 @@ def read_json(path: Path) -> Any:
     Raises:
         DatasetError: the file is missing or not valid JSON.
     """
+    if not os.path.exists(path):
+        raise DatasetError(f"the file {str(path)!r} is missing")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DatasetError(f"the file {str(path)!r} is missing") from None
-    except (OSError, ValueError) as error:
+        return json.loads(decode_text(read_regular(path, f"the file {str(path)!r}")))
+    except InputError as error:
+        raise DatasetError(str(error)) from error
+    except (ValueError, RecursionError) as error:
         raise DatasetError(f"the file {str(path)!r} cannot be read: {one_sentence(error)}") from error
 
 

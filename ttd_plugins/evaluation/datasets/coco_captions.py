@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ttd_plugins.data.image_paths import with_slashes
 from ttd_plugins.errors import InputError
 from ttd_plugins.evaluation.datasets.annotation_files import (
     DatasetError,
@@ -16,9 +17,11 @@ from ttd_plugins.evaluation.datasets.annotation_files import (
     first_folder,
     image_size,
     read_json,
+    unique_keys,
 )
+from ttd_plugins.evaluation.datasets.coco_instances import CocoInstances, image_of, images_of, not_coco
 from ttd_plugins.evaluation.datasets.reader import CaptionData, CaptionedImage, CaptionTruth, Progress, class_names
-from ttd_plugins.evaluation.datasets.segmentation import CocoInstances, CocoPanoptic
+from ttd_plugins.evaluation.datasets.segmentation import CocoPanoptic
 from ttd_plugins.evaluation.metrics import IGNORE
 from ttd_plugins.evaluation.true_tags import Vocabulary, coco_vocabulary
 
@@ -63,7 +66,7 @@ class CocoCaptions(CaptionData):
             (
                 f
                 for f in (self.root / "captions.json", self.root / f"annotations/captions_{split}2017.json")
-                if f.is_file()
+                if f.exists()
             ),
             None,
         )
@@ -80,6 +83,8 @@ class CocoCaptions(CaptionData):
                 f"coco_captions in {str(self.root)!r} has no images; looked for the folders images and {split}2017"
             )
         self._images = folder
+        self._keys_of_masks: dict[Path, str] | None = None
+        self._numbers_of_names: dict[str, Hashable] | None = None
         self._read_captions(file)
         self._dense, self._instances = self._annotations(file)
         listed = None if self._dense is not None else set(self._listed_instances.categories.values())
@@ -87,19 +92,25 @@ class CocoCaptions(CaptionData):
 
     def _read_captions(self, file: Path) -> None:
         content = read_json(file)
+        captions: dict[str, list[str]] = {}
         try:
-            names = {info["id"]: str(info["file_name"]) for info in content["images"]}
-            captions: dict[str, list[str]] = {}
-            for annotation in sorted(content["annotations"], key=lambda item: int(item["id"])):
-                if annotation["image_id"] in names:
-                    captions.setdefault(names[annotation["image_id"]], []).append(str(annotation["caption"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DatasetError(f"the file {str(file)!r} is not a COCO captions file ({error!r})") from error
+            _, names, ids = images_of(file, content)
+            for annotation in _in_order(content["annotations"]):
+                name = with_slashes(self._images, names[image_of(file, annotation, ids)])
+                text = annotation["caption"]
+                if not isinstance(text, str):
+                    raise TypeError(f"the caption of annotation {annotation.get('id')} is not a text")
+                captions.setdefault(name, []).append(" ".join(text.split()))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            if isinstance(error, DatasetError):
+                raise
+            raise not_coco(file, "captions ", error) from error
         if not captions:
             raise DatasetError(f"the file {str(file)!r} has no caption of any of its images")
-        used = sorted(captions)[: self.limit]
-        self._captions = {Path(name).stem: [" ".join(text.split()) for text in captions[name]] for name in used}
-        self._files = {Path(name).stem: name for name in used}
+        # Keys do not depend on the limit, so that results of a part belong to results of the whole.
+        used = list(zip(unique_keys(sorted(captions)), sorted(captions), strict=True))[: self.limit]
+        self._captions = {key: captions[name] for key, name in used}
+        self._files = dict(used)
 
     def _annotations(self, captions: Path) -> tuple[CocoPanoptic | None, CocoInstances | None]:
         dense = (self.root / "semantic_masks").is_dir()
@@ -108,7 +119,7 @@ class CocoCaptions(CaptionData):
         if dense:
             return CocoPanoptic(self.root, self.split), None
         instances = captions.with_name(captions.name.replace("captions", "instances", 1))
-        if not instances.is_file():
+        if not instances.exists():
             raise DatasetError(
                 f"coco_captions in {str(self.root)!r} has captions but no masks; looked for semantic_masks, "
                 f"{str(instances)!r} and annotations/panoptic_{self.split}2017.json"
@@ -122,26 +133,26 @@ class CocoCaptions(CaptionData):
         return self._images / self._files[key]
 
     def check(self, keys: Iterable[str] | None = None, progress: Progress | None = None) -> None:
-        masked = frozenset(self._dense.keys()) if self._dense is not None else frozenset()
         for key in self._captions:
-            if not self.image_path(key).is_file():
+            if not self.image_path(key).exists():
                 raise DatasetError(f"the image {str(self.image_path(key))!r} of coco_captions is missing")
             if self._instances is not None:
-                if self._files[key] not in self._instances.numbers:
+                if self._number(key) is None:
                     raise DatasetError(
                         f"{str(self._instances.file)!r} does not list {self._files[key]!r}, which has captions"
                     )
             else:
                 assert self._dense is not None
-                if key not in masked:
+                if self.image_path(key) not in self._dense_keys:
                     raise DatasetError(f"the image {str(self.image_path(key))!r} has captions but no mask")
-                if not self._dense.mask_path(key).is_file():
-                    raise DatasetError(f"the mask {str(self._dense.mask_path(key))!r} is missing")
+                mask = self._dense.mask_path(self._dense_keys[self.image_path(key)])
+                if not mask.exists():
+                    raise DatasetError(f"the mask {str(mask)!r} is missing")
         # Sizes of the masks that read() decodes, whichever classes the captions name.
         for key in self._captions if keys is None else keys:
             size, (height, width) = image_size(self.image_path(key)), self._shape(key)
             if (height, width) != size:
-                source = self._dense.mask_path(key) if self._dense is not None else self._listed_instances.file
+                source = self._listed_instances.file if self._dense is None else self._mask_path(key)
                 raise DatasetError(
                     f"{str(source)!r} states {width} x {height} pixels for the image {str(self.image_path(key))!r}, "
                     f"which is {size[1]} x {size[0]}"
@@ -160,23 +171,49 @@ class CocoCaptions(CaptionData):
             height, width = next(iter(masks.values())).shape
             return int(height), int(width)
         if self._instances is not None:
-            info = self._instances.images[self._instances.numbers[self._files[key]]]
-            return int(info["height"]), int(info["width"])
-        assert self._dense is not None
-        height, width = self._dense.labels(key).shape
+            # The size that the file states was compared with the image's.
+            return image_size(self.image_path(key))
+        height, width = self._labels(key).shape
         return int(height), int(width)
+
+    @property
+    def _dense_keys(self) -> dict[Path, str]:
+        """Key of each image in the data set of dense masks."""
+        if self._keys_of_masks is None:
+            assert self._dense is not None
+            self._keys_of_masks = {self._dense.image_path(key): key for key in self._dense.keys()}  # noqa: SIM118
+        return self._keys_of_masks
+
+    def _mask_path(self, key: str) -> Path:
+        assert self._dense is not None
+        return self._dense.mask_path(self._dense_keys[self.image_path(key)])
+
+    def _labels(self, key: str) -> NDArray[np.uint8]:
+        assert self._dense is not None
+        return self._dense.labels(self._dense_keys[self.image_path(key)])
+
+    def _number(self, key: str) -> Hashable | None:
+        """Return the id of an image in the file of instances."""
+        instances, name = self._listed_instances, self._files[key]
+        if self._numbers_of_names is None:
+            self._numbers_of_names = {
+                with_slashes(self._images, other): number for other, number in instances.numbers.items()
+            }
+        return self._numbers_of_names.get(name)
 
     def _masks(self, key: str) -> tuple[dict[str, NDArray[np.bool_]], NDArray[np.bool_] | None]:
         """Return the mask of each class that an image shows, and which pixels are labelled."""
         if self._dense is not None:
-            labels = self._dense.labels(key)
+            labels = self._labels(key)
             classes = [int(i) for i in np.unique(labels) if i != IGNORE]
             masks = {self._dense.classes[index].name: labels == index for index in classes}
             valid: NDArray[np.bool_] | None = labels != IGNORE
         else:
             assert self._instances is not None
             masks, valid = {}, None
-            for category, _, _, mask in self._instances.masks(self._instances.numbers[self._files[key]]):
+            number = self._number(key)
+            assert number is not None
+            for category, _, _, mask in self._instances.masks(number, self.image_path(key)):
                 name = self._instances.categories[category]
                 masks[name] = masks[name] | mask if name in masks else mask
         return {name: mask for name, mask in masks.items() if int(mask.sum()) >= self.min_pixels}, valid
@@ -212,3 +249,13 @@ class CocoCaptions(CaptionData):
             "annotations": annotations,
             "min_pixels": self.min_pixels,
         }
+
+
+def _in_order(annotations: Any) -> list[Any]:
+    """Return annotations by their ids, or in the order of the file if an id is no number."""
+    if not isinstance(annotations, list):
+        raise TypeError("'annotations' is not a list")
+    try:
+        return sorted(annotations, key=lambda annotation: int(annotation["id"]))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return annotations

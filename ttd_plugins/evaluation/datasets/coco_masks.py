@@ -34,6 +34,8 @@ def decode_counts(text: str | bytes) -> list[int]:
                 raise ValueError("the compressed counts end inside a number")
             code = data[place] - 48
             place += 1
+            if digit > 12:
+                raise ValueError("the compressed counts contain a number of more than 60 bits")
             value |= (code & 0x1F) << (5 * digit)
             digit += 1
             if not code & 0x20:
@@ -61,11 +63,15 @@ def polygon_mask(polygon: Sequence[float], height: int, width: int) -> NDArray[n
     """Rasterise one polygon ``x0, y0, x1, y1, ...`` in pixels to a mask, bool ``[height, width]``.
 
     Raises:
-        ValueError: the polygon has fewer than three corners.
+        ValueError: the polygon has fewer than three corners, or one far outside the image.
     """
     if len(polygon) < 6 or len(polygon) % 2:
         raise ValueError(f"a polygon needs x and y of at least three corners, not {len(polygon)} numbers")
-    corners = (np.asarray(polygon, np.float64).reshape(-1, 2) * _RESOLUTION + 0.5).astype(np.int64)
+    points = np.asarray(polygon, np.float64)
+    # Corners a little outside are usual, and cut off; far outside they would only cost memory.
+    if not (np.abs(points) <= 10 * (height + width) + 1000).all():
+        raise ValueError(f"a polygon has a corner far outside its image of {width} x {height} pixels")
+    corners = (points.reshape(-1, 2) * _RESOLUTION + 0.5).astype(np.int64)
     us, vs = [], []
     for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
         dx, dy = abs(x1 - x0), abs(y1 - y0)

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ttd_plugins.evaluation.datasets.annotation_files import DatasetError, image_size
+from ttd_plugins.evaluation.metrics import IGNORE
+from ttd_plugins.evaluation.true_tags import label_candidates
 
 Progress = Callable[[int], None]
 
@@ -83,6 +85,20 @@ class SegmentationData(ABC):
             DatasetError: a file is wrong; the message names the first one.
         """
 
+    def require_truth(self) -> None:
+        """Check that some pixel of some image has a class; it stops at the first one.
+
+        Raises:
+            DatasetError: there is none, so that nothing can be measured.
+        """
+        for key in self.keys():
+            if (self.labels(key) != IGNORE).any():
+                return
+        raise DatasetError(
+            f"no pixel of the {len(self)} images of {self.name} in {str(self.root)!r} has a class; check that masks "
+            "and images belong together"
+        )
+
     def __len__(self) -> int:
         return len(self.keys())
 
@@ -109,6 +125,13 @@ class CaptionTruth:
         """Return the distinct texts of the mentions that the image shows, in order."""
         shown = [m.text for m, verdict in zip(self.mentions, self.true, strict=True) if verdict]
         return list(dict.fromkeys(shown))
+
+    def labels(self, candidates: Sequence[str]) -> list[bool | None]:
+        """Return for each candidate tag whether it is true, ``None`` if unknown.
+
+        This is the only labelling of tags: protocols, comparisons and reports use it.
+        """
+        return label_candidates(self.caption, candidates, self.mentions, self.true)
 
 
 @dataclass(frozen=True)
@@ -179,6 +202,21 @@ class CaptionData(ABC):
                     )
             if progress is not None:
                 progress(1)
+
+    def require_truth(self) -> None:
+        """Check that some caption has a true tag with a mask; it stops at the first one.
+
+        Raises:
+            DatasetError: there is none, so that nothing can be measured.
+        """
+        for key in self.keys():
+            item = self.read(key)
+            if any(item.masks[tag].any() for truth in item.captions for tag in truth.true_tags()):
+                return
+        raise DatasetError(
+            f"no caption of the {len(self)} images of {self.name} in {str(self.root)!r} names anything that its image "
+            "shows; check that annotations and images belong together, and that captions are English"
+        )
 
     def __len__(self) -> int:
         return len(self.keys())

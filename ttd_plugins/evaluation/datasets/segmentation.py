@@ -11,26 +11,28 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from ttd_plugins.data.image_paths import with_slashes
 from ttd_plugins.errors import InputError, choices_sentence
 from ttd_plugins.evaluation.datasets.annotation_files import (
-    IMAGE_SUFFIXES,
     DatasetError,
     existing_root,
     first_folder,
+    has_mode,
+    image_names,
     image_size,
     lookup_table,
     map_indices,
     read_indices,
     read_json,
+    unique_keys,
 )
-from ttd_plugins.evaluation.datasets.coco_masks import annotation_mask
+from ttd_plugins.evaluation.datasets.coco_instances import CocoInstances, image_of, images_of, not_coco
 from ttd_plugins.evaluation.datasets.reader import ClassNames, Progress, SegmentationData, class_names
 from ttd_plugins.evaluation.metrics import IGNORE
 
@@ -90,7 +92,7 @@ class MaskFiles(SegmentationData):
         # The cheap check of all files first.
         for image, mask in self._pairs.values():
             for kind, path in (("image", image), ("mask", mask)):
-                if not path.is_file():
+                if not path.exists():
                     raise DatasetError(f"the {kind} {str(path)!r} of {self.name} is missing")
         for key in self._pairs if keys is None else keys:
             image, mask = self._pairs[key]
@@ -130,10 +132,24 @@ class MaskFiles(SegmentationData):
         return None
 
     def _by_stem(self, images: Path, masks: Path, suffix: str = ".png", image_suffix: str = "") -> Pairs:
-        """Return each image of a folder with the mask of the same stem."""
-        files = sorted(p for p in images.iterdir() if p.suffix in IMAGE_SUFFIXES and p.stem.endswith(image_suffix))
-        stems = [(p, p.stem.removesuffix(image_suffix)) for p in files]
-        return {stem: (path, masks / f"{stem}{suffix}") for path, stem in stems}
+        """Return each image of a folder and its subfolders with the mask of the same path without suffix.
+
+        Raises:
+            DatasetError: two images have the same mask.
+        """
+        pairs: Pairs = {}
+        for name in image_names(images):
+            stem = str(PurePosixPath(name).with_suffix(""))
+            if not stem.endswith(image_suffix):
+                continue
+            key = stem.removesuffix(image_suffix)
+            if key in pairs:
+                raise DatasetError(
+                    f"the images {str(pairs[key][0])!r} and {str(images / name)!r} of {self.name} have the same mask, "
+                    f"{str(masks / f'{key}{suffix}')!r}; rename or remove one of them"
+                )
+            pairs[key] = (images / name, masks / f"{key}{suffix}")
+        return pairs
 
     def _listed(self, file: Path, images: Path, masks: Path) -> Pairs:
         """Return image and mask file of each key in a list of ``ImageSets``, with one key per line."""
@@ -152,11 +168,6 @@ class MaskFiles(SegmentationData):
 
     def _folder(self, what: str, *tried: str) -> Path:
         return self._need(first_folder(self.root, *tried), what, *tried)
-
-
-def _is_rgb(path: Path) -> bool:
-    with Image.open(path) as image:
-        return image.mode == "RGB"
 
 
 def voc_palette() -> NDArray[np.uint8]:
@@ -194,7 +205,7 @@ class PascalVOC(MaskFiles):
 
     def _values(self, path: Path) -> NDArray[np.int64]:
         values = read_indices(path)
-        if _is_rgb(path):
+        if has_mode(path, "RGB"):
             colours = voc_palette().astype(np.int64)
             codes = colours[:, 0] + 256 * colours[:, 1] + 65536 * colours[:, 2]
             order = np.argsort(codes)
@@ -284,11 +295,14 @@ class Cityscapes(MaskFiles):
         )  # fmt: skip
         masks = self._folder("masks", f"gtFine/{split}", f"gtFine_trainvaltest/gtFine/{split}")
         self.layout = "Cityscapes"
+        paths = sorted(images.glob(f"*/*{self._IMAGE}.png"))
+        stems = [path.stem.removesuffix(self._IMAGE) for path in paths]
+        keys = unique_keys([f"{p.parent.name}/{stem}.png" for p, stem in zip(paths, stems, strict=True)], short=True)
         pairs: Pairs = {}
-        for path in sorted(images.glob(f"*/*{self._IMAGE}.png")):
-            stem, city = path.stem.removesuffix(self._IMAGE), path.parent.name
-            converted = masks / city / f"{stem}{self._TRAIN}"
-            pairs[stem] = (path, converted if converted.is_file() else masks / city / f"{stem}{self._RAW}")
+        for key, path, stem in zip(keys, paths, stems, strict=True):
+            converted = masks / path.parent.name / f"{stem}{self._TRAIN}"
+            raw = masks / path.parent.name / f"{stem}{self._RAW}"
+            pairs[key] = (path, converted if converted.is_file() else raw)
         return pairs
 
     def ids(self, mask: Path) -> Mapping[int, int]:
@@ -367,23 +381,23 @@ class CocoObject(_CocoPixelMaps):
 
     def find(self) -> Pairs:
         images, file = self.root / "images", self.root / "instances.json"
-        if not file.is_file():
+        if not file.exists():
             pairs = self._pixel_maps()
             if pairs is not None:
                 return pairs
             images, split = self._images()
             file = self.root / "annotations" / f"instances_{split}.json"
-        if not file.is_file():
+        if not file.exists():
             raise DatasetError(
                 f"coco_object in {str(self.root)!r} has neither pixel maps nor {str(file)!r}; also looked for "
                 f"annotations/{split}/*{self._CONVERTED} and stuffthingmaps_trainval2017/{split}/*.png"
             )
         self.layout = "instances"
         self._instances = CocoInstances(file)
-        return {
-            Path(info["file_name"]).stem: (images / info["file_name"], file)
-            for info in sorted(self._instances.images.values(), key=lambda info: info["file_name"])
-        }
+        names = sorted(self._instances.numbers)
+        keys = unique_keys([name.replace("\\", "/") for name in names])
+        self._numbers = {key: self._instances.numbers[name] for key, name in zip(keys, names, strict=True)}
+        return {key: (images / with_slashes(images, name), file) for key, name in zip(keys, names, strict=True)}
 
     def ids(self, mask: Path) -> Mapping[int, int]:
         if self.layout == "stuffthingmaps":
@@ -396,79 +410,7 @@ class CocoObject(_CocoPixelMaps):
         if self.layout != "instances":
             return super().labels(key)
         index = {int(names.id): i for i, names in enumerate(self.classes) if names.id is not None}
-        return self._instances.paint(self.image_path(key).name, index)
-
-
-class CocoInstances:
-    """Instances of COCO's JSON format, by image.
-
-    Args:
-        file: ``instances_SPLIT.json``.
-
-    Raises:
-        DatasetError: the file is missing or has another format.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        content = read_json(file)
-        try:
-            self.images: dict[int, dict[str, Any]] = {int(info["id"]): info for info in content["images"]}
-            self.categories: dict[int, str] = {int(c["id"]): str(c["name"]) for c in content["categories"]}
-            self.annotations: dict[int, list[dict[str, Any]]] = {number: [] for number in self.images}
-            for annotation in content["annotations"]:
-                if annotation["image_id"] in self.annotations:
-                    self.annotations[annotation["image_id"]].append(annotation)
-            self.numbers = {str(info["file_name"]): number for number, info in self.images.items()}
-        except (KeyError, TypeError, ValueError) as error:
-            raise DatasetError(f"the file {str(file)!r} is not a COCO instances file ({error!r})") from error
-
-    def masks(self, number: int) -> list[tuple[int, float, bool, NDArray[np.bool_]]]:
-        """Return category id, area in pixels, whether it is a crowd, and mask of each instance of an image.
-
-        Args:
-            number: id of the image.
-
-        Raises:
-            DatasetError: a segmentation cannot be decoded, or a category is unknown.
-        """
-        info, found = self.images[number], []
-        for annotation in self.annotations[number]:
-            category = int(annotation["category_id"])
-            if category not in self.categories:
-                raise DatasetError(
-                    f"annotation {annotation.get('id')} in {str(self.file)!r} has the category id {category}, which "
-                    "the file does not list"
-                )
-            try:
-                mask = annotation_mask(annotation["segmentation"], int(info["height"]), int(info["width"]))
-            except (KeyError, ValueError, TypeError, IndexError) as error:
-                raise DatasetError(
-                    f"the segmentation of annotation {annotation.get('id')} in {str(self.file)!r} cannot be decoded: "
-                    f"{error}"
-                ) from error
-            found.append((category, float(mask.sum()), bool(annotation.get("iscrowd", 0)), mask))
-        return found
-
-    def paint(self, file_name: str, index: Mapping[int, int]) -> NDArray[np.uint8]:
-        """Return the class indices of an image, uint8 ``[height, width]``, 0 outside instances.
-
-        Smaller instances cover larger ones, and all cover crowds.
-
-        Args:
-            file_name: file name of the image.
-            index: class index of each category id.
-        """
-        number = self.numbers[file_name]
-        info = self.images[number]
-        labels = np.zeros((int(info["height"]), int(info["width"])), np.uint8)
-        for category, _, _, mask in sorted(self.masks(number), key=lambda item: (not item[2], -item[1])):
-            if category not in index:
-                raise DatasetError(
-                    f"{str(self.file)!r} contains the category id {category}, which is not a category of coco_object"
-                )
-            labels[mask] = index[category]
-        return labels
+        return self._instances.paint(self._numbers[key], self.image_path(key), index)
 
 
 class CocoPanoptic(MaskFiles):
@@ -483,19 +425,19 @@ class CocoPanoptic(MaskFiles):
     classes = class_names("coco_panoptic")
 
     def find(self) -> Pairs:
-        self._segments: dict[str, dict[int, int]] = {}
+        self._segments: dict[Path, dict[int, int]] = {}
         self._known: frozenset[int] | None = None
         if (self.root / "semantic_masks").is_dir():
             self.layout = "semantic_masks"
             images = self._folder("images", "images")
             listed = self.root / "categories.json"
-            if listed.is_file():
+            if listed.exists():
                 self._check_categories(listed)
             return self._by_stem(images, self.root / "semantic_masks")
         for year in ("2017",):
             split = f"{self.split}{year}"
             file = self.root / "annotations" / f"panoptic_{split}.json"
-            if file.is_file():
+            if file.exists():
                 self.layout = "panoptic"
                 images = self._folder("images", f"images/{split}", split)
                 masks = self._folder("masks", f"annotations/panoptic_{split}", f"panoptic_{split}")
@@ -517,15 +459,27 @@ class CocoPanoptic(MaskFiles):
 
     def _panoptic(self, file: Path, images: Path, masks: Path) -> Pairs:
         content = read_json(file)
+        _, names, ids = images_of(file, content)
+        found: dict[int, Path] = {}
         try:
-            names = {info["id"]: info["file_name"] for info in content["images"]}
-            pairs: Pairs = {}
             for annotation in content["annotations"]:
-                mask = masks / annotation["file_name"]
-                pairs[mask.stem] = (images / names[annotation["image_id"]], mask)
-                self._segments[mask.stem] = {int(s["id"]): int(s["category_id"]) for s in annotation["segments_info"]}
-        except (KeyError, TypeError, ValueError) as error:
-            raise DatasetError(f"the file {str(file)!r} is not a COCO panoptic file ({error!r})") from error
+                place = image_of(file, annotation, ids)
+                mask = masks / str(annotation["file_name"])
+                if place in found:
+                    raise DatasetError(f"the file {str(file)!r} has two annotations of the image {names[place]!r}")
+                found[place] = mask
+                self._segments[mask] = {int(s["id"]): int(s["category_id"]) for s in annotation["segments_info"]}
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            if isinstance(error, DatasetError):
+                raise
+            raise not_coco(file, "panoptic ", error) from error
+        missing = [name for place, name in enumerate(names) if place not in found]
+        if missing:
+            raise DatasetError(
+                f"the file {str(file)!r} has no annotation of {len(missing)} of its images, such as {missing[0]!r}"
+            )
+        keys = unique_keys([name.replace("\\", "/") for name in names])
+        pairs = {keys[place]: (images / with_slashes(images, names[place]), mask) for place, mask in found.items()}
         return dict(sorted(pairs.items()))
 
     def ids(self, mask: Path) -> Mapping[int, int]:
@@ -536,7 +490,7 @@ class CocoPanoptic(MaskFiles):
         values = read_indices(path)
         if self.layout != "panoptic":
             return values
-        segments = self._segments[path.stem] | {0: 0}
+        segments = self._segments[path] | {0: 0}
         distinct, inverse = np.unique(values, return_inverse=True)
         unknown = [int(value) for value in distinct if int(value) not in segments]
         if unknown:

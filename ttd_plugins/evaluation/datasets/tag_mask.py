@@ -17,7 +17,7 @@ A file of another format is an error that names it. For another layout, override
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -25,15 +25,16 @@ from numpy.typing import NDArray
 
 from ttd_plugins.errors import InputError
 from ttd_plugins.evaluation.datasets.annotation_files import (
-    IMAGE_SUFFIXES,
     DatasetError,
     existing_root,
+    image_names,
     image_size,
     read_indices,
     read_json,
 )
 from ttd_plugins.evaluation.datasets.reader import CaptionData, CaptionedImage, CaptionTruth, Progress
 from ttd_plugins.evaluation.true_tags import Mention, mentions_of_tags
+from ttd_plugins.utils.user_files import walk_files
 
 
 class TagMask(CaptionData):
@@ -60,10 +61,20 @@ class TagMask(CaptionData):
         for folder in (self.IMAGES, self.JSON, self.MASKS):
             if not (self.root / folder).is_dir():
                 raise DatasetError(f"cc3m_tagmask in {str(self.root)!r} has no folder {folder!r}")
-        annotations = sorted(path.stem for path in (self.root / self.JSON).glob("*.json"))
+        annotations = sorted(
+            name.removesuffix(".json") for name in walk_files(self.root / self.JSON) if name.endswith(".json")
+        )
         if not annotations:
             raise DatasetError(f"the folder {str(self.root / self.JSON)!r} has no .json file")
-        images = {path.stem: path for path in (self.root / self.IMAGES).iterdir() if path.suffix in IMAGE_SUFFIXES}
+        images: dict[str, Path] = {}
+        for name in image_names(self.root / self.IMAGES):
+            stem = str(PurePosixPath(name).with_suffix(""))
+            if stem in images:
+                raise DatasetError(
+                    f"the images {str(images[stem])!r} and {str(self.root / self.IMAGES / name)!r} have the same "
+                    "annotations; rename or remove one of them"
+                )
+            images[stem] = self.root / self.IMAGES / name
         missing = [stem for stem in annotations if stem not in images]
         if missing:
             raise DatasetError(

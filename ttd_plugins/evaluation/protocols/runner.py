@@ -30,7 +30,8 @@ from ttd_plugins.adapter import Calibration, DenseAdapter
 from ttd_plugins.engine import evaluation_mode
 from ttd_plugins.errors import InputError, one_sentence
 from ttd_plugins.utils.deprecation import RenamedAttribute
-from ttd_plugins.utils.files import make_folder, write_atomic
+from ttd_plugins.utils.files import given_path, write_atomic
+from ttd_plugins.utils.output_folder import LOCK, FolderKind, output_folder
 from ttd_plugins.utils.progress import Stage, no_progress
 from ttd_plugins.utils.settings import first_difference
 
@@ -153,7 +154,6 @@ class _Records:
         self.out, self._memory = out, list[Record]()
         if out is None:
             return
-        make_folder(out)
         self._require_settings(out / "settings.json", settings)
         self._own = out / f"images-{rank}.jsonl"
         try:
@@ -198,10 +198,40 @@ class _Records:
                     # Another process may still be writing this line.
                     if not line.endswith("\n"):
                         continue
-                    record = json.loads(line)
+                    record = _parse_record(path, line)
                     if record["key"] not in seen:
                         seen.add(record["key"])
                         yield record
+
+
+def _parse_record(file: Path, line: str) -> Record:
+    """The record of a line.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        record = json.loads(line)
+        if not isinstance(record, dict) or not isinstance(record["key"], str):
+            raise ValueError("it is not the record of an image")
+    except (ValueError, KeyError, RecursionError) as error:
+        raise InputError(
+            f"a line of {str(file)!r} is damaged ({one_sentence(error, 100)}); delete that line, and the image is "
+            "measured again"
+        ) from error
+    return record
+
+
+def _is_earlier_evaluation(folder: Path) -> bool:
+    """Whether a folder was written by a release without markers."""
+    try:
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(settings, dict) and {"protocol", "options", "backbone", "data"} <= settings.keys()
+
+
+EVALUATION_FOLDER = FolderKind("evaluation", "the folder of ttd eval", _is_earlier_evaluation)
 
 
 def _remove_incomplete_line(file: Path) -> None:
@@ -224,6 +254,32 @@ def peak_memory(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     # The unit is a kilobyte on Linux and a byte on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def checked(data: Any) -> Callable[[Sequence[str], Callable[[int], None]], None]:
+    """Return the check of a data set before its evaluation: its files, then that there is something to measure."""
+
+    def check(keys: Sequence[str], progress: Callable[[int], None]) -> None:
+        data.check(keys, progress)
+        data.require_truth()
+
+    return check
+
+
+def require_truth(metrics: dict[str, Any], count: float, missing: str) -> dict[str, Any]:
+    """Return metrics, unless there was nothing to measure.
+
+    Args:
+        metrics: the metrics.
+        count: how much truth they are based on.
+        missing: what there is none of, for the message.
+
+    Raises:
+        InputError: ``count`` is zero.
+    """
+    if not count:
+        raise InputError(f"nothing can be measured: {missing}; check that annotations and images belong together")
+    return metrics
 
 
 def run_protocol(
@@ -266,7 +322,35 @@ def run_protocol(
         raise InputError("several processes need a common folder for their records; choose one with out (--out)")
     stage = stage or no_progress
     settings = _plain(settings)
-    records = _Records(Path(out) if out is not None else None, settings, rank)
+    if out is not None:
+        folder = given_path(out)
+        # Processes that share a folder have a lock each.
+        lock = LOCK if rank == 0 else f"{LOCK}-{rank}"
+        with output_folder(folder, EVALUATION_FOLDER, lock=lock):
+            return _run_protocol(
+                protocol, adapter, keys, record_of, summarise, settings, check, prepare, folder, rank, world, stage
+            )
+    return _run_protocol(
+        protocol, adapter, keys, record_of, summarise, settings, check, prepare, None, rank, world, stage
+    )
+
+
+def _run_protocol(
+    protocol: str,
+    adapter: DenseAdapter,
+    keys: Sequence[str],
+    record_of: Callable[[str], Record],
+    summarise: Callable[[Iterable[Record]], dict[str, Any]],
+    settings: dict[str, Any],
+    check: Callable[[Sequence[str], Callable[[int], None]], None],
+    prepare: Callable[[], object] | None,
+    out: Path | None,
+    rank: int,
+    world: int,
+    stage: Stage,
+) -> EvaluationResult:
+    """:func:`run_protocol` in a folder that is locked."""
+    records = _Records(out, settings, rank)
     wanted = frozenset(keys)
     done = {record["key"] for record in records} & wanted
     pending = [key for key in keys[rank::world] if key not in done]
@@ -299,7 +383,7 @@ def run_protocol(
             "python": platform.python_version(),
             "device": _device_name(adapter.device),
         },
-        Path(out) / "results.json" if out is not None and complete else None,
+        out / "results.json" if out is not None and complete else None,
     )
     if result.path is not None:
         _write_json(result.path, result.as_dict())

@@ -26,7 +26,14 @@ from ttd_plugins.evaluation.dense_inference import (
 from ttd_plugins.evaluation.metric_accumulators import ClassOverlapAccumulator
 from ttd_plugins.evaluation.metrics import IGNORE, class_counts
 from ttd_plugins.evaluation.protocol_options import THRESHOLDS, Background, SegmentProtocol
-from ttd_plugins.evaluation.protocols.runner import EvaluationResult, Record, run_protocol, run_settings
+from ttd_plugins.evaluation.protocols.runner import (
+    EvaluationResult,
+    Record,
+    checked,
+    require_truth,
+    run_protocol,
+    run_settings,
+)
 from ttd_plugins.evaluation.protocols.zero_shot import image_hits, zero_shot_metrics
 from ttd_plugins.utils.deprecation import renamed_names
 from ttd_plugins.utils.progress import Stage, list_with_progress, no_progress
@@ -99,9 +106,14 @@ def evaluate_segment(
     }
     return run_protocol(
         "segment", adapter, list(data.keys()), record_of,
-        partial(segment_metrics, classes=[names.name for names in data.classes]), settings,
-        check=data.check, prepare=encode_names, out=out, rank=rank, world=world, stage=stage,
+        partial(_measured, classes=[names.name for names in data.classes]), settings,
+        check=checked(data), prepare=encode_names, out=out, rank=rank, world=world, stage=stage,
     )  # fmt: skip
+
+
+def _measured(records: Iterable[Record], classes: list[str]) -> dict[str, Any]:
+    found = segment_metrics(records, classes)
+    return require_truth(found, found["present"], "no pixel of any image has a class")
 
 
 def _labels(data: SegmentationData, nothing: int) -> list[tuple[int, str]]:

@@ -29,13 +29,14 @@ from ttd_plugins.evaluation.protocol_options import TagProtocol
 from ttd_plugins.evaluation.protocols.runner import (
     EvaluationResult,
     Record,
+    checked,
     pack,
+    require_truth,
     run_protocol,
     run_settings,
     unpack,
 )
 from ttd_plugins.evaluation.protocols.zero_shot import image_hits, zero_shot_metrics
-from ttd_plugins.evaluation.true_tags import label_candidates
 from ttd_plugins.method import selection
 from ttd_plugins.method.text_embeddings import TextEmbeddingCache
 from ttd_plugins.options import Score
@@ -73,7 +74,7 @@ def evaluate_tags(
         out, rank, world, stage: see :func:`~ttd_plugins.evaluation.protocols.runner.run_protocol`.
 
     Raises:
-        InputError, DatasetError: an option or the data set is invalid.
+        InputError, DatasetError: an option or the data set is invalid, or the data set has no truth at all.
         TagExtractionError, MissingDependencyError: a tag extractor cannot be loaded.
     """
     from ttd_plugins.plugins import make_tag_extractor
@@ -130,7 +131,7 @@ def evaluate_tags(
             found.append(
                 {
                     "tags": tags,
-                    "labels": label_candidates(truth.caption, tags, truth.mentions, truth.true),
+                    "labels": truth.labels(tags),
                     "scores": {name: values.tolist() for name, values in scores.items()},
                     "selected": selected,
                 }
@@ -148,10 +149,16 @@ def evaluate_tags(
         return record
 
     return run_protocol(
-        "tags", adapter, list(data.keys()), record_of, tag_metrics,
+        "tags", adapter, list(data.keys()), record_of, _measured,
         run_settings("tags", adapter, options, calibration, data.describe()),
-        check=data.check, prepare=encode_classes, out=out, rank=rank, world=world, stage=stage,
+        check=checked(data), prepare=encode_classes, out=out, rank=rank, world=world, stage=stage,
     )  # fmt: skip
+
+
+def _measured(records: Iterable[Record]) -> dict[str, Any]:
+    found = tag_metrics(records)
+    missing = f"none of the {found['candidates']} candidate tags of {found['captions']} captions is a true tag"
+    return require_truth(found, found["positives"], missing)
 
 
 def _is_noun(tag: str, nouns: Iterable[str]) -> bool:

@@ -29,7 +29,14 @@ from ttd_plugins.evaluation.dense_inference import (
 from ttd_plugins.evaluation.metric_accumulators import CaptionOverlapAccumulator, TagBalanceAccumulator
 from ttd_plugins.evaluation.metrics import mask_overlap, tag_balance
 from ttd_plugins.evaluation.protocol_options import TextProtocol
-from ttd_plugins.evaluation.protocols.runner import EvaluationResult, Record, run_protocol, run_settings
+from ttd_plugins.evaluation.protocols.runner import (
+    EvaluationResult,
+    Record,
+    checked,
+    require_truth,
+    run_protocol,
+    run_settings,
+)
 from ttd_plugins.utils.deprecation import renamed_names
 from ttd_plugins.utils.progress import Stage
 
@@ -77,10 +84,15 @@ def evaluate_text(
         return {"captions": found, "left_out": len(tagged) - len(used)}
 
     return run_protocol(
-        "text", adapter, list(data.keys()), record_of, text_metrics,
+        "text", adapter, list(data.keys()), record_of, _measured,
         run_settings("text", adapter, options, calibration, data.describe()),
-        check=data.check, out=out, rank=rank, world=world, stage=stage,
+        check=checked(data), out=out, rank=rank, world=world, stage=stage,
     )  # fmt: skip
+
+
+def _measured(records: Iterable[Record]) -> dict[str, Any]:
+    found = text_metrics(records)
+    return require_truth(found, found["captions"], f"none of {found['left_out']} captions has a true tag")
 
 
 def _distinct(masks: list[NDArray[np.bool_]]) -> list[NDArray[np.bool_]]:

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from functools import partial
+import sys
+from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ttd_plugins.adapter import API_VERSION, SUPPORTED_API_VERSIONS, AdapterFamily, BackboneDescription, Calibration
+from ttd_plugins.adapter import (
+    API_VERSION,
+    SUPPORTED_API_VERSIONS,
+    TOWERS,
+    AdapterFamily,
+    BackboneDescription,
+    Calibration,
+)
 from ttd_plugins.errors import AdapterConflictError, BackboneNameError, PluginError, TTDError
 from ttd_plugins.testing.check_session import BUILT, CheckSession, error_text
 from ttd_plugins.testing.check_types import Check, CheckFailed, NotApplicable, collect
+from ttd_plugins.testing.probes import reached
+from ttd_plugins.utils.rng import preserved_rng
 
 CHECKS: list[Check] = []
 check = partial(collect, CHECKS)
+
+SMALL = "tiny"
+"""Name of the small model that shipped families have."""
+SIZE_NAMES = ("image_size", "img_size", "input_size", "grid", "grid_size", "feat_size")
+"""Attributes by which libraries state the size or the grid of images."""
+LARGEST_LOGARITHM = math.log(100)
+"""CLIP models clip their logit scale at 100, so a smaller scale that is stored as it is may be a logarithm."""
 
 
 def _family(session: CheckSession) -> AdapterFamily:
@@ -139,8 +157,66 @@ def _whole(name: str, value: object) -> None:
 
 
 @check(
-    "the adapter's own family claims the model object, and no other family does",
+    "a non-square preferred size is (height, width), as the model's position embeddings and settings are",
+    "image_size is passed on from a library that says (width, height)",
+    needs=(BUILT, "image_features", "description"),
+)
+def preferred_size(session: CheckSession) -> None:
+    height, width = session.description.image_size
+    grid = session.grid(height, width)
+    if grid is None or (grid[0] == grid[1] and height == width):
+        raise NotApplicable("the preferred size is square")
+    right, wrong = _stated_sizes(session, (height, width), grid)
+    if wrong and not right:
+        raise CheckFailed(f"an image_size in the order of {wrong[0]}", f"{(height, width)}, which is reversed")
+    _expect_own_positions(session, grid)
+
+
+def _stated_sizes(session: CheckSession, size: tuple[int, int], grid: tuple[int, int]) -> tuple[list[str], list[str]]:
+    """Return attributes of the model that state the size or grid of images in the same and in the reversed order."""
+    same: list[str] = []
+    reversed_: list[str] = []
+    for name, module in session.adapter.model.named_modules():
+        for key, value in vars(module).items():
+            if key not in SIZE_NAMES or not isinstance(value, tuple | list) or len(value) != 2:
+                continue
+            where = f"{name}.{key} = {tuple(value)}".lstrip(".")
+            if tuple(value) in (size, grid):
+                same.append(where)
+            elif tuple(value)[::-1] in (size, grid):
+                reversed_.append(where)
+    return same, reversed_
+
+
+def _expect_own_positions(session: CheckSession, grid: tuple[int, int]) -> None:
+    """Fail if a table with one position for each patch is resampled at the preferred size."""
+    rows, columns = grid
+    named = dict(session.adapter.tower_parameters("image"))
+    for name, table in named.items():
+        axis = next((a for a, n in enumerate(table.shape) if 0 <= n - rows * columns <= 16), None)
+        if table.ndim not in (2, 3) or axis is None or table.numel() != table.shape[axis] * table.shape[-1]:
+            continue
+        prefix = table.shape[axis] - rows * columns
+        pixels, moved = session.pixels(1), []
+        with torch.no_grad():
+            before = session.encode(pixels, pooled=False).patches
+            for index in range(rows * columns):
+                old = table.detach().clone()
+                table.select(axis, prefix + index).add_(3 * table.std())
+                change = (session.encode(pixels, pooled=False).patches - before).float().norm(dim=-1)
+                moved.append(divmod(int(change.flatten().argmax()), columns) == divmod(index, columns))
+                table.copy_(old)
+        if sum(moved) < len(moved) / 2:
+            raise CheckFailed(
+                f"position {prefix} + i of {name} moves patch i most at the preferred size {grid[0]} x {grid[1]}",
+                f"{sum(moved)} of {len(moved)} positions do, as if the table were resampled",
+            )
+
+
+@check(
+    "the adapter's own family claims the model object, no other family does, and it claims no small model of another",
     "claims() tests attributes that many libraries have, such as visual or encode_image",
+    "claims() raises an exception for an object without the attributes of the family",
     "two plugins serve the same library; their claims must differ by structure",
     "claims() of the family returns False for its own models",
     needs=(BUILT, "description", "registered_once"),
@@ -156,6 +232,47 @@ def claimed_by_one_family(session: CheckSession) -> None:
         raise CheckFailed(expected, error_text(error)) from error
     if taker != family.name:
         raise CheckFailed(expected, f"family {taker!r} claims it")
+    for what, other in {**_odd_objects(), **small_models()}.items():
+        if what == family.name or other is None:
+            continue
+        try:
+            claimed = family.claims(other)
+        except Exception as error:
+            raise CheckFailed(f"claims() returns False for {what}", error_text(error)) from error
+        if claimed:
+            raise CheckFailed(f"family {family.name!r} does not claim {what}", "it does")
+
+
+def _odd_objects() -> dict[str, object]:
+    class Both(nn.Module):
+        """Has what most CLIP models have, and nothing of any library."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.visual, self.text, self.logit_scale = nn.Identity(), nn.Identity(), nn.Parameter(torch.zeros(()))
+
+        def encode_image(self, pixels: Tensor) -> Tensor:
+            return pixels
+
+        def encode_text(self, ids: Tensor) -> Tensor:
+            return ids
+
+    return {"a linear layer": nn.Linear(2, 2), "an empty module": nn.Module(), "an unknown CLIP model": Both()}
+
+
+@cache
+def small_models() -> dict[str, nn.Module | None]:
+    """Return the small random model of each installed family of ours, by its name; built once in a process."""
+    from ttd_plugins.plugins import families, list_plugins, load
+
+    shipped = {name for plugin in list_plugins() if plugin.distribution == "ttd-plugins" for name in plugin.families}
+    found: dict[str, nn.Module | None] = {}
+    for name, family in families().items():
+        with contextlib.suppress(Exception), contextlib.redirect_stdout(sys.stderr):
+            if name in shipped and SMALL in family.models():
+                with preserved_rng():
+                    found[name] = load(f"{name}:{SMALL}@random").model
+    return found
 
 
 @check(
@@ -177,6 +294,7 @@ def calibration(session: CheckSession) -> None:
     "logit_scale() is an exponentiated scalar, and logit_bias() is a scalar for sigmoid logits and otherwise None",
     "the model stores the logarithm of the scale, and exp() is missing or applied twice",
     "the library stores the scale or the bias with shape [1]; reshape(()) makes it a scalar",
+    "the model has a logit bias, and logit_bias() is not overridden",
     needs=(BUILT, "description"),
 )
 def logits(session: CheckSession) -> None:
@@ -188,10 +306,47 @@ def logits(session: CheckSession) -> None:
         own = float(stored.detach().double().exp())
         if abs(float(scale.detach()) - own) > session.tolerance * own:
             raise CheckFailed(f"the exponential of the model's logit_scale, {own:.6g}", _value(scale))
+    _expect_exponentiated(session)
     if session.description.logits == "sigmoid" and bias is None:
         raise CheckFailed("a logit bias, since logits are sigmoid", "None")
     if bias is not None and (not isinstance(bias, Tensor) or bias.ndim != 0 or not torch.isfinite(bias)):
         raise CheckFailed("logit_bias() is a finite scalar tensor or None", _value(bias))
+    _expect_stored_bias(session, bias)
+
+
+def _expect_exponentiated(session: CheckSession) -> None:
+    """Fail if the scale is a stored logarithm under any name, its double exponential, or cut off from its parameter."""
+    scalars = {name: p for name, p in session.adapter.model.named_parameters() if p.numel() == 1}
+    session.adapter.model.requires_grad_(True)
+    scale = session.adapter.logit_scale()
+    sources = reached(scale, list(scalars.items()))
+    value, close = float(scale.detach()), max(session.tolerance, 1e-6)
+    for name, parameter in scalars.items():
+        stored = float(parameter.detach())
+        exponential = math.exp(stored) if stored < 50 else math.inf
+        # A temperature of one equals its reciprocal, but not in its slope.
+        slope = float(torch.autograd.grad(scale, parameter, retain_graph=True)[0]) if name in sources else 0.0
+        is_stored = abs(value - stored) <= close * abs(stored) and abs(slope - 1) <= close
+        if is_stored and 0 < stored <= LARGEST_LOGARITHM:
+            raise CheckFailed(f"the exponential of {name}, {exponential:.6g}", f"its stored value, {value:.6g}")
+        if name in sources and exponential < 50 and abs(value - math.exp(exponential)) <= close * value:
+            raise CheckFailed(f"the exponential of {name}, {exponential:.6g}", f"{value:.6g}, the exponential of that")
+        if not sources and abs(value - exponential) <= close * value and stored != 0:
+            raise CheckFailed(f"a scale with a gradient for {name}", "a scale that is detached from it")
+
+
+def _expect_stored_bias(session: CheckSession, bias: Tensor | None) -> None:
+    """Fail if the model stores a bias of logits that logit_bias() does not return."""
+    adapter = session.adapter
+    towers = {name for tower in TOWERS for name, _ in adapter.tower_parameters(tower)}
+    for name, parameter in adapter.model.named_parameters():
+        last = name.rpartition(".")[2]
+        if parameter.numel() != 1 or name in towers or not ("bias" in last and ("logit" in name or "." not in name)):
+            continue
+        if bias is None or abs(float(bias.detach()) - float(parameter.detach())) > 1e-3 * (
+            1 + abs(float(parameter.detach()))
+        ):
+            raise CheckFailed(f"logit_bias() is the model's {name}, {float(parameter.detach()):.6g}", _value(bias))
 
 
 def _value(found: object) -> str:

@@ -14,9 +14,6 @@ from ttd_plugins.testing.check_types import Check, CheckFailed, NotApplicable, c
 CHECKS: list[Check] = []
 check = partial(collect, CHECKS)
 
-MAX_LENGTH_RATIO = 100.0
-"""Largest ratio between mean lengths of patch features, pooled and text embeddings of one joint space."""
-
 
 @check(
     "encode_image returns finite ImageFeatures of the specified shapes, in the model's dtype and on its device",
@@ -186,75 +183,3 @@ def not_normalised(session: CheckSession) -> None:
     for name, tensor in (("patches", features.patches), ("pooled", features.pooled), ("text embeddings", texts)):
         if are_unit(session, tensor):
             raise CheckFailed(f"{name} as the last layer returns them", "vectors that all have length one")
-
-
-@check(
-    "patches end in the same linear projection as the pooled embedding, and lengths in the joint space are comparable",
-    "patches are taken before the projection into the joint space, whose width happens to be equal",
-    "patches pass the projection without the final LayerNorm, or another head",
-    needs=(BUILT, "image_features", "text_features", "not_normalised", "gradients_to_image_parameters"),
-)
-def joint_space(session: CheckSession) -> None:
-    model, pixels = session.adapter.model, session.pixels(size=session.quick_size())
-    # Embeddings equal to the library's define the joint space, whatever their lengths; random weights vary much.
-    own = all(session.run(name).status == "passed" for name in ("pooled_matches_library", "text_matches_library"))
-    model.requires_grad_(True)
-    features = session.encode(pixels)
-    assert features.pooled is not None
-    texts = session.embed(session.tokens(["a dog", "two cats on grass", "sky"]).ids)
-    lengths = {
-        name: float(tensor.detach().double().norm(dim=-1).mean())
-        for name, tensor in (("patches", features.patches), ("pooled", features.pooled), ("text", texts))
-    }
-    for name in ("patches",) if own else ("patches", "text"):
-        ratio = lengths[name] / max(lengths["pooled"], 1e-30)
-        if not 1 / MAX_LENGTH_RATIO < ratio < MAX_LENGTH_RATIO:
-            raise CheckFailed(
-                f"a mean length of {name} within a factor of {MAX_LENGTH_RATIO:g} of that of pooled embeddings",
-                f"{lengths[name]:.3g} against {lengths['pooled']:.3g}",
-            )
-    named = dict(session.adapter.tower_parameters("image"))
-    projections = _linear_groups(features.pooled, model, named, session.tolerance)
-    patches = _euler_ratios(features.patches, named)
-    for group in projections:
-        ratio = sum(patches[name] for name in group)
-        if abs(ratio - 1) > 0.02:
-            raise CheckFailed(
-                f"{' and '.join(group)}, which projects pooled embeddings into the joint space, projects patches too",
-                "patches do not depend on it" if abs(ratio) < 1e-6 else "patches depend on it in another way",
-            )
-
-
-def _euler_ratios(features: Tensor, named: dict[str, nn.Parameter]) -> dict[str, float]:
-    """Return ``p . df/dp / f`` of each parameter p, which is one if f is linear in p (Euler's theorem)."""
-    total = (features * features.detach()).sum()
-    gradients = torch.autograd.grad(total, list(named.values()), retain_graph=True, allow_unused=True)
-    return {
-        name: 0.0 if g is None else float((g.double() * p.detach().double()).sum() / total.detach().double())
-        for (name, p), g in zip(named.items(), gradients, strict=True)
-    }
-
-
-def _linear_groups(
-    pooled: Tensor, model: nn.Module, named: dict[str, nn.Parameter], tolerance: float
-) -> list[list[str]]:
-    """Return groups of parameters (one, or weight and bias of a module) in which the pooled embedding is linear."""
-    ratios = _euler_ratios(pooled, named)
-    # A second direction excludes accidental ratios of one.
-    signs = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(3)).abs().to(pooled)
-    total = (pooled * pooled.detach().sign() * signs).sum()
-    gradients = torch.autograd.grad(total, list(named.values()), retain_graph=True, allow_unused=True)
-    others = {
-        name: 0.0 if g is None else float((g.double() * p.detach().double()).sum() / total.detach().double())
-        for (name, p), g in zip(named.items(), gradients, strict=True)
-    }
-    groups = [[name] for name in named]
-    for prefix, module in model.named_modules():
-        own = [f"{prefix}.{key}".lstrip(".") for key in module._parameters]
-        own = [name for name in own if name in named]
-        if len(own) == 2 and not list(module.children()):
-            groups.append(own)
-    allowed = max(10 * tolerance, 2e-3)
-    linear = [g for g in groups if all(abs(sum(s[name] for name in g) - 1) < allowed for s in (ratios, others))]
-    # If a bias is zero, the weight alone and weight with bias are both linear; use the larger group.
-    return [g for g in linear if not any(set(g) < set(other) for other in linear)]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -18,6 +16,7 @@ from ttd_plugins.errors import one_sentence
 from ttd_plugins.testing.check_session import BUILT, CheckSession, error_text
 from ttd_plugins.testing.check_types import Check, CheckFailed, NotApplicable, collect
 from ttd_plugins.testing.module_snapshot import ModuleSnapshot
+from ttd_plugins.testing.probes import forward_calls
 
 CHECKS: list[Check] = []
 check = partial(collect, CHECKS)
@@ -42,14 +41,14 @@ def model_unchanged(session: CheckSession) -> None:
     for training in (False, True):
         adapter.model.train(training)
         snapshot = ModuleSnapshot(adapter.model)
-        _use(session)
+        use(session)
         changes = snapshot.changes(buffers=not training)
         if changes:
             mode = "training" if training else "evaluation"
             raise CheckFailed(f"an unchanged model after use in {mode} mode", "; ".join(changes[:3]))
 
 
-def _use(session: CheckSession) -> None:
+def use(session: CheckSession) -> None:
     """Call everything that the engine calls."""
     adapter = session.adapter
     image = Image.new("RGB", (50, 40))
@@ -128,6 +127,10 @@ def half_precision(session: CheckSession) -> None:
         raise NotApplicable("the model is in bfloat16 already")
     # Some CPUs multiply bfloat16 a hundred times slower, so only one image has the preferred size.
     pixels, ids = session.pixels(size=session.quick_size()), session.tokens(["a dog", "two cats on grass"]).ids
+    with torch.no_grad():
+        # What it caches must follow the model.
+        session.encode(pixels)
+        session.embed(ids)
     half = copy.deepcopy(session.adapter).to(torch.bfloat16)
     with torch.no_grad():
         try:
@@ -159,23 +162,10 @@ def _library_in_half(session: CheckSession, half: DenseAdapter, pixels: Tensor, 
     """Return why the library's own functions fail with a model in bfloat16, or ``None`` if they succeed."""
     try:
         session.image_reference(half, pixels.to(torch.bfloat16))
-        session.text_reference(half, ids.to(half.device))
+        session.library_text(half, ids)
     except Exception as error:
         return one_sentence(error)
     return None
-
-
-@contextmanager
-def _forward_calls() -> Iterator[list[str]]:
-    """Record the class names of the modules that run inside the block."""
-    calls: list[str] = []
-    handle = torch.nn.modules.module.register_module_forward_pre_hook(
-        lambda module, _: calls.append(type(module).__name__)
-    )
-    try:
-        yield calls
-    finally:
-        handle.remove()
 
 
 @check(
@@ -185,7 +175,7 @@ def _forward_calls() -> Iterator[list[str]]:
     needs=(BUILT, "description", "deep_copy"),
 )
 def description_is_cheap(session: CheckSession) -> None:
-    with _forward_calls() as calls:
+    with forward_calls() as calls:
         own = session.description
     if calls:
         raise CheckFailed("a description without running the model", f"{calls[0]} ran")
@@ -226,11 +216,15 @@ def meta_images(session: CheckSession) -> None:
 @check(
     "encode_text returns the correct shapes on the meta device",
     "positions, a mask or an index is created on the CPU instead of the device of the ids",
+    "tokenize moves lengths to the model's device",
     needs=(BUILT, "text_features", "deep_copy"),
 )
 def meta_texts(session: CheckSession) -> None:
     adapter = session.on_meta()
     ids = session.tokens(["a dog", "cat"]).ids
+    lengths = adapter.tokenize(["a dog", "cat"]).lengths
+    if lengths.device.type != "cpu":
+        raise CheckFailed("lengths on the CPU wherever the model is", f"lengths on {lengths.device}")
     try:
         found = session.embed(ids, adapter=adapter)
     except CheckFailed:

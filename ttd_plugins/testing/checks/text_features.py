@@ -5,10 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from torch import Tensor
 
-from ttd_plugins.testing.check_session import BUILT, CheckSession, error_text
+from ttd_plugins.adapter import Tokens
+from ttd_plugins.testing.check_session import BUILT, CheckSession, distance, error_text, text_mask
 from ttd_plugins.testing.check_types import Check, CheckFailed, NotApplicable, collect
 from ttd_plugins.testing.checks.image_features import compare_with_library
+from ttd_plugins.testing.library_reference import library_text_embedding, stated_reference, takes_mask
 
 CHECKS: list[Check] = []
 check = partial(collect, CHECKS)
@@ -175,16 +178,33 @@ def text_trimming(session: CheckSession) -> None:
     "text embeddings equal the library's own",
     "the adapter pools another token than the library",
     "the causal mask, the final LayerNorm or the projection is missing",
+    "the tower attends to padding, and the library's attention mask is not passed on; state both in library_reference",
     needs=(BUILT, "text_features", "texts_independent"),
 )
 def text_matches_library(session: CheckSession) -> None:
-    ids = session.tokens([*SHORT, STRINGS["a long text"]]).ids.to(session.adapter.device)
+    tokens = session.tokens([*SHORT, STRINGS["a long text"]])
     with torch.no_grad():
-        found = session.embed(ids)
+        found = session.embed(tokens.ids)
         try:
-            own = session.text_reference(session.adapter, ids)
+            own = session.library_text(session.adapter, tokens.ids, text_mask(tokens))
+            unmasked = _without_mask(session, tokens)
         except Exception as error:
             raise NotApplicable(f"the library's own embedding cannot be computed ({error_text(error)})") from error
     if own is None:
         raise NotApplicable("the model has neither encode_text nor get_text_features; override the reference")
+    if unmasked is not None and distance(found, own) > 2 * session.tolerance >= distance(found, unmasked):
+        # Some towers were trained with attention to padding, and their function takes a mask all the same.
+        raise NotApplicable(
+            "embeddings equal the library's without an attention mask, and differ from those with one; state in "
+            "library_reference.text which call the model was trained with"
+        )
     compare_with_library(session, "text embeddings", found, own)
+
+
+def _without_mask(session: CheckSession, tokens: Tokens) -> Tensor | None:
+    """Return the library's embeddings without a mask, if the kit alone decided to pass one."""
+    adapter = session.adapter
+    stated = stated_reference(adapter).text is not None
+    if stated or session.text_reference is not library_text_embedding or not takes_mask(adapter):
+        return None
+    return library_text_embedding(adapter, tokens.ids.to(adapter.device))
