@@ -2,7 +2,7 @@
 
 Two kinds of image towers: open_clip's own vision transformer, and a convolutional trunk of timm that averages its last
 feature map. open_clip 3 uses ``nn.MultiheadAttention`` and open_clip 4 its own ``Attention`` with parameters of the
-same names; both are supported. Of timm's own trunks those in TRUNK_MODULES are supported. The original ``clip``
+same names; both are supported. Trunks of timm must be from TRUNK_MODULES. The original ``clip``
 package uses the same names, but its blocks run with the sequence first; its models belong to another family.
 """
 
