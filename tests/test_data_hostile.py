@@ -194,6 +194,15 @@ def test_extended_headers_that_lead_in_circles(tmp_path: Path, form: str) -> Non
         assert not found and all("cannot be read" in reason for reason in skipped.values())
 
 
+@pytest.mark.parametrize("start", [b"\x1f\x8b", b"BZh9", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"])
+def test_a_compressed_shard_that_is_cut_anywhere(tmp_path: Path, start: bytes) -> None:
+    whole = start + gzip.compress(bytes(2048))[2:]
+    for length in range(len(start), 12):
+        (tmp_path / "s.tar").write_bytes(whole[:length])
+        found, skipped = read(tmp_path / "s.tar")
+        assert not found and "cannot be read after 0 samples" in skipped["s.tar"]
+
+
 def test_a_broken_header_in_a_compressed_shard_is_told(tmp_path: Path) -> None:
     tar_of(tmp_path / "s.tar", pairs_of("0", "1", "2"))
     data = bytearray((tmp_path / "s.tar").read_bytes())

@@ -172,7 +172,7 @@ def test_data_that_were_never_scored_are_told(tmp_path: Path, backbone: Any) -> 
         ({}, r"either a threshold \(a cosine\) or a quantile"),
         ({"threshold": 0.1, "quantile": 0.1}, r"either a threshold \(a cosine\) or a quantile"),
         ({"quantile": 1.5}, "from 0 to 1"),
-        ({"threshold": 2.0}, "selects no pair; the highest similarity is 0.3000"),
+        ({"threshold": 0.5}, "selects no pair; the highest similarity is 0.3000"),
     ],
 )
 def test_a_filter_takes_a_threshold_or_a_quantile(options: dict[str, float], said: str) -> None:

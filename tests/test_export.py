@@ -371,7 +371,7 @@ def test_lora_that_does_not_belong_is_refused_and_leaves_nothing(tmp_path: Path)
     refused(load("openai_clip:tiny@random", dense="clearclip"), "same dense mode")
     good = (folder / CONFIG_FILE).read_text()
     for change, match in (
-        ({"r": 5}, "another rank"),
+        ({"r": 5}, r"no LoRA can be read .*r is 5, and .* has the shape"),
         ({"use_dora": True}, "more than plain LoRA"),
         ({"rank_pattern": {"x": 2}}, "more than plain LoRA"),
         ({"peft_type": "IA3"}, "no LoRA can be read"),
@@ -535,7 +535,7 @@ def test_folders_that_are_taken_are_refused_and_empty_ones_used(tmp_path: Path) 
     (tmp_path / "full" / "mine").write_text("mine")
     with pytest.raises(InputError, match="is not empty"):
         export_backbone(adapter, tmp_path / "full")
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match=r"below' cannot be read \(Not a directory\)"):
         export_backbone(adapter, tmp_path / "file" / "below")
     assert [file.name for file in (tmp_path / "full").iterdir()] == ["mine"]
     with pytest.raises(InputError, match=r"unknown form of export 'nativ'; did you mean 'native'"):

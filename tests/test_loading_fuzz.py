@@ -36,7 +36,7 @@ from ttd_plugins.training.checkpoints import read_checkpoint, restore_backbone
 from ttd_plugins.utils.state_dicts import read_state_dict
 
 QUICK = settings(max_examples=40, deadline=10_000, suppress_health_check=list(HealthCheck), derandomize=True)
-SLOW = settings(max_examples=4000, deadline=30_000, suppress_health_check=list(HealthCheck))
+SLOW = settings(max_examples=1000, deadline=30_000, suppress_health_check=list(HealthCheck))
 
 scalars = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.just(10**400), st.just("\x1b[31m")
@@ -245,6 +245,16 @@ def test_a_rank_that_is_none_is_refused_before_it_is_allocated(lora: Path, tmp_p
     assert not adapter.has_lora
 
 
+@pytest.mark.parametrize("key", ["lora_alpha", "lora_dropout"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, True, "2", None])
+def test_a_number_that_is_not_finite_is_refused(lora: Path, tmp_path: Path, key: str, value: Any) -> None:
+    shutil.copytree(lora, tmp_path / "lora")
+    config = tmp_path / "lora" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+    with pytest.raises(TTDError, match="no LoRA can be read"):
+        load_lora(toy(), tmp_path / "lora")
+
+
 # Model folders -------------------------------------------------------------------------------------------------------
 
 
@@ -295,7 +305,7 @@ def test_damaged_model_folders(no_network: None, model_folder: Path, **example: 
 
 
 @pytest.mark.slow
-@settings(SLOW, max_examples=400)
+@settings(SLOW, max_examples=150)
 @given(**MODEL)
 def test_damaged_model_folders_at_length(no_network: None, model_folder: Path, **example: Any) -> None:
     model_example(model_folder, **example)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,10 @@ def test_a_file_brings_back_lora_on_the_same_modules(tmp_path: Path) -> None:
     save_lora(backbone, tmp_path)
     again = load_lora(load("open_clip:tiny"), tmp_path)
     assert wrapped_names(again) == wrapped_names(backbone)
+    # Peft ignores the key, and a folder of all modules does not have it.
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["ttd_some_modules"] is True
+    save_lora(load("open_clip:tiny", lora=2), tmp_path / "all")
+    assert "ttd_some_modules" not in json.loads((tmp_path / "all" / "adapter_config.json").read_text())
     assert all(torch.equal(a, b) for a, b in zip(again.lora_parameters(), backbone.lora_parameters(), strict=True))
     ids = backbone.tokenize(["a red kite"]).ids
     with torch.no_grad():

@@ -277,13 +277,13 @@ def test_damaged_lines_are_counted(tmp_path: Path) -> None:
 def test_mistakes_of_ttd_train_are_one_sentence(
     arguments: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from test_output_folders import ttd
+    from test_output_folders import errors_of, ttd
 
     monkeypatch.chdir(tmp_path)
     status, output = ttd(
         "train", "--backbone", "open_clip:tiny", "--data", "none", "--steps", 1, "--set", "run.cpu=true", *arguments
     )
-    assert status == 2 and output.count("\n") == 1 and output.startswith("error: "), output
+    assert status == 2 and errors_of(output) == 1, output
     assert sentence in output
     assert list(tmp_path.iterdir()) == []
 
@@ -309,12 +309,12 @@ def test_mistakes_of_other_commands_are_one_sentence(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from PIL import Image
-    from test_output_folders import ttd
+    from test_output_folders import errors_of, ttd
 
     Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
     status, output = ttd(*(one.replace("{image}", str(tmp_path / "image.png")) for one in arguments))
-    assert status == 2 and output.count("\n") == 1 and output.startswith("error: "), output
+    assert status == 2 and errors_of(output) == 1, output
     assert [path.name for path in tmp_path.iterdir()] == ["image.png"]
 
 
@@ -330,7 +330,7 @@ def test_what_the_system_refuses_is_one_sentence(
     error: Exception, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from PIL import Image
-    from test_output_folders import ttd
+    from test_output_folders import errors_of, ttd
 
     def fail(*_: Any, **__: Any) -> Any:
         raise error
@@ -338,7 +338,7 @@ def test_what_the_system_refuses_is_one_sentence(
     Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
     monkeypatch.setattr("ttd_plugins.cli.image_maps.compute_maps", fail)
     status, output = ttd("tags", tmp_path / "image.png", "a dog")
-    assert status == 2 and output.count("\n") == 1 and sentence in output, output
+    assert status == 2 and errors_of(output) == 1 and sentence in output, output
 
 
 # Scores of `ttd prune` -----------------------------------------------------------------------------------------------

@@ -185,5 +185,5 @@ def test_the_flag_permits_it_and_resuming_needs_it_again(marker: Path) -> None:
     assert "--allow-pipe" in output
     assert not marker.exists()
     scores = marker.parent / "s.jsonl"
-    assert run("prune", spec, "--out", scores, "--allow-pipe")[0] == 0
+    assert run("prune", spec, "--out", scores, "--backbone", "open_clip:tiny", "--allow-pipe")[0] == 0
     assert scores.exists()

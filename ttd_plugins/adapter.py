@@ -138,7 +138,7 @@ class DenseAdapter(nn.Module, ABC):
         lora_needs_adapter: whether the library's own forward reads the weights of some LoRA targets without calling
             the modules. Unmerged LoRA then affects the features of this adapter only.
         library_reference: the library's own functions, for the conformance kit; an adapter sets it or makes it a
-            property. ``None``: the kit looks for usual names, such as ``encode_image`` and ``get_text_features``.
+            property. ``None``: the kit looks for the names that libraries usually have.
     """
 
     model: nn.Module

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
+
+from ttd_plugins.errors import one_sentence
 
 MAX_HEADER_BYTES = 1 << 20
 """Size of the largest extended header, such as a long name."""
@@ -65,7 +69,17 @@ def open_tar(stream: IO[bytes], *, seekable: bool) -> tarfile.TarFile:
         tarfile.TarError, OSError, EOFError: the file cannot be read.
     """
     mode: Any = "r:" if seekable else "r|*"
-    return tarfile.open(fileobj=stream, mode=mode, tarinfo=_StrictInfo)
+    with _as_read_error():
+        return tarfile.open(fileobj=stream, mode=mode, tarinfo=_StrictInfo)
+
+
+@contextmanager
+def _as_read_error() -> Iterator[None]:
+    """Turn what tarfile raises for some broken files, such as a gzip header cut short, into its own error."""
+    try:
+        yield
+    except (TypeError, LookupError, AttributeError, struct.error) as error:
+        raise tarfile.ReadError(f"it is broken or truncated ({one_sentence(error)})") from error
 
 
 def members(tar: tarfile.TarFile) -> Iterator[Member]:
@@ -76,7 +90,12 @@ def members(tar: tarfile.TarFile) -> Iterator[Member]:
             stream.
     """
     before = -1
-    for info in tar:
+    headers = iter(tar)
+    while True:
+        with _as_read_error():
+            info = next(headers, None)
+        if info is None:
+            return
         # Otherwise tarfile stores every member.
         tar.members = []  # type: ignore[attr-defined]
         # An extended header may state a negative size, and the file would be read in circles.

@@ -116,6 +116,7 @@ def attach_lora(
         _wrapped=wrapped,
         _requires_grad=requires_grad,
         _buffers=BufferSnapshot(model),
+        is_partial=modules is not None,
     )
     try:
         peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER_NAME)

@@ -22,6 +22,8 @@ from ttd_plugins.utils.wrapped_models import class_name
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAX_RANK = 65536
 PEFT_TYPE, OWN_TYPE = "LORA", "TTD_LORA"
+PARTIAL = "ttd_some_modules"
+"""Key that is true where only some of the backbone's modules have LoRA; without it, a missing module is an error."""
 
 _BackboneT = TypeVar("_BackboneT", bound=LoRABackbone)
 
@@ -55,6 +57,8 @@ def save_lora(adapter: LoRABackbone, folder: str | Path) -> bool:
         "base_model_name_or_path": adapter.description.model,
         "inference_mode": True,
     }
+    if handle.is_partial:
+        settings[PARTIAL] = True
     content = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,12 +117,14 @@ def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
             f"trained on ({content.get('base_model_name_or_path') or 'its name was not saved'})"
         )
     chosen = "|".join(re.escape(target) for tower in towers for target in wrapped[tower])
+    # Names of the backbone, never an expression of the file.
+    modules = f"^({chosen})$" if content.get(PARTIAL) is True else None
     adapter.add_lora(
         int(content["r"]),
         alpha=content["lora_alpha"],
         dropout=content["lora_dropout"],
         towers=towers,
-        modules=f"^({chosen})$",
+        modules=modules,
     )
     handle = adapter._lora
     assert handle is not None
@@ -157,7 +163,7 @@ def _read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             if "lora_A" in name and (tensor.ndim < 2 or tensor.shape[0] != rank or not tensor.numel()):
                 raise ValueError(f"r is {rank}, and {name} has the shape {list(tensor.shape)}")
         return content, tensors
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         reason = foreign_files(folder) or f"{type(error).__name__}: {one_sentence(error)}"
         raise TTDError(
             f"no LoRA can be read from {folder} ({reason}); pass a folder with "

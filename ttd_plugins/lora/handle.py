@@ -52,6 +52,7 @@ class LoRAHandle:
     Attributes:
         config: the ``peft.LoraConfig`` that describes it.
         towers: the towers that have it.
+        is_partial: whether only some of the modules that the backbone names are wrapped.
     """
 
     config: Any
@@ -60,6 +61,7 @@ class LoRAHandle:
     _wrapped: list[WrappedModule] = field(repr=False)
     _requires_grad: list[tuple[nn.Parameter, bool]] = field(repr=False)
     _buffers: BufferSnapshot = field(repr=False)
+    is_partial: bool = False
 
     folded = RenamedAttribute("temporarily_merged")
     fill = RenamedAttribute("load_tensors")

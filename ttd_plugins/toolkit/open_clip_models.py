@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ttd_plugins.errors import BackboneNameError, TTDError, UnsupportedModelError, choices_sentence
+from ttd_plugins.errors import BackboneNameError, InputError, TTDError, UnsupportedModelError, choices_sentence
 from ttd_plugins.toolkit.clip_family import OWN_WEIGHTS, RANDOM
 from ttd_plugins.toolkit.hub import (
     SMALL_FILES,
@@ -168,7 +168,7 @@ class OpenCLIPModels:
                 if text_tower and not Path(text_tower).is_dir():
                     problem = fetch(text_tower, first_of("config.json")) or problem
                 if source is not None and on_disk and Path(source).suffix not in NUMPY_SUFFIXES:
-                    stored = read_state_dict(Path(source))
+                    stored = self._stored(full, model, source)
                     if not stored.is_plain:
                         folder = stack.enter_context(TemporaryDirectory(prefix="ttd-"))
                         source = str(Path(folder) / "weights.pt")
@@ -199,11 +199,17 @@ class OpenCLIPModels:
                 alternative = _alternative(model, checkpoint=on_disk)
                 wrong = self._what_is_wrong(model, checkpoint, stored)
                 if wrong is not None:
-                    raise TTDError(f"{full} cannot be loaded: {wrong}; {alternative}") from error
+                    raise TTDError(f"{full} cannot be loaded ({wrong}); {alternative}") from error
                 raise TTDError(cannot_load(full, problem, error, alternative)) from error
             if tokenizer is None:
                 tokenizer = self._tokenizer(model, weights, config, cache_dir)
         return built.eval(), tokenizer
+
+    def _stored(self, full: str, model: str, checkpoint: str) -> StateDict:
+        try:
+            return read_state_dict(Path(checkpoint))
+        except InputError as error:
+            raise TTDError(f"{full} cannot be loaded ({error}); {_alternative(model, checkpoint=True)}") from error
 
     def _what_is_wrong(self, model: str, checkpoint: str | None, stored: StateDict | None) -> str | None:
         """The fault of a checkpoint or folder that open_clip could not load, as a clause, or ``None``."""

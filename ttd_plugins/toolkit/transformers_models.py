@@ -125,7 +125,7 @@ class TransformersModel:
                 advice = f"give the path of a folder after {self.backbone.partition(':')[0]}:"
             foreign = foreign_files(Path(self.where)) if self.is_folder else None
             if foreign is not None:
-                raise TTDError(f"{self.backbone} cannot be loaded: {foreign}; {advice}") from error
+                raise TTDError(f"{self.backbone} cannot be loaded ({foreign}); {advice}") from error
             raise TTDError(cannot_load(self.backbone, self.problem, error, advice)) from error
 
     def _require_supported(self, config: Mapping[str, Any]) -> None:

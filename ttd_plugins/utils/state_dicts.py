@@ -110,7 +110,9 @@ def _load(file: Path, name: str) -> Any:
         ) from error
     # A damaged or hostile file makes the unpickler raise anything.
     except Exception as error:
-        raise InputError(f"{name} is refused: {_refusal(error)}; save its state dict as safetensors") from error
+        raise InputError(
+            f"{name} is refused: {_refusal(error)}; a safetensors file of its state dict is read"
+        ) from error
 
 
 def _harmless_classes() -> list[Any]:
@@ -130,7 +132,8 @@ def _refusal(error: Exception) -> str:
     found = _UNSUPPORTED.search(text)
     if found:
         return f"it contains the Python object {found[1]}, and only tensors and plain values are loaded, without code"
-    return f"only tensors are loaded from it, without running code, and that failed ({one_sentence(error, 160)})"
+    reason = one_sentence(error, 160).removeprefix("Weights only load failed").strip(" .:")
+    return "it is damaged or no file of torch.save" + (f" ({reason})" if reason else "")
 
 
 def without_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
