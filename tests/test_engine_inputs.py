@@ -218,7 +218,7 @@ def test_training_half_precision_is_warned_of_before_the_first_step(dtype: torch
         [-1, -1, 2**70],
         [0, 0, 1],
     ],
-    ids=repr,
+    ids=lambda groups: f"{type(groups).__name__} of {type(groups[0]).__name__}",
 )
 def test_ids_of_images_may_be_of_any_kind(groups: Any) -> None:
     expected = TTD(toy())(IMAGES, CAPTIONS, groups=["x", "x", "y"]).losses["contrastive"]

@@ -287,6 +287,9 @@ def _maps(
         patches = session.encode(pixels, pooled=False).patches
     found = {}
     for block, output in outputs.items():
+        # Every block of a convolutional tower mixes neighbours, so that only its last one is as sharp as its patches.
+        if output.ndim == 4 and block is not blocks[-1]:
+            continue
         tokens = _tokens(output, len(pixels), grid)
         if tokens is not None:
             found[block] = tokens
