@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def environment(project: Path, site: Path) -> dict[str, str]:
     """The environment of a process that sees ``project`` as installed: its folder, and metadata written to ``site``.
 
-    This is what an editable installation amounts to; CI makes a real one of ``examples/ttd-convnext``.
+    This is what an editable installation amounts to; CI makes a real one of ``examples/ttd-perception-encoder``.
     """
     settings = tomllib.loads((project / "pyproject.toml").read_text())["project"]
     metadata = site / f"{settings['name'].replace('-', '_')}-{settings['version']}.dist-info"

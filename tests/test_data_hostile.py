@@ -117,7 +117,10 @@ TRAIN = ["--backbone", "open_clip:tiny", "--steps", "2", "--batch-size", "2", "-
     "arguments",
     [
         ["prune", "{}/none", "--out", "{}/scores.jsonl"],
-        pytest.param(["prune", "{}", "--out", "{}/scores.jsonl", "--batch-size", "2"], marks=pytest.mark.slow),
+        pytest.param(
+            ["prune", "{}", "--out", "{}/scores.jsonl", "--batch-size", "2", "--backbone", "open_clip:tiny"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(["train", "--data", "{}", "--out", "{}/run", *TRAIN], marks=pytest.mark.slow),
     ],
 )

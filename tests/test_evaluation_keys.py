@@ -282,3 +282,23 @@ def test_impossible_outlines_are_refused() -> None:
             polygon_mask(wrong, 4, 6)
     with pytest.raises(ValueError, match="more than 60 bits"):
         rle_mask("o" * 100_000, 4, 6)
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", "x" * 300 + ".jpg", "a\0.jpg", "../..", None, 5])
+def test_file_names_that_no_file_can_have_are_told(tmp_path: Path, name: Any) -> None:
+    for kind in ("instances", "dense", "panoptic"):
+        whole = nested(tmp_path / kind, kind)
+        whole["images"][0]["file_name"] = name
+        for file in (tmp_path / kind).rglob("*.json"):
+            file.write_text(json.dumps(whole))
+        with pytest.raises(DatasetError):
+            open_captions("coco_captions", tmp_path / kind).check()
+
+
+@pytest.mark.parametrize("tag", ["x" * 300, "a\0b", "../dog"])
+def test_tags_that_no_file_can_be_named_after_are_told(tmp_path: Path, tag: str) -> None:
+    picture(tmp_path / "image/1.jpg")
+    text(tmp_path / "json_refined/1.json", json.dumps({"caption": "a dog", "tags": [tag]}))
+    (tmp_path / "mask_using_HQ-SAM").mkdir()
+    with pytest.raises(DatasetError, match=r"the mask of the tag .* is missing"):
+        open_captions("cc3m_tagmask", tmp_path).check()

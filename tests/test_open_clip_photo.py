@@ -100,13 +100,17 @@ def test_open_clip_alone_loads_the_export_and_gives_the_same_embeddings(photo: A
 
 def test_weights_are_split_below_the_limit_and_read_back(tmp_path: Path) -> None:
     model = build_photo(EMBEDDED_FOLDER)
-    save_weights({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path)
+    # A tensor is never split, and in float32 one alone is above the limit.
+    tensors = {name: t.half() if t.ndim > 1 else t for name, t in model.state_dict().items()}
+    save_weights({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path)
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) > 3 and all(shard.stat().st_size < MAX_SHARD + 100_000 for shard in shards)
     for name in ("open_clip_config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((EMBEDDED_FOLDER / name).read_bytes())
     again, _ = load_photo(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    found = again.state_dict()
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor.to(found[name].dtype)) for name, tensor in tensors.items())
 
 
 def test_an_index_never_leads_out_of_its_folder(tmp_path: Path) -> None:

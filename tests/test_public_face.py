@@ -58,7 +58,7 @@ def test_the_version_is_written_once() -> None:
 
 @pytest.mark.parametrize(
     "folder",
-    [ROOT / "ttd_plugins", *sorted(ROOT.glob("adapters/ttd_*")), ROOT / "examples" / "ttd-convnext" / "ttd_convnext"],
+    [ROOT / "ttd_plugins", *sorted(ROOT.glob("adapters/ttd_*")), *ROOT.glob("examples/ttd-*/ttd_*")],
     ids=lambda folder: folder.name,
 )
 def test_a_package_is_marked_as_typed(folder: Path) -> None:

@@ -110,4 +110,5 @@ def choices_sentence(kind: str, given: str, choices: Iterable[str], limit: int =
     lowered = {choice.lower(): choice for choice in known}
     close = [lowered[name] for name in difflib.get_close_matches(given.lower(), list(lowered), n=3, cutoff=0.5)]
     hint = f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ";"
-    return f"unknown {kind} {given!r}{hint} known: {listed(known, limit)}"
+    shown = one_sentence(ValueError(repr(given)), 120)
+    return f"unknown {kind} {shown}{hint} known: {listed(known, limit)}"

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ttd_open_clip import recognition
-from ttd_open_clip.model_config import read_config
+from ttd_open_clip.base_adapter import OpenCLIPBaseAdapter
 from ttd_open_clip.open_clip_blocks import is_plain_attention, opaque_qkv_reason, run_last_block
-from ttd_plugins.adapter import ImageFeatures, Tower
+from ttd_plugins.adapter import ImageFeatures
 from ttd_plugins.toolkit import text_tower
 from ttd_plugins.toolkit.attention import call_checkpointed
 from ttd_plugins.toolkit.dense_modes import DenseMode
-from ttd_plugins.toolkit.open_clip_adapter import OpenCLIPModelAdapter
 from ttd_plugins.toolkit.position_embeddings import embedded_patches, resampled_positions, with_class_token
 from ttd_plugins.toolkit.residual_blocks import residual_block_targets
 
 
-class OpenCLIPAdapter(OpenCLIPModelAdapter):
+class OpenCLIPAdapter(OpenCLIPBaseAdapter):
     """``open_clip.CLIP`` or ``CustomTextCLIP`` with open_clip's vision transformer, or an object of the same form."""
-
-    family = "open_clip"
-    recognition = recognition
 
     def _unsupported_mode_reason(self, mode: DenseMode) -> str | None:
         return opaque_qkv_reason(self._blocks[-1].attn) if mode.needs_explicit_qkv else None
@@ -73,29 +67,12 @@ class OpenCLIPAdapter(OpenCLIPModelAdapter):
         projection = getattr(self._visual, "proj", None)
         return tokens if projection is None else tokens @ projection
 
-    def _inferred_config(self) -> Mapping[str, Any] | None:
-        return read_config(self.model, self._embedding_widths()[0])
-
-    def lora_targets(self, tower: Tower) -> list[str]:
+    def _image_targets(self) -> list[str]:
         """Attention (whole) and both matrices of the MLP in every block.
 
-        The MLP of the last image block is left out where the dense mode leaves out the FFN. Attention with extras
-        (norms on queries and keys, scaled heads) is wrapped at its output projection only. In a text tower from
-        transformers the targets are the linear layers of its blocks.
+        The MLP of the last block is left out where the dense mode leaves out the FFN. Attention with extras is wrapped
+        at its output projection only.
         """
-        if tower == "text":
-            return text_tower.lora_targets(self.model, is_plain_attention)
         return residual_block_targets(
             self._blocks, "visual.transformer.resblocks", is_plain_attention, last_mlp=self.dense.ffn
         )
-
-    def lora_layers(self) -> Mapping[type[nn.Module], type[nn.Module]]:
-        """The toolkit's LoRA layer, and ours for open_clip's own attention; neither writes base weights. Needs peft."""
-        from ttd_open_clip.attention_lora import LoRAOpenClipAttention
-
-        layers = dict(super().lora_layers())
-        for tower in (self._visual, text_tower.text_module(self.model)):
-            for block in getattr(getattr(tower, "transformer", None), "resblocks", []):
-                if not isinstance(block.attn, nn.MultiheadAttention) and is_plain_attention(block.attn):
-                    layers[type(block.attn)] = LoRAOpenClipAttention
-        return layers

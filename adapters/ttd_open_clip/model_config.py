@@ -15,7 +15,7 @@ DEFAULT_EPS = 1e-5
 
 
 def read_config(model: Any, embedding_width: int) -> dict[str, Any] | None:
-    """Keyword arguments of ``CLIP`` or ``CustomTextCLIP``; ``None`` for blocks or text towers of other kinds.
+    """Keyword arguments of ``CLIP`` or ``CustomTextCLIP``; ``None`` for blocks, trunks or text towers of other kinds.
 
     Args:
         model: the model.
@@ -28,6 +28,8 @@ def read_config(model: Any, embedding_width: int) -> dict[str, Any] | None:
     if any(type(block).__name__ != "ResidualAttentionBlock" for block in blocks):
         return None
     vision_cfg = _trunk_config(visual) if hasattr(visual, "trunk") else _transformer_config(visual)
+    if vision_cfg is None:
+        return None
     projection = text.text_projection
     width = int(text.token_embedding.embedding_dim)
     text_cfg = _tower(text.transformer, width) | {
@@ -72,15 +74,24 @@ def _transformer_config(visual: Any) -> dict[str, Any]:
     }
 
 
-def _trunk_config(visual: Any) -> dict[str, Any]:
-    """``vision_cfg`` of a trunk of timm, which only its name describes."""
+def _trunk_config(visual: Any) -> dict[str, Any] | None:
+    """``vision_cfg`` of a trunk of timm, which only its name describes; ``None`` for a trunk without a name."""
+    name = (getattr(visual.trunk, "pretrained_cfg", None) or {}).get("architecture")
+    if not name:
+        return None
     linear, mlp = getattr(visual.head, "proj", None), getattr(visual.head, "mlp", None)
     last = linear if linear is not None else getattr(mlp, "fc2", None)
+    projection: str | None
+    if last is not None:
+        projection = "linear" if linear is not None else "mlp"
+    else:
+        # None makes the last layer of the trunk the projection; "none" leaves the trunk without one.
+        projection = None if getattr(visual.trunk, "num_classes", 0) else "none"
     return {
-        "timm_model_name": (getattr(visual.trunk, "pretrained_cfg", None) or {}).get("architecture"),
+        "timm_model_name": name,
         "timm_model_pretrained": False,
         "timm_pool": "avg",
-        "timm_proj": "linear" if linear is not None else "mlp" if mlp is not None else None,
+        "timm_proj": projection,
         "timm_proj_bias": getattr(last, "bias", None) is not None,
         "image_size": _side(visual.image_size),
     }

@@ -1,9 +1,9 @@
-"""Which models of open_clip this family supports, by attribute names alone, and the import of open_clip.
+"""Which models of open_clip this family supports, by attribute names, and the import of open_clip.
 
 Two kinds of image towers: open_clip's own vision transformer, and a convolutional trunk of timm that averages its last
 feature map. open_clip 3 uses ``nn.MultiheadAttention`` and open_clip 4 its own ``Attention`` with parameters of the
-same names; both are supported. The original ``clip`` package uses the same names, but its blocks run with the sequence
-first; its models belong to another family.
+same names; both are supported. Trunks of timm must be from TRUNK_MODULES. The original ``clip``
+package uses the same names, but its blocks run with the sequence first; its models belong to another family.
 """
 
 from __future__ import annotations
@@ -21,8 +21,14 @@ VIT_PARTS = ("conv1", "class_embedding", "positional_embedding", "ln_post", "tra
 BLOCK_PARTS = ("ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2")
 TRUNK_PARTS = ("forward_features", "forward_head", "feature_info")
 AVERAGES = ("avg", "fast", "fastavg")
-TRUNK_MODULES = ("convnext", "efficientnet", "fastvit", "mobilenetv3", "regnet", "resnet")
-"""Modules of timm whose models are convolutional trunks with one average at their end."""
+TRUNK_MODULES = (
+    "byobnet", "convmixer", "convnext", "csatv2", "cspnet", "cspnext", "davit", "densenet", "dla", "dpn", "edgenext",
+    "efficientnet", "efficientvit_mit", "efficientvit_msra", "fasternet", "fastvit", "focalnet", "ghostnet",
+    "hardcorenas", "hgnet", "hrnet", "inception_next", "lcnetv2", "lowformer", "metaformer", "mobilenetv3", "mobilevit",
+    "nextvit", "nfnet", "rdnet", "regnet", "repghost", "res2net", "resnest", "resnet", "resnetv2", "rexnet", "senet",
+    "sknet", "starnet", "tresnet", "vovnet", "xception_aligned",
+)  # fmt: skip
+"""Modules of timm whose trunks average a map ``[B, C, height / stride, width / stride]`` at every input size."""
 
 SUPPORTED = "this family supports open_clip's native vision transformers and convolutional trunks that average"
 ATTENTIONAL_POOLING = (
@@ -49,6 +55,9 @@ def has_trunk(model: object) -> bool:
     """Whether the image tower is a trunk of timm with feature maps ``[B, C, H, W]`` and one pooling layer."""
     trunk = getattr(getattr(model, "visual", None), "trunk", None)
     if trunk is None or not all(hasattr(trunk, name) for name in TRUNK_PARTS):
+        return False
+    library, _, module = type(trunk).__module__.rpartition(".")
+    if library == "timm.models" and module not in TRUNK_MODULES:
         return False
     return _pooling(trunk) is not None and getattr(trunk, "output_fmt", "NCHW") == "NCHW"
 
@@ -132,7 +141,7 @@ def _unsupported_trunk_reason(model: Any) -> str | None:
         return (
             f"its image tower is a timm trunk without feature maps [B, C, H, W] and one pooling layer, and {SUPPORTED}"
         )
-    if hasattr(model.visual.head, "pool"):
+    if hasattr(getattr(model.visual, "head", None), "pool"):
         return f"its image tower pools by attention (visual.head.pool), and {SUPPORTED}"
     kind = _pooling(model.visual.trunk).pool_type
     if not kind:

@@ -38,6 +38,7 @@ WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 NUMPY_SUFFIXES = (".npz", ".npy")
 TEXT_TOWERS = ("roberta", "xlm-roberta", "mt5", "bert", "m2m_100")
 """Model types of the text towers of transformers that open_clip builds."""
+PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -55,7 +56,8 @@ class OpenCLIPModels:
         open_clip: the module.
         family: name of the family, for messages.
         unsupported_reason: from a ``model_cfg`` to the reason why the model cannot be adapted, or ``None``.
-        preprocessing: open_clip's preprocessing settings for models whose tag or folder does not bring any.
+        preprocessing: open_clip's preprocessing settings for models whose tag or folder does not bring any; by default
+            those that all tags of the architecture share.
     """
 
     open_clip: Any
@@ -93,6 +95,17 @@ class OpenCLIPModels:
         reason = self.unsupported_reason(config)
         if reason is not None:
             raise UnsupportedModelError(f"{full} cannot be adapted: {reason}")
+
+    def _preprocessing_of(self, architecture: str) -> Mapping[str, Any] | None:
+        """Preprocessing settings of an architecture without a tag: those of the family, or those that all tags share.
+
+        open_clip itself would prepare images as for OpenAI's models.
+        """
+        if self.preprocessing is not None:
+            return self.preprocessing
+        places = [self.open_clip.get_pretrained_cfg(architecture, tag) for tag in self.tags(architecture)]
+        settings = [{name: place[name] for name in PREPROCESSING if place.get(name) is not None} for place in places]
+        return settings[0] if settings and all(one == settings[0] for one in settings) else None
 
     def _weight_source(self, name: str, weights: str) -> str | None:
         """open_clip's argument ``pretrained``: a tag, the path of a file, or ``None`` for random weights."""
@@ -160,7 +173,7 @@ class OpenCLIPModels:
                         folder = stack.enter_context(TemporaryDirectory(prefix="ttd-"))
                         source = str(Path(folder) / "weights.pt")
                         torch.save(stored.tensors, source)
-                preprocessing = None if brings_preprocessing else self.preprocessing
+                preprocessing = None if brings_preprocessing else self._preprocessing_of(model)
                 tag = self.open_clip.get_pretrained_cfg(model, source) if source and not on_disk else None
                 if tag and tag.get("hf_hub"):
                     # open_clip would look for a newer file on the hub.

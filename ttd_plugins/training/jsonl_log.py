@@ -55,7 +55,7 @@ class JsonlLog:
         """
         texts = self._texts()
         parsed = [_parse(text) for text in texts]
-        if texts:
+        if self.file.exists():
             kept = [line for line in parsed if line is not None and line["step"] <= step]
             write_atomic(
                 self.file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), advice=RESUME_ADVICE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,7 +83,8 @@ def unique_keys(names: Sequence[str], *, short: bool = False) -> list[str]:
 
 
 def _path_without_suffix(name: str) -> str:
-    return str(PurePosixPath(name).with_suffix(""))
+    # Unlike PurePosixPath.with_suffix, this raises nothing for a name such as "/".
+    return posixpath.splitext(posixpath.normpath(name))[0]
 
 
 def _name_without_suffix(name: str) -> str:

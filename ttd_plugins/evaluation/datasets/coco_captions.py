@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ class CocoCaptions(CaptionData):
             (
                 f
                 for f in (self.root / "captions.json", self.root / f"annotations/captions_{split}2017.json")
-                if f.exists()
+                if os.path.exists(f)
             ),
             None,
         )
@@ -119,7 +120,7 @@ class CocoCaptions(CaptionData):
         if dense:
             return CocoPanoptic(self.root, self.split), None
         instances = captions.with_name(captions.name.replace("captions", "instances", 1))
-        if not instances.exists():
+        if not os.path.exists(instances):
             raise DatasetError(
                 f"coco_captions in {str(self.root)!r} has captions but no masks; looked for semantic_masks, "
                 f"{str(instances)!r} and annotations/panoptic_{self.split}2017.json"
@@ -134,7 +135,7 @@ class CocoCaptions(CaptionData):
 
     def check(self, keys: Iterable[str] | None = None, progress: Progress | None = None) -> None:
         for key in self._captions:
-            if not self.image_path(key).exists():
+            if not os.path.exists(self.image_path(key)):
                 raise DatasetError(f"the image {str(self.image_path(key))!r} of coco_captions is missing")
             if self._instances is not None:
                 if self._number(key) is None:
@@ -146,7 +147,7 @@ class CocoCaptions(CaptionData):
                 if self.image_path(key) not in self._dense_keys:
                     raise DatasetError(f"the image {str(self.image_path(key))!r} has captions but no mask")
                 mask = self._dense.mask_path(self._dense_keys[self.image_path(key)])
-                if not mask.exists():
+                if not os.path.exists(mask):
                     raise DatasetError(f"the mask {str(mask)!r} is missing")
         # Sizes of the masks that read() decodes, whichever classes the captions name.
         for key in self._captions if keys is None else keys:

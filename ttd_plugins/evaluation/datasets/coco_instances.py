@@ -24,7 +24,9 @@ def images_of(file: Path, content: Any) -> tuple[list[Hashable], list[str], Imag
     """
     try:
         images = content["images"]
-        names = [str(info["file_name"]) for info in images]
+        names = [info["file_name"] for info in images]
+        if not all(isinstance(name, str) and name for name in names):
+            raise TypeError("the file_name of an image is not a text")
         numbers = [info["id"] for info in images]
         return numbers, names, ImageIds(numbers)
     except (KeyError, TypeError, ValueError) as error:

@@ -8,6 +8,7 @@ since every class is a candidate on every image.
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -92,7 +93,7 @@ class MaskFiles(SegmentationData):
         # The cheap check of all files first.
         for image, mask in self._pairs.values():
             for kind, path in (("image", image), ("mask", mask)):
-                if not path.exists():
+                if not os.path.exists(path):
                     raise DatasetError(f"the {kind} {str(path)!r} of {self.name} is missing")
         for key in self._pairs if keys is None else keys:
             image, mask = self._pairs[key]
@@ -302,7 +303,7 @@ class Cityscapes(MaskFiles):
         for key, path, stem in zip(keys, paths, stems, strict=True):
             converted = masks / path.parent.name / f"{stem}{self._TRAIN}"
             raw = masks / path.parent.name / f"{stem}{self._RAW}"
-            pairs[key] = (path, converted if converted.is_file() else raw)
+            pairs[key] = (path, converted if os.path.isfile(converted) else raw)
         return pairs
 
     def ids(self, mask: Path) -> Mapping[int, int]:
@@ -381,13 +382,13 @@ class CocoObject(_CocoPixelMaps):
 
     def find(self) -> Pairs:
         images, file = self.root / "images", self.root / "instances.json"
-        if not file.exists():
+        if not os.path.exists(file):
             pairs = self._pixel_maps()
             if pairs is not None:
                 return pairs
             images, split = self._images()
             file = self.root / "annotations" / f"instances_{split}.json"
-        if not file.exists():
+        if not os.path.exists(file):
             raise DatasetError(
                 f"coco_object in {str(self.root)!r} has neither pixel maps nor {str(file)!r}; also looked for "
                 f"annotations/{split}/*{self._CONVERTED} and stuffthingmaps_trainval2017/{split}/*.png"
@@ -431,13 +432,13 @@ class CocoPanoptic(MaskFiles):
             self.layout = "semantic_masks"
             images = self._folder("images", "images")
             listed = self.root / "categories.json"
-            if listed.exists():
+            if os.path.exists(listed):
                 self._check_categories(listed)
             return self._by_stem(images, self.root / "semantic_masks")
         for year in ("2017",):
             split = f"{self.split}{year}"
             file = self.root / "annotations" / f"panoptic_{split}.json"
-            if file.exists():
+            if os.path.exists(file):
                 self.layout = "panoptic"
                 images = self._folder("images", f"images/{split}", split)
                 masks = self._folder("masks", f"annotations/panoptic_{split}", f"panoptic_{split}")

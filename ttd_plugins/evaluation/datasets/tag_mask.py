@@ -16,6 +16,7 @@ A file of another format is an error that names it. For another layout, override
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -117,7 +118,7 @@ class TagMask(CaptionData):
         """
         folder = self.root / self.MASKS
         together = folder / f"{key}.png"
-        if together.is_file():
+        if os.path.isfile(together):
             values = read_indices(together)
             unknown = np.setdiff1d(values, [0, 255, *range(1, len(tags) + 1)])
             if unknown.size:
@@ -129,7 +130,7 @@ class TagMask(CaptionData):
         for tag in tags:
             names = dict.fromkeys([tag, tag.replace(" ", "_")])
             tried = [path for name in names for path in (folder / key / f"{name}.png", folder / f"{key}_{name}.png")]
-            path = next((path for path in tried if path.is_file()), None)
+            path = next((path for path in tried if os.path.isfile(path)), None)
             if path is None:
                 raise DatasetError(
                     f"the mask of the tag {tag!r} is missing; looked for {str(tried[0])!r} and {str(together)!r}"

@@ -1,1 +1,0 @@
-"""Adapter of ttd-plugins for open_clip's ConvNeXt CLIP models."""
