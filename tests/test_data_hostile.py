@@ -413,3 +413,13 @@ def test_a_caption_that_is_no_text_is_listed(tmp_path: Path) -> None:
 def test_walks_yield_nothing_hidden(tmp_path: Path) -> None:
     pictures(tmp_path, "a.jpg", ".b.jpg", ".c/d.jpg", "e/f.jpg")
     assert sorted(walk_files(tmp_path)) == ["a.jpg", "e/f.jpg"]
+
+
+def test_a_damaged_utf_16_caption_is_listed_and_never_trained_on(tmp_path: Path) -> None:
+    pictures(tmp_path / "f", "a.jpg", "b.jpg")
+    (tmp_path / "f" / "a.txt").write_bytes(b"\xff\xfe\xfa")
+    (tmp_path / "f" / "b.txt").write_bytes("a dog".encode("utf-16"))
+    captions, skipped = read(tmp_path / "f")
+    assert len(captions) == 1
+    assert skipped == {"a.jpg#0": skipped["a.jpg#0"]}
+    assert "is not UTF-8" in skipped["a.jpg#0"]

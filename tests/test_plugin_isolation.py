@@ -73,8 +73,15 @@ def state() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_global_state_is_restored_and_named(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_global_state_is_restored_and_named(
+    install: Install,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
     monkeypatch.setenv("TTD_TEST_VARIABLE", "kept")
+    # A shell ignores SIGINT for jobs in the background, and the plugin's change would be none.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, previous))
     install(selfish=SELFISH + HEALTHY.replace('"hostile"', '"selfish"'))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

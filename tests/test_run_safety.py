@@ -229,6 +229,10 @@ except TTDError as error:
 """
 
 
+# A test suite that was started under nohup hands on that SIGHUP is ignored.
+HANGS_UP = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+
+
 def wait_for_checkpoint(out: Path, process: Any) -> None:
     until = time.monotonic() + 120
     while not checkpoint_steps(out) and process.poll() is None and time.monotonic() < until:
@@ -239,7 +243,7 @@ def wait_for_checkpoint(out: Path, process: Any) -> None:
 def test_a_second_process_is_refused_and_sighup_saves(tmp_path: Path) -> None:
     pairs, out = make_pairs(tmp_path / "pairs"), tmp_path / "out"
     run_on_folder(pairs, tmp_path / "whole")
-    first = started([sys.executable, "-c", SLOW, str(pairs), str(out)])
+    first = started([sys.executable, "-c", HANGS_UP + SLOW, str(pairs), str(out)])
     wait_for_checkpoint(out, first)
     with pytest.raises(InputError, match=rf"another process, {first.pid} .* is writing the folder"):
         run_on_folder(pairs, out)
@@ -256,7 +260,7 @@ def test_a_terminal_that_closes_does_not_lose_the_run(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     # The child makes the terminal its own, so that its closing sends SIGHUP.
-    own = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+    own = HANGS_UP + "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
     process = subprocess.Popen(
         [sys.executable, "-c", own + SLOW, str(pairs), str(out)],
         stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,

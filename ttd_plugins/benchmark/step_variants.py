@@ -145,7 +145,7 @@ class Bench:
             compile_image_blocks(adapter)
         self.device = adapter.device
         self.ttd, self.ttd_alone = TTD(adapter), TTD(adapter, contrastive_weight=0.0)
-        candidates = self.ttd.candidates(torch.zeros(len(self.captions)), self.captions, tags)
+        candidates = self.ttd.candidates(torch.zeros(len(self.captions), 3, 1, 1), self.captions, tags)
         self.tags = candidates.tags
         self.distinct = len(candidates.distinct)
         generator = torch.Generator().manual_seed(options.seed)

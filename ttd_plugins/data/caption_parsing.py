@@ -59,8 +59,13 @@ def decode_text(data: bytes, errors: str = "strict") -> str:
         UnicodeDecodeError: the text is invalid and ``errors`` is ``"strict"``.
     """
     encoding, start = encoding_of(data)
-    # Only UTF-8 has a lenient decoder whose result can be encoded again.
-    return data[start:].decode(encoding, errors if encoding == "utf-8" or errors == "strict" else "replace")
+    if encoding == "utf-8" or errors == "strict":
+        return data[start:].decode(encoding, errors)
+    try:
+        return data[start:].decode(encoding)
+    except UnicodeDecodeError:
+        # Only UTF-8 has a decoder that escapes bytes. A lone surrogate marks the text as invalid in the same way.
+        return data[start:].decode(encoding, "replace").replace("\ufffd", "\udcff")
 
 
 def is_missing(text: str) -> bool:

@@ -12,6 +12,9 @@ from typing import Any
 
 from ttd_plugins.errors import TTDError
 
+ALWAYS = (signal.SIGTERM, signal.SIGINT)
+"""Signals that stop a run even where the parent process ignores them, as a shell does for background jobs."""
+
 
 class TrainingStoppedError(TTDError):
     """The run was stopped by a signal, and its state was saved.
@@ -41,8 +44,9 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", None)):
                 # nohup ignores SIGHUP, and so does the run then.
-                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-                    self._handlers[number] = signal.signal(number, self._receive)
+                if number is None or (number not in ALWAYS and signal.getsignal(number) is signal.SIG_IGN):
+                    continue
+                self._handlers[number] = signal.signal(number, self._receive)
             self._terminals = [descriptor for descriptor in (1, 2) if _is_terminal(descriptor)]
         return self
 
