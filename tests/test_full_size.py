@@ -89,7 +89,7 @@ def test_the_command_passes_the_small_models_of_the_package(name: str) -> None:
 def test_the_table_of_the_command_says_the_same() -> None:
     answer = run("siglip:tiny@random")
     assert answer.exit_code == 0, answer.output
-    # Besides references that are not stated: text_trimming, and empty batches and other sizes, which the library has not.
+    # Besides references that are not stated: text_trimming, empty batches and other sizes, which the library refuses.
     assert f"{len(CHECKS) - 7} passed, 0 failed, 7 skipped" in answer.stdout
     assert all(check.name in answer.stdout for check in CHECKS)
 
