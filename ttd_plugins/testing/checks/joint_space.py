@@ -51,6 +51,7 @@ def joint_space(session: CheckSession) -> None:
         texts = session.embed(session.tokens(["a dog", "two cats on grass", "sky"]).ids)
     assert features.pooled is not None
     _expect_lengths(session, features.patches, features.pooled, texts)
+    _expect_scale(session, features.patches, features.pooled)
     layers = LastLayers(*_exact_copy(session, pixels))
     layers.expect_projection()
     layers.expect_bias()
@@ -75,6 +76,22 @@ def _expect_lengths(session: CheckSession, patches: Tensor, pooled: Tensor, text
         centre = float((patches.double().mean((1, 2)).norm(dim=-1)).max())
         if centre < CENTRED * lengths["patches"]:
             raise CheckFailed("patches as the last layer returns them", "patches whose mean in every image is zero")
+
+
+def _expect_scale(session: CheckSession, patches: Tensor, pooled: Tensor) -> None:
+    """Fail if the mean of patches is the pooled embedding times a factor: a tower that averages has no such factor."""
+    if session.dtype not in (torch.float32, torch.float64):
+        return  # Rounding hides what exactly is parallel.
+    mean, own = patches.double().mean((1, 2)), pooled.double()
+    cosines = nn.functional.cosine_similarity(mean, own, dim=-1)
+    if float((cosines.abs() - 1).abs().max()) > max(session.tolerance**2, 1e-7):
+        return
+    factor = float(((mean * own).sum(-1) / own.square().sum(-1)).mean())
+    if abs(factor - 1) > 10 * session.tolerance:
+        raise CheckFailed(
+            "a mean of patches that equals the pooled embedding, since they have one direction",
+            f"the pooled embedding times {factor:.3g}",
+        )
 
 
 def _exact_copy(session: CheckSession, pixels: Tensor) -> tuple[DenseAdapter, Tensor, float]:
