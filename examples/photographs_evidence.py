@@ -173,7 +173,7 @@ def measure(adapter: DenseAdapter, options: argparse.Namespace, label: str) -> d
     found: dict[str, dict[str, float]] = {}
     names = VALIDATION if options.choose else (*VALIDATION, *TEST)
     for name in names:
-        out = make_folder_of(options.work / "measured" / label / name)
+        out = options.work / "measured" / label / name
         reader = open_captions("coco_captions", options.data / name)
         tag_protocol, text_protocol = TAG_PRESETS[options.preset], TEXT_PRESETS[options.preset]
         tag_protocol = replace(tag_protocol, dense=replace(tag_protocol.dense, size=SIZE))
@@ -193,16 +193,10 @@ def measure(adapter: DenseAdapter, options: argparse.Namespace, label: str) -> d
         protocol = SEGMENT_PRESETS[options.preset]
         protocol = replace(protocol, dense=replace(protocol.dense, size=SIZE))
         segments = open_segmentation("coco_panoptic", options.data / name)
-        out = make_folder_of(options.work / "measured" / label / f"{name}-segment")
+        out = options.work / "measured" / label / f"{name}-segment"
         metrics: Any = evaluate_segment(adapter, segments, protocol, out=out).metrics
         found.setdefault(name, {})["miou"] = metrics["miou"]
     return found
-
-
-def make_folder_of(path: Path) -> Path:
-    """Make a folder and return it."""
-    make_folder(path)
-    return path
 
 
 def table(found: dict[str, list[dict[str, dict[str, float]]]]) -> str:

@@ -7,13 +7,13 @@ library's own ``encode_image`` and ``encode_text`` to compare with.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hashed_words import HashedWords
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -114,18 +114,9 @@ class ConformingModel(nn.Module):
         return self.text_projection(x[torch.arange(len(ids), device=ids.device), end])
 
 
-class WordTokenizer:
-    """Words to ids by hashing, between a start and an end token."""
-
-    def __call__(self, texts: Sequence[str]) -> Tokens:
-        rows, lengths, truncated = torch.full((len(texts), CONTEXT), PAD), [], []
-        for row, text in zip(rows, texts, strict=True):
-            words = [3 + zlib.crc32(word.encode("utf-8", "surrogatepass")) % (VOCABULARY - 3) for word in text.split()]
-            ids = [START, *words[: CONTEXT - 2], END]
-            row[: len(ids)] = torch.tensor(ids)
-            lengths.append(len(ids))
-            truncated.append(len(words) > CONTEXT - 2)
-        return Tokens(rows, torch.tensor(lengths, dtype=torch.int64), truncated)
+def toy_tokenizer() -> HashedWords:
+    """The toy's tokenizer."""
+    return HashedWords(START, END, PAD, context=CONTEXT, vocabulary=VOCABULARY)
 
 
 class ConformingAdapter(DenseAdapter):
@@ -138,7 +129,7 @@ class ConformingAdapter(DenseAdapter):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.tokenizer = WordTokenizer()
+        self.tokenizer = toy_tokenizer()
 
     @property
     def description(self) -> BackboneDescription:
@@ -232,7 +223,7 @@ class ReferencedAdapter(ConformingAdapter):
             image=lambda model, pixels: model.encode_image(pixels),
             text=lambda model, ids, mask: model.encode_text(ids),
             patches=patches,
-            tokens=lambda texts: WordTokenizer()(texts).ids,
+            tokens=lambda texts: toy_tokenizer()(texts).ids,
             pixels=DenseTransform((GRID * PATCH, GRID * PATCH), NORMALISATION),
         )
 

@@ -7,37 +7,24 @@ a function of a seed.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from hashed_words import HashedWords
 from torch import Tensor, nn
 
 from ttd_plugins.adapter import BackboneDescription, DenseAdapter, ImageFeatures, ImageTransform, Tokens, Tower
 from ttd_plugins.toolkit.lora_targets import linear_layers_of_blocks
-from ttd_plugins.toolkit.tokenizing import valid_unicode
 from ttd_plugins.toolkit.transforms import OPENAI_NORMALISATION, DenseTransform, NativeTransform
 
 CONTEXT, VOCABULARY = 12, 99
 
 
-class WordTokenizer:
-    """Words to ids by hashing, between a start and an end token."""
-
-    def __init__(self, start: int, end: int, pad: int) -> None:
-        self.start, self.end, self.pad = start, end, pad
-
-    def __call__(self, texts: Sequence[str]) -> Tokens:
-        rows, lengths, truncated = torch.full((len(texts), CONTEXT), self.pad), [], []
-        for row, text in zip(rows, texts, strict=True):
-            words = [3 + zlib.crc32(word.encode()) % (VOCABULARY - 3) for word in valid_unicode(text).split()]
-            ids = [self.start, *words[: CONTEXT - 2], self.end]
-            row[: len(ids)] = torch.tensor(ids)
-            lengths.append(len(ids))
-            truncated.append(len(words) > CONTEXT - 2)
-        return Tokens(rows, torch.tensor(lengths, dtype=torch.int64), truncated)
+def words(start: int, end: int, pad: int) -> HashedWords:
+    """The tokenizer of these adapters."""
+    return HashedWords(start, end, pad, context=CONTEXT, vocabulary=VOCABULARY)
 
 
 class HonestAdapter(DenseAdapter):
@@ -51,9 +38,9 @@ class HonestAdapter(DenseAdapter):
     side: ClassVar[int]
     mode: ClassVar[str] = "plain"
 
-    def __init__(self, model: nn.Module, tokenizer: WordTokenizer | None = None) -> None:
+    def __init__(self, model: nn.Module, tokenizer: HashedWords | None = None) -> None:
         super().__init__(model)
-        self.tokenizer = tokenizer or WordTokenizer(start=1, end=2, pad=0)
+        self.tokenizer = tokenizer or words(start=1, end=2, pad=0)
 
     @property
     def width(self) -> int:
@@ -234,7 +221,7 @@ def alt_clip(seed: int = 0) -> DenseAdapter:
     vision = AltCLIPVisionConfig(**VISION)
     torch.manual_seed(seed)
     config = AltCLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=24)
-    return AltCLIPAdapter(settled(AltCLIPModel(config)), WordTokenizer(start=0, end=2, pad=1))
+    return AltCLIPAdapter(settled(AltCLIPModel(config)), words(start=0, end=2, pad=1))
 
 
 # Towers of timm ------------------------------------------------------------------------------------------------------

@@ -153,12 +153,17 @@ def places(page: Page, secret: Path) -> dict[str, Any]:
     for own, target in ((link, secret), (folder_link, secret.parent)):
         own.unlink(missing_ok=True)
         own.symlink_to(target)
+    closed = secret.parent / "closed"
+    if not closed.exists():
+        closed.mkdir()
+        (closed / "secret.png").write_bytes(secret.read_bytes())
+        closed.chmod(0)
     up = "/".join([".."] * 30)
     return {
         "existing": str(secret),
         "absent": str(secret.parent / "absent.png"),
         "absent folder": str(secret.parent / "absent" / "secret.png"),
-        "not readable": "/root/secret.png",
+        "not readable": str(closed / "secret.png"),
         "folder": str(secret.parent),
         "device": "/dev/zero",
         "stdin": "/dev/stdin",

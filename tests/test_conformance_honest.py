@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,31 +13,20 @@ from conforming_toy import (
     ConformingAdapter,
     ConformingFamily,
     ConformingModel,
-    ConformingPlugin,
     ReferencedAdapter,
     conforming,
 )
+from helpers_kit import conforming_plugin as conforming_plugin
+from helpers_kit import lines
 from torch import Tensor
 from typer.testing import CliRunner
 
 from ttd_plugins import cli, load
 from ttd_plugins.adapter import ImageFeatures, LibraryReference
-from ttd_plugins.plugins import temporary_plugin
-from ttd_plugins.testing import Report, check_adapter
+from ttd_plugins.testing import check_adapter
 from ttd_plugins.testing.process_state import ProcessState
 
 pytest.importorskip("peft")
-
-
-@pytest.fixture
-def plugin() -> Iterator[ConformingFamily]:
-    family = ConformingFamily()
-    with temporary_plugin(ConformingPlugin(family), name="conforming_plugin"):
-        yield family
-
-
-def lines(report: Report) -> str:
-    return "\n".join(str(result) for result in report.results if result.status != "passed")
 
 
 def ttd(*arguments: str) -> Any:

@@ -7,7 +7,6 @@ import pickle
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,6 +33,8 @@ from conforming_toy import (
     ConformingPlugin,
     conforming,
 )
+from helpers_kit import conforming_plugin as conforming_plugin
+from helpers_kit import lines
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -41,7 +42,7 @@ from ttd_plugins import cli, load
 from ttd_plugins.adapter import API_VERSION, BackboneDescription, DenseAdapter, ImageFeatures
 from ttd_plugins.errors import InputError, PluginError
 from ttd_plugins.plugins import temporary_plugin
-from ttd_plugins.testing import CHECKS, AdapterConformance, CheckResult, Report, Session, check_adapter
+from ttd_plugins.testing import CHECKS, AdapterConformance, CheckResult, Session, check_adapter
 from ttd_plugins.testing.module_snapshot import ModuleSnapshot
 
 pytest.importorskip("peft")
@@ -50,17 +51,6 @@ NAMES = [check.name for check in CHECKS]
 REGISTERED = {"api_version", "registered_once", "claimed_by_one_family"}
 UNSTATED = {"preferred_size", "patches_match_library", "tokens_match_library", "pixels_match_library"}
 """Checks that are skipped for the toy, whose images are square and which states no references."""
-
-
-@pytest.fixture
-def plugin() -> Iterator[ConformingFamily]:
-    family = ConformingFamily()
-    with temporary_plugin(ConformingPlugin(family), name="conforming_plugin"):
-        yield family
-
-
-def lines(report: Report) -> str:
-    return "\n".join(str(result) for result in report.results if result.status != "passed")
 
 
 # The healthy toy -----------------------------------------------------------------------------------------------------

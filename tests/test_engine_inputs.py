@@ -139,7 +139,7 @@ def test_a_picture_drawn_before_does_not_count_as_the_first_batch() -> None:
 
 
 def test_values_are_read_with_the_first_batch_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading a value waits for the device, so no later step may do it."""
+    """Reading a value is a host synchronisation, so no later step may do it."""
     ttd = TTD(toy())
     ttd(IMAGES, CAPTIONS)
 

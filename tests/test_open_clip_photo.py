@@ -13,7 +13,8 @@ import torch
 open_clip = pytest.importorskip("open_clip", reason="needs open_clip_torch")
 pytest.importorskip("timm", reason="needs timm")
 
-from ttd_open_clip.photo import EMBEDDED_FOLDER, build_photo, load_photo
+from ttd_open_clip.photo import EMBEDDED_FOLDER, load_photo
+from ttd_open_clip.tiny import build_tiny
 
 from ttd_plugins import TTD, export_backbone, load
 from ttd_plugins.adapter import image_pixels
@@ -99,7 +100,7 @@ def test_open_clip_alone_loads_the_export_and_gives_the_same_embeddings(photo: A
 
 
 def test_weights_are_split_below_the_limit_and_read_back(tmp_path: Path) -> None:
-    model = build_photo(EMBEDDED_FOLDER)
+    model = build_tiny(EMBEDDED_FOLDER)
     # A tensor is never split, and in float32 one alone is above the limit.
     tensors = {name: t.half() if t.ndim > 1 else t for name, t in model.state_dict().items()}
     save_weights({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path)

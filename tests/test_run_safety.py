@@ -333,7 +333,7 @@ def test_a_killed_worker_is_one_sentence_and_a_checkpoint(
                     time.sleep(0.002)
 
     if moment == "while saving":
-        write = checkpoints._sync
+        write = checkpoints.flush_to_disk
 
         def killing(path: Path) -> None:
             for child in children():
@@ -341,7 +341,7 @@ def test_a_killed_worker_is_one_sentence_and_a_checkpoint(
             time.sleep(0.05)
             write(path)
 
-        monkeypatch.setattr(checkpoints, "_sync", killing)
+        monkeypatch.setattr(checkpoints, "flush_to_disk", killing)
     sections = {"ttd": {"rule": "minmax"}}
     pairs = make_pairs(tmp_path / "pairs", 40)
     if moment == "while saving":

@@ -302,7 +302,7 @@ def test_a_checkpoint_whose_writing_fails_anywhere_leaves_the_last_one_whole(
 
     import safetensors.torch
 
-    monkeypatch.setattr(checkpoints, "_sync", failing(checkpoints._sync))
+    monkeypatch.setattr(checkpoints, "flush_to_disk", failing(checkpoints.flush_to_disk))
     monkeypatch.setattr(safetensors.torch, "save_file", failing(safetensors.torch.save_file))
     monkeypatch.setattr(Path, "rename", failing(Path.rename))
 

@@ -15,11 +15,11 @@ from ttd_plugins.toolkit import text_tower
 from ttd_plugins.toolkit.attention import call_checkpointed
 from ttd_plugins.toolkit.dense_modes import QUERIES_AND_KEYS, DenseMode
 from ttd_plugins.toolkit.lora_targets import base_layer
-from ttd_plugins.toolkit.open_clip_adapter import OpenCLIPModelAdapter
+from ttd_plugins.toolkit.open_clip_adapter import TimmViTAdapter
 from ttd_plugins.toolkit.position_embeddings import embedded_patches, resampled_positions
 
 
-class EvaCLIPAdapter(OpenCLIPModelAdapter):
+class EvaCLIPAdapter(TimmViTAdapter):
     """``open_clip.CustomTextCLIP`` whose ``visual.trunk`` is a timm ``Eva``, or an object with the same structure."""
 
     family = "eva_clip"
@@ -30,20 +30,6 @@ class EvaCLIPAdapter(OpenCLIPModelAdapter):
 
     def _unsupported_mode_reason(self, mode: DenseMode) -> str | None:
         return opaque_qkv_reason(self._trunk.blocks[-1].attn) if mode.needs_explicit_qkv else None
-
-    @property
-    def _trunk(self) -> Any:
-        return self._visual.trunk
-
-    @property
-    def _grid(self) -> tuple[int, int]:
-        rows, columns = self._trunk.patch_embed.grid_size
-        return int(rows), int(columns)
-
-    @property
-    def _patch_size(self) -> tuple[int, int]:
-        height, width = self._trunk.patch_embed.proj.kernel_size
-        return height, width
 
     def _embedding_widths(self) -> tuple[int, int | None]:
         # open_clip's own head follows the trunk's where an architecture has a projection.

@@ -14,7 +14,7 @@ from ttd_plugins.toolkit import text_tower
 from ttd_plugins.toolkit.attention import attention_dropout, call_checkpointed, has_hooks, split_heads
 from ttd_plugins.toolkit.last_block import BlockParts
 from ttd_plugins.toolkit.lora_targets import base_layer, linear_layers_of_blocks
-from ttd_plugins.toolkit.open_clip_adapter import OpenCLIPModelAdapter
+from ttd_plugins.toolkit.open_clip_adapter import TimmViTAdapter
 from ttd_plugins.toolkit.position_embeddings import embedded_patches, resampled_positions
 from ttd_plugins.toolkit.tokenizing import accepts_parameter
 from ttd_siglip import recognition
@@ -22,7 +22,7 @@ from ttd_siglip.adapter import SiglipAdapter
 from ttd_siglip.siglip_modes import attend
 
 
-class TimmSiglipAdapter(SiglipAdapter, OpenCLIPModelAdapter):
+class TimmSiglipAdapter(SiglipAdapter, TimmViTAdapter):
     """open_clip's ``CustomTextCLIP`` around a timm trunk.
 
     The parts of the trunk run one by one with resampled position embeddings, because timm's own ``set_input_size``
@@ -32,15 +32,6 @@ class TimmSiglipAdapter(SiglipAdapter, OpenCLIPModelAdapter):
     default_context_length = 64
     default_resize_mode = "squash"
     recognition = recognition
-
-    @property
-    def _trunk(self) -> Any:
-        return self._visual.trunk
-
-    @property
-    def _patch_size(self) -> tuple[int, int]:
-        height, width = self._trunk.patch_embed.proj.kernel_size
-        return int(height), int(width)
 
     @property
     def _input_size(self) -> tuple[int, int]:

@@ -13,14 +13,13 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from ttd_plugins.errors import InputError, TTDError, one_sentence
-from ttd_plugins.lora.attach import LoRABackbone
+from ttd_plugins.lora.attach import LARGEST_RANK, LoRABackbone
 from ttd_plugins.lora.handle import PREFIX, TOWERS, Tower
 from ttd_plugins.utils.files import atomic_path, write_atomic
 from ttd_plugins.utils.state_dicts import foreign_files
 from ttd_plugins.utils.wrapped_models import class_name
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-MAX_RANK = 65536
 PEFT_TYPE, OWN_TYPE = "LORA", "TTD_LORA"
 PARTIAL = "ttd_some_modules"
 """Key that is true where only some of the backbone's modules have LoRA; without it, a missing module is an error."""
@@ -152,8 +151,8 @@ def _read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if content["peft_type"] not in (PEFT_TYPE, OWN_TYPE):
             raise ValueError(f"its peft_type is {content['peft_type']}")
         rank, *numbers = (content[name] for name in ("r", "lora_alpha", "lora_dropout"))
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
-            raise ValueError(f"r must be a whole number from 1 to {MAX_RANK}, not {rank!r}")
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= LARGEST_RANK:
+            raise ValueError(f"r must be a whole number from 1 to {LARGEST_RANK}, not {rank!r}")
         for number in numbers:
             if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
                 raise ValueError(f"lora_alpha and lora_dropout must be finite numbers, not {number!r}")

@@ -151,3 +151,21 @@ class OpenCLIPModelAdapter(CLIPAdapter):
             is_text = name.startswith("text.") or (inlined and not is_image and not name.startswith("logit_"))
             if is_image if tower == "image" else is_text:
                 yield name, parameter
+
+
+class TimmViTAdapter(OpenCLIPModelAdapter):
+    """A model of open_clip whose image tower is a vision transformer of timm: ``visual.trunk``."""
+
+    @property
+    def _trunk(self) -> Any:
+        return self._visual.trunk
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        rows, columns = self._trunk.patch_embed.grid_size
+        return int(rows), int(columns)
+
+    @property
+    def _patch_size(self) -> tuple[int, int]:
+        height, width = self._trunk.patch_embed.proj.kernel_size
+        return int(height), int(width)

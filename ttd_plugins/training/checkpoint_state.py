@@ -13,6 +13,7 @@ import pydantic
 from pydantic import Field, Strict, TypeAdapter
 
 from ttd_plugins.errors import one_sentence
+from ttd_plugins.utils.files import file_sha256
 
 CHECKSUMS = FILES, OWN = "sha256", "state_sha256"
 """Keys of the checksums: by name of each other file, and of the state without this key."""
@@ -85,8 +86,7 @@ class StateSeal:
 
     def add(self, file: Path) -> None:
         """Hash a complete file."""
-        with file.open("rb") as stream:
-            self._files[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        self._files[file.name] = file_sha256(file)
 
     def sealed(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state with the checksums of all files and of itself."""

@@ -15,9 +15,7 @@ A folder is written under a name that ends in ``.part`` and renamed when it is c
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -30,9 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from ttd_plugins.errors import InputError, TTDError, one_sentence
-from ttd_plugins.training.checkpoint_state import CHECKSUMS, StateSeal, check_state
+from ttd_plugins.training.checkpoint_state import CHECKSUMS, FILES, StateSeal, check_state
 from ttd_plugins.training.sharding import shard_like
-from ttd_plugins.utils.files import follow_umask
+from ttd_plugins.utils.files import file_sha256, flush_to_disk, follow_umask
 from ttd_plugins.utils.state_dicts import read_state_dict
 
 if TYPE_CHECKING:
@@ -121,16 +119,16 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint, keep: int, *, protected:
                 save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, part / name)
                 # safetensors writes files that only their owner can read.
                 follow_umask(part / name)
-                _sync(part / name)
+                flush_to_disk(part / name)
                 seal.add(part / name)
             state = json.dumps(seal.sealed({"format": FORMAT} | checkpoint.state), indent=1, allow_nan=True)
             (part / STATE).write_text(state + "\n", encoding="utf-8")
-            _sync(part / STATE)
-            _sync(part)
+            flush_to_disk(part / STATE)
+            flush_to_disk(part)
             if final.exists():  # from a run that was resumed at an earlier step
                 _delete(final)
             part.rename(final)
-            _sync(final.parent)
+            flush_to_disk(final.parent)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
@@ -227,11 +225,10 @@ def _read_tensors(run: Path, step: int | None, name: str, state: Mapping[str, An
     from safetensors.torch import load_file
 
     file = _folder(run, step) / name
-    expected = state.get("sha256", {}).get(name)
+    expected = state.get(FILES, {}).get(name)
     try:
         if expected is not None:
-            with file.open("rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            found = file_sha256(file)
             if found != expected:
                 raise InputError(
                     f"the checkpoint file {file} cannot be read: it is damaged, its SHA-256 is {found[:12]}… and not "
@@ -252,15 +249,6 @@ def _delete(folder: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # Optimizer tensors and RNG states -----------------------------------------------------------------------------------

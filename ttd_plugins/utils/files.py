@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ def atomic_path(path: Path | str, *, advice: str = "free some space or choose an
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        _flush(temporary)
+        flush_to_disk(temporary)
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except OSError as error:
@@ -105,13 +106,27 @@ def follow_umask(path: Path | str) -> None:
             file.chmod(mode)
 
 
-def _flush(path: Path) -> None:
-    """Have the operating system write the file to disk, so that a power cut leaves no empty file."""
+def flush_to_disk(path: Path) -> None:
+    """Have the operating system write a file, or the names in a folder, to disk, so that a power cut loses none.
+
+    Raises:
+        OSError: the path cannot be opened or written.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _umask() -> int:

@@ -94,8 +94,8 @@ def _load(file: Path, name: str) -> Any:
     from safetensors.torch import load_file
 
     head = read_head(file)
-    kind = describe_kind(head)
-    if kind is not None and not kind.startswith("a ZIP"):  # torch.save writes ZIP files
+    kind = _foreign_kind(head)
+    if kind is not None:
         raise InputError(f"{name} is {kind}, and no weights; download the weights themselves")
     try:
         if file.suffix == ".safetensors" or _is_safetensors(head):
@@ -113,6 +113,13 @@ def _load(file: Path, name: str) -> Any:
         raise InputError(
             f"{name} is refused: {_refusal(error)}; a safetensors file of its state dict is read"
         ) from error
+
+
+def _foreign_kind(head: bytes) -> str | None:
+    """What a file is that holds no weights, with its article; ``None`` for one that may."""
+    kind = describe_kind(head)
+    # torch.save writes ZIP files.
+    return None if kind is None or kind.startswith("a ZIP") else kind
 
 
 def _harmless_classes() -> list[Any]:
@@ -190,8 +197,8 @@ def foreign_files(folder: Path) -> str | None:
     except OSError:
         return None
     for file in files:
-        kind = describe_kind(read_head(file))
-        if kind is not None and not kind.startswith("a ZIP"):
+        kind = _foreign_kind(read_head(file))
+        if kind is not None:
             return f"{file.name} is {kind}"
     return None
 

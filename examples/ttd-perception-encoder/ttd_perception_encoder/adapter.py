@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from ttd_plugins.adapter import Calibration, ImageFeatures, Tower
 from ttd_plugins.toolkit import text_tower
 from ttd_plugins.toolkit.attention import call_checkpointed
 from ttd_plugins.toolkit.lora_targets import base_layer, linear_layers_of_blocks
-from ttd_plugins.toolkit.open_clip_adapter import OpenCLIPModelAdapter
+from ttd_plugins.toolkit.open_clip_adapter import TimmViTAdapter
 from ttd_plugins.toolkit.position_embeddings import embedded_patches, resampled_positions
 
 # At a cosine of 0.25 the probability is 0.5, as in TCL. No published weights were measured; `ttd calibrate` fits one.
@@ -28,7 +27,7 @@ class ValueMode:
     name: str = "value"
 
 
-class PerceptionEncoderAdapter(OpenCLIPModelAdapter):
+class PerceptionEncoderAdapter(TimmViTAdapter):
     """``open_clip.CustomTextCLIP`` whose ``visual.trunk`` is a timm ``Eva`` with a pooling head (arXiv 2504.13181).
 
     In the pooling head one learned query attends to all tokens: the pooled embedding is a weighted mean of their
@@ -47,20 +46,6 @@ class PerceptionEncoderAdapter(OpenCLIPModelAdapter):
     recognition = recognition
 
     # What the model is ---------------------------------------------------------------------------------------------
-
-    @property
-    def _trunk(self) -> Any:
-        return self._visual.trunk
-
-    @property
-    def _patch_size(self) -> tuple[int, int]:
-        height, width = self._trunk.patch_embed.proj.kernel_size
-        return int(height), int(width)
-
-    @property
-    def _grid(self) -> tuple[int, int]:
-        rows, columns = self._trunk.patch_embed.grid_size
-        return int(rows), int(columns)
 
     def _embedding_widths(self) -> tuple[int, int | None]:
         # open_clip's own projection follows the trunk's where an architecture has one.

@@ -17,6 +17,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -322,72 +323,48 @@ def run_protocol(
         raise InputError("several processes need a common folder for their records; choose one with out (--out)")
     stage = stage or no_progress
     settings = _plain(settings)
-    if out is not None:
-        folder = given_path(out)
-        # Processes that share a folder have a lock each.
-        lock = LOCK if rank == 0 else f"{LOCK}-{rank}"
-        with output_folder(folder, EVALUATION_FOLDER, lock=lock):
-            return _run_protocol(
-                protocol, adapter, keys, record_of, summarise, settings, check, prepare, folder, rank, world, stage
-            )
-    return _run_protocol(
-        protocol, adapter, keys, record_of, summarise, settings, check, prepare, None, rank, world, stage
-    )
-
-
-def _run_protocol(
-    protocol: str,
-    adapter: DenseAdapter,
-    keys: Sequence[str],
-    record_of: Callable[[str], Record],
-    summarise: Callable[[Iterable[Record]], dict[str, Any]],
-    settings: dict[str, Any],
-    check: Callable[[Sequence[str], Callable[[int], None]], None],
-    prepare: Callable[[], object] | None,
-    out: Path | None,
-    rank: int,
-    world: int,
-    stage: Stage,
-) -> EvaluationResult:
-    """:func:`run_protocol` in a folder that is locked."""
-    records = _Records(out, settings, rank)
-    wanted = frozenset(keys)
-    done = {record["key"] for record in records} & wanted
-    pending = [key for key in keys[rank::world] if key not in done]
-    if pending:
-        check(pending, stage("check files", len(pending)))
-        with evaluation_mode(adapter), torch.no_grad():
-            if prepare is not None:
-                prepare()
-            advance = stage(f"{protocol}: images", len(pending))
-            for key in pending:
-                start = time.perf_counter()
-                record = record_of(key)
-                seconds = time.perf_counter() - start
-                records.add({"key": key, "seconds": seconds, "peak": peak_memory(adapter.device), **record})
-                advance(1)
-    cost = [(r["seconds"], r["peak"], r["key"]) for r in records if r["key"] in wanted]
-    complete = len(cost) == len(wanted)
-    result = EvaluationResult(
-        protocol,
-        settings,
-        summarise(r for r in records if r["key"] in wanted) if complete else None,
-        len(cost),
-        len(wanted),
-        float(np.mean([seconds for seconds, _, _ in cost])) if cost else float("nan"),
-        max((peak for _, peak, _ in cost), default=0),
-        {
-            "ttd_plugins": __version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-            "device": _device_name(adapter.device),
-        },
-        out / "results.json" if out is not None and complete else None,
-    )
-    if result.path is not None:
-        _write_json(result.path, result.as_dict())
-    return result
+    # Processes that share a folder have a lock each.
+    lock = LOCK if rank == 0 else f"{LOCK}-{rank}"
+    place = nullcontext(None) if out is None else output_folder(given_path(out), EVALUATION_FOLDER, lock=lock)
+    with place as folder:
+        records = _Records(folder, settings, rank)
+        wanted = frozenset(keys)
+        done = {record["key"] for record in records} & wanted
+        pending = [key for key in keys[rank::world] if key not in done]
+        if pending:
+            check(pending, stage("check files", len(pending)))
+            with evaluation_mode(adapter), torch.no_grad():
+                if prepare is not None:
+                    prepare()
+                advance = stage(f"{protocol}: images", len(pending))
+                for key in pending:
+                    start = time.perf_counter()
+                    record = record_of(key)
+                    seconds = time.perf_counter() - start
+                    records.add({"key": key, "seconds": seconds, "peak": peak_memory(adapter.device), **record})
+                    advance(1)
+        cost = [(r["seconds"], r["peak"], r["key"]) for r in records if r["key"] in wanted]
+        complete = len(cost) == len(wanted)
+        result = EvaluationResult(
+            protocol,
+            settings,
+            summarise(r for r in records if r["key"] in wanted) if complete else None,
+            len(cost),
+            len(wanted),
+            float(np.mean([seconds for seconds, _, _ in cost])) if cost else float("nan"),
+            max((peak for _, peak, _ in cost), default=0),
+            {
+                "ttd_plugins": __version__,
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+                "device": _device_name(adapter.device),
+            },
+            folder / "results.json" if folder is not None and complete else None,
+        )
+        if result.path is not None:
+            _write_json(result.path, result.as_dict())
+        return result
 
 
 def _device_name(device: torch.device) -> str:
