@@ -56,9 +56,18 @@ def test_the_version_is_written_once() -> None:
     assert [file.name for file in files] == ["_version.py"]
 
 
+# An editable installation writes a folder NAME.egg-info beside the package.
+PACKAGES = [
+    folder
+    for place in ("ttd_plugins", "adapters/ttd_*", "examples/ttd-*/ttd_*")
+    for folder in sorted(ROOT.glob(place))
+    if folder.suffix != ".egg-info"
+]
+
+
 @pytest.mark.parametrize(
     "folder",
-    [ROOT / "ttd_plugins", *sorted(ROOT.glob("adapters/ttd_*")), *ROOT.glob("examples/ttd-*/ttd_*")],
+    PACKAGES,
     ids=lambda folder: folder.name,
 )
 def test_a_package_is_marked_as_typed(folder: Path) -> None:
