@@ -4,8 +4,9 @@
 
 Training pairs: the photographs of ``coco_more`` under CC BY or CC BY-SA, with their captions (CC BY 4.0). A step takes
 each photograph at most once: one of its crops with one of its captions. The control is the same training with the
-contrastive term alone. LoRA is on the projection and the text tower, so the features of the image trunk are computed
-once per crop, and the script takes minutes on one core.
+contrastive term alone. LoRA is on the projection of images and on the MLPs of the text tower, where peft's own layers
+suffice: peft alone can load it. The features of the frozen image trunk are computed once per crop, so the script takes
+about ten minutes on one idle core.
 
 Validation: every photograph of ``coco_instances_train``, none of which is in the training; those of the package are
 among them. ``--test`` also measures ``coco_dense_a``: use it once, after every choice. ``--save`` puts the LoRA of the
@@ -230,8 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in names:
         out = options.work / "measured" / "before" / name
         found[name]["before"] = [measure(remember_trunk(load(BACKBONE), features), options.data / name, out, options)]
-    for arm, ttd in arms.items():
-        for seed in seeds:
+    for seed in seeds:
+        for arm, ttd in arms.items():
             folder = options.work / f"{arm}-{seed}"
             if not folder.exists():
                 print(f"{arm}, seed {seed}", flush=True)

@@ -93,10 +93,13 @@ def _settings(options: CompareOptions) -> dict[str, Any]:
 
 
 def _photographs(photographs: PhotographExamples) -> list[dict[str, Any]]:
-    """What is shown of the photographs, and their Caption IoU, as ``metrics.json`` stores them."""
+    """What is shown of the photographs, with their metrics, as ``metrics.json`` stores them."""
     return [
         {"file": image.key, "caption": image.caption, "why": image.why}
-        | {arm: view.iou for arm, view in image.views[photographs.before].items()}
+        | {
+            arm: {"caption_iou": view.iou, "tag_balance": photographs.balance[image.key][arm]}
+            for arm, view in image.views[photographs.before].items()
+        }
         for image in photographs.images
     ]
 

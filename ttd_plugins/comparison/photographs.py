@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ttd_plugins.backbone_sources import open_backbone
 from ttd_plugins.comparison.captioned_data import CaptionedData
 from ttd_plugins.comparison.gallery import choose_gallery, compute_view
 from ttd_plugins.comparison.options import CompareOptions
-from ttd_plugins.comparison.results import ARMS, Arm, PhotographEvidence, PhotographExamples, View
+from ttd_plugins.comparison.results import (
+    ARMS,
+    Arm,
+    GalleryImage,
+    PhotographEvidence,
+    PhotographExamples,
+    View,
+)
 from ttd_plugins.embedded import PHOTOGRAPHS_FOLDER, model_folder
 from ttd_plugins.embedded.folder import LORA_FOLDER, read_json
 from ttd_plugins.engine import TTD
 from ttd_plugins.errors import TTDError, one_sentence
+from ttd_plugins.evaluation.metrics import tag_balance, upsample_map
 from ttd_plugins.options import TTDOptions
 from ttd_plugins.utils.progress import Stage, no_progress
 
 BEFORE, AFTER = "open_clip:photo", "open_clip:photo@ttd"
 SHOWN = 7
 RECIPE = model_folder("open_clip_photo") / LORA_FOLDER / "recipe.json"
-QUOTED = {"caption_iou": "Caption IoU", "tag_f1": "tag F1", "tag_map": "tag mAP", "retrieval_r1": "retrieval R@1"}
+QUOTED = {
+    "tag_balance": "tag balance",
+    "caption_iou": "Caption IoU",
+    "tag_f1": "tag F1",
+    "tag_map": "tag mAP",
+    "retrieval_r1": "retrieval R@1",
+    "zero_shot_top1": "zero-shot top-1",
+}
 """Metrics of the recipe that the report quotes."""
 
 
@@ -51,18 +69,56 @@ def photograph_examples(
         for sample, by_arm in zip(samples, views, strict=True):
             by_arm[arm] = compute_view(ttd, sample)
             advance(1)
-    images = choose_gallery(samples, {BEFORE: views}, count)
+    images = choose_gallery(samples, {BEFORE: views}, len(samples))
+    balance = {image.key: {arm: _balance(image, arm) for arm, _ in arms} for image in images}
     return PhotographExamples(
         before=BEFORE,
         after=AFTER,
-        images=images,
-        chosen=(
-            f"Candidates are all {len(samples)} photographs of the package that have a caption with two or more "
-            "annotated things and no crowd, each with its first such caption. They are ranked by the change of Caption "
-            f"IoU. Shown are {len(images)} evenly spaced ranks, from the largest gain (the first) to the largest loss "
-            "(the last). None of them was in the training."
-        ),
+        images=_evenly_ranked(images, balance, count),
+        balance=balance,
+        chosen=_rule(images, balance, count),
         evidence=evidence,
+    )
+
+
+def _balance(image: GalleryImage, arm: Arm) -> float:
+    """Tag balance of the caption map of one photograph."""
+    regions = list(image.truth.values())
+    return tag_balance(upsample_map(image.views[BEFORE][arm].caption, *regions[0].shape), regions)
+
+
+def _evenly_ranked(
+    images: Sequence[GalleryImage], balance: Mapping[str, Mapping[Arm, float]], count: int
+) -> list[GalleryImage]:
+    """``count`` evenly spaced ranks by the change of tag balance, the largest gain and the largest loss included."""
+
+    def change(image: GalleryImage) -> float:
+        return balance[image.key]["after"] - balance[image.key]["before"]
+
+    ranking = sorted(images, key=change, reverse=True)
+    places = sorted(set(np.linspace(0, len(ranking) - 1, min(count, len(ranking))).round().astype(int).tolist()))
+    return [
+        replace(
+            ranking[place],
+            why=f"rank {place + 1} of {len(ranking)} photographs by the change of tag balance: "
+            f"{change(ranking[place]):+.3f}",
+        )
+        for place in places
+    ]
+
+
+def _rule(images: Sequence[GalleryImage], balance: Mapping[str, Mapping[Arm, float]], count: int) -> str:
+    """Say how the photographs were chosen, and what changes on all candidates."""
+    ious = {arm: [image.views[BEFORE][arm].iou for image in images] for arm in ("before", "after")}
+    mean = {arm: np.mean([value for value in values if value is not None]) for arm, values in ious.items()}
+    even = {arm: np.mean([of_image[arm] for of_image in balance.values()]) for arm in ("before", "after")}
+    return (
+        f"Candidates are all {len(images)} photographs of the package that have a caption with two or more annotated "
+        "things and no crowd, each with its first such caption. They are ranked by the change of tag balance, which "
+        f"measures single tag bias. Shown are {min(count, len(images))} evenly spaced ranks, from the largest gain "
+        "(first) to the largest loss (last). None of the photographs was in the training. Means over all candidates: "
+        f"tag balance {even['before']:.3f} before and {even['after']:.3f} after TTD, Caption IoU {mean['before']:.3f} "
+        f"before and {mean['after']:.3f} after TTD."
     )
 
 
@@ -74,12 +130,14 @@ def read_evidence(recipe: Mapping[str, Any]) -> PhotographEvidence:
     """
     try:
         settings, validation = recipe["settings"], recipe["validation"]
+        means = {arm: validation["means"][arm] for arm in ARMS}
         return PhotographEvidence(
+            seeds=int(settings["seeds"]),
             steps=int(settings["steps"]),
             photographs=int(settings["photographs"]),
             captions=int(settings["captions"]),
             validation=int(validation["photographs"]),
-            metrics={label: {arm: float(validation[arm][key]) for arm in ARMS} for key, label in QUOTED.items()},
+            metrics={label: {arm: float(means[arm][key]) for arm in ARMS} for key, label in QUOTED.items()},
         )
     except (KeyError, TypeError, ValueError) as error:
         raise TTDError(f"{RECIPE} lacks an entry ({one_sentence(error)}); reinstall ttd-plugins") from error

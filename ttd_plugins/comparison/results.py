@@ -146,6 +146,7 @@ class PhotographEvidence:
     """What the LoRA for photographs was trained on, and what it changes on photographs that were not in its training.
 
     Attributes:
+        seeds: seeds over which the metrics are averaged; the LoRA is that of the first.
         steps: optimizer steps of its training.
         photographs: photographs in its training.
         captions: their captions.
@@ -153,6 +154,7 @@ class PhotographEvidence:
         metrics: label to the values before, of the control, and after TTD.
     """
 
+    seeds: int
     steps: int
     photographs: int
     captions: int
@@ -169,6 +171,8 @@ class PhotographExamples:
         after: its name after TTD.
         images: photographs with the views ``before`` and ``after`` of the backbone ``before``; the first one is shown
             large. Their keys are file names of the package, without suffix.
+        balance: key of an image to its tag balance in each arm: the mean of the caption map inside the weakest true tag
+            over that inside the strongest; 1 is even.
         chosen: how they were chosen, in sentences.
         evidence: what the LoRA was trained on, and its metrics.
     """
@@ -176,6 +180,7 @@ class PhotographExamples:
     before: str
     after: str
     images: Sequence[GalleryImage]
+    balance: Mapping[str, Mapping[Arm, float]]
     chosen: str
     evidence: PhotographEvidence
 

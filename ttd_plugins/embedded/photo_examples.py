@@ -13,6 +13,7 @@ from ttd_plugins.embedded import PHOTOGRAPHS_FOLDER
 from ttd_plugins.errors import InputError
 
 EXAMPLES: tuple[tuple[str, str], ...] = (
+    ("000000196393.jpg", "A cat and a canary are sharing dinner together."),
     ("000000442450.jpg", "Two men stand in the woods holding frisbees near a dog."),
     ("000000121647.jpg", "Pizza on a plate next to a wine glass and a book."),
     ("000000525891.jpg", "A stop sign on a street beside some red flowers."),

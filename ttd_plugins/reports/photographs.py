@@ -19,14 +19,14 @@ def photographs_view(photographs: PhotographExamples) -> dict[str, Any]:
     return {
         "before": photographs.before,
         "after": photographs.after,
-        "images": [_view(n, image, photographs.before) for n, image in enumerate(photographs.images, start=1)],
+        "images": [_view(n, image, photographs) for n, image in enumerate(photographs.images, start=1)],
         "chosen": photographs.chosen,
         "evidence": photographs.evidence,
     }
 
 
-def _view(number: int, image: GalleryImage, name: str) -> dict[str, Any]:
-    view = image_view(number, image, [name])
+def _view(number: int, image: GalleryImage, photographs: PhotographExamples) -> dict[str, Any]:
+    view = image_view(number, image, [photographs.before])
     (card,) = view["cards"]
     height, width = image.image.shape[:2]
     frames = {
@@ -35,10 +35,11 @@ def _view(number: int, image: GalleryImage, name: str) -> dict[str, Any]:
         for frame in card["frames"]
     }
     return {
-        **{key: view[key] for key in ("number", "uri", "ratio", "caption", "why", "badges", "outlines")},
+        **{key: view[key] for key in ("number", "uri", "ratio", "caption", "why", "outlines")},
         "width": width,
         "height": height,
         "frames": frames,
         "rows": card["rows"],
         "credit": credit(f"{image.key}.jpg"),
+        "balance": photographs.balance[image.key],
     }
