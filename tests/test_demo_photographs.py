@@ -217,17 +217,26 @@ def test_the_command_shows_them_first(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.skipif(BROWSER is None or shutil.which("pdftoppm") is None, reason="no chromium or no pdftoppm")
-def test_the_printed_page_has_photographs_and_maps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asks", [True, False])
+def test_the_printed_page_has_photographs_and_maps(tmp_path: Path, asks: bool) -> None:
     """A browser leaves backgrounds out of print unless the page asks for them; photographs are backgrounds here."""
-    write(tmp_path, made_photographs())
-    command = [BROWSER, "--headless", *SWITCHES, f"--print-to-pdf={tmp_path / 'p.pdf'}"]
-    subprocess.run([*command, (tmp_path / "report.html").as_uri()], check=True, capture_output=True, timeout=120)
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
+    text = write(tmp_path, made_photographs())
+    if not asks:  # as a check of the check
+        (tmp_path / "report.html").write_text(text.replace("print-color-adjust: exact", "x: y"), encoding="utf-8")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=BROWSER, args=list(SWITCHES))
+        page = browser.new_page(color_scheme="dark")
+        page.goto((tmp_path / "report.html").as_uri())
+        page.pdf(path=tmp_path / "p.pdf", print_background=False)
+        browser.close()
     subprocess.run(["pdftoppm", "-r", "60", "-l", "1", "-png", "p.pdf", "p"], cwd=tmp_path, check=True, timeout=60)
-    with Image.open(next(tmp_path.glob("p-*.png"))) as page:
-        pixels = np.asarray(page.convert("RGB")).astype(int)
-    coloured = (pixels.max(axis=2) - pixels.min(axis=2)) > 60  # heat maps
-    grey = (np.ptp(pixels, axis=2) < 12) & (pixels.mean(axis=2) > 50) & (pixels.mean(axis=2) < 210)  # the photographs
-    assert coloured.mean() > 0.03 and grey.mean() > 0.03
+    with Image.open(next(tmp_path.glob("p-*.png"))) as printed:
+        pixels = np.asarray(printed.convert("RGB")).astype(int)
+    # The photographs are grey here, and text is no such area.
+    grey = (np.ptp(pixels, axis=2) < 12) & (pixels.mean(axis=2) > 50) & (pixels.mean(axis=2) < 210)
+    assert pixels[:4].mean() > 250
+    assert (grey.mean() > 0.04) == asks, grey.mean()
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium to drive: apt-get install chromium")
@@ -249,3 +258,34 @@ def test_the_first_screen_shows_the_photograph_and_its_maps(tmp_path: Path, widt
             assert all(box["bottom"] <= 900 for box in boxes[: 4 if width > 1000 else 3])
             page.close()
         browser.close()
+
+
+def test_an_example_of_the_app_is_attributed() -> None:
+    from ttd_plugins.app.rendering import render_credit
+
+    own = photograph_credit(0)
+    page = Page(render_credit(own))
+    assert [a["href"] for a in page.all("a")] == [own.page, own.licence_url]
+    assert own.licence in page.text
+
+
+def test_the_screenshots_of_the_docs_are_made_or_the_reason_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    import make_docs_images as script
+
+    arguments = ["--demo", str(tmp_path), "--out", str(tmp_path / "images")]
+    with monkeypatch.context() as patched:
+        patched.setattr(script, "find_browser", lambda: None)
+        script.main(arguments)
+    assert capsys.readouterr().out.startswith("skipped: ") and not (tmp_path / "images").exists()
+    if script.missing_browser() is not None:
+        pytest.skip(str(script.missing_browser()))
+    with pytest.raises(SystemExit, match=r"report\.html does not exist"):
+        script.main(arguments)
+    write(tmp_path, made_photographs())
+    script.main(arguments)
+    for name in ("demo-report.jpg", "demo-photograph.jpg"):
+        with Image.open(tmp_path / "images" / name) as image:
+            assert image.width > 1000
