@@ -165,7 +165,8 @@ def base_run(options: argparse.Namespace, shards: Sequence[str], held: Held) -> 
         content["run"] |= {"evaluate_every": options.every, "checkpoint_every": options.every, "keep": steps + 1}
         fine_tune(content, run, backbone=untrained(options), resume=run.exists(), evaluate=evaluate)
         for line in JsonlLog(run / "log.jsonl").read():
-            found |= {str(line["step"]): line["r1"]} if "r1" in line else {}
+            if "evaluation" in line:
+                found[str(line["step"])] = line["evaluation"]["r1"]
         write_atomic(record, json.dumps(found) + "\n")
     found = json.loads(record.read_text())
     print(
@@ -207,10 +208,13 @@ def gallery_recall(adapter: DenseAdapter, data: Path, size: int) -> float:
     """R@1 in one gallery of every photograph with captions."""
     pairs: Held = []
     for name in GALLERY:
-        reader = open_captions("coco_captions", data / name)
-        for key in list(reader.keys()):
-            item = reader.read(key)
-            pairs.append((read_image(item.path), [truth.caption for truth in item.captions]))
+        content = json.loads((data / name / "captions.json").read_text())
+        captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
+        for annotation in content["annotations"]:
+            captions[annotation["image_id"]].append(annotation["caption"])
+        for image in content["images"]:
+            path = next((data / name).rglob(image["file_name"]))
+            pairs.append((read_image(path), captions[image["id"]]))
     return recall(adapter, pairs, size)
 
 
@@ -279,8 +283,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lora-scale", type=float, default=1.0, help="factor of LoRA after training, in every arm")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--base-steps", type=int, default=400)
-    parser.add_argument("--every", type=int, default=50, help="steps between evaluations of the base")
+    parser.add_argument("--base-steps", type=int, default=800)
+    parser.add_argument("--every", type=int, default=100, help="steps between evaluations of the base")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
