@@ -194,7 +194,7 @@ def table(runs: dict[str, list[dict[str, float]]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train and measure the arms, and put the LoRA into the package if that is asked for."""
+    """Train and measure the arms, and put the LoRA into the package with ``--save``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the COCO photographs")
     parser.add_argument("--work", type=Path, required=True)

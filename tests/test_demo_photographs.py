@@ -186,6 +186,11 @@ def test_the_rule_of_choice_holds(examples: PhotographExamples) -> None:
     assert number is not None and int(number[1]) >= 12
 
 
+def test_the_page_of_the_real_photographs(examples: PhotographExamples, tmp_path: Path) -> None:
+    page = Page(write(tmp_path, examples))
+    assert examples.chosen in page.text and f"“{examples.images[0].caption}”" in page.text.replace(" .”", ".”")
+
+
 def test_no_photograph_of_the_package_was_in_the_training() -> None:
     """The training set is another folder; where it is present, no file name is in both."""
     folder = Path(__file__).parents[2] / "shared" / "data" / "coco_more"
