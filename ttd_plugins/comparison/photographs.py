@@ -116,7 +116,8 @@ def _rule(images: Sequence[GalleryImage], balance: Mapping[str, Mapping[Arm, flo
         f"Candidates are all {len(images)} photographs of the package that have a caption with two or more annotated "
         "things and no crowd, each with its first such caption. They are ranked by the change of tag balance, which "
         f"measures single tag bias. Shown are {min(count, len(images))} evenly spaced ranks, from the largest gain "
-        "(first) to the largest loss (last). None of the photographs was in the training. Means over all candidates: "
+        "(first) to the largest loss (last). The training of the LoRA had none of these photographs; that of the "
+        "backbone had crops of them without captions or labels. Means over all candidates: "
         f"tag balance {even['before']:.3f} before and {even['after']:.3f} after TTD, Caption IoU {mean['before']:.3f} "
         f"before and {mean['after']:.3f} after TTD."
     )

@@ -143,7 +143,7 @@ class GalleryImage:
 
 @dataclass(frozen=True)
 class PhotographEvidence:
-    """What the LoRA for photographs was trained on, and what it changes on photographs that were not in its training.
+    """What the LoRA for photographs was trained on, and what it changes on photographs it was not trained on.
 
     Attributes:
         seeds: seeds over which the metrics are averaged; the LoRA is that of the first.
