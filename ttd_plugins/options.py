@@ -19,6 +19,9 @@ Rule = Literal["minmax", "absolute", "probability"]
 Distance = Literal["bce", "mse", "l1"]
 Activation = Literal["sigmoid", "minmax", "none"]
 Teacher = Literal["self", "frozen", "ema"]
+Resampling = Literal["library", "bicubic", "dino"]
+"""How position embeddings are resampled at another grid: as the backbone's library does, by bicubic interpolation
+without antialiasing (TCL), or by that with DINO's scale (SCLIP, ClearCLIP, NACLIP)."""
 
 
 def check_threshold(rule: Rule, threshold: float) -> None:

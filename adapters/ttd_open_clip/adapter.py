@@ -45,7 +45,7 @@ class OpenCLIPAdapter(OpenCLIPBaseAdapter):
         visual = self._visual
         *blocks, last = self._blocks
         x = embedded_patches(visual.conv1, pixels)
-        positions = resampled_positions(visual.positional_embedding, self._grid, grid, prefix=1)
+        positions = resampled_positions(visual.positional_embedding, self._grid, grid, prefix=1, method=self.positions)
         x = visual.ln_pre(with_class_token(x, visual.class_embedding, positions))
         for block in blocks:
             x = call_checkpointed(visual.transformer, block, x)

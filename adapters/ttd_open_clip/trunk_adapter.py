@@ -43,6 +43,7 @@ class OpenCLIPTrunkAdapter(OpenCLIPBaseAdapter):
 
     modes = {"head": HeadMode()}  # noqa: RUF012
     default_mode = "head"
+    resamplings = ("library",)
     export_failure = "it passes only the name of a trunk on to timm, and the trunk with this name is another one"
 
     def _default_calibration(self) -> Calibration:

@@ -65,7 +65,7 @@ class OpenAICLIPAdapter(CLIPAdapter):
         return read_normalisation(preprocess)
 
     def _positions(self, own: Tensor, grid: tuple[int, int]) -> Tensor:
-        return resampled_positions(own, self._grid, grid, prefix=1)
+        return resampled_positions(own, self._grid, grid, prefix=1, method=self.positions)
 
     # The contract --------------------------------------------------------------------------------------------------
 

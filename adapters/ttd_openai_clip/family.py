@@ -16,6 +16,7 @@ from ttd_openai_clip.recognition import container, import_transformers, unclaime
 from ttd_openai_clip.transformers_adapter import TransformersCLIPAdapter
 from ttd_plugins.adapter import Calibration, DenseAdapter
 from ttd_plugins.errors import BackboneNameError, InputError, TTDError, UnsupportedModelError, choices_sentence
+from ttd_plugins.options import Resampling
 from ttd_plugins.toolkit.clip_family import OWN_WEIGHTS, PRECISIONS, RANDOM, TINY, CLIPFamily
 from ttd_plugins.toolkit.transformers_models import LazyTokenizer, TransformersModel
 
@@ -82,6 +83,7 @@ class OpenAICLIPFamily(CLIPFamily):
         *,
         dense: Any = None,
         calibration: Calibration | None = None,
+        positions: Resampling = "library",
         tokenizer: Any = None,
         precision: str = "fp32",
         cache_dir: str | None = None,
@@ -96,6 +98,7 @@ class OpenAICLIPFamily(CLIPFamily):
             weights: ``own`` or ``random``; for ``tiny`` ``embedded`` or ``random``.
             dense: the dense mode, a preset's name or a ``DenseMode``; by default that of the model.
             calibration: map from cosine to probability; by default that of the model, or else of the contract.
+            positions: how position embeddings are resampled at other image sizes: ``library``, ``bicubic`` or ``dino``.
             tokenizer: replaces the model's own.
             precision: number format of the weights: ``fp32``, ``fp16`` or ``bf16``.
             cache_dir: folder for downloads; the hub's own by default.
@@ -112,7 +115,13 @@ class OpenAICLIPFamily(CLIPFamily):
         dtype = PRECISIONS[precision]
         if model in self.embedded:
             return self._load_embedded(
-                model, weights, tokenizer=tokenizer, dense=dense, calibration=calibration, dtype=dtype
+                model,
+                weights,
+                tokenizer=tokenizer,
+                dense=dense,
+                calibration=calibration,
+                positions=positions,
+                dtype=dtype,
             )
         where = self._resolve(model)
         if weights not in (OWN_WEIGHTS, RANDOM):
@@ -142,6 +151,7 @@ class OpenAICLIPFamily(CLIPFamily):
             preprocess=processor,
             dense=dense,
             calibration=calibration,
+            positions=positions,
             name=model,
             weights=weights,
         )

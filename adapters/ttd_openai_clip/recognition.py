@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from ttd_plugins.toolkit.modified_resnet import is_modified_resnet
 from ttd_plugins.toolkit.optional_library import import_library
 from ttd_plugins.toolkit.transformers_blocks import ATTENTION_PARTS
 
@@ -24,9 +25,6 @@ ORIGINAL_PARTS = ("visual", "transformer", "token_embedding", "positional_embedd
                   "logit_scale", "encode_image", "encode_text")  # fmt: skip
 ORIGINAL_BLOCK = ("ln_1", "attn", "ln_2", "mlp", "attn_mask")
 ORIGINAL_VIT = ("conv1", "class_embedding", "positional_embedding", "ln_pre", "ln_post", "input_resolution")
-ORIGINAL_RESNET = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "avgpool", "layer1", "layer2", "layer3", "layer4",
-                   "attnpool", "input_resolution")  # fmt: skip
-ATTENTION_POOL = ("positional_embedding", "q_proj", "k_proj", "v_proj", "c_proj", "num_heads")
 
 
 def import_transformers() -> Any:
@@ -50,7 +48,7 @@ def container(model: object) -> Container | None:
     visual = getattr(model, "visual", None)
     if _has(visual, ORIGINAL_VIT) and _runs_sequence_first(getattr(visual, "transformer", None)):
         return "original_vit"
-    if _has(visual, ORIGINAL_RESNET) and _has(getattr(visual, "attnpool", None), ATTENTION_POOL):
+    if is_modified_resnet(visual) and hasattr(visual, "input_resolution"):
         return "original_resnet"
     return None
 

@@ -109,7 +109,7 @@ class TransformersCLIPAdapter(OpenAICLIPAdapter, TransformersModelAdapter):
         own: Tensor = embeddings.position_embedding.weight
         if grid == self._grid:
             positions = own
-        elif hasattr(embeddings, "interpolate_pos_encoding"):
+        elif self.positions == "library" and hasattr(embeddings, "interpolate_pos_encoding"):
             # The library's own resampling, as in get_image_features(..., interpolate_pos_encoding=True).
             positions = embeddings.interpolate_pos_encoding(x, pixels.shape[2], pixels.shape[3])
         else:

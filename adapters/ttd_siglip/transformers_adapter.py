@@ -20,6 +20,7 @@ from ttd_plugins.toolkit.attention import (
 )
 from ttd_plugins.toolkit.last_block import BlockParts, last_block_at
 from ttd_plugins.toolkit.lora_targets import base_layer
+from ttd_plugins.toolkit.position_embeddings import embedded_patches, resampled_positions
 from ttd_plugins.toolkit.transformers_adapter import TransformersModelAdapter
 from ttd_plugins.toolkit.transformers_blocks import (
     ATTENTION_PARTS,
@@ -66,7 +67,12 @@ class TransformersSiglipAdapter(SiglipAdapter, TransformersModelAdapter):
     # Features ------------------------------------------------------------------------------------------------------
 
     def _embed(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self._vision.embeddings(pixels, interpolate_pos_encoding=True)
+        embeddings = self._vision.embeddings
+        if self.positions == "library" or grid == self._grid:
+            return embeddings(pixels, interpolate_pos_encoding=True)
+        own: Tensor = embeddings.position_embedding.weight
+        x = embedded_patches(embeddings.patch_embedding, pixels)
+        return x + resampled_positions(own, self._grid, grid, prefix=0, method=self.positions).to(x.dtype)
 
     def _blocks(self) -> Sequence[Any]:
         return self._vision.encoder.layers

@@ -219,6 +219,8 @@ class _ComparisonRun:
             "calibration": asdict(description.calibration),
             "weights_sha256": weights_hash(backbone),
         }
+        if description.positions != "library":
+            about["positions"] = description.positions
         content = self._content(name)
         if content["about"] and content["about"] != about:
             raise InputError(f"{name} has changed since {self.record.file} was started; choose another --out")

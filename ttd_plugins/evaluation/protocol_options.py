@@ -9,7 +9,7 @@ from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ttd_plugins.errors import InputError
-from ttd_plugins.options import Calibration, Rule, check_threshold
+from ttd_plugins.options import Calibration, Resampling, Rule, check_threshold
 from ttd_plugins.utils.configuration import Flag, Float, Int, Text, configuration, option
 
 if TYPE_CHECKING:
@@ -49,6 +49,10 @@ class DenseOptions:
         Int | None, option("Side of sliding windows in pixels; null means the whole image at once.", ge=1)
     ] = None
     stride: Annotated[Int | None, option("Step of the windows in pixels; null means half a window.", ge=1)] = None
+    positions: Annotated[
+        Resampling | None,
+        option("Resampling of position embeddings, where the backbone supports it; null means the backbone's setting."),
+    ] = None
     refine: Annotated[Flag, option("Refine maps with PAMR at the size of scale one.", flag="--pamr")] = False
     iterations: Annotated[Int, option("Iterations of PAMR.", flag="--pamr-iterations", ge=1)] = PAMR_ITERATIONS
     dilations: Annotated[tuple[Positive, ...], option("Dilations of PAMR.", flag="--pamr-dilations")] = PAMR_DILATIONS
@@ -74,7 +78,7 @@ class DenseOptions:
 
 
 def _paper_dense() -> DenseOptions:
-    return DenseOptions(size=448, scales=PAPER_SCALES, flip=True, refine=True)
+    return DenseOptions(size=448, scales=PAPER_SCALES, flip=True, positions="dino", refine=True)
 
 
 @configuration()
@@ -82,7 +86,7 @@ class TagProtocol:
     """How tags are scored and selected; the score of a tag is the maximum of its map, averaged over views."""
 
     dense: Annotated[DenseOptions, option("Views of an image.")] = field(
-        default_factory=lambda: DenseOptions(size=224, flip=True)
+        default_factory=lambda: DenseOptions(size=224, flip=True, positions="dino")
     )
     extractor: Annotated[Text, option("Tag extractor, see `ttd plugins`.", flag="--tags")] = "words"
     extractor_options: Annotated[dict[str, Any], option("Options of the tag extractor.", flag="--tags-option")] = field(
@@ -172,7 +176,16 @@ SEGMENT_PRESETS: dict[str, SegmentProtocol] = {
     "paper": SegmentProtocol(),
     # TCL's own evaluation: short side 448, windows of 448 every 224 pixels, one scale, no flip.
     "tcl": SegmentProtocol(
-        dense=DenseOptions(size=448, resize="short", window=448, stride=224, refine=True), background="auto"
+        dense=DenseOptions(size=448, resize="short", window=448, stride=224, positions="bicubic", refine=True),
+        background="auto",
+    ),
+    # NACLIP's (and SCLIP's but for PAMR): short side 336, windows of 224 every 112 pixels, no threshold.
+    "naclip": SegmentProtocol(
+        dense=DenseOptions(
+            size=336, resize="short", window=224, stride=112, positions="dino", refine=True, dilations=(8, 16)
+        ),
+        activation="cosine",
+        background="none",
     ),
     "fast": SegmentProtocol(dense=DenseOptions(size=224), templates="photo", background="auto"),
 }
