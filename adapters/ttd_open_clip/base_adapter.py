@@ -1,10 +1,10 @@
-"""What the adapters of both kinds of image towers share: the family, LoRA of the text tower, the inferred config."""
+"""What the adapters of all kinds of image towers share: the family, LoRA of the text tower, the inferred config."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -17,10 +17,24 @@ from ttd_plugins.toolkit.open_clip_adapter import OpenCLIPModelAdapter
 
 
 class OpenCLIPBaseAdapter(OpenCLIPModelAdapter):
-    """A model with open_clip's own text tower, or one from transformers; subclasses know the image tower."""
+    """A model with open_clip's own text tower, or one from transformers; subclasses know the image tower.
+
+    Attributes:
+        image_tower: the kind of image tower that the class adapts.
+    """
 
     family = "open_clip"
     recognition = recognition
+    image_tower: ClassVar[recognition.ImageTower]
+
+    def _unsupported_reason(self, model: nn.Module) -> str | None:
+        kind = recognition.image_tower_kind(model)
+        if kind is None or kind == self.image_tower:
+            return super()._unsupported_reason(model)
+        return (
+            f"its image tower is of the kind {kind!r} and {type(self).__name__} adapts {self.image_tower!r}; "
+            "ttd_plugins.wrap(model) chooses the class"
+        )
 
     def _inferred_config(self) -> Mapping[str, Any] | None:
         return read_config(self.model, self._embedding_widths()[0])

@@ -41,6 +41,7 @@ class OpenCLIPTrunkAdapter(OpenCLIPBaseAdapter):
     with frozen weights (under LoRA) in evaluation mode.
     """
 
+    image_tower = "trunk"
     modes = {"head": HeadMode()}  # noqa: RUF012
     default_mode = "head"
     resamplings = ("library",)

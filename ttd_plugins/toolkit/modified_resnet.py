@@ -107,10 +107,15 @@ def feature_map(visual: Any, pixels: Tensor) -> Tensor:
         convolved = getattr(visual, f"conv{number}")(x)
         x = _activation(visual, number)(_batch_norm(getattr(visual, f"bn{number}"), convolved))
     x = visual.avgpool(x)
-    for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+    for layer in resnet_layers(visual):
         for bottleneck in layer:
             x = call_checkpointed(visual, _run_bottleneck, bottleneck, x)
     return x
+
+
+def resnet_layers(visual: Any) -> list[Any]:
+    """The four layers of a modified ResNet, each a list of bottlenecks."""
+    return [visual.layer1, visual.layer2, visual.layer3, visual.layer4]
 
 
 def _batch_norm(norm: Any, x: Tensor) -> Tensor:
