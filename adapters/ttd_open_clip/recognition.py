@@ -1,8 +1,8 @@
 """Which models of open_clip this family supports, by attribute names, and the import of open_clip.
 
 The image towers are open_clip's own vision transformer, its own ResNet, and a convolutional trunk of timm that averages
-its last feature map. open_clip 3 uses ``nn.MultiheadAttention`` and open_clip 4 its own ``Attention`` with parameters of
-the same names; both are supported. Trunks of timm must be from TRUNK_MODULES. The original ``clip`` package uses the
+its last feature map. open_clip 3 uses ``nn.MultiheadAttention`` and open_clip 4 its own ``Attention`` with parameters
+of the same names; both are supported. Trunks of timm must be from TRUNK_MODULES. The original ``clip`` package uses the
 same names, but its blocks run with the sequence first; its models belong to another family.
 """
 
