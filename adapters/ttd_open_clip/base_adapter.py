@@ -11,7 +11,7 @@ from torch import nn
 from ttd_open_clip import recognition
 from ttd_open_clip.model_config import read_config
 from ttd_open_clip.open_clip_blocks import is_plain_attention
-from ttd_plugins.adapter import Tower
+from ttd_plugins.adapter import LibraryReference, Tower
 from ttd_plugins.toolkit import text_tower
 from ttd_plugins.toolkit.open_clip_adapter import OpenCLIPModelAdapter
 
@@ -34,6 +34,16 @@ class OpenCLIPBaseAdapter(OpenCLIPModelAdapter):
         return (
             f"its image tower is of the kind {kind!r} and {type(self).__name__} adapts {self.image_tower!r}; "
             "ttd_plugins.wrap(model) chooses the class"
+        )
+
+    @property
+    def library_reference(self) -> LibraryReference | None:  # type: ignore[override]
+        """CoCa's own calls, which normalise by default, unlike those of open_clip's other models."""
+        if not hasattr(self.model, "text_decoder"):
+            return None
+        return LibraryReference(
+            image=lambda model, pixels: model.encode_image(pixels, normalize=False),
+            text=lambda model, ids, mask: model.encode_text(ids, normalize=False),
         )
 
     def _inferred_config(self) -> Mapping[str, Any] | None:

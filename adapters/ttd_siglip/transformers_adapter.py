@@ -30,6 +30,7 @@ from ttd_plugins.toolkit.transformers_blocks import (
     layer_runs_in_parts,
 )
 from ttd_plugins.toolkit.transforms import callable_transform, image_processor
+from ttd_siglip import siglip_tokenizing
 from ttd_siglip.adapter import SiglipAdapter
 from ttd_siglip.recognition import import_transformers
 from ttd_siglip.siglip_modes import attend
@@ -168,9 +169,11 @@ class TransformersSiglipAdapter(SiglipAdapter, TransformersModelAdapter):
         return {"size": {"height": height, "width": width}}
 
     def _export_notes(self) -> list[str]:
+        second = siglip_tokenizing.siglip2_tokenizer(self.tokenizer) is not None
         return [
+            *(["Lower-case texts first, and keep their punctuation, as in SigLIP 2's training."] if second else []),
             f'Tokenise with padding="max_length", max_length={self._context_length}, truncation=True and '
-            'padding_side="right": the text tower attends to every position and pools the last.'
+            'padding_side="right": the text tower attends to every position and pools the last.',
         ]
 
     def lora_targets(self, tower: Tower) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 
 from ttd_plugins.adapter import DenseAdapter, ExportedModel
 from ttd_plugins.errors import UnsupportedModelError, one_sentence
+from ttd_plugins.toolkit import text_tower
 from ttd_plugins.toolkit.exporting import (
     ALTERNATIVES,
     TOLERANCE,
@@ -177,8 +178,9 @@ def _fits(adapter: DenseAdapter, config: Mapping[str, Any]) -> bool:
         (_pair(side), _pair(visual.image_size)),
         (bool(vision.get("timm_model_name")), hasattr(visual, "trunk")),
         ("multimodal_cfg" in config, hasattr(model, "text_decoder")),
+        (bool(text.get("hf_model_name")), not text_tower.is_native(model)),
     ]
-    if hasattr(tower, "context_length") and not text.get("hf_model_name"):
+    if text_tower.is_native(model) and hasattr(tower, "context_length"):
         due += [
             (text.get("context_length", 77), tower.context_length),
             (text.get("vocab_size", 49408), tower.token_embedding.num_embeddings),
