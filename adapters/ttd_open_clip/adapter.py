@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ttd_open_clip.base_adapter import OpenCLIPBaseAdapter
 from ttd_open_clip.open_clip_blocks import is_plain_attention, opaque_qkv_reason, run_last_block
+from ttd_open_clip.recognition import ImageTower
 from ttd_plugins.adapter import ImageFeatures
 from ttd_plugins.toolkit import text_tower
 from ttd_plugins.toolkit.attention import call_checkpointed
@@ -19,7 +20,7 @@ from ttd_plugins.toolkit.residual_blocks import residual_block_targets
 class OpenCLIPAdapter(OpenCLIPBaseAdapter):
     """``open_clip.CLIP`` or ``CustomTextCLIP`` with open_clip's vision transformer, or an object of the same form."""
 
-    image_tower = "transformer"
+    image_tower: ClassVar[ImageTower] = "transformer"
 
     def _unsupported_mode_reason(self, mode: DenseMode) -> str | None:
         return opaque_qkv_reason(self._blocks[-1].attn) if mode.needs_explicit_qkv else None

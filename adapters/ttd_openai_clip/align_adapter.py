@@ -107,7 +107,7 @@ class AlignAdapter(MaskedTextAdapter):
         Depthwise convolutions have no low-rank update; gates of squeeze-and-excitation are left out.
         """
         if tower == "text":
-            return super().lora_targets(tower)
+            return self._text_targets()
         targets = []
         for name, module in self._vision.encoder.blocks.named_modules(prefix="vision_model.encoder.blocks"):
             is_pointwise = name.endswith((".expand_conv", ".project_conv"))

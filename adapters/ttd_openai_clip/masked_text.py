@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ttd_openai_clip.adapter import OpenAICLIPAdapter
-from ttd_plugins.adapter import LibraryReference, Tower
+from ttd_plugins.adapter import LibraryReference
 from ttd_plugins.toolkit.lora_targets import linear_layers_of_blocks
 from ttd_plugins.toolkit.transformers_adapter import TransformersModelAdapter
 
@@ -62,8 +62,6 @@ class MaskedTextAdapter(OpenAICLIPAdapter, TransformersModelAdapter):
         out = self.model.get_text_features(input_ids=ids, attention_mask=mask)
         return out[1] if isinstance(out, tuple) else out.pooler_output
 
-    def lora_targets(self, tower: Tower) -> list[str]:
-        """The linear layers of the text tower's blocks; those of the image tower by the subclass."""
-        if tower == "text":
-            return linear_layers_of_blocks(self._text, "text_model")
-        return super().lora_targets(tower)
+    def _text_targets(self) -> list[str]:
+        """The linear layers of the text tower's blocks."""
+        return linear_layers_of_blocks(self._text, "text_model")
