@@ -179,11 +179,13 @@ def relative(kind: str, full: bool) -> nn.Module:
         }  # fmt: skip
         model = transformers.AltCLIPModel(transformers.AltCLIPConfig(**sizes))
     else:
-        vision = {"image_size": 96, "width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 80}
+        vision = {"image_size": 160, "width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 80}
+        # With some weights a random map of few positions does not follow a moving object.
+        torch.manual_seed(1)
         # The widths of the map and of the text embeddings are equal in the published model too.
         sizes = {} if full else {"vision_config": vision, "text_config": BERT, "projection_dim": 80}
         model = transformers.AlignModel(transformers.AlignConfig(**sizes))
-        side = 288 if full else 96
+        side = 288 if full else 160
         return settled(model, lambda: model.get_image_features(_images(2 if full else 8, side)))
     return model.eval() if full else shaken(model)
 
