@@ -32,7 +32,7 @@ class OpenCLIPAttentionPooledAdapter(OpenCLIPAdapter):
             patches = trained[:, 1:]
         else:
             patches = call(run_last_block, last, x, self.dense, grid)[1]
-            # The queries attend to every token as trained, so the block is computed twice.
+            # The queries attend to every token as trained, which needs a second pass of the block.
             trained = call(_run_block, last, x) if pooled else None
         dense = self._finish_pool(call(_pool_each, self._visual.attn_pool, patches)).unflatten(1, grid)
         return ImageFeatures(dense, self._pool_tokens(trained) if pooled else None)

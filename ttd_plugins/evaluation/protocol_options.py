@@ -179,7 +179,7 @@ SEGMENT_PRESETS: dict[str, SegmentProtocol] = {
         dense=DenseOptions(size=448, resize="short", window=448, stride=224, positions="bicubic", refine=True),
         background="auto",
     ),
-    # NACLIP's (and SCLIP's but for PAMR): short side 336, windows of 224 every 112 pixels, no threshold.
+    # NACLIP's own evaluation: short side 336, windows of 224 every 112 pixels, no threshold.
     "naclip": SegmentProtocol(
         dense=DenseOptions(
             size=336, resize="short", window=224, stride=112, positions="dino", refine=True, dilations=(8, 16)
