@@ -44,7 +44,7 @@ class EvaluationResult:
     """Result of a protocol, with everything needed to repeat it.
 
     Attributes:
-        protocol: ``"tags"``, ``"text"`` or ``"segment"``.
+        protocol: ``"tags"``, ``"text"``, ``"segment"``, ``"classify"`` or ``"retrieval"``.
         settings: every option, the backbone with a hash of its weights, and the data set.
         metrics: the metrics by name, or ``None`` while other processes still have images to do.
         done, images: number of images with a record, and of all images.
