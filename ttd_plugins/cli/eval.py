@@ -182,7 +182,10 @@ def classify(
     backbone_option: image_maps.BackboneSettings = None,
     preset: PresetOption = "paper",
     out: OutOption = None,
-    split: SplitOption = None,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", help="Split of the data set; for a table a value of its column split."),
+    ] = None,
     limit: LimitOption = None,
     classes: ClassesOption = None,
     images: Annotated[
@@ -324,12 +327,16 @@ def print_result(result: EvaluationResult, preset: str) -> None:
     console = Console(highlight=False, soft_wrap=True)
     settings = content["settings"]
     if content["figures"] is not None:
+        figures = dict(content["figures"])
+        classes = figures.pop("classes", {}) if content["protocol"] == "classify" else {}
         table = Table(box=SIMPLE, title=f"{settings['backbone']['name']} on {settings['data']['name']}")
         table.add_column("metric")
         table.add_column("", justify="right")
-        for name, value in flatten(content["figures"]).items():
+        for name, value in flatten(figures).items():
             table.add_row(name, _number(value))
         console.print(table)
+        if classes:
+            console.print(_class_table(classes))
     console.print(f"settings (preset {preset}):", markup=False)
     for name, value in flatten({key: value for key, value in settings.items() if key != "names"}).items():
         console.print(f"  {name}: {json.dumps(value)}", markup=False)
@@ -340,6 +347,22 @@ def print_result(result: EvaluationResult, preset: str) -> None:
         console.print("other processes are not done; the last one writes results.json, or run this command again")
     elif content["path"]:
         console.print(f"results: {content['path']}", markup=False)
+
+
+def _class_table(classes: dict[str, dict[str, Any]]) -> Any:
+    """Return a table of the classes that occur, the worst average precision of the pixel score last."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    occur = {name: row for name, row in classes.items() if row["positives"]}
+    columns = list(next(iter(occur.values()), {}))
+    table = Table(box=SIMPLE)
+    table.add_column("class")
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
+    for name, row in sorted(occur.items(), key=lambda item: -item[1]["ap_pixel"]):
+        table.add_row(name, *(_number(row[column]) for column in columns))
+    return table
 
 
 def _number(value: Any) -> str:

@@ -88,8 +88,8 @@ def _lines(file: Path, title: str) -> list[str]:
 class VocMain(StoredLabels):
     """PASCAL VOC's classification task: ``JPEGImages`` and ``ImageSets/Main/CLASS_SPLIT.txt`` of each of 20 classes.
 
-    A line has the name of an image and 1 (shown), -1 (not shown), or 0: only difficult instances, which has no label, as
-    in the official evaluation.
+    A line has the name of an image and 1 (shown), -1 (not shown), or 0: only difficult instances, so that it has no
+    label, as in the official evaluation.
 
     Args:
         root: the folder of the download, or one above or below that is named after it.
@@ -287,7 +287,7 @@ class NusWide(StoredLabels):
         values = _lines(file, "labels")
         if len(values) != count or not set(values) <= {"0", "1"}:
             raise DatasetError(
-                f"the labels {str(file)!r} must be a 0 or 1 for each of {count} images, and they are {len(values)} lines"
+                f"the labels {str(file)!r} are {len(values)} lines; they must be a 0 or 1 for each of {count} images"
             )
         return np.array(values, np.int8)
 

@@ -51,8 +51,8 @@ def evaluate_retrieval(
     Metrics: ``image_to_text_rK``, ``text_to_image_rK`` and their mean ``rK`` for K of 1, 5 and 10, over all captions of
     all images (identical captions are correct for each other's images); ``images``, ``captions``, and ``skipped``,
     the images that cannot be used. ``loss`` has the backbone's own ``contrastive`` loss, the mean over batches of the
-    first caption of each image in the order of their keys, and with ``losses`` also ``tag``, ``distill`` (the means of L_tag
-    and L_distill over pairs with tags) and their weighted sum ``total``.
+    first caption of each image in the order of their keys. With ``losses`` it has also ``tag`` and ``distill``, the
+    means of L_tag and L_distill over pairs with tags, and the weighted sum ``total``.
 
     Arguments and errors are those of :func:`ttd_plugins.evaluation.protocols.tags.evaluate_tags`; the data need no
     annotation.
