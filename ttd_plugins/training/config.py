@@ -126,7 +126,11 @@ class EvaluationConfig:
 
     data: Annotated[
         Text | None,
-        option("Labelled set: scenes, scenes:N, coco_captions:FOLDER or cc3m_tagmask:FOLDER.", flag="--evaluate"),
+        option(
+            "Held-out set: scenes, scenes:N, pairs:SPEC, or NAME:FOLDER with a data set of ttd eval, such as "
+            "coco_captions:FOLDER.",
+            flag="--evaluate",
+        ),
     ] = None
     every: Annotated[
         Int, option("Steps between evaluations; 0 means none in between.", flag="--evaluate-every", ge=0)
