@@ -89,8 +89,8 @@ def evaluate_retrieval(
 
     bias = adapter.logit_bias()
     logits = {
-        "scale": float(adapter.logit_scale()),
-        "bias": None if bias is None else float(bias),
+        "scale": float(adapter.logit_scale().detach()),
+        "bias": None if bias is None else float(bias.detach()),
         "form": adapter.description.logits,
     }
     return run_protocol(
