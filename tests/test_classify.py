@@ -210,7 +210,9 @@ def test_options_that_have_no_meaning_are_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="PAMR"):
         evaluate_classify(toy(), data, ClassifyProtocol(dense=DenseOptions(size=16, refine=True)))
     with pytest.raises(InputError, match="softmax"):
-        evaluate_classify(toy(), data, ClassifyProtocol(dense=PLAIN, activation="cosine", background_words=("zebra crossing",)))
+        evaluate_classify(
+            toy(), data, ClassifyProtocol(dense=PLAIN, activation="cosine", background_words=("zebra crossing",))
+        )
     with pytest.raises(InputError, match="rule"):
         evaluate(toy(), f"coco_panoptic:{folder}", protocol="classify", rule="middle")
     with pytest.raises(InputError, match="needs a folder"):

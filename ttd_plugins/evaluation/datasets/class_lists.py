@@ -122,8 +122,8 @@ def open_classes(spec: str | os.PathLike[str]) -> tuple[ListedClass, ...]:
 def read_class_list(file: Path) -> tuple[ListedClass, ...]:
     """Read a list of classes.
 
-    The form is that of the file's suffix. ``.txt``: one class a line, ``name, alias, alias``, or ``id: name, alias``,
-    or CVAT's ``name:red,green,blue::``; blank lines and lines that start with ``#`` are left out. ``.csv`` and
+    The form is that of the file's suffix. ``.txt``: one class a line, ``name, alias, alias``, or ``id: name, alias``
+    (``;``, ``|`` and tabs separate too), or CVAT's ``name:red,green,blue::``; blank lines and lines that start with ``#`` are left out. ``.csv`` and
     ``.tsv``: a header with ``name`` and any of ``id``, ``colour``, ``aliases`` and ``from``. ``.json``: a list of
     objects with the same keys, or of names, or an object from names to ids.
 
@@ -179,7 +179,7 @@ def _from_lines(text: str) -> list[ListedClass]:
             match = _NUMBERED.fullmatch(line)
             assert match is not None
             number, line = int(match[1]), match[2]
-        name, *aliases = (part.strip() for part in line.split(","))
+        name, *aliases = (part.strip() for part in re.split(r"[,;|\t]", line))
         if not name:
             raise ValueError(f"the line {line!r} has no name")
         found.append(listed_class(name, aliases, id=number))
