@@ -122,10 +122,10 @@ def open_classes(spec: str | os.PathLike[str]) -> tuple[ListedClass, ...]:
 def read_class_list(file: Path) -> tuple[ListedClass, ...]:
     """Read a list of classes.
 
-    The form is that of the file's suffix. ``.txt``: one class a line, ``name, alias, alias``, or ``id: name, alias``
-    (``;``, ``|`` and tabs separate too), or CVAT's ``name:red,green,blue::``; blank lines and lines that start with ``#`` are left out. ``.csv`` and
-    ``.tsv``: a header with ``name`` and any of ``id``, ``colour``, ``aliases`` and ``from``. ``.json``: a list of
-    objects with the same keys, or of names, or an object from names to ids.
+    The form is that of the file's suffix. ``.txt``: one class a line, ``name, alias, alias`` (``;``, ``|`` and tabs
+    separate too), or ``id: name, alias``, or CVAT's ``name:red,green,blue::``; blank lines and lines that start with
+    ``#`` are left out. ``.csv`` and ``.tsv``: a header with ``name`` and any of ``id``, ``colour``, ``aliases`` and
+    ``from``. ``.json``: a list of objects with the same keys, or of names, or an object from names to ids.
 
     Raises:
         DatasetError: the file has another form, has no class, or names a class, an id or a colour twice.
