@@ -195,6 +195,8 @@ FORMS = {
     "truth.csv": "image,dog,Cat\n1.jpg,True,True\n2.jpg,False,True\n3.jpg,False,False\n",
     "lines.jsonl": '{"image": "1.jpg", "labels": ["dog", "Cat"]}\n{"image": "2.jpg", "labels": "Cat"}\n'
     '{"image": "3.jpg", "labels": []}\n',
+    "ids.jsonl": '{"image": "1.jpg", "labels": ["dog", "Cat"], "score": 1}\n{"image": "2.jpg", "labels": ["Cat"]}\n'
+    '{"image": "3.jpg", "labels": null}\n',
     "excel.csv": "\ufeffsep=;\nimage;labels\n1.jpg;dog|Cat\n2.jpg;Cat\n3.jpg;\n",
 }
 
@@ -269,7 +271,7 @@ def test_images_of_a_table_elsewhere_missing_and_in_windows_paths(tmp_path: Path
         ("image,labels\n,dog\n", "row 1 has no path"),
         ("image,labels\n1.jpg,dog,cat\n", "row 1 has 3 columns"),
         ("image,dog,cat\n1.jpg,1,2\n", "neither 0 nor 1"),
-        ('image,labels\n1.jpg,"[1, 2]"\n', "row 1"),
+        ('image,labels\n1.jpg,"[{1: 2}]"\n', "row 1"),
         ("image\n1.jpg\n", "column of labels"),
     ],
 )
@@ -422,3 +424,14 @@ def read_class_list_of(content: str) -> Any:
 
     with tempfile.TemporaryDirectory() as folder:
         return read_class_list(write(Path(folder) / "a.csv", content))[0]
+
+
+def test_categories_of_one_name_are_refused_and_labels_may_be_numbers(tmp_path: Path) -> None:
+    coco(tmp_path / "c/instances.json", [(1, "dog"), (2, "dog")], [{"image_id": 7, "category_id": 1}])
+    (tmp_path / "c/images").mkdir()
+    with pytest.raises(DatasetError, match="one name"):
+        open_labels("coco", tmp_path / "c")
+    lines = '{"image": "1.jpg", "labels": [0, 2]}\n{"image": "2.jpg", "labels": 1}\n{"image": "3.jpg", "labels": []}\n'
+    names = write(tmp_path / "names.txt", "lynx\ndog\ncat\n")
+    data = open_labels("table", table(tmp_path, lines, "t.jsonl"), classes=names)
+    assert shown(data) == {"1": ["lynx", "cat"], "2": ["dog"], "3": []}

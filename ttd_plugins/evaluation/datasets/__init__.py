@@ -156,13 +156,14 @@ def open_captions(name: str, root: Path | str, **options: Any) -> CaptionData:
     return _open(CAPTIONS, "captioned data set", name, root, options)
 
 
-def open_named(spec: str, *, kind: Kind, **options: Any) -> Any:
+def open_named(spec: str, *, kind: Kind | None = None, captioned: bool | None = None, **options: Any) -> Any:
     """Open a data set by name and folder.
 
     Args:
         spec: ``"NAME:FOLDER"``, such as ``"coco_captions:photos/"``; for pairs whatever
             :func:`ttd_plugins.data.open_pairs` accepts, also after ``"pairs:"``.
         kind: what is needed: captions with masks, masks, labels, or plain pairs.
+        captioned: earlier form of ``kind``: captions with masks, or masks.
         **options: options of the reader, such as ``split``, ``limit`` and ``classes``; ``None`` means its default.
 
     Raises:
@@ -170,6 +171,7 @@ def open_named(spec: str, *, kind: Kind, **options: Any) -> Any:
         DatasetError: the layout is wrong; the message names the path.
     """
     given = {key: value for key, value in options.items() if value is not None}
+    kind = kind or ("captions" if captioned else "segmentation")
     if kind == "pairs":
         return PlainPairs(spec.removeprefix("pairs:"), **given)
     name, _, root = spec.partition(":")

@@ -174,6 +174,8 @@ class CocoLabels(StoredLabels):
         ids = sorted(instances.categories)
         known = {item.name: item for item in class_names("coco_object")}
         self.classes = tuple(_with_aliases(instances.categories[number], number, known) for number in ids)
+        if len({item.name for item in self.classes}) < len(ids):
+            raise DatasetError(f"the file {str(file)!r} has two categories of one name; give each its own")
         place = {number: index for index, number in enumerate(ids)}
         names = sorted(instances.numbers)
         keys = unique_keys([name.replace("\\", "/") for name in names])

@@ -256,6 +256,10 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value).strip()
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _several(value: Any) -> list[str]:
     """Return the labels of a cell.
 
@@ -274,6 +278,8 @@ def _several(value: Any) -> list[str]:
                 value = text
         else:
             value = text
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+    elif _is_number(value):
         value = str(value)
+    if isinstance(value, list | tuple):
+        value = [str(item) if _is_number(item) else item for item in value]
     return parse_tags(value) or []

@@ -87,8 +87,8 @@ class SegmentationFolder(MaskFiles):
         self.split = split or ""
         self.layout = "folder"
         self.list_file = self._find_list(class_list)
-        self._listed = open_classes(self.list_file)
-        kept = [item for item in self._listed if not item.ignored]
+        self._class_rows = open_classes(self.list_file)
+        kept = [item for item in self._class_rows if not item.ignored]
         if len(kept) > MAX_CLASSES:
             raise DatasetError(f"the list of classes {self.list_file!r} has {len(kept)} classes, more than 255")
         self.classes = tuple(item.names for item in kept)
@@ -210,7 +210,7 @@ class SegmentationFolder(MaskFiles):
     def _indices(self) -> list[tuple[ListedClass, int]]:
         """Each row of the list with its class index, or with IGNORE."""
         found, index = [], 0
-        for item in self._listed:
+        for item in self._class_rows:
             found.append((item, IGNORE if item.ignored else index))
             index += not item.ignored
         return found
@@ -218,7 +218,7 @@ class SegmentationFolder(MaskFiles):
     @cached_property
     def _by_id(self) -> dict[int, int]:
         """Class index by mask value: the ids of the list, or else the positions of its rows."""
-        numbered = any(item.id is not None for item in self._listed)
+        numbered = any(item.id is not None for item in self._class_rows)
         by_id = {self.ignore: IGNORE}
         for position, (item, index) in enumerate(self._indices):
             # A known list, such as voc, numbers classes by their order.
@@ -265,7 +265,7 @@ class SegmentationFolder(MaskFiles):
         return table[inverse].reshape(codes.shape)
 
     def describe(self) -> dict[str, Any]:
-        rows = [[item.name, item.id, None if item.colour is None else list(item.colour)] for item in self._listed]
+        rows = [[item.name, item.id, None if item.colour is None else list(item.colour)] for item in self._class_rows]
         return super().describe() | {"classes": rows, "ignore": self.ignore}
 
 
