@@ -21,7 +21,7 @@ class PlainPairs:
     """Images with one or more captions each, and no annotation.
 
     Images are decoded one at a time. An image that cannot be decoded or has no usable caption is left out and counted,
-    as in training. Of compressed shards and URLs the undecoded images are held in memory.
+    as in training. Undecoded images of compressed shards and URLs stay in memory.
 
     Args:
         spec: whatever :func:`ttd_plugins.data.open_pairs` accepts, or an opened source.

@@ -176,7 +176,7 @@ class SegmentationFolder(MaskFiles):
                 )
             by_stem[_stem(name)] = name
         pairs: Pairs = {}
-        # The images of several masks, such as a.jpg and a.png, cannot be told apart.
+        # The mask of one name cannot belong to two images, such as a.jpg and a.png.
         for name in image_names(images):
             key = _stem(name)
             if wanted is not None and key not in wanted:
