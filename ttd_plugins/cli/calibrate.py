@@ -62,6 +62,7 @@ def command(
     from ttd_plugins.data.shard_urls import allow_pipe as pipe_permission
     from ttd_plugins.plugins import load
 
+    pairs: Iterable[Any]
     what: dict[str, Any]
     if data is not None:
         options = {path.rpartition(".")[2]: value for path, value in given.items()}

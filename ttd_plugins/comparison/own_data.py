@@ -53,7 +53,7 @@ class SegmentedData(CaptionedData):
         options = self.options
         preset = chosen_preset(SEGMENT_PRESETS, options.preset)
         self.protocol = replace(preset, calibration=options.ttd.calibration)
-        more = {"limit": options.limit, "split": options.split, "classes": options.classes}
+        more: dict[str, Any] = {"limit": options.limit, "split": options.split, "classes": options.classes}
         reader = open_segmentation(*self.place(), **{key: one for key, one in more.items() if one is not None})
         reader.check()
         reader.require_truth()
@@ -93,7 +93,7 @@ class ImageLabelData(CaptionedData):
         options = self.options
         preset = chosen_preset(CLASSIFY_PRESETS, options.preset)
         self.protocol = replace(preset, calibration=options.ttd.calibration)
-        more = {"limit": options.limit, "split": options.split, "classes": options.classes}
+        more: dict[str, Any] = {"limit": options.limit, "split": options.split, "classes": options.classes}
         reader = open_labels(*self.place(), **{key: one for key, one in more.items() if one is not None})
         reader.check()
         reader.require_truth()

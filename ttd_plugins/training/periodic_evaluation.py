@@ -140,11 +140,12 @@ class ProtocolSet(FileSet):
         """Return the options of the protocol, with the size of the evaluation."""
         from ttd_plugins.evaluation.protocols import CLASSIFY_PRESETS, RETRIEVAL_PRESETS, SEGMENT_PRESETS
 
-        presets: dict[str, Any] = {
-            "pairs": RETRIEVAL_PRESETS,
-            "segmentation": SEGMENT_PRESETS,
-            "labels": CLASSIFY_PRESETS,
-        }[self.kind]
+        of_kinds: dict[str, dict[str, Any]] = {
+            "pairs": {**RETRIEVAL_PRESETS},
+            "segmentation": {**SEGMENT_PRESETS},
+            "labels": {**CLASSIFY_PRESETS},
+        }
+        presets = of_kinds[self.kind]
         if options.preset not in presets:
             raise InputError(choices_sentence("preset", options.preset, presets))
         chosen = presets[options.preset]

@@ -8,6 +8,7 @@ classification, and :data:`CAPTIONS` those of captions with true tags and masks.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -175,14 +176,15 @@ def open_named(spec: str, *, kind: Kind | None = None, captioned: bool | None = 
     if kind == "pairs":
         return PlainPairs(spec.removeprefix("pairs:"), **given)
     name, _, root = spec.partition(":")
-    known, function = {
-        "captions": (CAPTIONS, open_captions),
-        "segmentation": (SEGMENTATION, open_segmentation),
-        "labels": (LABELS | SEGMENTATION, open_labels),
-    }[kind]
-    if name in known and not root:
+    known: dict[str, tuple[frozenset[str], Callable[..., Any]]] = {
+        "captions": (frozenset(CAPTIONS), open_captions),
+        "segmentation": (frozenset(SEGMENTATION), open_segmentation),
+        "labels": (frozenset(LABELS) | frozenset(SEGMENTATION), open_labels),
+    }
+    names, function = known[kind]
+    if name in names and not root:
         raise InputError(f"the data set {spec!r} needs a folder; write {name}:FOLDER")
-    return function(name, root, **given)  # type: ignore[operator]
+    return function(name, root, **given)
 
 
 def _open(known: dict[str, Any], kind: str, name: str, root: Path | str, options: dict[str, Any]) -> Any:
