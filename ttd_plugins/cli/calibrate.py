@@ -47,9 +47,9 @@ def command(
     *,
     given: dict[str, Any],
 ) -> None:
-    """Fit the map from cosine to probability, on generated scenes or on your own pairs.
+    """Fit the map from cosine to probability.
 
-    In Python, ttd_plugins.calibration.fit_calibration(backbone, pairs) does it.
+    The pairs are generated scenes, or your own with --data. In Python, ttd_plugins.calibration.fit_calibration(backbone, pairs) does it.
     """
     for flag, value, other in (("--scenes", scenes, data is not None), ("--limit", limit, data is None)):
         if value is not None and value < 1:
