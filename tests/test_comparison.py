@@ -262,8 +262,8 @@ def test_every_option_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     expected = CompareOptions(
         ("open_clip:tiny", "eva_clip:tiny+a"), data="folder", root=Path("data"), split="train", classes="voc",
-        pairs="p", tune=False, seeds=1, first_seed=2, steps=7, rank=4, batch_size=5, learning_rate=1e-5, limit=11, gallery=0,
-        preset="paper", workers=2, device="cuda:1", ttd=ttd,
+        pairs="p", tune=False, seeds=1, first_seed=2, steps=7, rank=4, batch_size=5, learning_rate=1e-5, limit=11,
+        gallery=0, preset="paper", workers=2, device="cuda:1", ttd=ttd,
     )  # fmt: skip
     assert read == [expected]
     plain = CompareOptions(("open_clip:tiny",))

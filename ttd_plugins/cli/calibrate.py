@@ -49,7 +49,9 @@ def command(
 ) -> None:
     """Fit the map from cosine to probability.
 
-    The pairs are generated scenes, or your own with --data. In Python, ttd_plugins.calibration.fit_calibration(backbone, pairs) does it.
+    The pairs are generated scenes, or your own with --data.
+
+    In Python, ttd_plugins.calibration.fit_calibration(backbone, pairs) does it.
     """
     for flag, value, other in (("--scenes", scenes, data is not None), ("--limit", limit, data is None)):
         if value is not None and value < 1:
