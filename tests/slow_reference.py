@@ -107,6 +107,45 @@ def contrastive(images: Sequence[Vector], texts: Sequence[Vector], scale: float,
     return total
 
 
+def anchor(
+    images: Sequence[Vector],
+    texts: Sequence[Vector],
+    frozen_images: Sequence[Vector],
+    frozen_texts: Sequence[Vector],
+    *,
+    kind: str,
+    scale: float,
+    bias: float,
+    form: str,
+) -> float:
+    """Mean over pairs of the distance to a frozen model, by features or by the similarities of the batch."""
+    images, texts = [unit(v) for v in images], [unit(v) for v in texts]
+    frozen_images, frozen_texts = [unit(v) for v in frozen_images], [unit(v) for v in frozen_texts]
+    count, total = len(images), 0.0
+    if kind == "embeddings":
+        for own, frozen in ((images, frozen_images), (texts, frozen_texts)):
+            for one, other in zip(own, frozen, strict=True):
+                total += sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) / (2 * count)
+        return total
+    for i in range(count):
+        if form == "sigmoid":
+            for j in range(count):
+                new, old = (
+                    1 / (1 + math.exp(-(scale * dot(a[i], b[j]) + bias)))
+                    for a, b in ((images, texts), (frozen_images, frozen_texts))
+                )
+                total += (old * math.log(old / new) + (1 - old) * math.log((1 - old) / (1 - new))) / count
+            continue
+        for swapped in (False, True):
+            rows = []
+            for a, b in ((images, texts), (frozen_images, frozen_texts)):
+                row = [math.exp(scale * (dot(a[j], b[i]) if swapped else dot(a[i], b[j]))) for j in range(count)]
+                rows.append([value / sum(row) for value in row])
+            new_row, old_row = rows
+            total += sum(p * math.log(p / q) for p, q in zip(old_row, new_row, strict=True)) / (2 * count)
+    return total
+
+
 @dataclass
 class Slow:
     """What the slow engine says of a batch; everything by image."""

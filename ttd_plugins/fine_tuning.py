@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ttd_plugins.engine import TTD
 
 SHOWN_METRICS = (
-    "loss", "tag", "distill", "contrastive", "tags_per_caption", "selected_per_caption", "images_per_second",
+    "loss", "tag", "distill", "contrastive", "anchor", "tags_per_caption", "selected_per_caption", "images_per_second",
     "tags/map", "text/caption_iou", "retrieval/r1", "scenes/tag_ap", "scenes/caption_iou", "scenes/retrieval_r1",
 )  # fmt: skip
 

@@ -114,6 +114,7 @@ MEANINGS = {
     "tag": "L_tag: tag maps against their own targets",
     "distill": "L_distill: caption map against the union of its tag maps",
     "contrastive": "the backbone's own loss, which keeps retrieval",
+    "anchor": "distance to the frozen model",
     "tags_per_caption": "candidate tags",
     "selected_per_caption": "selected tags",
     "caption_map_spread": "max - min of a caption map; near zero means collapse",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ttd_plugins.errors import InputError
 from ttd_plugins.method.similarity import minmax_normalize, normalize, promote
-from ttd_plugins.options import Activation, Calibration, Distance
+from ttd_plugins.options import Activation, Anchor, Calibration, Distance
 
 LogitForm = Literal["softmax", "sigmoid"]
 
@@ -109,3 +109,58 @@ def contrastive_loss(
             terms = terms.masked_fill(siblings, 0)
         return terms.sum(-1).mean()
     raise InputError(f"unknown form of logits {form!r}; known: {', '.join(get_args(LogitForm))}")
+
+
+def anchor_distance(
+    image: Tensor,
+    text: Tensor,
+    frozen_image: Tensor,
+    frozen_text: Tensor,
+    *,
+    kind: Anchor = "embeddings",
+    scale: Tensor | float = 1.0,
+    bias: Tensor | float | None = None,
+    form: LogitForm = "softmax",
+) -> Tensor:
+    """Distance of each pair's global embeddings to those of the frozen model; zero where nothing has changed.
+
+    Args:
+        image: ``[B, D]``, pooled image embeddings, not necessarily normalised.
+        text: ``[B, D]``, caption embeddings; row b belongs to image b.
+        frozen_image, frozen_text: ``[B, D']``, those of the frozen model; no gradient flows into them.
+        kind: ``"embeddings"`` (feature distillation): squared distance of the unit vectors, mean of image and text.
+            ``"similarities"`` (relational distillation): Kullback-Leibler divergence of the frozen model's
+            distribution over the batch to the student's, for each image over texts and for each text over images.
+        scale: multiplier of the cosines of both models, for ``"similarities"``.
+        bias: added to the logits of both models, for ``"similarities"``.
+        form: as in :func:`contrastive_loss`. With ``"sigmoid"`` the divergence is that of each pair's probability,
+            summed over a row.
+
+    Returns:
+        ``[B]`` in at least float32.
+
+    Raises:
+        InputError: ``kind`` or ``form`` is unknown.
+    """
+    with torch.autocast(image.device.type, enabled=False):
+        image, text = normalize(image), normalize(text)
+        frozen_image, frozen_text = normalize(frozen_image.detach()), normalize(frozen_text.detach())
+        if kind == "embeddings":
+            return ((image - frozen_image).square().sum(-1) + (text - frozen_text).square().sum(-1)) / 2
+        if kind != "similarities":
+            raise InputError(f"unknown anchor {kind!r}; known: {', '.join(get_args(Anchor))}")
+        logits, frozen = scale * image @ text.T, scale * frozen_image @ frozen_text.T
+        if bias is not None:
+            logits, frozen = logits + bias, frozen + bias
+        if form == "softmax":
+            return (_softmax_divergence(logits, frozen) + _softmax_divergence(logits.T, frozen.T)) / 2
+        if form == "sigmoid":
+            positive = frozen.sigmoid() * (F.logsigmoid(frozen) - F.logsigmoid(logits))
+            negative = (-frozen).sigmoid() * (F.logsigmoid(-frozen) - F.logsigmoid(-logits))
+            return (positive + negative).sum(-1)
+    raise InputError(f"unknown form of logits {form!r}; known: {', '.join(get_args(LogitForm))}")
+
+
+def _softmax_divergence(logits: Tensor, frozen: Tensor) -> Tensor:
+    """Kullback-Leibler divergence ``[B]`` of the rows' distributions, the frozen ones first."""
+    return F.kl_div(logits.log_softmax(-1), frozen.log_softmax(-1), reduction="none", log_target=True).sum(-1)
