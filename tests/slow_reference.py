@@ -89,21 +89,44 @@ def map_distance(
     return total / len(one)
 
 
-def contrastive(images: Sequence[Vector], texts: Sequence[Vector], scale: float, bias: float, form: str) -> float:
-    """The loss of CLIP or SigLIP over pairs of vectors of any length."""
+def contrastive(
+    images: Sequence[Vector],
+    texts: Sequence[Vector],
+    scale: float,
+    bias: float,
+    form: str,
+    names: Sequence[Any] | None = None,
+    groups: Sequence[Any] | None = None,
+) -> float:
+    """The loss of CLIP or SigLIP over pairs of vectors of any length.
+
+    ``names`` are the captions and ``groups`` the ids of the images: a caption that some pair has with an image is no
+    negative of it.
+    """
     images, texts = [unit(v) for v in images], [unit(v) for v in texts]
     count, total = len(images), 0.0
+    names = list(range(count)) if names is None else names
+    groups = list(range(count)) if groups is None else groups
+    together = set(zip(groups, names, strict=True))
+
+    def negative(i: int, j: int) -> bool:
+        return (groups[i], names[j]) not in together
+
     for i in range(count):
         if form == "sigmoid":
             for j in range(count):
+                if i != j and not negative(i, j):
+                    continue
                 logit = scale * dot(images[i], texts[j]) + bias
                 total += softplus(-logit if i == j else logit) / count
         else:
-            of_image = [scale * dot(images[i], texts[j]) + bias for j in range(count)]
-            of_text = [scale * dot(images[j], texts[i]) + bias for j in range(count)]
-            for row in (of_image, of_text):
+            own = scale * dot(images[i], texts[i]) + bias
+            of_image = [scale * dot(images[i], texts[j]) + bias for j in range(count) if negative(i, j)]
+            of_text = [scale * dot(images[j], texts[i]) + bias for j in range(count) if negative(j, i)]
+            for others in (of_image, of_text):
+                row = [own, *others]
                 top = max(row)
-                total += (top + math.log(sum(math.exp(x - top) for x in row)) - row[i]) / (2 * count)
+                total += (top + math.log(sum(math.exp(x - top) for x in row)) - own) / (2 * count)
     return total
 
 
@@ -173,6 +196,7 @@ def ttd(
     logit_bias: float = 0.0,
     logits: str = "softmax",
     teacher: Slow | None = None,
+    wording: Sequence[Any] | None = None,
 ) -> Slow:
     """One batch from features, normalised or not, to the loss.
 
@@ -181,6 +205,7 @@ def ttd(
         options: what the options of the engine are called there.
         scale, shift: calibration.
         logit_scale, logit_bias, logits: of the backbone's own loss.
+        wording: the captions as texts, where some are equal.
         teacher: whose selection, targets and unions are taken, in place of this pass's own.
     """
     batch = len(patches)
@@ -227,7 +252,7 @@ def ttd(
     )
     if options.contrastive_weight > 0:
         assert pooled is not None
-        out.parts["contrastive"] = contrastive(pooled, captions, logit_scale, logit_bias, logits)
+        out.parts["contrastive"] = contrastive(pooled, captions, logit_scale, logit_bias, logits, wording)
     out.loss = (
         options.tag_weight * out.parts["tag"]
         + options.distill_weight * out.parts["distill"]

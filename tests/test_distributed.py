@@ -21,7 +21,8 @@ from ttd_plugins.engine import TTD, TTDOutput
 from ttd_plugins.training.stop_signals import TrainingStoppedError
 from ttd_plugins.utils import distributed
 
-CAPTIONS = ["a dog on grass", "red kite and blue sky", "the", "one owl", "", "cat boat lamp", "dog"]
+# The last caption is that of another process again.
+CAPTIONS = ["a dog on grass", "red kite and blue sky", "the", "one owl", "", "cat boat lamp", "One  owl"]
 GROUPS = ["a", "b", "a", "c", "d", "b", "e"]
 SPLITS = {"even": 4, "uneven": 6, "lopsided": 1}
 CASES: dict[str, dict[str, Any]] = {

@@ -227,7 +227,7 @@ class TTD(nn.Module):
             tags: candidate tags of each caption; by default the extractor finds them.
             groups: the id of each pair's image: a string, an integer or another hashable value, in a sequence, an array
                 or a tensor. Pairs of one image are not negatives in the contrastive term. Either all processes pass
-                groups, or none.
+                groups, or none. Pairs with the same caption are not negatives either, with or without groups.
             return_loss: must be true; training libraries look for the argument before they evaluate a model.
 
         Raises:
@@ -287,6 +287,7 @@ class TTD(nn.Module):
                     alignment.pooled,
                     alignment.captions,
                     ids,
+                    captions,
                 )
             if options.anchor_weight > 0:
                 weights["anchor"] = options.anchor_weight
@@ -467,11 +468,19 @@ class TTD(nn.Module):
         """Return ``total / count``: with gradients over the joint batch of all processes, otherwise over this one."""
         return distributed.joint_mean(total, count) if torch.is_grad_enabled() else total / count.clamp_min(1e-6)
 
-    def _contrastive(self, pooled: Tensor, captions: Tensor, groups: Sequence[Hashable] | None) -> Tensor:
+    def _contrastive(
+        self, pooled: Tensor, captions: Tensor, groups: Sequence[Hashable] | None, texts: Sequence[str]
+    ) -> Tensor:
         numbers = None if groups is None else distributed.group_numbers(groups, pooled.device)
-        if torch.is_grad_enabled():
+        joint = torch.is_grad_enabled() and distributed.process_count() > 1
+        same = [" ".join(text.casefold().split()) for text in texts]
+        # Another process may have the same caption.
+        repeated = joint or len(set(same)) < len(same)
+        text_numbers = distributed.group_numbers(same, pooled.device) if repeated else None
+        if joint:
             pooled, captions = distributed.gather_rows(pooled), distributed.gather_rows(captions)
             numbers = None if numbers is None else distributed.gather_rows(numbers)
+            text_numbers = None if text_numbers is None else distributed.gather_rows(text_numbers)
         return losses.contrastive_loss(
             pooled,
             captions,
@@ -479,6 +488,7 @@ class TTD(nn.Module):
             bias=self.backbone.logit_bias(),
             form=self.backbone.description.logits,
             groups=numbers,
+            texts=text_numbers,
         )
 
     @torch.no_grad()

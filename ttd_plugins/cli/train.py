@@ -97,6 +97,8 @@ def print_summary(result: TrainResult) -> None:
         typer.echo(f"warning: {warning}")
     if result.diverged is not None:
         typer.echo(f"warning: {result.diverged}")
+    for note in result.notes:
+        typer.echo(f"note: {note}")
     for path, meaning in (
         (result.checkpoint, "the tuned weights, and the state for --resume"),
         (result.folder / "log.jsonl", "the metrics of every logged step"),

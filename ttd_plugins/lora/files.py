@@ -83,7 +83,10 @@ def _require_own(folder: Path, base: str) -> None:
 
 
 def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
-    """Add the LoRA that :func:`save_lora` wrote to the same backbone, bitwise and ready to be trained.
+    """Add a LoRA from a folder to its backbone, bitwise and ready to be trained.
+
+    The folder is one of :func:`save_lora`, or one that peft's ``save_pretrained`` wrote for the same model. peft's LoRA
+    may adapt fewer modules than :meth:`~ttd_plugins.adapter.DenseAdapter.lora_targets` names, and no others.
 
     Args:
         adapter: the backbone that it was trained on, in the same dense mode, without LoRA.
@@ -104,23 +107,42 @@ def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
         raise TTDError(
             f"{folder / CONFIG_FILE} describes more than plain LoRA ({', '.join(unsupported)}); load it with peft"
         )
-    names = {name.removeprefix(PREFIX) for name in tensors}
-    wrapped = {
-        tower: [t for t in adapter.lora_targets(tower) if any(name.startswith(f"{t}.lora_") for name in names)]
-        for tower in TOWERS
-    }
+    names = {name.removeprefix(PREFIX).partition(".lora_")[0] for name in tensors}
+    targets = {tower: list(adapter.lora_targets(tower)) for tower in TOWERS}
+    wrapped = {tower: [target for target in targets[tower] if target in names] for tower in TOWERS}
     towers: list[Tower] = [tower for tower in TOWERS if wrapped[tower]]
+    others = sorted(names - {target for named in wrapped.values() for target in named})
+    if towers and others:
+        raise TTDError(
+            f"{folder} holds LoRA for {len(others)} modules of {adapter.description.name} that TTD cannot adapt, such "
+            f"as {others[0]}; it can adapt modules such as {wrapped[towers[0]][0]}; merge that LoRA with peft first "
+            "(merge_and_unload) and wrap the result"
+        )
     if not towers:
         raise TTDError(
             f"{folder} holds LoRA for none of the modules of {adapter.description.name}; load the backbone that it was "
             f"trained on ({content.get('base_model_name_or_path') or 'its name was not saved'})"
         )
     chosen = "|".join(re.escape(target) for tower in towers for target in wrapped[tower])
-    # Names of the backbone, never an expression of the file.
-    modules = f"^({chosen})$" if content.get(PARTIAL) is True else None
+    complete = _declared_targets(content, targets)
+    if complete is None or content.get(PARTIAL) is True:
+        # Names of the backbone, never an expression of the file.
+        modules: str | None = f"^({chosen})$"
+    else:
+        missing = sorted(complete - names)
+        if missing:
+            raise TTDError(
+                f"{folder / WEIGHTS_FILE} lacks the LoRA of {len(missing)} modules that {CONFIG_FILE} declares, such "
+                f"as {missing[0]}; copy the folder again"
+            )
+        everything = {target for tower in towers for target in targets[tower]}
+        modules = None if complete == everything else f"^({chosen})$"
+    rank = int(content["r"])
+    # Rank-stabilised LoRA (arXiv 2312.03732) scales by alpha / sqrt(rank), and plain LoRA by alpha / rank.
+    stabilised = math.sqrt(rank) if content.get("use_rslora") is True else 1.0
     adapter.add_lora(
-        int(content["r"]),
-        alpha=content["lora_alpha"],
+        rank,
+        alpha=content["lora_alpha"] * stabilised if stabilised != 1 else content["lora_alpha"],
         dropout=content["lora_dropout"],
         towers=towers,
         modules=modules,
@@ -134,6 +156,26 @@ def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
         adapter._lora = None
         raise
     return adapter
+
+
+def _declared_targets(content: Mapping[str, Any], targets: Mapping[Tower, list[str]]) -> set[str] | None:
+    """Return which targets of the backbone a configuration declares; ``None`` where it cannot be known.
+
+    peft matches the names of a list by their endings. Of expressions, only those of :func:`save_lora` are understood,
+    which list full names; no expression of a file is evaluated.
+    """
+    declared = content.get("target_modules")
+    everything = [target for tower in TOWERS for target in targets[tower]]
+    if isinstance(declared, str):
+        for towers in (TOWERS, *((tower,) for tower in TOWERS)):
+            named = [target for tower in towers for target in targets[tower]]
+            if declared == "|".join(re.escape(target) for target in named):
+                return set(named)
+        return None
+    narrowed = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    if not isinstance(declared, list) or any(content.get(name) is not None for name in narrowed):
+        return None
+    return {one for one in everything if any(one == name or one.endswith(f".{name}") for name in declared)}
 
 
 def _require_backbone(adapter: object, who: str) -> None:
@@ -173,6 +215,6 @@ def _read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _unsupported_options(content: Mapping[str, Any]) -> list[str]:
     """Return the names of options that change what LoRA computes and that :func:`save_lora` never writes."""
     plain = {"bias": ("none", None), "init_lora_weights": (True, False, None)}
-    names = ("use_dora", "use_rslora", "lora_bias", "bias", "modules_to_save", "layer_replication", "target_parameters",
+    names = ("use_dora", "lora_bias", "bias", "modules_to_save", "layer_replication", "target_parameters",
              "trainable_token_indices", "fan_in_fan_out", "rank_pattern", "alpha_pattern")  # fmt: skip
     return [name for name in names if content.get(name) and content[name] not in plain.get(name, ())]

@@ -75,6 +75,7 @@ def contrastive_loss(
     bias: Tensor | float | None = None,
     form: LogitForm = "softmax",
     groups: Tensor | None = None,
+    texts: Tensor | None = None,
 ) -> Tensor:
     """The backbone's own contrastive loss of a batch of pairs, in at least float32 even under autocast.
 
@@ -85,14 +86,14 @@ def contrastive_loss(
         bias: added to the logits.
         form: ``"softmax"``: the symmetric InfoNCE (arXiv 2103.00020); ``"sigmoid"``: the pairwise loss
             (arXiv 2303.15343), summed over a row and averaged over rows.
-        groups: int64 ``[B]``; pairs of one group have the same image, and are not negatives of each other.
+        groups: int64 ``[B]``, equal for pairs of the same image; by default all images differ.
+        texts: int64 ``[B]``, equal for pairs of the same caption; by default all captions differ. A caption of an image
+            is a negative of it in no other pair either; see :func:`false_negatives`.
 
     Returns:
         A scalar.
     """
-    siblings = None
-    if groups is not None:
-        siblings = (groups[:, None] == groups) & ~torch.eye(len(groups), dtype=torch.bool, device=groups.device)
+    siblings = None if groups is None and texts is None else false_negatives(groups, texts)
     with torch.autocast(image.device.type, enabled=False):
         logits = scale * normalize(image) @ normalize(text).T
     if bias is not None:
@@ -109,6 +110,32 @@ def contrastive_loss(
             terms = terms.masked_fill(siblings, 0)
         return terms.sum(-1).mean()
     raise InputError(f"unknown form of logits {form!r}; known: {', '.join(get_args(LogitForm))}")
+
+
+def false_negatives(groups: Tensor | None, texts: Tensor | None) -> Tensor:
+    """Return which captions of other pairs describe an image too, so that they are no negatives of it.
+
+    Entry (i, j) is true if any pair of the batch has the image of pair i and the caption of pair j, and i is not j.
+
+    Args:
+        groups: int64 ``[B]``, equal for pairs of the same image; ``None`` if all images differ.
+        texts: int64 ``[B]``, equal for pairs of the same caption; ``None`` if all captions differ.
+
+    Returns:
+        bool ``[B, B]``, images by captions.
+
+    Raises:
+        InputError: both are ``None``.
+    """
+    one = groups if groups is not None else texts
+    if one is None:
+        raise InputError("false_negatives() needs the ids of images, of captions, or of both")
+    numbers = torch.arange(len(one), device=one.device)
+    # The first pair with the same id stands for all of them; torch.unique would synchronise with the device.
+    image, text = (numbers if ids is None else (ids[:, None] == ids).int().argmax(-1) for ids in (groups, texts))
+    described = torch.zeros(len(one), len(one), dtype=torch.bool, device=one.device)
+    described[image, text] = True
+    return described[image][:, text] & (numbers[:, None] != numbers)
 
 
 def anchor_distance(
