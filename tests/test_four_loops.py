@@ -363,9 +363,13 @@ def test_the_lightning_callback_warns_of_a_collapse_and_refuses_another_module(t
     used = trainer()
     with pytest.warns(InputWarning, match="hardly any tag is selected"):
         used.fit(Tuning(engine(teacher="self", rule="absolute", threshold=1.0)), batches())
+    images_alone = toy(1)
+    images_alone.add_lora(rank=2, towers=["image"])
+    used = trainer()
+    used.fit(Tuning(TTD(images_alone)), batches())
     used.save_checkpoint(tmp_path / "two.ckpt")
     backbone = toy(1)
-    backbone.add_lora(rank=3)
+    backbone.add_lora(rank=2)
     with pytest.raises(InputError, match=r"the checkpoint lacks \d+ of \d+ trained tensors, such as ttd\.backbone"):
         trainer().fit(Tuning(TTD(backbone)), batches(), ckpt_path=tmp_path / "two.ckpt")
     with pytest.raises(InputError, match="Tuning contains no TTD, which lightning_callback"):

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -94,6 +94,9 @@ class TTD(nn.Module):
         ttd = TTD(backbone)
         loss = ttd(images, captions).loss
     """
+
+    _keys_to_ignore_on_save: ClassVar[None] = None
+    """Trainer of transformers reads it if a checkpoint has only a part of the weights."""
 
     def __init__(
         self,

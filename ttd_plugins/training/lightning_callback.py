@@ -21,10 +21,11 @@ LIBRARIES = ("lightning.pytorch", "pytorch_lightning")
 def lightning_callback(*, prefix: str = "ttd/", trained_only: bool = True) -> Any:
     """Return a ``lightning.pytorch.Callback`` for a ``LightningModule`` that contains a :class:`~ttd_plugins.TTD`.
 
-    In training it logs the losses and statistics of the engine's output through ``pl_module.log``, and warns once where
-    the maps or the selection collapse, as ``ttd train`` does. Lightning's checkpoints hold the tensors that training
-    changes only: LoRA, and the moving average of ``teacher="ema"``. Resuming therefore needs a module that is built as
-    before, with the original weights.
+    It sets the engine to training mode, since Lightning leaves modules in their mode and a loaded backbone is in
+    evaluation mode. In training it logs the losses and statistics of the engine's output through ``pl_module.log``, and
+    warns once where the maps or the selection collapse, as ``ttd train`` does. Lightning's checkpoints hold the tensors
+    that training changes only: LoRA, and the moving average of ``teacher="ema"``. Resuming therefore needs a module
+    that is built as before, with the original weights.
 
     Args:
         prefix: put before the names of metrics.
@@ -59,6 +60,10 @@ def lightning_callback(*, prefix: str = "ttd/", trained_only: bool = True) -> An
             if trained_only:
                 # The frozen weights are missing in a checkpoint; _check_complete() requires all others.
                 pl_module.strict_loading = False  # type: ignore[assignment]
+            if stage == "fit":
+                # Lightning leaves modules in their mode, and a loaded backbone is in evaluation mode.
+                for engine in engines.values():
+                    engine.train()
             for hook in self._hooks:
                 hook.remove()
             self._hooks = [engine.register_forward_hook(self._store) for engine in engines.values()]

@@ -533,7 +533,7 @@ class _Run:
         if verdict is not None:
             if state.ended:
                 notes.append(stopped_early(verdict, state.step))
-            notes.append(f"{verdict.sentence()}; ttd export {self.out} --step best exports it")
+            notes.append(f"{verdict.sentence()}; export it with: ttd export {self.out} --step best --out FOLDER")
         if config.run.weight_ema is not None:
             notes.append(
                 f"the backbone, its evaluations and its export have the moving average of the trained weights "
