@@ -134,16 +134,16 @@ def lightning_loop(ttd: Recorded, out: Path, steps: int, resume: bool) -> None:
             optimizer, scheduler = optimizer_of(self)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    saving = lightning.pytorch.callbacks.ModelCheckpoint(out, "at-{step}", every_n_train_steps=3, save_top_k=-1,
+                                                         auto_insert_metric_name=False)  # fmt: skip
     trainer = lightning.Trainer(
         default_root_dir=out, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False, max_steps=steps, log_every_n_steps=1,
-        callbacks=[lightning_callback()],
+        enable_model_summary=False, max_steps=steps, log_every_n_steps=1,
+        callbacks=[lightning_callback(), saving],
     )  # fmt: skip
-    module = Tuning()
-    trainer.fit(module, batches(), ckpt_path=out / "last.ckpt" if resume else None)
-    trainer.save_checkpoint(out / "last.ckpt")
+    trainer.fit(Tuning(), batches(), ckpt_path=out / "at-3.ckpt" if resume else None)
     if not resume:
-        state = torch.load(out / "last.ckpt", weights_only=False)["state_dict"]
+        state = torch.load(out / "at-3.ckpt", weights_only=False)["state_dict"]
         assert set(state) == {f"ttd.{name}" for name in trained_state_dict(ttd)}
     metrics = {name.removeprefix("ttd/") for name in trainer.callback_metrics}
     assert {"tag", "distill", "contrastive", "selected_per_caption", "caption_map_spread"} <= metrics
