@@ -161,7 +161,7 @@ def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
 def _declared_targets(content: Mapping[str, Any], targets: Mapping[Tower, list[str]]) -> set[str] | None:
     """Return which targets of the backbone a configuration declares; ``None`` where it cannot be known.
 
-    peft matches the names of a list by their endings. Of expressions, only those of :func:`save_lora` are understood,
+    peft matches the names of a list by their endings. Only the expressions of :func:`save_lora` are understood,
     which list full names; no expression of a file is evaluated.
     """
     declared = content.get("target_modules")

@@ -173,7 +173,7 @@ def load_training_state(
 
 
 def _trained_names(ttd: TTD) -> set[str]:
-    """Names in the engine's state dict of what training changes."""
+    """Names of the trained tensors in the engine's state dict."""
     if not isinstance(ttd, TTD):
         raise InputError(f"pass the TTD, not an object of class {class_name(ttd)}")
     backbone = ttd.backbone

@@ -286,10 +286,11 @@ class _Run:
                 raise self._out_of_memory(error) from error
             if self.checkpoints.saved_step != state.step:
                 self.checkpoints.save(state)
+        # Before the shards end, whose average is sharded too.
+        state.use_average()
         self.strategy.finish()
         self.ttd.eval()
         notes = self._notes()
-        state.use_average()
         if self.config.towers.lora_scale != 1:
             scale_lora(self.ttd.backbone, self.config.towers.lora_scale)
         return TrainResult(
