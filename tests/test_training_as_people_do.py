@@ -482,3 +482,50 @@ def test_a_run_whose_contrastive_loss_falls_says_so_once_and_the_control_does_no
     (sentence,) = notes(tmp_path / "ttd")
     assert sentence.startswith("the contrastive loss still fell by ") and "no longer rises" in sentence
     assert notes(tmp_path / "control", tag_weight=0.0, distill_weight=0.0) == []
+
+
+# On the command line --------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_trains_extends_and_exports_as_it_says(tmp_path: Path) -> None:
+    for package in ("peft", "open_clip", "accelerate"):
+        pytest.importorskip(package)
+    from safetensors.torch import load_file
+    from test_train_kill import make_pairs
+    from typer.testing import CliRunner
+
+    from ttd_plugins import cli
+
+    def ttd(*arguments: Any) -> str:
+        done = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    run = tmp_path / "run"
+    said = ttd(
+        "train", "--backbone", "open_clip:tiny", "--data", make_pairs(tmp_path / "pairs"), "--out", run, "--cpu",
+        "--steps", 2, "--batch-size", 4, "--size", 64, "--warm-up", 0, "--schedule", "constant", "--rank", 2,
+        "--lora-scale", 0.5, "--weight-ema", 0.9, "--evaluate", "scenes:8", "--evaluate-every", 1,
+        "--best", "scenes/tag_ap", "--anchor-weight", 1,
+    )  # fmt: skip
+    assert "note: LoRA is scaled by 0.5 in the backbone, its evaluations and its export (towers.lora_scale)" in said
+    assert "note: the best checkpoint by scenes/tag_ap is that of step" in said
+    assert "anchor" in said
+    assert "3 steps on open_clip:tiny" in ttd("train", "--out", run, "--resume", "--steps", 3)
+    said = ttd("export", run, "--out", tmp_path / "best", "--step", "best", "--form", "lora")
+    assert "LoRA is scaled by 0.5, as in the run; --lora-scale 1 exports it as trained" in said
+    ttd("export", run, "--out", tmp_path / "last", "--form", "lora", "--lora-scale", 1, "--not-averaged")
+    scaled = ttd("export", run, "--out", tmp_path / "average", "--form", "lora")
+    assert "wrote" in scaled
+    stored = read_checkpoint(run)
+    last = load_file(tmp_path / "last" / "adapter_model.safetensors")
+    average = load_file(tmp_path / "average" / "adapter_model.safetensors")
+    for name, value in stored.trained.items():
+        key = "base_model.model." + name.replace(".default.", ".")
+        factor = 0.5 if "lora_B" in name else 1.0
+        assert torch.equal(last[key], value)
+        assert torch.equal(average[key], factor * stored.average[name])
+    card = (tmp_path / "average" / "README.md").read_text()
+    assert "| lora_scale | 0.5 |" in card and "| weights | average, decay 0.9 |" in card
+    done = CliRunner().invoke(cli.app, ["export", str(run), "--out", str(tmp_path / "x"), "--step", "newest"])
+    assert done.exit_code != 0 and "a number or best, not 'newest'" in str(done.output) + str(done.exception)
