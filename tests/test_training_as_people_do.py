@@ -420,11 +420,15 @@ def test_a_run_starts_from_a_lora_of_peft_and_resumes_without_that_folder(tmp_pa
         ("lost", r"lacks the LoRA of 1 modules that adapter_config\.json declares"),
         ("tower", r"adapts the text tower, and towers\.text is frozen; set towers\.text: lora"),
         ("gone", r"no LoRA can be read from"),
+        (
+            "other",
+            r"holds LoRA for 1 modules that .* cannot adapt in the dense mode plain, such as pool_head; load the",
+        ),
     ],
 )
 def test_a_lora_that_cannot_start_a_run_is_one_sentence(change: str, said: str, tmp_path: Path) -> None:
     folder = tmp_path / "theirs"
-    peft_folder(folder, some_targets(), use_dora=change == "dora")
+    peft_folder(folder, [*some_targets(), *(["pool_head"] if change == "other" else [])], use_dora=change == "dora")
     towers = LORA["towers"] | {"lora_from": str(folder)}
     if change == "lost":
         from safetensors.torch import load_file, save_file

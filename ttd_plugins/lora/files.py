@@ -114,9 +114,9 @@ def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
     others = sorted(names - {target for named in wrapped.values() for target in named})
     if towers and others:
         raise TTDError(
-            f"{folder} holds LoRA for {len(others)} modules of {adapter.description.name} that TTD cannot adapt, such "
-            f"as {others[0]}; it can adapt modules such as {wrapped[towers[0]][0]}; merge that LoRA with peft first "
-            "(merge_and_unload) and wrap the result"
+            f"{folder} holds LoRA for {len(others)} modules that {adapter.description.name} cannot adapt in the dense "
+            f"mode {adapter.description.dense_mode}, such as {others[0]}; load the backbone in the same dense mode as it "
+            "was trained in, or merge that LoRA with peft (merge_and_unload) and wrap the result"
         )
     if not towers:
         raise TTDError(
@@ -124,19 +124,17 @@ def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
             f"trained on ({content.get('base_model_name_or_path') or 'its name was not saved'})"
         )
     chosen = "|".join(re.escape(target) for tower in towers for target in wrapped[tower])
-    complete = _declared_targets(content, targets)
-    if complete is None or content.get(PARTIAL) is True:
-        # Names of the backbone, never an expression of the file.
-        modules: str | None = f"^({chosen})$"
-    else:
-        missing = sorted(complete - names)
-        if missing:
+    # Names of the backbone, never an expression of the file.
+    only: str | None = f"^({chosen})$"
+    if content.get(PARTIAL) is not True:
+        if _is_own(content, adapter.description.model):
+            # All modules or an error: in another dense mode the backbone has other ones.
+            only = None
+        elif missing := sorted(_declared_targets(content, targets) - names):
             raise TTDError(
                 f"{folder / WEIGHTS_FILE} lacks the LoRA of {len(missing)} modules that {CONFIG_FILE} declares, such "
                 f"as {missing[0]}; copy the folder again"
             )
-        everything = {target for tower in towers for target in targets[tower]}
-        modules = None if complete == everything else f"^({chosen})$"
     rank = int(content["r"])
     # Rank-stabilised LoRA (arXiv 2312.03732) scales by alpha / sqrt(rank), and plain LoRA by alpha / rank.
     stabilised = math.sqrt(rank) if content.get("use_rslora") is True else 1.0
@@ -145,7 +143,7 @@ def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
         alpha=content["lora_alpha"] * stabilised if stabilised != 1 else content["lora_alpha"],
         dropout=content["lora_dropout"],
         towers=towers,
-        modules=modules,
+        modules=only,
     )
     handle = adapter._lora
     assert handle is not None
@@ -158,24 +156,30 @@ def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
     return adapter
 
 
-def _declared_targets(content: Mapping[str, Any], targets: Mapping[Tower, list[str]]) -> set[str] | None:
-    """Return which targets of the backbone a configuration declares; ``None`` where it cannot be known.
+def _is_own(content: Mapping[str, Any], base: str) -> bool:
+    """Whether :func:`save_lora` wrote a configuration for the model ``base``: its expression lists full names."""
+    declared = content.get("target_modules")
+    if not isinstance(declared, str) or content.get("base_model_name_or_path") != base:
+        return False
+    return all(re.escape(re.sub(r"\\(.)", r"\1", name)) == name for name in declared.split("|"))
 
-    peft matches the names of a list by their endings. Only the expressions of :func:`save_lora` are understood,
-    which list full names; no expression of a file is evaluated.
+
+def _declared_targets(content: Mapping[str, Any], targets: Mapping[Tower, list[str]]) -> set[str]:
+    """Return the targets of the backbone that a configuration of peft declares for certain.
+
+    peft matches the names of a list by their endings. Expressions of a file are not evaluated, so they declare none.
     """
     declared = content.get("target_modules")
-    everything = [target for tower in TOWERS for target in targets[tower]]
-    if isinstance(declared, str):
-        for towers in (TOWERS, *((tower,) for tower in TOWERS)):
-            named = [target for tower in towers for target in targets[tower]]
-            if declared == "|".join(re.escape(target) for target in named):
-                return set(named)
-        return None
     narrowed = ("exclude_modules", "layers_to_transform", "layers_pattern")
     if not isinstance(declared, list) or any(content.get(name) is not None for name in narrowed):
-        return None
-    return {one for one in everything if any(one == name or one.endswith(f".{name}") for name in declared)}
+        return set()
+    endings = [name for name in declared if isinstance(name, str)]
+    return {
+        target
+        for named in targets.values()
+        for target in named
+        if any(target == name or target.endswith(f".{name}") for name in endings)
+    }
 
 
 def _require_backbone(adapter: object, who: str) -> None:
