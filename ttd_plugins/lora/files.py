@@ -115,8 +115,8 @@ def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
     if towers and others:
         raise TTDError(
             f"{folder} holds LoRA for {len(others)} modules that {adapter.description.name} cannot adapt in the dense "
-            f"mode {adapter.description.dense_mode}, such as {others[0]}; load the backbone in the same dense mode as it "
-            "was trained in, or merge that LoRA with peft (merge_and_unload) and wrap the result"
+            f"mode {adapter.description.dense_mode}, such as {others[0]}; load the backbone in the same dense mode as "
+            "it was trained in, or merge that LoRA with peft (merge_and_unload) and wrap the result"
         )
     if not towers:
         raise TTDError(
