@@ -316,6 +316,7 @@ def as_of_version_0_1(out: Path) -> dict[str, Any]:
     file = out / "results.json"
     content = json.loads(file.read_text())
     ttd = content["settings"]["ttd"]
+    del ttd["anchor"], ttd["anchor_weight"]
     for old, new in (
         ("caption_weight", "distill_weight"),
         ("remembered_texts", "text_cache_size"),
