@@ -67,8 +67,9 @@ def compare(
         backbones: one or more names for :func:`ttd_plugins.backbone_sources.open_backbone`: ``family:model@weights``,
             the folder of a run, or a name and the path of trained weights joined by ``+``.
         out: folder for the results; it is created if it does not exist.
-        data: ``"scenes"``, or a captioned data set with masks (``"coco_captions"``, ``"cc3m_tagmask"``) in the folder
-            ``root``, with image-text ``pairs`` for fine-tuning.
+        data: ``"scenes"``; or a data set in the folder ``root``, with image-text ``pairs`` for fine-tuning: captions
+            with masks (``"coco_captions"``, ``"cc3m_tagmask"``), masks (``"voc"``, ``"folder"``, ...), labels
+            (``"coco"``, ``"table"``, ...), or held-out ``"pairs"``.
         seeds: number of seeds, from ``first_seed`` on.
         steps: optimizer steps of each fine-tuning.
         tune: whether to fine-tune; otherwise backbones are measured as loaded.
@@ -187,9 +188,11 @@ class _ComparisonRun:
         settings = asdict(self.options)
         # The number of processes changes no result.
         del settings["jobs"]
-        # Records up to version 0.1 have no first seed.
+        # Records up to version 0.1 have no first seed, and earlier ones no list of classes.
         if not self.options.first_seed:
             del settings["first_seed"]
+        if self.options.classes is None:
+            del settings["classes"]
         root = None if self.options.root is None else str(self.options.root)
         return settings | {"root": root, "data": self.data.describe(), "versions": versions()}
 
@@ -353,6 +356,7 @@ class _ComparisonRun:
             metrics=self.data.metrics,
             backbones=[self._result(name) for name in names],
             gallery=gallery,
+            trade_off=self.data.trade_off,
             attribution=self.data.attribution,
             failures=dict(self.failures),
         )

@@ -1,4 +1,4 @@
-"""Options of dense inference and of the paper's three protocols, and their presets.
+"""Options of dense inference and of the protocols, and their presets.
 
 This module imports neither torch nor numpy, so that the command line can build its flags from the options.
 """
@@ -9,7 +9,7 @@ from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ttd_plugins.errors import InputError
-from ttd_plugins.options import Calibration, Resampling, Rule, check_threshold
+from ttd_plugins.options import Calibration, Resampling, Rule, TTDOptions, check_threshold
 from ttd_plugins.utils.configuration import Flag, Float, Int, Text, configuration, option
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ Resize = Literal["square", "short"]
 MapActivation = Literal["probability", "minmax", "cosine"]
 Background = Literal["constant", "auto", "words", "none"]
 TemplateSet = Literal["imagenet", "photo", "none"]
+ScoreActivation = Literal["softmax", "cosine", "probability"]
+LabelRule = Literal["minmax", "absolute", "top"]
 
 PAPER_SCALES = (1.0, 0.5, 1.5, 2.0)
 PAMR_ITERATIONS = 10
@@ -154,6 +156,54 @@ class SegmentProtocol:
     ] = None
 
 
+@configuration()
+class ClassifyProtocol:
+    """How the classes of an image are scored and selected in multi-label classification.
+
+    The score of a class is the best of its names. Activations, applied at every patch and to the pooled embedding:
+    ``"softmax"`` over the classes with the backbone's logit scale, as TagCLIP does (arXiv 2312.12828); ``"cosine"``;
+    ``"probability"``, the calibrated one. Rules: ``"minmax"`` selects what reaches the threshold after the scores of an
+    image are scaled to [0, 1], TagCLIP's relative threshold; ``"absolute"`` the score itself; ``"top"`` the ``top``
+    best classes of every image.
+    """
+
+    dense: Annotated[DenseOptions, option("Views of an image.")] = field(
+        default_factory=lambda: DenseOptions(size=448, flip=True)
+    )
+    activation: Annotated[ScoreActivation, option("What a cosine becomes before scores are compared.")] = "softmax"
+    templates: Annotated[TemplateSet, option("Templates of class names: imagenet (80), photo or none.")] = "imagenet"
+    aliases: Annotated[Flag, option("Use the usual aliases of a class; its score is the best of them.")] = True
+    background_words: Annotated[
+        tuple[Text, ...], option("Words that compete with the classes in the softmax, and are in no metric.")
+    ] = ()
+    rule: Annotated[LabelRule, option("Rule that turns scores into a selection.")] = "minmax"
+    threshold: Annotated[Float, option("Threshold of the selection rule.", ge=-1, le=1)] = 0.5
+    top: Annotated[Int, option("Number of classes of an image that the rule top selects.", ge=1)] = 3
+    calibration: Annotated[
+        Calibration | None, option("Map from cosine to probability; null means the backbone's own.")
+    ] = None
+
+
+@configuration()
+class RetrievalProtocol:
+    """How images and captions are embedded for retrieval, and which losses of held-out pairs are measured."""
+
+    size: Annotated[
+        Int | None,
+        option("Side in pixels of the whole image; null means the backbone's own evaluation preprocessing.", ge=1),
+    ] = None
+    template: Annotated[Text, option("Prompt around a caption, with {} for it.", flag="--caption-template")] = "{}"
+    losses: Annotated[Flag, option("Measure the losses of TTD on the pairs too.")] = False
+    batch: Annotated[
+        Int, option("Pairs in a batch of the contrastive loss, whose value depends on it.", flag="--loss-batch", ge=2)
+    ] = 64
+    ttd: Annotated[TTDOptions, option("Options of the losses.")] = field(default_factory=TTDOptions)
+
+    def __post_init__(self) -> None:
+        if self.template.count("{}") != 1:
+            raise InputError(f"the template {self.template!r} must contain {{}} once, where the caption goes")
+
+
 THRESHOLDS = {
     "voc": 0.40, "cityscapes": 0.40, "coco_stuff": 0.40, "coco_object": 0.45, "ade20k": 0.45, "context59": 0.45,
     "context60": 0.45,
@@ -190,3 +240,15 @@ SEGMENT_PRESETS: dict[str, SegmentProtocol] = {
     "fast": SegmentProtocol(dense=DenseOptions(size=224), templates="photo", background="auto"),
 }
 """``"paper"``: 448 pixels, scales 1, 0.5, 1.5, 2, flip, PAMR, 80 templates, a constant plane on every data set."""
+
+CLASSIFY_PRESETS: dict[str, ClassifyProtocol] = {
+    "paper": ClassifyProtocol(),
+    "fast": ClassifyProtocol(dense=DenseOptions(size=224), templates="photo"),
+}
+"""``"paper"``: 448 pixels, one scale, flip averaged, 80 templates, softmax over the classes as in TagCLIP."""
+
+RETRIEVAL_PRESETS: dict[str, RetrievalProtocol] = {
+    "paper": RetrievalProtocol(),
+    "fast": RetrievalProtocol(size=224),
+}
+"""``"paper"``: the backbone's own preprocessing, as for published results."""

@@ -46,6 +46,7 @@ CURVE_NOTES = {
     "contrastive": "Both trainings have it; it keeps captions and images together.",
     "tag": "Each tag’s map against its own min-max target.",
     "distill": "The caption map against the union of the selected tags’ maps.",
+    "anchor": "The distance of the global embeddings to those of the frozen model.",
     "caption_map_spread": "Towards zero would be collapse.",
     "selected_per_caption": "None or all would be collapse.",
 }

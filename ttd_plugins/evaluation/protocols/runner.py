@@ -45,7 +45,7 @@ class EvaluationResult:
     """Result of a protocol, with everything needed to repeat it.
 
     Attributes:
-        protocol: ``"tags"``, ``"text"`` or ``"segment"``.
+        protocol: ``"tags"``, ``"text"``, ``"segment"``, ``"classify"`` or ``"retrieval"``.
         settings: every option, the backbone with a hash of its weights, and the data set.
         metrics: the metrics by name, or ``None`` while other processes still have images to do.
         done, images: number of images with a record, and of all images.
@@ -130,11 +130,12 @@ def run_settings(
     Args:
         protocol: name of the protocol.
         adapter: the backbone.
-        options: the protocol's options, a dataclass with ``dense``.
+        options: the protocol's options, a dataclass; options of dense inference are its field ``dense``.
         calibration: the calibration in use.
         data: description of the data set.
     """
-    with resampling(adapter, options.dense.positions):
+    dense = getattr(options, "dense", None)
+    with resampling(adapter, None if dense is None else dense.positions):
         backbone = describe_backbone(adapter)
     return {
         "protocol": protocol,
