@@ -51,8 +51,9 @@ def compute_view(ttd: TTD, sample: Sample) -> View:
 def choose_gallery(samples: Sequence[Sample], views: Views, count: int) -> list[GalleryImage]:
     """Choose ``count`` images, evenly spaced in the ranking by gain, so that the best and the worst are included.
 
-    The gain is the Caption IoU after TTD minus that of the control, averaged over backbones. Without trained arms,
-    images are ranked by Caption IoU itself. Images without masks are not ranked, and shown in their order.
+    The gain is the Caption IoU after TTD minus that of the control, averaged over backbones; where there is no control,
+    minus that before. Without trained arms, images are ranked by Caption IoU itself. Images without masks are not
+    ranked, and shown in their order.
     """
     if not count or not views:
         return []
@@ -62,9 +63,11 @@ def choose_gallery(samples: Sequence[Sample], views: Views, count: int) -> list[
     places = sorted(set(np.linspace(0, len(ranking) - 1, min(count, len(ranking))).round().astype(int).tolist()))
     if count == 1:
         places = [len(ranking) - 1]
-    trained = any("after" in by_arm for of_backbone in views.values() for by_arm in of_backbone)
+    arms = {arm for of_backbone in views.values() for by_arm in of_backbone for arm in by_arm}
     average = ", mean over backbones" if len(views) > 1 else ""
-    quantity = "gain in Caption IoU (after TTD minus control)" if trained else "Caption IoU"
+    quantity = "Caption IoU"
+    if "after" in arms:
+        quantity = f"gain in Caption IoU (after TTD minus {'control' if 'control' in arms else 'before'})"
     chosen = []
     for place in places:
         value, index = ranking[place]
@@ -103,7 +106,7 @@ def _ranking(samples: Sequence[Sample], views: Views) -> list[tuple[float, int]]
         for of_backbone in views.values():
             by_arm = of_backbone[index]
             last = by_arm["after" if "after" in by_arm else "before"].iou
-            first = by_arm["control"].iou if "control" in by_arm else 0.0
+            first = by_arm["control" if "control" in by_arm else "before"].iou if "after" in by_arm else 0.0
             if last is not None and first is not None:
                 values.append(last - first)
         if values:

@@ -120,21 +120,21 @@ def run_comparison(
         check_backbone(name)
     data = open_data(options)
     with output_folder(out, COMPARISON_FOLDER):
-        return run_comparison_in(out, options, data, stage=stage, command=command)
+        comparison = run_comparison_in(out, options, data, stage=stage, command=command)
+        write_outputs(out, comparison)
+        return comparison
 
 
 def run_comparison_in(
     out: Path, options: CompareOptions, data: ComparisonData, *, stage: Stage, command: str | None
 ) -> Comparison:
-    """Do the work of :func:`run_comparison` in a folder that the caller has locked."""
+    """Run a comparison in a folder that the caller has locked; :func:`write_outputs` writes what it returns."""
     run = _ComparisonRun(out, options, data, stage, command)
     for sentence in data.warnings():
         log.warning("%s", sentence)
     run.describe_backbones()
     run.run_arms()
-    comparison = run.comparison()
-    write_outputs(out, comparison)
-    return comparison
+    return run.comparison()
 
 
 def _is_earlier_comparison(folder: Path) -> bool:

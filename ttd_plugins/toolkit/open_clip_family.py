@@ -59,6 +59,8 @@ class OpenCLIPModelFamily(CLIPFamily):
             UnsupportedModelError: open_clip knows the model, but this family does not support it.
             MissingDependencyError: open_clip is not installed.
         """
+        if model in self.embedded:
+            return self._embedded_weights(model)
         default = self.default_weights(model)
         if default is not None:
             return [default]
