@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ttd_plugins._version import __version__
 from ttd_plugins.adapter import ExportedModel
+from ttd_plugins.backbone_sources import load_tuned, source_kind, split_source, split_step
 from ttd_plugins.engine_checks import require_adapter
 from ttd_plugins.errors import InputError, TTDError, choices_sentence, one_sentence
+from ttd_plugins.export_record import CARD_FILE, ExportRecord, write_record
+from ttd_plugins.plugins import load
 from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_keyword
 from ttd_plugins.utils.files import given_path
 from ttd_plugins.utils.output_folder import new_folder, require_new
@@ -29,7 +32,7 @@ log = logging.getLogger(__name__)
 
 Form = Literal["native", "lora", "weights"]
 FORMS: tuple[Form, ...] = get_args(Form)
-CARD_FILE, WEIGHTS_FILE = "README.md", "model.safetensors"
+WEIGHTS_FILE = "model.safetensors"
 
 CITATION = """\
 @inproceedings{jo2024ttd,
@@ -143,6 +146,7 @@ def export_backbone(
         else:
             model = _write_model(adapter, folder, form)
         (folder / CARD_FILE).write_text(render_card(adapter, model, form, card), encoding="utf-8")
+        write_record(folder, _record_of(adapter, model, form, card), folder.rglob("*.safetensors"))
         files = tuple(sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()))
     return Exported(out, form, files, model)
 
@@ -153,7 +157,7 @@ def export_run(
     """Write the backbone of a training run; see :func:`export_backbone`.
 
     Args:
-        run: the run's folder.
+        run: the run's folder, or ``RUN@STEP``.
         out: the folder to write.
         form: as in :func:`export_backbone`.
         step: the step of the checkpoint; by default the last one.
@@ -164,8 +168,56 @@ def export_run(
     """
     # Before anything slow, so that a wrong path fails at once.
     require_new(given_path(out))
-    adapter, card = read_run(Path(run), step)
+    folder, own_step = split_step(run)
+    if step is not None and own_step not in (None, step):
+        raise InputError(f"{str(run)!r} names the step {own_step}, and --step is {step}; give one of them")
+    adapter, card = read_run(folder, own_step if step is None else step)
     return export_backbone(adapter, out, form=form, card=card, lora_scale=lora_scale)
+
+
+def export_named(
+    name: str,
+    out: str | Path,
+    *,
+    form: Form = "native",
+    lora_scale: float = 1.0,
+    options: Mapping[str, Any] | None = None,
+) -> Exported:
+    """Write a backbone by name, as :func:`ttd_plugins.load` takes it: a plain name, a run, an export or ``NAME+LORA``.
+
+    Args:
+        name: the name.
+        out: the folder to write.
+        form: as in :func:`export_backbone`; ``"lora"`` needs a run or a folder of LoRA.
+        lora_scale: as in :func:`export_backbone`.
+        options: options of the family, such as its dense mode.
+
+    Raises:
+        TTDError: the backbone cannot be loaded, or as :func:`export_backbone`.
+    """
+    require_new(given_path(out))
+    base, source = split_source(name)
+    if source is None:
+        if lora_scale != 1:
+            raise InputError("--lora-scale needs a run or NAME+LORA, and a plain name has no LoRA; remove it")
+        return export_backbone(load(name, **(options or {})), out, form=form)
+    if base is None and source_kind(source) == "run" and not options:
+        return export_run(source, out, form=form, lora_scale=lora_scale)
+    adapter = load_tuned(base, source, options=options)
+    tuned_from = adapter.tuned_from
+    assert tuned_from is not None
+    card = ModelCard(tuned_from.base, settings={"tuned_from": str(tuned_from)})
+    return export_backbone(adapter, out, form=form, card=card, lora_scale=lora_scale)
+
+
+def _record_of(adapter: DenseAdapter, model: ExportedModel, form: Form, card: ModelCard) -> ExportRecord:
+    description = adapter.description
+    base = card.base
+    if base is None and description.weights is not None and (form != "lora" or adapter.tuned_from is None):
+        base = description.name
+    fitted = description.calibration
+    calibration = (fitted.scale, fitted.shift) if description.calibrated else None
+    return ExportRecord(form, model.name if form == "native" else None, base, description.dense_mode, calibration)
 
 
 # Writing -------------------------------------------------------------------------------------------------------------

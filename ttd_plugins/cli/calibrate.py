@@ -12,7 +12,7 @@ from ttd_plugins.errors import InputError
 
 
 def command(
-    name: Annotated[str, typer.Argument(help="family:model@weights, see `ttd backbones`.", show_default=False)],
+    name: Annotated[str, typer.Argument(help=image_maps.BACKBONE_FORMS, show_default=False)],
     backbone_option: image_maps.BackboneSettings = None,
     scenes: Annotated[int, typer.Option("--scenes", help="Validation scenes; a quarter is held out.")] = 400,
     seed: Annotated[int, typer.Option("--seed", help="Decides the held-out set and the borrowed words.")] = 0,

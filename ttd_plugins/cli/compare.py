@@ -32,8 +32,8 @@ def command(
         typer.Option(
             "--backbones",
             metavar="A,B,...",
-            help="Comma-separated: family:model@weights; the folder of a run or a demo; or NAME+PATH, where PATH is a "
-            "run, an export, a demo or a file of weights.",
+            help="Comma-separated: family:model@weights; the folder of a run (RUN or RUN@STEP), an export or a demo; "
+            "or NAME+PATH, where PATH is LoRA, a run, an export, a demo or a file of weights.",
             show_default=False,
         ),
     ],

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def command(
     out: Annotated[Path, typer.Option("--out", help="Folder to write; new, or empty.", show_default=False)],
-    run: Annotated[Path | None, typer.Argument(help="Folder of a run of `ttd train`.", show_default=False)] = None,
+    run: Annotated[
+        Path | None, typer.Argument(help="Folder of a run of `ttd train`, or RUN@STEP.", show_default=False)
+    ] = None,
     form: Annotated[
         str,
         typer.Option(
@@ -34,7 +36,8 @@ def command(
         ),
     ] = 1.0,
     backbone: Annotated[
-        str | None, typer.Option("--backbone", help="Instead of a run: the name of a backbone, exported as it is.")
+        str | None,
+        typer.Option("--backbone", help=f"Instead of a run, a backbone as it is: {image_maps.BACKBONE_FORMS}"),
     ] = None,
     backbone_option: image_maps.BackboneSettings = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
@@ -49,16 +52,14 @@ def command(
         raise InputError("--step selects a checkpoint of a run, and --backbone has none; remove one of them")
     if backbone is None and backbone_option:
         raise InputError("--backbone-option needs --backbone; a run stores the options of its backbone")
-    if backbone is not None and lora_scale != 1:
-        raise InputError("--lora-scale needs the folder of a run, and --backbone has no LoRA; remove one of them")
-    from ttd_plugins.export import FORMS, export_backbone, export_run
-    from ttd_plugins.plugins import load
+    from ttd_plugins.export import FORMS, export_named, export_run
 
     if form not in FORMS:
         raise InputError(f"--form must be one of {', '.join(FORMS)}, not {form!r}")
     chosen: Any = form
     if backbone is not None:
-        done = export_backbone(load(backbone, **image_maps.parse_settings(backbone_option)), out, form=chosen)
+        options = image_maps.parse_settings(backbone_option)
+        done = export_named(backbone, out, form=chosen, lora_scale=lora_scale, options=options)
     else:
         assert run is not None
         done = export_run(run, out, form=chosen, step=step, lora_scale=lora_scale)

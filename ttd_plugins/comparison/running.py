@@ -34,6 +34,7 @@ from ttd_plugins.engine import TTD
 from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.evaluation.protocols.runner import weights_hash
 from ttd_plugins.training.stop_signals import TrainingStoppedError
+from ttd_plugins.utils.contract_types import TunedFrom
 from ttd_plugins.utils.files import given_path, make_folder
 from ttd_plugins.utils.output_folder import FolderKind, output_folder
 from ttd_plugins.utils.progress import Stage, no_progress, progress_bars
@@ -219,9 +220,18 @@ class _ComparisonRun:
             "calibration": asdict(description.calibration),
             "weights_sha256": weights_hash(backbone),
         }
+        if backbone.tuned_from is not None:
+            about["tuned_from"] = backbone.tuned_from.as_dict()
         content = self._content(name)
-        if content["about"] and content["about"] != about:
-            raise InputError(f"{name} has changed since {self.record.file} was started; choose another --out")
+        # Records of earlier releases do not name the run.
+        if content["about"] and any(about.get(key) != value for key, value in content["about"].items()):
+            was, now = ((part.get("tuned_from") or {}).get("step") for part in (content["about"], about))
+            what, advice = "", ""
+            if was != now:
+                what, advice = f" (step {was}, now {now})", f"name the step, as in {name}@{was}, or "
+            raise InputError(
+                f"{name} has changed since {self.record.file} was started{what}; {advice}choose another --out"
+            )
         content["about"] = about
         self.record.save()
 
@@ -291,7 +301,9 @@ class _ComparisonRun:
         key = f"{_slug(name)}-{arm}" + ("" if seed is None else f"-seed{seed}")
         index = 0 if seed is None else seed - self.options.first_seed
         recorded = len(self._content(name)["curves"].get(arm, [])) > index
-        return ArmJob(name, arm, seed, self.record.weights_file(key), self.out / WORK / key, recorded)
+        source = self._content(name)["about"].get("tuned_from")
+        tuned_from = None if source is None else str(TunedFrom(**source))
+        return ArmJob(name, arm, seed, self.record.weights_file(key), self.out / WORK / key, recorded, tuned_from)
 
     def _index(self, job: ArmJob) -> int:
         return 0 if job.seed is None else job.seed - self.options.first_seed

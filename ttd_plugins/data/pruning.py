@@ -94,6 +94,8 @@ def score_pairs(
         "size": list(size) if isinstance(size, tuple) else size,
         "pictures": len(source) if isinstance(source, MapSource) else None,
     }
+    if backbone.tuned_from is not None:
+        settings["tuned_from"] = backbone.tuned_from.as_dict()
     require_scores_file(file)
     with locked(file.with_name(f".{file.name}.lock"), f"the scores {file}"):
         return _score_pairs(

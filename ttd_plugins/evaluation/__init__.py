@@ -44,7 +44,7 @@ def evaluate(
         print(result.metrics["caption_iou"])
 
     Args:
-        backbone: an adapter, or a name for :func:`ttd_plugins.load`.
+        backbone: an adapter, or a name, run or export for :func:`ttd_plugins.load`.
         data: a reader of :mod:`ttd_plugins.evaluation.datasets`, or ``"NAME:FOLDER"`` such as
             ``"coco_captions:photos/"`` or ``"voc:VOC2012/"``.
         protocol: ``"tags"`` (which words of captions the images show), ``"text"`` (caption maps against masks) or

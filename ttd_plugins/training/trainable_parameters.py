@@ -24,19 +24,29 @@ def build_backbone(config: TrainConfig, backbone: DenseAdapter | None = None) ->
         InputError: there is neither an object nor a name.
         TTDError: the backbone cannot be loaded, or cannot be tuned as configured.
     """
+    backbone = load_untuned(config) if backbone is None else backbone
     with torch.random.fork_rng(devices=[]):
-        if backbone is None:
-            if config.backbone.name is None:
-                raise InputError(
-                    "no backbone is named; give backbone.name (--backbone), one of those that `ttd backbones` lists"
-                )
-            from ttd_plugins.plugins import load
-
-            torch.manual_seed(config.run.seed)
-            backbone = load(config.backbone.name, **config.backbone.options)
         torch.manual_seed(config.run.seed)
         prepare_towers(backbone, config.towers)
     return backbone
+
+
+def load_untuned(config: TrainConfig) -> DenseAdapter:
+    """Load the backbone that a configuration names, before anything is trained; the seed decides fresh weights.
+
+    Raises:
+        InputError: no backbone is named.
+        TTDError: the backbone cannot be loaded.
+    """
+    if config.backbone.name is None:
+        raise InputError(
+            "no backbone is named; give backbone.name (--backbone), one of those that `ttd backbones` lists"
+        )
+    from ttd_plugins.plugins.loading import load
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        return load(config.backbone.name, **config.backbone.options)
 
 
 def prepare_towers(backbone: DenseAdapter, towers: TowersConfig) -> None:

@@ -107,9 +107,11 @@ def weights_hash(adapter: DenseAdapter) -> str:
 
 
 def describe_backbone(adapter: DenseAdapter) -> dict[str, Any]:
-    """Return what identifies a backbone: its name, dense mode, calibration and a hash of its weights."""
+    """Return what identifies a backbone: its name, the run or LoRA, dense mode, calibration, a hash of its weights."""
     description = adapter.description
-    return {
+    # Only where there is one, so that results of earlier releases stay comparable.
+    source = {} if adapter.tuned_from is None else {"tuned_from": adapter.tuned_from.as_dict()}
+    return source | {
         "name": description.name,
         "dense_mode": description.dense_mode,
         "calibration": asdict(description.calibration),
