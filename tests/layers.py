@@ -58,7 +58,7 @@ LAYERS = [
     ),
     Layer("data", ("data",), "image-text pairs, loader, pruning"),
     Layer("evaluation", ("evaluation",), "metrics, protocols, labelled datasets"),
-    Layer("training", ("training", "export"), "runs, checkpoints, export"),
+    Layer("training", ("training", "export", "hub_upload"), "runs, checkpoints, export"),
     Layer("results", ("comparison", "reports"), "results of a comparison; tables, charts, pages"),
     Layer("workflows", ("fine_tuning", "comparison.running", "comparison.demo"), "fine_tune(), compare(), the demo"),
     Layer("tools", ("testing", "benchmark"), "the conformance kit, the benchmark"),

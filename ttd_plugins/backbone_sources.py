@@ -68,7 +68,8 @@ def check_backbone(name: str) -> None:
     if source is not None:
         with _no_circle(source):
             loaded = untuned_name(source, base)
-            if loaded != source:
+            # An export with a whole backbone has no other name.
+            if loaded != source or source_kind(source) == "run":
                 check_backbone(loaded)
         return
     parsed = parse_name(name)
