@@ -83,6 +83,7 @@ def print_summary(comparison: Comparison, out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from ttd_plugins.comparison.choice import choose
     from ttd_plugins.comparison.tables import table_rows, training_limits
 
     console, rows = Console(), table_rows(comparison)
@@ -106,6 +107,8 @@ def print_summary(comparison: Comparison, out: Path) -> None:
         console.print(table)
     lines = ["mean ± spread over seeds. control: the same training without TTD. gain: after TTD minus control."]
     lines += [sentence for _, sentence in training_limits(comparison)]
+    choice = choose(comparison)
+    lines += [] if choice is None else choice.sentences
     lines += [f"{name} failed: {reason}" for name, reason in comparison.failures.items()]
     lines += [
         f"report: {out / 'report.html'}   plots: {out / 'plots'}",

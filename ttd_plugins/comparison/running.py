@@ -23,6 +23,8 @@ from ttd_plugins.comparison.arms import (
     open_arm,
     remove_unfinished_work,
 )
+from ttd_plugins.comparison.choice import choose
+from ttd_plugins.comparison.cost import measure_cost
 from ttd_plugins.comparison.data import open_data
 from ttd_plugins.comparison.data_interface import ComparisonData, Sample
 from ttd_plugins.comparison.experiment_record import ExperimentRecord, read_record, versions
@@ -233,6 +235,9 @@ class _ComparisonRun:
                 f"{name} has changed since {self.record.file} was started{what}; {advice}choose another --out"
             )
         content["about"] = about
+        # Before any training, which would share the cores.
+        if not content["cost"]:
+            content["cost"] = measure_cost(backbone)
         self.record.save()
 
     def _attempt(self, action: Callable[[str], None]) -> None:
@@ -332,6 +337,7 @@ class _ComparisonRun:
         content = self.record.content["backbones"].setdefault(name, {})
         empty: dict[str, Any] = {
             "about": {}, "figures": {}, "bias": {}, "curves": {}, "seconds": {}, "warnings": [],
+            "cost": {},
         }  # fmt: skip
         for key, value in empty.items():
             content.setdefault(key, value)
@@ -339,7 +345,7 @@ class _ComparisonRun:
 
     def _result(self, name: str) -> BackboneResult:
         content = self._content(name)
-        parts = {key: content[key] for key in ("about", "curves", "seconds", "warnings", "bias")}
+        parts = {key: content[key] for key in ("about", "curves", "seconds", "warnings", "bias", "cost")}
         return BackboneResult(name, metrics=content["figures"], **parts)
 
     # Result --------------------------------------------------------------------------------------------------------
@@ -356,9 +362,7 @@ class _ComparisonRun:
         for name in names:
             self._content(name)["weights"] = self._weights(name)
         self.record.content["pictures"] = [{"key": one.key, "caption": one.caption, "why": one.why} for one in gallery]
-        self._remove_work()
-        self.record.save()
-        return Comparison(
+        comparison = Comparison(
             settings=self.record.content["settings"] | {"command": self.record.content["command"]},
             metrics=self.data.metrics,
             backbones=[self._result(name) for name in names],
@@ -366,6 +370,11 @@ class _ComparisonRun:
             attribution=self.data.attribution,
             failures=dict(self.failures),
         )
+        choice = choose(comparison)
+        self.record.content["choice"] = None if choice is None else choice.as_dict()
+        self._remove_work()
+        self.record.save()
+        return comparison
 
     def _remove_work(self) -> None:
         """Delete the work of this comparison's arms, and nothing else that the folder may have."""
