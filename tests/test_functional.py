@@ -98,14 +98,14 @@ def test_a_teacher_provides_selection_and_targets() -> None:
     options = TTDOptions(teacher="frozen")
     student, teacher = random_features([2, 0, 3]), random_features([2, 0, 3], seed=9)
     expected = slow_loss(student, options, teacher=slow_loss(teacher, options))
-    found = ttd_loss(*student, options, logit_scale=SCALE, teacher=teacher)
+    found = ttd_loss(*student, options, logit_scale=SCALE, teacher_features=teacher)
     np.testing.assert_allclose(found.loss.item(), expected.loss, rtol=1e-9)
     plain = ttd_loss(*student, logit_scale=SCALE)
     assert abs(plain.loss.item() - found.loss.item()) > 1e-3
-    with pytest.raises(InputError, match=r"teacher='frozen' needs the features of the teacher; pass teacher="):
+    with pytest.raises(InputError, match=r"teacher='frozen' needs the features of the teacher; pass teacher_features="):
         ttd_loss(*student, options, logit_scale=SCALE)
     with pytest.raises(InputError, match="same images, patches and candidate tags"):
-        ttd_loss(*student, options, logit_scale=SCALE, teacher=random_features([2, 1, 2]))
+        ttd_loss(*student, options, logit_scale=SCALE, teacher_features=random_features([2, 1, 2]))
 
 
 def test_the_gradient_is_that_of_the_loops_with_targets_held_fixed() -> None:
@@ -178,7 +178,7 @@ def test_the_engine_has_the_same_loss_and_gradient(sigmoid: bool, teacher: Any, 
         logits=ttd.backbone.description.logits,
         calibration=ttd.calibration,
         groups=groups if groups is None else torch.tensor(groups),
-        teacher=targets,
+        teacher_features=targets,
     )
     torch.testing.assert_close(found.loss, engine.loss, rtol=1e-10, atol=0)
     found.loss.backward()

@@ -157,7 +157,7 @@ def split_source(name: str) -> tuple[str | None, str | None]:
         base, source = splits[0]
         raise InputError(f"{source!r} does not exist; after {base!r} and '+', name {FORMS}")
     if ":" not in name and ("/" in name or os.sep in name or name.startswith((".", "~"))):
-        raise InputError(f"{name!r} does not exist; name {FORMS}, such as open_clip:ViT-B-16@openai")
+        raise InputError(f"{name!r} does not exist; name {FORMS}")
     return name, None
 
 

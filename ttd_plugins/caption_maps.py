@@ -82,7 +82,7 @@ class CaptionMaps:
             after: maps of the same image, caption and tags by a tuned backbone, drawn beside these.
 
         Returns:
-            A figure of matplotlib, which a notebook shows and ``figure.savefig(path)`` writes.
+            A ``matplotlib.figure.Figure``, which a notebook shows and its ``savefig(path)`` writes.
 
         Raises:
             InputError: ``after`` has another caption or other tags.

@@ -274,7 +274,7 @@ class TTD(nn.Module):
             logits=self.backbone.description.logits,
             calibration=self.calibration,
             groups=ids,
-            teacher=teacher,
+            teacher_features=teacher,
             image_index=candidates.image_index,
             tag_index=candidates.tag_index,
             max_tags=candidates.max_tags,

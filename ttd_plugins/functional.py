@@ -84,7 +84,7 @@ def ttd_loss(
     logits: Literal["softmax", "sigmoid"] = "softmax",
     calibration: Calibration | None = None,
     groups: Sequence[Hashable] | Tensor | None = None,
-    teacher: TTDFeatures | Sequence[Any] | None = None,
+    teacher_features: TTDFeatures | Sequence[Any] | None = None,
     image_index: Tensor | None = None,
     tag_index: Tensor | None = None,
     max_tags: int | None = None,
@@ -107,16 +107,16 @@ def ttd_loss(
         captions: caption embeddings ``[B, D]``.
         tags: embeddings of the candidate tags of each caption: B tensors ``[T_b, D]``, of which each T_b may differ or
             be zero; or distinct embeddings ``[K, D]`` with ``image_index``.
-        options: options of the method. Of them the loss uses ``score``, ``rule``, ``threshold``, ``distance``,
+        options: options of the method. The loss uses ``score``, ``rule``, ``threshold``, ``distance``,
             ``activation``, the weights and ``calibration``; the others belong to the model.
         logit_scale: multiplier of the cosines in the contrastive term, exponentiated, with or without gradient; needed
             with ``contrastive_weight`` above 0.
         logit_bias: added to the contrastive logits; ``None`` for none.
-        logits: form of the contrastive term, ``"softmax"`` (CLIP) or ``"sigmoid"`` (SigLIP).
+        logits: form of the contrastive term, ``"softmax"`` (InfoNCE) or ``"sigmoid"`` (pairwise).
         calibration: map from cosine to probability, where ``options`` has none; by default ``Calibration()``.
         groups: the id of each pair's image, B hashable values or an integer tensor ``[B]``; pairs of one image are not
             negatives of each other.
-        teacher: features of another model for the same images and texts, which then provides the targets: patches,
+        teacher_features: features of another model for the same images and texts, which then provides the targets: patches,
             pooled, captions and tags, without gradient. Needed with the options ``teacher="frozen"`` and ``"ema"``.
         image_index: int64 ``[N]``, ascending: the caption of each of N candidates, for ``tags`` of shape ``[K, D]``.
         tag_index: int64 ``[N]``: the row of ``tags`` of each candidate; by default candidate n has row n.
@@ -139,9 +139,9 @@ def ttd_loss(
     options = _options(options, changes)
     own = TTDFeatures(patches, pooled, captions, tags)
     student, index = _prepared(own, "", options, image_index, tag_index, max_tags, normalized=normalized)
-    if options.teacher != "self" and teacher is None:
+    if options.teacher != "self" and teacher_features is None:
         raise InputError(
-            f"teacher={options.teacher!r} needs the features of the teacher; pass teacher=TTDFeatures(...), or the "
+            f"teacher={options.teacher!r} needs the features of the teacher; pass teacher_features=TTDFeatures(...), or the "
             "option teacher='self'"
         )
     ids = None if groups is None else _group_numbers(groups, len(student.captions), student.captions.device)
@@ -160,9 +160,9 @@ def ttd_loss(
     with torch.autocast(student.captions.device.type, enabled=False):
         maps = similarity_maps(student, *index, score=options.score)
         source = maps
-        if teacher is not None:
+        if teacher_features is not None:
             with torch.no_grad():
-                features = TTDFeatures(*teacher)
+                features = TTDFeatures(*teacher_features)
                 other, other_index = _prepared(
                     features, "teacher ", options, image_index, tag_index, max_tags, normalized=normalized
                 )

@@ -87,7 +87,7 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, m
 
 
 def _client(repository: str) -> Any:
-    """Return the hub's client, after a check of what needs no network."""
+    """Return the hub's client, after the checks that need no network."""
     if not isinstance(repository, str) or not _NAME.fullmatch(repository):
         raise InputError(f"--push-to-hub {repository!r} is not USER/NAME, such as my-name/shoes-clip")
     try:

@@ -26,7 +26,7 @@ def measure_cost(backbone: DenseAdapter) -> dict[str, float | int]:
 
     Returns:
         ``images_per_second``, the median over rounds after a warm-up; ``memory_bytes``, weights and buffers with the
-        peak of what one pass allocates on the device; ``batch``.
+        peak allocation of one pass on the device; ``batch``.
     """
     height, width = backbone.description.image_size
     dtype = next(backbone.model.parameters()).dtype

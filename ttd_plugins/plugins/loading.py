@@ -66,7 +66,7 @@ def load(
     Args:
         name: ``family:model@weights``, see :func:`~ttd_plugins.plugins.names.parse_name`; the folder of a run of
             ``ttd train``, of which ``RUN@STEP`` selects a checkpoint; an exported folder; or a name and the folder of a
-            run, of LoRA or of an export joined by ``+``, as ``open_clip:ViT-B-16@openai+my-lora``. See
+            run, of LoRA or of an export joined by ``+``, as ``family:model@weights+my-lora``. See
             ``docs/loading.md``.
         lora: a rank, or a dict of arguments for :meth:`~ttd_plugins.adapter.DenseAdapter.add_lora`; ``None`` for none.
         device: the device of the model; by default the one that its family chose.

@@ -73,7 +73,7 @@ def draw_maps(maps: CaptionMaps, path: Path, *, after: CaptionMaps | None = None
 
 
 def maps_figure(maps: CaptionMaps, *, after: CaptionMaps | None = None) -> Figure:
-    """Return the drawing of :func:`draw_maps` as a figure of matplotlib.
+    """Return the drawing of :func:`draw_maps` as a ``matplotlib.figure.Figure``.
 
     Raises:
         InputError: ``after`` has another caption or other tags.
