@@ -343,7 +343,7 @@ def test_export_takes_every_form(run: Path, tmp_path: Path, first: DenseAdapter,
 
 
 def test_the_list_of_backbones_names_ones_own() -> None:
-    assert "your own: RUN or RUN@STEP (`ttd train`), NAME+LORA" in ttd("backbones", "open_clip").output
+    assert "your own: RUN or RUN@STEP (`ttd train`), NAME+LORA" in ttd("backbones").output
 
 
 def test_a_comparison_is_not_continued_with_another_step(run: Path, tmp_path: Path, second: DenseAdapter) -> None:

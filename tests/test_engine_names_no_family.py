@@ -56,6 +56,7 @@ def test_the_files_are_those_that_compute() -> None:
         "cli",
         "embedded",
         "export.py",
+        "hub_upload.py",
         "reports",
         "testing",
         "toolkit",

@@ -20,7 +20,7 @@ from ttd_plugins.errors import InputError, one_sentence
 from ttd_plugins.utils.files import file_sha256
 
 RECORD_FILE, CARD_FILE = "ttd_export.json", "README.md"
-FORMAT = 1
+FORMAT: Literal[1] = 1
 MAX_BYTES = 2**20
 """A record or a card is small; a larger file is none."""
 _CARD_NAME = re.compile(r'^In ttd-plugins again: `ttd_plugins\.load\("([^"`]+)"\)`\.$', re.MULTILINE)

@@ -116,8 +116,9 @@ def ttd_loss(
         calibration: map from cosine to probability, where ``options`` has none; by default ``Calibration()``.
         groups: the id of each pair's image, B hashable values or an integer tensor ``[B]``; pairs of one image are not
             negatives of each other.
-        teacher_features: features of another model for the same images and texts, which then provides the targets: patches,
-            pooled, captions and tags, without gradient. Needed with the options ``teacher="frozen"`` and ``"ema"``.
+        teacher_features: features of another model for the same images and texts, which then provides the targets:
+            patches, pooled, captions and tags, without gradient. Needed with the options ``teacher="frozen"`` and
+            ``"ema"``.
         image_index: int64 ``[N]``, ascending: the caption of each of N candidates, for ``tags`` of shape ``[K, D]``.
         tag_index: int64 ``[N]``: the row of ``tags`` of each candidate; by default candidate n has row n.
         max_tags: the largest number of candidates of one caption. With it, ``image_index`` and ``tag_index`` are
@@ -141,8 +142,8 @@ def ttd_loss(
     student, index = _prepared(own, "", options, image_index, tag_index, max_tags, normalized=normalized)
     if options.teacher != "self" and teacher_features is None:
         raise InputError(
-            f"teacher={options.teacher!r} needs the features of the teacher; pass teacher_features=TTDFeatures(...), or the "
-            "option teacher='self'"
+            f"teacher={options.teacher!r} needs the features of the teacher; pass teacher_features=TTDFeatures(...), "
+            "or the option teacher='self'"
         )
     ids = None if groups is None else _group_numbers(groups, len(student.captions), student.captions.device)
     contrastive = options.contrastive_weight > 0
@@ -171,7 +172,11 @@ def ttd_loss(
         selected, tag_targets, union, usable = make_targets(source, index[0], batch, options, calibration)
         parts: dict[str, Tensor] = {}
         weights = {"tag": options.tag_weight, "distill": options.distill_weight}
-        form = {"distance": options.distance, "activation": options.activation, "calibration": calibration}
+        form: dict[str, Any] = {
+            "distance": options.distance,
+            "activation": options.activation,
+            "calibration": calibration,
+        }
         if options.tag_weight > 0:
             distance = losses.map_distance(maps.tag_maps, tag_targets, **form)
             weight = torch.where(selected, torch.ones_like(distance), options.rejected_weight)

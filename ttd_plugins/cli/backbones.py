@@ -38,5 +38,5 @@ def command(
                 f"@{name}{' (default)' if name == backbone.default_weights else ''}" for name in backbone.weights
             )
             typer.echo(f"  {printable(f'{info.family}:{backbone.model}')} {printable(weights or '@random only')}")
-    if found:
+    if family is None and pattern is None:
         typer.echo("your own: RUN or RUN@STEP (`ttd train`), NAME+LORA (a folder of LoRA), or an exported folder")

@@ -209,7 +209,7 @@ class _ComparisonRun:
         if self.options.data != SCENES:
             for note in backbone_notes(description):
                 log.warning("%s", note)
-        about = {
+        about: dict[str, Any] = {
             "family": description.family,
             "parameters": sum(parameter.numel() for parameter in backbone.model.parameters()),
             "image_size": list(description.image_size),
@@ -227,9 +227,10 @@ class _ComparisonRun:
         content = self._content(name)
         # Records of earlier releases do not name the run.
         if content["about"] and any(about.get(key) != value for key, value in content["about"].items()):
-            was, now = ((part.get("tuned_from") or {}).get("step") for part in (content["about"], about))
+            sources: list[dict[str, Any]] = [part.get("tuned_from") or {} for part in (content["about"], about)]
+            was, now = (source.get("step") for source in sources)
             what, advice = "", ""
-            if was != now:
+            if was is not None and was != now:
                 what, advice = f" (step {was}, now {now})", f"name the step, as in {name}@{was}, or "
             raise InputError(
                 f"{name} has changed since {self.record.file} was started{what}; {advice}choose another --out"

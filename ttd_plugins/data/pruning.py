@@ -88,7 +88,7 @@ def score_pairs(
         MissingDependencyError: pyarrow, needed for ``.parquet``, is not installed.
     """
     file = given_path(out)
-    settings = {
+    settings: dict[str, Any] = {
         "backbone": backbone.description.name,
         "spec": source.name,
         "size": list(size) if isinstance(size, tuple) else size,

@@ -419,7 +419,8 @@ def require_same_base(state: Mapping[str, Any], adapter: DenseAdapter, where: st
     """
     stored, found = state.get(TUNED_FROM), adapter.tuned_from
     if isinstance(stored, dict) and found is not None and stored.get("sha256") != found.sha256:
-        known = TunedFrom(*(str(stored.get(key, "")) for key in ("kind", "name", "sha256")), stored.get("step"))
+        kind, name, digest = (str(stored.get(key, "")) for key in ("kind", "name", "sha256"))
+        known = TunedFrom(kind, name, digest, stored.get("step"))
         raise InputError(f"{where} was tuned from {known}, and that is now {found}; restore its files")
 
 
