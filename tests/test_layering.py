@@ -31,7 +31,7 @@ EXTRAS = BACKBONE_LIBRARIES | {
 def test_the_files_are_seen() -> None:
     assert {"ttd_plugins.engine", "ttd_plugins.cli", "ttd_plugins.data.images"} <= set(MODULES)
     assert "ttd_open_clip.plugin" in ADAPTER_MODULES
-    assert "ttd_plugins.method.losses" in set(imports(MODULES["ttd_plugins.engine"]))
+    assert "ttd_plugins.method.losses" in set(imports(MODULES["ttd_plugins.functional"]))
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {"ttd_plugins"}))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ttd_plugins.evaluation import evaluate
     from ttd_plugins.export import export_backbone
     from ttd_plugins.fine_tuning import fine_tune
+    from ttd_plugins.functional import ttd_loss
     from ttd_plugins.hookspecs import hookimpl
     from ttd_plugins.lora import load_lora, save_lora
     from ttd_plugins.options import TTDOptions
@@ -39,6 +40,7 @@ _MODULES = {
     "load_lora": "ttd_plugins.lora",
     "restore_backbone": "ttd_plugins.training.checkpoints",
     "save_lora": "ttd_plugins.lora",
+    "ttd_loss": "ttd_plugins.functional",
     "wrap": "ttd_plugins.plugins",
 }
 
@@ -57,6 +59,7 @@ __all__ = [
     "load_lora",
     "restore_backbone",
     "save_lora",
+    "ttd_loss",
     "wrap",
 ]
 

@@ -32,6 +32,8 @@ from ttd_plugins.utils import wrapped_models
 from ttd_plugins.utils.contract_types import ExportedModel as ExportedModel
 from ttd_plugins.utils.contract_types import ImageFeatures as ImageFeatures
 from ttd_plugins.utils.contract_types import Tokens as Tokens
+from ttd_plugins.utils.contract_types import TunedFrom as TunedFrom
+from ttd_plugins.utils.contract_types import adapter_repr
 from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_keyword, renamed_names, warn_renamed
 from ttd_plugins.utils.running_state import WeightSnapshot
 from ttd_plugins.utils.sizes import Size as Size
@@ -137,6 +139,7 @@ class DenseAdapter(nn.Module, ABC):
         model: the caller's model.
         owner: the plugin that created this adapter, for messages; ``None`` if it was created by hand.
         distribution: name and version of the installed distribution of that plugin, or ``None``.
+        tuned_from: the run, LoRA or file whose weights were loaded; ``None`` for a backbone as published.
         lora_needs_adapter: whether the library's own forward reads the weights of some LoRA targets without calling
             the modules. Unmerged LoRA then affects the features of this adapter only.
         library_reference: the library's own functions, for the conformance kit; an adapter sets it or makes it a
@@ -164,6 +167,7 @@ class DenseAdapter(nn.Module, ABC):
         self.training = model.training
         self.owner: str | None = None
         self.distribution: tuple[str, str | None] | None = None
+        self.tuned_from: TunedFrom | None = None
         self._lora: LoRAHandle | None = None
         self._originals: WeightSnapshot | None = None
         self._merged = False
@@ -394,6 +398,7 @@ class DenseAdapter(nn.Module, ABC):
             self._originals = WeightSnapshot(self.model, self.lora_parameters())
 
     remember_weights = _remember_weights
+    __repr__ = adapter_repr
 
     def lora_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters that :meth:`add_lora` added, in a stable order; empty without LoRA."""

@@ -132,7 +132,7 @@ class Studio:
     """The backbones of a page and their results; thread-safe.
 
     Args:
-        backbones: names, in the order in which the page shows them.
+        backbones: names for :func:`ttd_plugins.load`, in the order in which the page shows them.
         tuned: for some names, the path of a fine-tuned backbone; see :func:`ttd_plugins.backbone_sources.load_tuned`.
         options: options of the engine.
         device: device of the models.
@@ -150,7 +150,7 @@ class Studio:
         options: TTDOptions | None = None,
         device: str | None = None,
     ) -> None:
-        from ttd_plugins.backbone_sources import untuned_name
+        from ttd_plugins.backbone_sources import check_backbone, untuned_name
 
         self.backbones = list(dict.fromkeys(backbones))
         self.tuned = dict(tuned or {})
@@ -159,7 +159,7 @@ class Studio:
         if not self.backbones:
             raise InputError("no backbone is named; name one that `ttd backbones` lists")
         for name in self.backbones:
-            parse_name(name)
+            check_backbone(name)
         for name, source in self.tuned.items():
             if name not in self.backbones:
                 raise InputError(f"a tuned {name} is named, which is none of the backbones {', '.join(self.backbones)}")

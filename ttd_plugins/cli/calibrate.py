@@ -19,7 +19,7 @@ DEFAULT_COUNT = 400
 
 @with_flags(PAIR_COLUMNS)
 def command(
-    name: Annotated[str, typer.Argument(help="family:model@weights, see `ttd backbones`.", show_default=False)],
+    name: Annotated[str, typer.Argument(help=image_maps.BACKBONE_FORMS, show_default=False)],
     backbone_option: image_maps.BackboneSettings = None,
     data: Annotated[
         str | None,

@@ -19,7 +19,10 @@ DEFAULT_BACKBONE = "open_clip:photo"
 
 ImageArgument = Annotated[Path, typer.Argument(help="An image file.", show_default=False)]
 CaptionArgument = Annotated[str, typer.Argument(help="Its caption.", show_default=False)]
-BackboneOption = Annotated[str, typer.Option("--backbone", help="family:model@weights, see `ttd backbones`.")]
+BACKBONE_FORMS = (
+    "family:model@weights, see `ttd backbones`; the folder of a run (RUN or RUN@STEP) or of an export; or NAME+LORA."
+)
+BackboneOption = Annotated[str, typer.Option("--backbone", help=BACKBONE_FORMS)]
 BackboneSettings = Annotated[
     list[str] | None,
     typer.Option("--backbone-option", metavar="KEY=VALUE", help="An option of the family; repeatable."),

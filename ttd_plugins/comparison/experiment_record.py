@@ -108,7 +108,7 @@ def _check_backbone_entry(name: str, entry: Any) -> None:
     """Raise ValueError unless the entry of a backbone has the types that a comparison continues from."""
     if not isinstance(entry, dict):
         raise ValueError(f"the entry of {name!r} is not an object")
-    for key in ("about", "figures", "bias", "curves", "seconds"):
+    for key in ("about", "figures", "bias", "curves", "seconds", "cost"):
         if not isinstance(entry.get(key, {}), dict):
             raise ValueError(f"{key!r} of {name!r} is not an object")
     if not isinstance(entry.get("warnings", []), list):

@@ -45,7 +45,7 @@ def evaluate(
         print(result.metrics["caption_iou"])
 
     Args:
-        backbone: an adapter, or a name for :func:`ttd_plugins.load`.
+        backbone: an adapter, or a name, run or export for :func:`ttd_plugins.load`.
         data: a reader of :mod:`ttd_plugins.evaluation.datasets`, or ``"NAME:FOLDER"`` such as
             ``"coco_captions:photos/"``, ``"voc:VOC2012/"`` or ``"folder:my_masks/"``; for ``"retrieval"`` image-text
             pairs as :func:`ttd_plugins.data.open_pairs` accepts them.

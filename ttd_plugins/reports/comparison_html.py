@@ -24,6 +24,7 @@ from ttd_plugins.reports.comparison_charts import (
     trade_off_chart,
     trade_off_metrics,
 )
+from ttd_plugins.reports.comparison_choice import choice_view
 from ttd_plugins.reports.comparison_findings import (
     TIE,
     VERDICT_WORDS,
@@ -88,6 +89,7 @@ def write_comparison_report(path: Path, comparison: Comparison) -> None:
         tiles=[_tile(backbones[0], m) for m in judged_metrics(comparison)] if tuned and len(backbones) == 1 else [],
         tie=TIE,
         rows=_metric_rows(comparison),
+        choice=choice_view(comparison),
         trade_off=_trade_off(comparison),
         bias=_bias(comparison),
         curves=_curves(comparison),

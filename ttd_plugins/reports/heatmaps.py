@@ -68,13 +68,24 @@ def draw_maps(maps: CaptionMaps, path: Path, *, after: CaptionMaps | None = None
         InputError: ``path`` cannot be written, or ``after`` has another caption or other tags.
         MissingDependencyError: matplotlib is not installed.
     """
-    if after is not None and (after.caption, after.tags) != (maps.caption, maps.tags):
-        raise InputError("the maps before and after must be of one caption and the same tags")
     with drawing_style("maps"):
         write_atomic(path, figure_png(_draw(maps, after), DOTS_PER_INCH))
 
 
+def maps_figure(maps: CaptionMaps, *, after: CaptionMaps | None = None) -> Figure:
+    """Return the drawing of :func:`draw_maps` as a ``matplotlib.figure.Figure``.
+
+    Raises:
+        InputError: ``after`` has another caption or other tags.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    with drawing_style("maps"):
+        return _draw(maps, after)
+
+
 def _draw(maps: CaptionMaps, after: CaptionMaps | None) -> Figure:
+    if after is not None and (after.caption, after.tags) != (maps.caption, maps.tags):
+        raise InputError("the maps before and after must be of one caption and the same tags")
     from matplotlib.figure import Figure
 
     shown = _tags_to_show(maps)

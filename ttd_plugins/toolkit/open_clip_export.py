@@ -210,3 +210,19 @@ def _is_trunk_of(adapter: DenseAdapter, config: Mapping[str, Any]) -> bool:
     model: Any = adapter.model
     known = getattr(getattr(model.visual, "trunk", None), "pretrained_cfg", None) or {}
     return known.get("architecture") == config["vision_cfg"].get("timm_model_name", "").partition(".")[0]
+
+
+def use_tokenizer_of_repository(folder: Path, repository: str) -> None:
+    """Name a repository as the place of the tokenizer whose files an export for it contains.
+
+    open_clip reads a tokenizer of a folder from the folder itself, and that of a repository from the name in the
+    configuration.
+    """
+    file = folder / CONFIG
+    if not file.is_file() or not (folder / "tokenizer_config.json").is_file():
+        return
+    content = json.loads(file.read_text(encoding="utf-8"))
+    text = content.get("model_cfg", {}).get("text_cfg", {})
+    if "hf_tokenizer_name" in text:
+        text["hf_tokenizer_name"] = repository
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

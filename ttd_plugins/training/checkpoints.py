@@ -16,6 +16,8 @@ A folder is written under a name that ends in ``.part`` and renamed when it is c
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -31,13 +33,17 @@ from torch import Tensor, nn
 from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.training.checkpoint_state import CHECKSUMS, FILES, StateSeal, check_state
 from ttd_plugins.training.sharding import shard_like
+from ttd_plugins.utils.contract_types import TunedFrom
 from ttd_plugins.utils.files import file_sha256, flush_to_disk, follow_umask
 from ttd_plugins.utils.state_dicts import read_state_dict
 
 if TYPE_CHECKING:
     from ttd_plugins.adapter import DenseAdapter
+    from ttd_plugins.training.config import TrainConfig
 
 FORMAT = 1
+TUNED_FROM = "tuned_from"
+"""Key of the state that identifies the run or LoRA which the backbone was tuned from before this run."""
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d{8,})")
 TRAINED, BUFFERS, TEACHER, AVERAGE, OPTIMIZER, RANDOM, STATE = (
@@ -353,6 +359,8 @@ def restore_backbone(
     backbone: DenseAdapter | None = None,
     lora_scale: float | None = None,
     averaged: bool = True,
+    options: Mapping[str, Any] | None = None,
+    merge: bool = False,
 ) -> DenseAdapter:
     """Return the tuned backbone of a run, in evaluation mode, with unmerged LoRA where the run trains LoRA.
 
@@ -362,33 +370,51 @@ def restore_backbone(
         backbone: the untuned backbone, for a run that was started with an object instead of a name.
         lora_scale: factor of LoRA; by default ``towers.lora_scale`` of the run.
         averaged: whether to return the moving average of the weights if the run has one (``run.weight_ema``).
+        options: options of the family that replace those of the run, such as its dense mode.
+        merge: whether to merge LoRA into the weights, and to set ``requires_grad`` as before the run.
+
+    Returns:
+        The backbone; its ``tuned_from`` names the run and the step.
 
     Raises:
-        InputError: the run has no such checkpoint, or it belongs to another backbone.
+        InputError: the run has no such checkpoint, is damaged, or belongs to another backbone.
         TTDError: the backbone cannot be loaded.
     """
     from ttd_plugins.training.config import TrainConfig
-    from ttd_plugins.training.trainable_parameters import build_backbone
+    from ttd_plugins.training.trainable_parameters import build_backbone, load_untuned
 
     run = Path(run)
     file = run / "config.yaml"
     if not file.is_file():
         raise InputError(f"{run} is not the folder of a run: it has no config.yaml")
     config = TrainConfig.read(file)
-    step = named_step(run, step)
-    where = str(_folder(run, step))
+    # Once, because a run that goes on writes newer ones.
+    folder = _folder(run, named_step(run, step))
+    where, step = str(folder), int(folder.name.rpartition("-")[2])
     state = read_state(run, step)
     scale = config.towers.lora_scale if lora_scale is None else lora_scale
     # Read before the backbone is built, so that a damaged file is found at once.
     files = [TRAINED, BUFFERS, *(_average_file(state) if averaged else [])]
     tensors = [_read_tensors(run, step, name, state) for name in files]
-    adapter = build_backbone(config, backbone, run=run)
+    sums = [state.get(FILES, {}).get(name) or file_sha256(folder / name) for name in files]
+    digest = hashlib.sha256("".join(sums).encode())
+    config = _as_started(config, state, options or {})
+    untuned = load_untuned(config) if backbone is None else backbone
+    requires_grad = [(parameter, parameter.requires_grad) for parameter in untuned.model.parameters()]
+    adapter = build_backbone(config, untuned, run=run)
+    require_same_base(state, adapter, where)
     for one in tensors:
         load_tensors(adapter.model, one, where)
     if scale != 1:
         from ttd_plugins.lora import scale_lora
 
         scale_lora(adapter, scale)
+    base = config.backbone.name or adapter.description.name
+    adapter.tuned_from = TunedFrom("run", run.resolve().name, digest.hexdigest()[:16], step, base)
+    if merge:
+        adapter.merge()
+        for parameter, flag in requires_grad:
+            parameter.requires_grad_(flag)
     return adapter.eval()
 
 
@@ -407,6 +433,33 @@ def named_step(run: Path, step: int | str | None) -> int | None:
     if step != BEST:
         raise InputError(f"the step of a checkpoint is a number or {BEST}, not {step!r}")
     return best_step(run, checkpoint_steps(run))
+
+
+def _as_started(config: TrainConfig, state: Mapping[str, Any], options: Mapping[str, Any]) -> TrainConfig:
+    """The configuration with other options, and with the step of the run that its backbone was tuned from."""
+    name, base = config.backbone.name, state.get(TUNED_FROM)
+    if name is not None and isinstance(base, dict) and isinstance(base.get("step"), int) and Path(name).is_dir():
+        name = f"{name}@{base['step']}"
+    backbone = dataclasses.replace(config.backbone, name=name, options={**config.backbone.options, **options})
+    return dataclasses.replace(config, backbone=backbone)
+
+
+def require_same_base(state: Mapping[str, Any], adapter: DenseAdapter, where: str) -> None:
+    """Refuse a backbone that was tuned from other weights than the one that a checkpoint continues.
+
+    Args:
+        state: state of the checkpoint.
+        adapter: the backbone before the weights of the checkpoint are loaded.
+        where: the checkpoint, for the message.
+
+    Raises:
+        InputError: it is another one.
+    """
+    stored, found = state.get(TUNED_FROM), adapter.tuned_from
+    if isinstance(stored, dict) and found is not None and stored.get("sha256") != found.sha256:
+        kind, name, digest = (str(stored.get(key, "")) for key in ("kind", "name", "sha256"))
+        known = TunedFrom(kind, name, digest, stored.get("step"))
+        raise InputError(f"{where} was tuned from {known}, and that is now {found}; restore its files")
 
 
 def read_foreign_weights(file: Path) -> dict[str, Tensor]:

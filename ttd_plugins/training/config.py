@@ -27,7 +27,10 @@ class BackboneConfig:
 
     name: Annotated[
         Text | None,
-        option("Name, family:model@weights; null where a backbone object is passed.", flag="--backbone"),
+        option(
+            "Name, family:model@weights, or a run, NAME+LORA or an export; null where a backbone object is passed.",
+            flag="--backbone",
+        ),
     ] = None
     options: Annotated[dict[str, Any], option("Options of its family.", flag="--backbone-option")] = field(
         default_factory=dict

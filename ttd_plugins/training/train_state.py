@@ -78,6 +78,7 @@ class TrainState:
     def __post_init__(self) -> None:
         if self.weight_ema is not None:
             self.average = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
+        self.tuned_from = self.ttd.backbone.tuned_from
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in self.trained.items()}
 
     def end_step(self, epoch: int, position: Any) -> None:
@@ -147,7 +148,8 @@ class TrainState:
                 "health": self.health.as_dict(),
                 "warnings": self.warnings,
                 "random": rng_values,
-            },
+            }
+            | ({} if self.tuned_from is None else {checkpoints.TUNED_FROM: self.tuned_from.as_dict()}),
             trained=trained,
             buffers={name: value for name, value in buffers.items() if self._changed(name, value)},
             teacher={name: averages[name] for name in self.trained if name in averages},
@@ -168,6 +170,7 @@ class TrainState:
 
     def _restore(self, stored: checkpoints.Checkpoint, where: str, *, rank: int, processes: int) -> None:
         state = stored.state
+        checkpoints.require_same_base(state, self.ttd.backbone, where)
         family, own = state.get("family"), self._family()
         # Checkpoints of older releases do not have it.
         if (

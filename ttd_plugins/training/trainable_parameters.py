@@ -32,21 +32,31 @@ def build_backbone(
         InputError: there is neither an object nor a name.
         TTDError: the backbone cannot be loaded, or cannot be tuned as configured.
     """
+    backbone = load_untuned(config) if backbone is None else backbone
     with torch.random.fork_rng(devices=[]):
-        if backbone is None:
-            if config.backbone.name is None:
-                raise InputError(
-                    "no backbone is named; give backbone.name (--backbone), one of those that `ttd backbones` lists"
-                )
-            from ttd_plugins.plugins import load
-
-            torch.manual_seed(config.run.seed)
-            backbone = load(config.backbone.name, **config.backbone.options)
         torch.manual_seed(config.run.seed)
         start = config.towers.lora_from
         copied = None if run is None or start is None else run / INITIAL_LORA
         prepare_towers(backbone, config.towers, lora_from=copied if copied is not None and copied.is_dir() else start)
     return backbone
+
+
+def load_untuned(config: TrainConfig) -> DenseAdapter:
+    """Load the backbone that a configuration names, before anything is trained; the seed decides fresh weights.
+
+    Raises:
+        InputError: no backbone is named.
+        TTDError: the backbone cannot be loaded.
+    """
+    if config.backbone.name is None:
+        raise InputError(
+            "no backbone is named; give backbone.name (--backbone), one of those that `ttd backbones` lists"
+        )
+    from ttd_plugins.plugins.loading import load
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        return load(config.backbone.name, **config.backbone.options)
 
 
 def prepare_towers(backbone: DenseAdapter, towers: TowersConfig, *, lora_from: Path | str | None = None) -> None:

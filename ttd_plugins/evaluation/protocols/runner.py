@@ -108,12 +108,14 @@ def weights_hash(adapter: DenseAdapter) -> str:
 
 
 def describe_backbone(adapter: DenseAdapter) -> dict[str, Any]:
-    """Return what identifies a backbone: its name, dense mode, calibration and a hash of its weights.
+    """Return what identifies a backbone: its name, the run or LoRA, dense mode, calibration, a hash of its weights.
 
     The resampling of position embeddings is included if it is not the library's.
     """
     description = adapter.description
-    about = {
+    # Only where there is one, so that results of earlier releases stay comparable.
+    source = {} if adapter.tuned_from is None else {"tuned_from": adapter.tuned_from.as_dict()}
+    about = source | {
         "name": description.name,
         "dense_mode": description.dense_mode,
         "calibration": asdict(description.calibration),
