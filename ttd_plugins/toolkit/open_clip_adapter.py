@@ -149,7 +149,7 @@ class OpenCLIPModelAdapter(CLIPAdapter):
         open_clip's switch for such towers only ever switches it on.
         """
         super().set_grad_checkpointing(enabled)
-        inner = getattr(text_tower.text_module(self.model), "transformer", None)
+        inner: Any = getattr(text_tower.text_module(self.model), "transformer", None)
         if not text_tower.is_native(self.model) and hasattr(inner, "gradient_checkpointing_disable"):
             if enabled:
                 inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
