@@ -340,6 +340,8 @@ def segment_folder(
                 failed[image.key] = one_sentence(error)
                 log.warning("%s", one_sentence(error))
             else:
+                if whole:
+                    _write_settings(out, settings)
                 found.save(out, image.stem, {"image": image.key, "settings": digest, "file": stamp})
                 if on_result is not None:
                     on_result(image, found)
@@ -355,7 +357,7 @@ def segment_folder(
 
 
 def _require_settings(out: Path, settings: dict[str, Any], digest: str, whole: bool) -> None:
-    """Check that earlier results of a folder have the same settings, and write them for a folder of images.
+    """Check that earlier results of a folder have the same settings.
 
     Raises:
         InputError: they have others.
@@ -376,9 +378,15 @@ def _require_settings(out: Path, settings: dict[str, Any], digest: str, whole: b
     other = next((name for name, found in _results(out) if found != digest), None)
     if other is not None:
         raise InputError(f"the folder {str(out)!r} contains results with other settings, such as {other!r}; {advice}")
-    write_atomic(file, json.dumps(settings, indent=1) + "\n")
+
+
+def _write_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Write the settings and the names of a folder of images, unless they are there."""
+    if (out / "settings.json").exists():
+        return
     names = [{"index": i, "name": one[0], "aliases": one[1:]} for i, one in enumerate(settings["classes"])]
     write_atomic(out / "classes.json", json.dumps(names, indent=1) + "\n")
+    write_atomic(out / "settings.json", json.dumps(settings, indent=1) + "\n")
 
 
 def _results(out: Path) -> Iterator[tuple[str, Any]]:

@@ -52,10 +52,19 @@ def read_vocabulary(names: Names) -> tuple[ClassNames, ...]:
             return _checked(_read_file(Path(text)), f"the file {text!r}")
         if text.strip() in BUILT_IN:
             return _in_plain_english(class_names(text.strip()))
-        return _checked(_of_line(text), "the list of names")
+        return parse_names(text)
     if isinstance(names, list | tuple) and names and all(isinstance(one, ClassNames) for one in names):
         return tuple(names)
     return _checked(_of_object(names, "the list of names"), "the list of names")
+
+
+def parse_names(text: str) -> tuple[ClassNames, ...]:
+    """Return the classes of a text with commas, as ``"dog|puppy, grass"``; no file is read.
+
+    Raises:
+        InputError: there is no name, or one is too long.
+    """
+    return _checked(_of_line(text), "the list of names")
 
 
 def _in_plain_english(classes: tuple[ClassNames, ...]) -> tuple[ClassNames, ...]:
