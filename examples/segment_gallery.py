@@ -29,7 +29,7 @@ PHOTOGRAPHS = (
     "000000078499.jpg", "000000121647.jpg", "000000252639.jpg", "000000358083.jpg", "000000084284.jpg",
     "000000525891.jpg", "000000442450.jpg", "000000408805.jpg", "000000174632.jpg", "000000216794.jpg",
 )  # fmt: skip
-COLUMNS, WIDTH, QUALITY = 2, 300, 82
+COLUMNS, WIDTH, QUALITY = 2, 240, 80
 
 
 def true_labels(content: dict[str, Any], name: str) -> tuple[list[str], NDArray[np.int64]]:

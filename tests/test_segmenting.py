@@ -148,6 +148,13 @@ def test_the_background_is_left_out_by_words_by_a_plane_or_not_at_all() -> None:
     assert [one.name for one in plain.classes] == ["background", "grass", "background"]
 
 
+def test_the_default_size_is_at_most_twice_the_preferred_one() -> None:
+    adapter = toy()  # of 16 pixels
+    options = Segmenter(adapter, NAMES).options
+    assert options.dense.size == 32 and Segmenter(adapter, NAMES, size=64).options.dense.size == 64
+    assert Segmenter(adapter, NAMES, SegmentProtocol()).options.dense.size == 448
+
+
 def test_prompts_replace_the_templates() -> None:
     adapter, image = toy(), photo()
     expected = segment(adapter, image, NAMES, templates="photo", **SMALL)

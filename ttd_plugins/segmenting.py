@@ -164,13 +164,19 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def default_size(adapter: DenseAdapter) -> int:
+    """Return the side in pixels at scale one: 448, or twice the preferred size where that is smaller."""
+    return min(IMAGE_SEGMENT.dense.size, 2 * min(adapter.description.image_size))
+
+
 class Segmenter:
     """Segments images by one list of names, which is encoded once.
 
     Args:
         backbone: an adapter, or a name for :func:`ttd_plugins.load`.
         names: any form of :func:`ttd_plugins.evaluation.vocabulary.read_vocabulary`.
-        options: options of the segmentation.
+        options: options of the segmentation; by default
+            :data:`~ttd_plugins.evaluation.protocol_options.IMAGE_SEGMENT` with the size of :func:`default_size`.
         prompts: prompt templates with ``{}`` for the name, instead of the named set of the options.
         device: where a backbone given by name computes.
         stage: starts a subtask, for a progress bar.
@@ -194,10 +200,13 @@ class Segmenter:
         **changes: Any,
     ) -> None:
         classes = read_vocabulary(names)
+        given = options is not None or "size" in changes
         options = with_changes(options or IMAGE_SEGMENT, changes if options else with_plane(changes))
         self.prompts = None if prompts is None else _checked_prompts(prompts)
         adapter = load(backbone, device=device) if isinstance(backbone, str) else require_adapter(backbone, "segment()")
         self.adapter = adapter
+        if not given:
+            options = with_changes(options, {"size": default_size(adapter)})
         self.options, self.calibrated = with_calibration(options, adapter)
         self.notes = backbone_notes(adapter.description)
         with evaluation_mode(adapter):
@@ -261,7 +270,7 @@ def segment(
         names: ``"dog, grass, sky"``, a list, a file, or a built-in list; see
             :func:`ttd_plugins.evaluation.vocabulary.read_vocabulary`.
         options: options of the segmentation; by default
-            :data:`~ttd_plugins.evaluation.protocol_options.IMAGE_SEGMENT`.
+            :data:`~ttd_plugins.evaluation.protocol_options.IMAGE_SEGMENT` with the size of :func:`default_size`.
         prompts: prompt templates with ``{}`` for the name, instead of the named set of the options.
         device: where a backbone given by name computes.
         **changes: single options by name, such as ``background="none"``, ``size=640``, ``window=448`` or

@@ -9,7 +9,7 @@ import typer
 
 from ttd_plugins.cli import image_maps
 from ttd_plugins.cli.config_flags import flags_of, nested, print_json, with_flags
-from ttd_plugins.evaluation.protocol_options import IMAGE_SEGMENT, with_plane
+from ttd_plugins.evaluation.protocol_options import IMAGE_SEGMENT, with_changes, with_plane
 from ttd_plugins.utils.configuration import from_mapping, plain_values
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def command(
     """Find which pixels of IMAGE show which of NAMES.
 
     Writes a mask with a palette, an overlay with a legend, and the share and probability of each class. A folder of
-    images is resumed by the same command.
+    images is resumed by the same command. Backbones for small images have a smaller default --size.
     """
     changes = with_plane(nested(given))
     values = plain_values(IMAGE_SEGMENT)
@@ -58,10 +58,12 @@ def command(
     find_images(image, outside=out)
     classes = read_vocabulary(names)
     from ttd_plugins.plugins import load
-    from ttd_plugins.segmenting import Segmenter, segment_folder
+    from ttd_plugins.segmenting import Segmenter, default_size, segment_folder
     from ttd_plugins.utils.progress import progress_bars
 
     adapter = load(backbone, device=device, **image_maps.parse_settings(backbone_option))
+    if "dense.size" not in given:
+        options = with_changes(options, {"size": default_size(adapter)})
     latest: list[Segmentation] = []
     with progress_bars(terminal_only=True) as stage:
         segmenter = Segmenter(adapter, classes, options, prompts=template, stage=stage)

@@ -21,7 +21,7 @@ BUILT_IN = ("voc", "context", "coco_object", "coco_panoptic", "coco_stuff", "ade
 SUFFIXES = (".txt", ".csv", ".tsv", ".json")
 MAX_BYTES = 32 << 20
 MAX_CHARACTERS = 300
-"""Of one name."""
+"""Longest name."""
 _ALIAS_KEYS = ("texts", "aliases", "synonyms")
 
 Names = str | os.PathLike[str] | Sequence[Any] | Mapping[str, Any]
