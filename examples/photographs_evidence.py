@@ -12,12 +12,14 @@
 
 ``--choose`` measures on the validation photographs alone, for choosing settings; without it the test photographs are
 measured too. ``--ttd KEY=VALUE`` and ``--name`` add an arm with other options of TTD. A stopped script resumes.
+The image trunk is frozen, so the script computes its feature map of each image once and stores it.
 Flickr8k is for research only: the weights stay in ``--work``.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -28,6 +30,8 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ttd_plugins import TTD, fine_tune, load, restore_backbone
@@ -68,6 +72,43 @@ METRICS = {
 Held = list[tuple[Any, list[str]]]
 
 
+class TrunkCache:
+    """Feature maps of a frozen image trunk, by the SHA-1 of the pixels of an image."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.maps: dict[str, Tensor] = load_file(path) if path.exists() else {}
+        self.stored = len(self.maps)
+
+    def attach(self, adapter: Any) -> DenseAdapter:
+        """Let the trunk of an adapter return stored feature maps; return the adapter."""
+        trunk = adapter.model.visual.trunk
+        compute = trunk.forward_features
+
+        def forward_features(pixels: Tensor) -> Tensor:
+            active = [module for module in trunk.modules() if isinstance(module, nn.BatchNorm2d) and module.training]
+            trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in trunk.parameters())
+            if active or trained:
+                raise RuntimeError("the trunk is trained, so its feature maps cannot be stored")
+            keys = [hashlib.sha1(image.numpy().tobytes()).hexdigest() for image in pixels]
+            missing = [row for row, key in enumerate(keys) if key not in self.maps]
+            if missing:
+                # Tensors of the inference mode could not be used in a later backward pass.
+                with torch.inference_mode(False), torch.no_grad():
+                    for row, features in zip(missing, compute(pixels[missing].clone()), strict=True):
+                        self.maps[keys[row]] = features.clone()
+            return torch.stack([self.maps[key] for key in keys])
+
+        trunk.forward_features = forward_features
+        return adapter
+
+    def save(self) -> None:
+        """Write the feature maps if there are new ones."""
+        if len(self.maps) > self.stored:
+            save_file(self.maps, self.path)
+            self.stored = len(self.maps)
+
+
 def held_out_pairs(source: StreamSource, limit: int) -> Held:
     """The first images of the first shard with all their captions."""
     pairs: Held = []
@@ -90,7 +131,7 @@ def recall(adapter: DenseAdapter, pairs: Held, size: int) -> float:
         images.append(normalize(features.float(), dim=-1))
     texts = [text for _, own in pairs for text in own]
     owner = [row for row, (_, own) in enumerate(pairs) for _ in own]
-    embeddings = normalize(encode_texts(adapter, texts).float(), dim=-1)
+    embeddings, _ = encode_texts(adapter, texts)
     return retrieval_recalls(torch.cat(images), embeddings, owner, texts, (1,))["r1"]
 
 
@@ -114,7 +155,7 @@ def base_run(options: argparse.Namespace, shards: Sequence[str], held: Held) -> 
     """Train the base and return the step with the best R@1 on held-out pairs; step 0 is the untrained backbone."""
     run, record = options.work / "base", options.work / "base.json"
     if not record.exists():
-        found = {"0": recall(load(BACKBONE), held, options.size)}
+        found = {"0": recall(untrained(options), held, options.size)}
 
         def evaluate(ttd: TTD, step: int) -> dict[str, float]:
             return {"r1": recall(ttd.backbone, held, options.size)}
@@ -122,9 +163,10 @@ def base_run(options: argparse.Namespace, shards: Sequence[str], held: Held) -> 
         content = config(options, shards, CONTRASTIVE, options.first_seed, options.base_steps)
         steps = options.base_steps // options.every
         content["run"] |= {"evaluate_every": options.every, "checkpoint_every": options.every, "keep": steps + 1}
-        fine_tune(content, run, backbone=load(BACKBONE), resume=run.exists(), evaluate=evaluate)
+        fine_tune(content, run, backbone=untrained(options), resume=run.exists(), evaluate=evaluate)
         for line in JsonlLog(run / "log.jsonl").read():
-            found |= {str(line["step"]): line["r1"]} if "r1" in line else {}
+            if "evaluation" in line:
+                found[str(line["step"])] = line["evaluation"]["r1"]
         write_atomic(record, json.dumps(found) + "\n")
     found = json.loads(record.read_text())
     print(
@@ -133,9 +175,14 @@ def base_run(options: argparse.Namespace, shards: Sequence[str], held: Held) -> 
     return int(max(found, key=found.__getitem__))
 
 
+def untrained(options: argparse.Namespace) -> DenseAdapter:
+    """The shipped backbone; the feature maps of its trunk are stored."""
+    return options.cache.attach(load(BACKBONE))
+
+
 def load_base(options: argparse.Namespace, step: int) -> DenseAdapter:
     """The base in evaluation mode, its LoRA merged."""
-    adapter = load(BACKBONE)
+    adapter = untrained(options)
     if step:
         adapter = restore_backbone(options.work / "base", step, backbone=adapter)
         adapter.merge()
@@ -161,10 +208,13 @@ def gallery_recall(adapter: DenseAdapter, data: Path, size: int) -> float:
     """R@1 in one gallery of every photograph with captions."""
     pairs: Held = []
     for name in GALLERY:
-        reader = open_captions("coco_captions", data / name)
-        for key in list(reader.keys()):
-            item = reader.read(key)
-            pairs.append((read_image(item.path), [truth.caption for truth in item.captions]))
+        content = json.loads((data / name / "captions.json").read_text())
+        captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
+        for annotation in content["annotations"]:
+            captions[annotation["image_id"]].append(annotation["caption"])
+        for image in content["images"]:
+            path = next((data / name).rglob(image["file_name"]))
+            pairs.append((read_image(path), captions[image["id"]]))
     return recall(adapter, pairs, size)
 
 
@@ -233,8 +283,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lora-scale", type=float, default=1.0, help="factor of LoRA after training, in every arm")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--base-steps", type=int, default=400)
-    parser.add_argument("--every", type=int, default=50, help="steps between evaluations of the base")
+    parser.add_argument("--base-steps", type=int, default=800)
+    parser.add_argument("--every", type=int, default=100, help="steps between evaluations of the base")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
@@ -252,20 +302,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not isinstance(source, StreamSource) or len(source.shards) < 2:
         parser.error(f"{options.pairs} must be a folder with two or more shards, because the first one is held out")
     shards = source.shards[1:]
+    options.cache = TrunkCache(options.work / "trunk.safetensors")
     base = base_run(options, shards, held_out_pairs(source, options.held_out))
 
     scale = "" if options.lora_scale == 1 else f"-scale{options.lora_scale:g}"
     kind = "chosen" if options.choose else "evidence"
+    options.cache.save()
     found: dict[str, list[dict[str, dict[str, float]]]] = {}
-    untrained = "untrained"
-    found[untrained] = [measure(load(BACKBONE).eval(), options, untrained)]
+    found["untrained"] = [measure(untrained(options).eval(), options, "untrained")]
     found["before"] = [measure(load_base(options, base), options, "before")]
     for arm in ("control", options.name):
         found[arm] = []
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             adapter = tuned(options, shards, arm, seed, base)
             found[arm].append(measure(adapter, options, f"{arm}{scale}-{seed}"))
-    settings = {name: str(value) for name, value in vars(options).items()}
+            options.cache.save()
+    settings = {name: str(value) for name, value in vars(options).items() if name != "cache"}
     stem = f"{kind}-{options.name}{scale}"
     content = {"metrics": found, "base_step": base, "settings": settings}
     write_atomic(options.work / f"{stem}.json", json.dumps(content, indent=1) + "\n")

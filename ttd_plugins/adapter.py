@@ -27,7 +27,7 @@ from ttd_plugins.lora.attach import attach_lora, foreign_peft_layer
 from ttd_plugins.lora.handle import TOWERS as TOWERS
 from ttd_plugins.lora.handle import LoRAHandle
 from ttd_plugins.lora.handle import Tower as Tower
-from ttd_plugins.options import Calibration
+from ttd_plugins.options import Calibration, Resampling
 from ttd_plugins.utils import wrapped_models
 from ttd_plugins.utils.contract_types import ExportedModel as ExportedModel
 from ttd_plugins.utils.contract_types import ImageFeatures as ImageFeatures
@@ -80,6 +80,7 @@ class BackboneDescription:
         calibrated: whether :attr:`calibration` was fitted to image-text pairs; otherwise probabilities are labelled.
         trained_on: the only kind of images that the weights were pre-trained on, in the plural ("drawings"); ``None``
             if the weights know photographs, or nothing is known. Where it is set, results come with a note.
+        positions: how position embeddings are resampled at other image sizes, see :attr:`DenseAdapter.positions`.
     """
 
     family: str
@@ -99,6 +100,7 @@ class BackboneDescription:
     calibration: Calibration = field(default_factory=Calibration)
     calibrated: bool = False
     trained_on: str | None = None
+    positions: Resampling = "library"
 
     text_after_end_matters = RenamedAttribute("text_needs_full_context")
 
@@ -139,11 +141,16 @@ class DenseAdapter(nn.Module, ABC):
             the modules. Unmerged LoRA then affects the features of this adapter only.
         library_reference: the library's own functions, for the conformance kit; an adapter sets it or makes it a
             property. ``None``: the kit looks for the names that libraries usually have.
+        positions: how position embeddings of the image tower are resampled at other sizes than the trained one; assign
+            one of :attr:`resamplings` to change it.
+        resamplings: the values of :attr:`positions` that this adapter supports.
     """
 
     model: nn.Module
     lora_needs_adapter: bool = False
     library_reference: LibraryReference | None = None
+    positions: Resampling = "library"
+    resamplings: tuple[Resampling, ...] = ("library",)
 
     def __init__(self, model: nn.Module) -> None:
         """Adapt ``model`` without changing it.

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -95,6 +95,9 @@ class TTD(nn.Module):
         loss = ttd(images, captions).loss
     """
 
+    _keys_to_ignore_on_save: ClassVar[None] = None
+    """Trainer of transformers reads it if a checkpoint has only a part of the weights."""
+
     def __init__(
         self,
         backbone: DenseAdapter,
@@ -123,7 +126,11 @@ class TTD(nn.Module):
             extractor = make_tag_extractor(self.options.extractor, **self.options.extractor_options)
         self.extractor = require_extractor(extractor)
         # A tuple, so that the copy is not a submodule: its weights must not be trained, saved or moved.
-        self._teacher = () if self.options.teacher == "self" else (self._copy_backbone(),)
+        kind = self.options.teacher
+        self._teacher = () if kind == "self" else (self._copy_backbone(frozen=kind == "frozen"),)
+        self._anchor: tuple[DenseAdapter, ...] = ()
+        if self.options.anchor_weight > 0:
+            self._anchor = self._teacher if kind == "frozen" else (self._copy_backbone(frozen=True),)
         if self.options.text_activation_checkpointing and not backbone.tower_blocks("text"):
             raise UnsupportedModelError(
                 f"text_activation_checkpointing=True needs the blocks of the text tower, and tower_blocks() of "
@@ -131,15 +138,16 @@ class TTD(nn.Module):
             )
         self._text_cache = TextEmbeddingCache(self.options.text_cache_size)
         self._teacher_text_cache = TextEmbeddingCache(self.options.text_cache_size)
+        self._anchor_text_cache = TextEmbeddingCache(self.options.text_cache_size)
         self._checked_first_batch = False
         self._checked_first_step = False
         self.covers_unused = True
         """Whether weights that a loss does not use have a zero gradient if several processes train together."""
         self._unused: tuple[tuple[bool, ...], list[nn.Parameter]] | None = None
 
-    def _copy_backbone(self) -> DenseAdapter:
+    def _copy_backbone(self, *, frozen: bool) -> DenseAdapter:
         teacher = copy.deepcopy(self.backbone)
-        if self.options.teacher == "frozen":
+        if frozen:
             undo_tuning(teacher)
         return teacher.requires_grad_(False).eval()
 
@@ -222,7 +230,7 @@ class TTD(nn.Module):
             tags: candidate tags of each caption; by default the extractor finds them.
             groups: the id of each pair's image: a string, an integer or another hashable value, in a sequence, an array
                 or a tensor. Pairs of one image are not negatives in the contrastive term. Either all processes pass
-                groups, or none.
+                groups, or none. Pairs with the same caption are not negatives either, with or without groups.
             return_loss: must be true; training libraries look for the argument before they evaluate a model.
 
         Raises:
@@ -249,13 +257,14 @@ class TTD(nn.Module):
         candidates = self.candidates(images, captions, tags)
         if not self._checked_first_batch:
             check_pixels(images, self.backbone)
-        need_pooled = options.contrastive_weight > 0
+        need_pooled = options.contrastive_weight > 0 or options.anchor_weight > 0
         # Without L_tag, tag embeddings only affect targets, and need no gradient.
         tag_gradient = options.tag_weight > 0
         alignment = self._align(
             self.backbone, images, captions, candidates, pooled=need_pooled, tag_gradient=tag_gradient
         )
-        targets = self.targets(self._teacher_alignment(images, captions, candidates) or alignment)
+        teacher = self._teacher_alignment(images, captions, candidates)
+        targets = self.targets(teacher or alignment)
         if not self._checked_first_batch:
             if self._uses_calibration():
                 maps = [alignment.tag_maps, alignment.caption_maps]
@@ -274,14 +283,18 @@ class TTD(nn.Module):
                 distance = self._distance(alignment.caption_maps, targets.union)
                 usable = targets.usable.float()
                 parts["distill"] = self._mean((usable * distance).sum(), usable.sum())
-            if need_pooled:
+            if options.contrastive_weight > 0:
                 assert alignment.pooled is not None
                 weights["contrastive"] = options.contrastive_weight
                 parts["contrastive"] = self._contrastive(
                     alignment.pooled,
                     alignment.captions,
                     ids,
+                    captions,
                 )
+            if options.anchor_weight > 0:
+                weights["anchor"] = options.anchor_weight
+                parts["anchor"] = self._anchor_loss(alignment, self._anchor_embeddings(images, captions, teacher))
             loss = sum((weights[name] * part for name, part in parts.items()), alignment.caption_maps.sum() * 0)
             if self.covers_unused and distributed.process_count() > 1 and loss.requires_grad:
                 loss = sum((parameter.sum() * 0 for parameter in self._unused_parameters(loss)), loss)
@@ -398,7 +411,35 @@ class TTD(nn.Module):
         # The model's mode and not this module's: the caller's loop switches the model.
         if self._average is not None and self.backbone.model.training:
             update_average(teacher, self.backbone, self.options.ema_decay)
-        return self._align(teacher, images, captions, candidates, pooled=False)
+        return self._align(teacher, images, captions, candidates, pooled=teacher in self._anchor)
+
+    @torch.no_grad()
+    def _anchor_embeddings(
+        self, images: Tensor, captions: Sequence[str], teacher: Alignment | None
+    ) -> tuple[Tensor, Tensor]:
+        """Pooled image and caption embeddings of the frozen model, each ``[B, D]``; a frozen teacher has them."""
+        (frozen,) = self._anchor
+        if frozen in self._teacher:
+            assert teacher is not None
+            assert teacher.pooled is not None
+            return teacher.pooled, teacher.captions
+        frozen.to(images.device)
+        pooled = image_features(frozen, images, pooled=True).pooled
+        assert pooled is not None
+        return pooled, self._anchor_text_cache.encode(frozen, captions)[0]
+
+    def _anchor_loss(self, alignment: Alignment, frozen: tuple[Tensor, Tensor]) -> Tensor:
+        """Mean over the joint batch of the distance to the frozen model."""
+        assert alignment.pooled is not None
+        embeddings = [alignment.pooled, alignment.captions, *frozen]
+        if torch.is_grad_enabled():
+            embeddings = [distributed.gather_rows(rows) for rows in embeddings]
+        (model,) = self._anchor
+        scale, bias = similarity.promote(model.logit_scale()), model.logit_bias()
+        distance = losses.anchor_distance(
+            *embeddings, kind=self.options.anchor, scale=scale, bias=bias, form=model.description.logits
+        )
+        return distance.mean()
 
     @torch.no_grad()
     def targets(self, alignment: Alignment) -> Targets:
@@ -430,11 +471,19 @@ class TTD(nn.Module):
         """Return ``total / count``: with gradients over the joint batch of all processes, otherwise over this one."""
         return distributed.joint_mean(total, count) if torch.is_grad_enabled() else total / count.clamp_min(1e-6)
 
-    def _contrastive(self, pooled: Tensor, captions: Tensor, groups: Sequence[Hashable] | None) -> Tensor:
+    def _contrastive(
+        self, pooled: Tensor, captions: Tensor, groups: Sequence[Hashable] | None, texts: Sequence[str]
+    ) -> Tensor:
         numbers = None if groups is None else distributed.group_numbers(groups, pooled.device)
-        if torch.is_grad_enabled():
+        joint = torch.is_grad_enabled() and distributed.process_count() > 1
+        same = [" ".join(text.casefold().split()) for text in texts]
+        # Another process may have the same caption.
+        repeated = joint or len(set(same)) < len(same)
+        text_numbers = distributed.group_numbers(same, pooled.device) if repeated else None
+        if joint:
             pooled, captions = distributed.gather_rows(pooled), distributed.gather_rows(captions)
             numbers = None if numbers is None else distributed.gather_rows(numbers)
+            text_numbers = None if text_numbers is None else distributed.gather_rows(text_numbers)
         return losses.contrastive_loss(
             pooled,
             captions,
@@ -442,6 +491,7 @@ class TTD(nn.Module):
             bias=self.backbone.logit_bias(),
             form=self.backbone.description.logits,
             groups=numbers,
+            texts=text_numbers,
         )
 
     @torch.no_grad()

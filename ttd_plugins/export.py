@@ -148,7 +148,13 @@ def export_backbone(
 
 
 def export_run(
-    run: str | Path, out: str | Path, *, form: Form = "native", step: int | None = None, lora_scale: float = 1.0
+    run: str | Path,
+    out: str | Path,
+    *,
+    form: Form = "native",
+    step: int | str | None = None,
+    lora_scale: float | None = None,
+    averaged: bool = True,
 ) -> Exported:
     """Write the backbone of a training run; see :func:`export_backbone`.
 
@@ -156,16 +162,18 @@ def export_run(
         run: the run's folder.
         out: the folder to write.
         form: as in :func:`export_backbone`.
-        step: the step of the checkpoint; by default the last one.
-        lora_scale: as in :func:`export_backbone`.
+        step: the step of the checkpoint, or ``"best"`` for the best by the run's ``evaluation.best``; by default the
+            last one.
+        lora_scale: factor of LoRA as it was trained; by default the run's ``towers.lora_scale``.
+        averaged: whether to export the moving average of the weights if the run has one (``run.weight_ema``).
 
     Raises:
         TTDError: the run cannot be read, or as :func:`export_backbone`.
     """
     # Before anything slow, so that a wrong path fails at once.
     require_new(given_path(out))
-    adapter, card = read_run(Path(run), step)
-    return export_backbone(adapter, out, form=form, card=card, lora_scale=lora_scale)
+    adapter, card = read_run(Path(run), step, lora_scale=lora_scale, averaged=averaged)
+    return export_backbone(adapter, out, form=form, card=card)
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -344,19 +352,27 @@ def _code(value: str) -> str:
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
-def read_run(run: Path, step: int | None = None) -> tuple[DenseAdapter, ModelCard]:
-    """Return the backbone of a run at a step, with LoRA attached, and its model card.
+def read_run(
+    run: Path, step: int | str | None = None, *, lora_scale: float | None = None, averaged: bool = True
+) -> tuple[DenseAdapter, ModelCard]:
+    """Return the backbone of a run at a step, with LoRA attached, and its model card; see :func:`export_run`.
 
     Raises:
         TTDError: the run or the checkpoint cannot be read.
     """
-    from ttd_plugins.training.checkpoints import read_state, restore_backbone
+    from ttd_plugins.training.checkpoints import AVERAGE, checkpoint_folder, named_step, read_state, restore_backbone
     from ttd_plugins.training.config import TrainConfig
     from ttd_plugins.training.divergence import DivergenceWatch
     from ttd_plugins.training.jsonl_log import JsonlLog
 
-    adapter = restore_backbone(run, step)
-    config, state = asdict(TrainConfig.read(run / "config.yaml")), read_state(run, step)
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run} is not the folder of a run: it has no config.yaml")
+    stored, step = TrainConfig.read(run / "config.yaml"), named_step(run, step)
+    scale = stored.towers.lora_scale if lora_scale is None else lora_scale
+    adapter = restore_backbone(run, step, lora_scale=scale, averaged=averaged)
+    config, state = asdict(stored), read_state(run, step)
+    config["towers"].pop("lora_scale")
+    has_average = (checkpoint_folder(run, state["step"]) / AVERAGE).is_file()
     if DivergenceWatch(**(state.get("health") or {})).diverged:
         log.warning("the run had diverged at step %d, so its weights are most likely useless", state["step"])
     source = config["data"]["source"]
@@ -373,6 +389,10 @@ def read_run(run: Path, step: int | None = None) -> tuple[DenseAdapter, ModelCar
         "optimizer": config["optimizer"],
         "ttd": config["ttd"],
     }
+    if scale != 1:
+        settings["lora_scale"] = scale
+    if has_average:
+        settings["weights"] = f"average, decay {stored.run.weight_ema:g}" if averaged else "as trained"
     metrics = {name: value for name, value in state.get("figures", {}).items() if isinstance(value, int | float)}
     logged = {"last log line of the training": metrics} if metrics else {}
     lines = [line for line in JsonlLog(run / "log.jsonl").read() if "evaluation" in line]

@@ -6,17 +6,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ttd_plugins.app.rendering import render_error, render_message, render_segmentation
+from ttd_plugins.app.rendering import render_credit, render_error, render_message, render_segmentation
 from ttd_plugins.app.studio import Studio, error_sentence
-from ttd_plugins.embedded.photo_examples import photograph
+from ttd_plugins.embedded.photo_examples import EXAMPLES as PHOTOGRAPHS
+from ttd_plugins.embedded.photo_examples import photograph, photograph_credit
 
 EXAMPLES = (
-    (4, "horse, grass, mountain, water, sky"),
-    (1, "pizza, wine glass, book, table"),
-    (5, "bus, car, road, sky, tree"),
-    (6, "cat, mirror, wall"),
+    ("000000078499.jpg", "horse, grass, mountain, water, sky"),
+    ("000000121647.jpg", "pizza, wine glass, book, table"),
+    ("000000252639.jpg", "bus, car, road, sky, tree"),
+    ("000000358083.jpg", "cat, mirror, wall"),
 )
-"""Number of a photograph of the package, and names to look for in it."""
+"""File name of a photograph of the package, and names to look for in it."""
 
 
 def add_segment_tab(gr: Any, studio: Studio, uploaded_path: Callable[[Any], str | None]) -> None:
@@ -35,9 +36,11 @@ def add_segment_tab(gr: Any, studio: Studio, uploaded_path: Callable[[Any], str 
         except Exception as error:
             return render_error(error_sentence(error, "segmenting this image"))
 
-    def example(number: int, names: str) -> tuple[Any, Any]:
-        return photograph(number)[0], names
+    def example(number: int, names: str) -> tuple[Any, Any, str]:
+        credit = render_credit(photograph_credit(number), "Segment", captioned=False)
+        return photograph(number)[0], names, credit
 
+    numbers = {file: number for number, (file, _) in enumerate(PHOTOGRAPHS)}
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=300):
             image = gr.Image(
@@ -53,8 +56,8 @@ def add_segment_tab(gr: Any, studio: Studio, uploaded_path: Callable[[Any], str 
             image.preprocess = uploaded_path
             with gr.Row(elem_id="ttd-segment-examples"):
                 examples = [
-                    (gr.Button(f"Photo {place + 1}", size="sm", min_width=64), number, names)
-                    for place, (number, names) in enumerate(EXAMPLES)
+                    (gr.Button(f"Photo {place + 1}", size="sm", min_width=64), numbers[file], names)
+                    for place, (file, names) in enumerate(EXAMPLES)
                 ]
             names = gr.Textbox(label="Names", placeholder="dog, grass, sky", lines=2, elem_id="ttd-segment-names")
             backbone = gr.Dropdown(
@@ -76,4 +79,4 @@ def add_segment_tab(gr: Any, studio: Studio, uploaded_path: Callable[[Any], str 
     for trigger in (run.click, names.submit):
         trigger(show, [image, names, backbone, background], result, concurrency_limit=2, **hidden)
     for button, number, text in examples:
-        button.click(partial(example, number, text), None, [image, names], **hidden)
+        button.click(partial(example, number, text), None, [image, names, result], **hidden)

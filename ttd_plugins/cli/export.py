@@ -26,13 +26,29 @@ def command(
             "state dict alone.",
         ),
     ] = "native",
-    step: Annotated[int | None, typer.Option("--step", help="Step of the checkpoint.  [default: the last]")] = None,
-    lora_scale: Annotated[
-        float,
+    step: Annotated[
+        str | None,
         typer.Option(
-            "--lora-scale", help="Factor of LoRA: 1 is as trained; less keeps more of the original model, 0 all of it."
+            "--step",
+            metavar="STEP",
+            help="Step of the checkpoint, or best: the best by the run's --best.  [default: the last]",
         ),
-    ] = 1.0,
+    ] = None,
+    lora_scale: Annotated[
+        float | None,
+        typer.Option(
+            "--lora-scale",
+            help="Factor of LoRA: 1 is as trained; less keeps more of the original model, 0 all of it.  [default: the "
+            "run's --lora-scale]",
+        ),
+    ] = None,
+    averaged: Annotated[
+        bool,
+        typer.Option(
+            "--averaged/--not-averaged",
+            help="Export the moving average of the weights, where the run has --weight-ema.",
+        ),
+    ] = True,
     backbone: Annotated[
         str | None, typer.Option("--backbone", help="Instead of a run: the name of a backbone, exported as it is.")
     ] = None,
@@ -49,7 +65,7 @@ def command(
         raise InputError("--step selects a checkpoint of a run, and --backbone has none; remove one of them")
     if backbone is None and backbone_option:
         raise InputError("--backbone-option needs --backbone; a run stores the options of its backbone")
-    if backbone is not None and lora_scale != 1:
+    if backbone is not None and lora_scale is not None:
         raise InputError("--lora-scale needs the folder of a run, and --backbone has no LoRA; remove one of them")
     from ttd_plugins.export import FORMS, export_backbone, export_run
     from ttd_plugins.plugins import load
@@ -61,7 +77,13 @@ def command(
         done = export_backbone(load(backbone, **image_maps.parse_settings(backbone_option)), out, form=chosen)
     else:
         assert run is not None
-        done = export_run(run, out, form=chosen, step=step, lora_scale=lora_scale)
+        done = export_run(run, out, form=chosen, step=step, lora_scale=lora_scale, averaged=averaged)
+        if lora_scale is None and not as_json:
+            from ttd_plugins.training.config import TrainConfig
+
+            scale = TrainConfig.read(run / "config.yaml").towers.lora_scale
+            if scale != 1:
+                typer.echo(f"LoRA is scaled by {scale:g}, as in the run; --lora-scale 1 exports it as trained")
     if as_json:
         typer.echo(json.dumps(done.as_dict(), indent=2))
     else:

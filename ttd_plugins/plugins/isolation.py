@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ttd_plugins.utils.torch_settings import matmul_precision
+
 SLOW_SECONDS = 5.0
 """Seconds after which a plugin that is still being imported is named."""
 
@@ -113,7 +115,7 @@ def _torch_state() -> Restore:
         "torch's gradient mode": (torch.is_grad_enabled, torch.set_grad_enabled),
         "torch's number of threads": (torch.get_num_threads, torch.set_num_threads),
         "torch's precision of matrix products": (
-            torch.get_float32_matmul_precision,
+            matmul_precision,
             torch.set_float32_matmul_precision,
         ),
         "torch's deterministic algorithms": (

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ttd_plugins.utils.torch_settings import matmul_precision
+
 GLOBAL_HOOKS = tuple(
     name for name, value in vars(nn.modules.module).items() if name.startswith("_global_") and isinstance(value, dict)
 )
@@ -85,7 +87,7 @@ def _values() -> dict[str, Any]:
         "autograd's anomaly mode": torch.is_anomaly_enabled(),
         "autocast on the CPU": torch.is_autocast_enabled("cpu"),
         "autocast on the GPU": torch.is_autocast_enabled("cuda"),
-        "torch's precision of float32 matrix products": torch.get_float32_matmul_precision(),
+        "torch's precision of float32 matrix products": matmul_precision(),
         "TF32 of torch's cuDNN": torch.backends.cudnn.allow_tf32,
         "torch.backends.cudnn.benchmark": torch.backends.cudnn.benchmark,
         "torch's deterministic mode": torch.are_deterministic_algorithms_enabled(),

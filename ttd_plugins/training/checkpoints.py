@@ -4,6 +4,7 @@
         trained.safetensors     every trained tensor, named as in adapter.model.named_parameters()
         buffers.safetensors     buffers that training changed, such as those of batch normalisation
         teacher.safetensors     the moving average, with the EMA teacher
+        average.safetensors     the moving average of the trained weights, with run.weight_ema
         optimizer.safetensors   the optimizer's tensors: "exp_avg/NAME" and so on
         random.safetensors      RNG states of every process
         state.json              step, epoch, loader positions, gradient scaler, metrics and the rest of the state;
@@ -39,9 +40,9 @@ if TYPE_CHECKING:
 FORMAT = 1
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d{8,})")
-TRAINED, BUFFERS, TEACHER, OPTIMIZER, RANDOM, STATE = (
-    "trained.safetensors", "buffers.safetensors", "teacher.safetensors", "optimizer.safetensors", "random.safetensors",
-    "state.json",
+TRAINED, BUFFERS, TEACHER, AVERAGE, OPTIMIZER, RANDOM, STATE = (
+    "trained.safetensors", "buffers.safetensors", "teacher.safetensors", "average.safetensors", "optimizer.safetensors",
+    "random.safetensors", "state.json",
 )  # fmt: skip
 
 
@@ -51,19 +52,21 @@ class Checkpoint:
 
     Attributes:
         state: content of ``state.json``; ``state["step"]`` is the number of optimizer steps done.
-        trained, buffers, teacher, optimizer, random: named tensors.
+        trained, buffers, teacher, average, optimizer, random: named tensors.
     """
 
     state: dict[str, Any]
     trained: dict[str, Tensor] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     teacher: dict[str, Tensor] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     random: dict[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of each file, by file name."""
-        return {
+        """The tensors of each file, by file name; the file of the average exists only where there is one."""
+        average = {AVERAGE: self.average} if self.average else {}
+        return average | {
             TRAINED: self.trained,
             BUFFERS: self.buffers,
             TEACHER: self.teacher,
@@ -145,19 +148,22 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint, keep: int, *, protected:
     return final
 
 
-def read_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
+def read_checkpoint(run: Path, step: int | None = None, *, complete: bool = True) -> Checkpoint:
     """Read the checkpoint of a step, by default the newest, and verify its checksums.
 
     Checkpoints of releases up to 0.3 have no checksums; they are read without.
 
+    Args:
+        run: folder of the run.
+        step: step of the checkpoint; by default the newest.
+        complete: whether every field that resuming a run needs must be present.
+
     Raises:
         InputError: there is no such checkpoint, or one of its files is damaged.
     """
-    state = read_state(run, step, complete=True)
-    tensors = {
-        name.removesuffix(".safetensors"): _read_tensors(run, step, name, state)
-        for name in (TRAINED, BUFFERS, TEACHER, OPTIMIZER, RANDOM)
-    }
+    state = read_state(run, step, complete=complete)
+    names = [TRAINED, BUFFERS, TEACHER, OPTIMIZER, RANDOM, *_average_file(state)]
+    tensors = {name.removesuffix(".safetensors"): _read_tensors(run, step, name, state) for name in names}
     return Checkpoint({key: value for key, value in state.items() if key not in CHECKSUMS}, **tensors)
 
 
@@ -240,6 +246,11 @@ def _read_tensors(run: Path, step: int | None, name: str, state: Mapping[str, An
         if isinstance(error, InputError):
             raise
         raise InputError(f"the checkpoint file {file} cannot be read: {one_sentence(error)}; {_advice(run)}") from error
+
+
+def _average_file(state: Mapping[str, Any]) -> list[str]:
+    """The file of the moving average, where a checkpoint has one."""
+    return [AVERAGE] if AVERAGE in state.get(FILES, {}) else []
 
 
 def _delete(folder: Path) -> None:
@@ -335,13 +346,22 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
             own[name].copy_(shard_like(value, own[name]))
 
 
-def restore_backbone(run: Path, step: int | None = None, *, backbone: DenseAdapter | None = None) -> DenseAdapter:
+def restore_backbone(
+    run: Path,
+    step: int | str | None = None,
+    *,
+    backbone: DenseAdapter | None = None,
+    lora_scale: float | None = None,
+    averaged: bool = True,
+) -> DenseAdapter:
     """Return the tuned backbone of a run, in evaluation mode, with unmerged LoRA where the run trains LoRA.
 
     Args:
         run: folder of the run.
-        step: step of the checkpoint; by default the newest.
+        step: step of the checkpoint, or ``"best"`` for the best by ``evaluation.best``; by default the newest.
         backbone: the untuned backbone, for a run that was started with an object instead of a name.
+        lora_scale: factor of LoRA; by default ``towers.lora_scale`` of the run.
+        averaged: whether to return the moving average of the weights if the run has one (``run.weight_ema``).
 
     Raises:
         InputError: the run has no such checkpoint, or it belongs to another backbone.
@@ -355,14 +375,38 @@ def restore_backbone(run: Path, step: int | None = None, *, backbone: DenseAdapt
     if not file.is_file():
         raise InputError(f"{run} is not the folder of a run: it has no config.yaml")
     config = TrainConfig.read(file)
+    step = named_step(run, step)
     where = str(_folder(run, step))
     state = read_state(run, step)
+    scale = config.towers.lora_scale if lora_scale is None else lora_scale
     # Read before the backbone is built, so that a damaged file is found at once.
-    trained, buffers = (_read_tensors(run, step, name, state) for name in (TRAINED, BUFFERS))
-    adapter = build_backbone(config, backbone)
-    load_tensors(adapter.model, trained, where)
-    load_tensors(adapter.model, buffers, where)
+    files = [TRAINED, BUFFERS, *(_average_file(state) if averaged else [])]
+    tensors = [_read_tensors(run, step, name, state) for name in files]
+    adapter = build_backbone(config, backbone, run=run)
+    for one in tensors:
+        load_tensors(adapter.model, one, where)
+    if scale != 1:
+        from ttd_plugins.lora import scale_lora
+
+        scale_lora(adapter, scale)
     return adapter.eval()
+
+
+def named_step(run: Path, step: int | str | None) -> int | None:
+    """Return the step that a number, ``"best"`` or ``None`` (the newest) names.
+
+    Raises:
+        InputError: it is another text, or the run has no best checkpoint.
+    """
+    if not isinstance(step, str):
+        return step
+    from ttd_plugins.training.best_checkpoint import BEST, best_step
+
+    if step.isdecimal():
+        return int(step)
+    if step != BEST:
+        raise InputError(f"the step of a checkpoint is a number or {BEST}, not {step!r}")
+    return best_step(run, checkpoint_steps(run))
 
 
 def read_foreign_weights(file: Path) -> dict[str, Tensor]:
