@@ -79,11 +79,17 @@ def test_a_vocabulary_has_many_forms(names: Any, tmp_path: Path) -> None:
         ("a.csv", b"dog,puppy\ngrass,\n"),
         ("names", b"dog, puppy\ngrass\n"),
         ("one.txt", b"dog|puppy, grass"),
+        ("classes.csv", b"id,name,aliases,colour\n1,dog,puppy,#ff0000\n2,grass,,#00ff00\n255,void,,\n"),
+        ("classes.txt", b"1: dog, puppy\n2: grass\n"),
     ],
 )
 def test_a_vocabulary_file_has_a_class_a_line(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     assert names_of(read_vocabulary(tmp_path / name)) == DOG_GRASS
+
+
+def test_underscores_are_spaces_in_texts() -> None:
+    assert names_of(read_vocabulary("dining_table, _")) == [("dining_table", ("dining table",))]
 
 
 def test_built_in_lists_have_plain_names() -> None:
@@ -126,7 +132,9 @@ def test_any_json_is_a_vocabulary_or_refused_in_one_sentence(content: Any) -> No
         message = str(error)
     else:
         message = ""
-        assert found and all(one.name and one.name in one.texts for one in found)
+        assert found and all(
+            one.texts and one.texts[0] == " ".join(one.name.replace("_", " ").split()) for one in found
+        )
     assert "\n" not in message
 
 

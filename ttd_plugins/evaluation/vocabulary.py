@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ttd_plugins.errors import InputError, InputWarning, listed, one_sentence, printable
+from ttd_plugins.evaluation.datasets.class_lists import plain_text, read_class_list
 from ttd_plugins.evaluation.datasets.reader import ClassNames, class_names
 from ttd_plugins.utils.user_files import read_regular
 
@@ -22,6 +23,9 @@ SUFFIXES = (".txt", ".csv", ".tsv", ".json")
 MAX_BYTES = 32 << 20
 MAX_CHARACTERS = 300
 """Longest name."""
+_NAME_COLUMNS = {"name", "class", "label", "category"}
+_NUMBERED = re.compile(r"\d{1,8}\s*:\s*\S")
+_LABELMAP = re.compile(r"[^:]+:\s*\d{1,3}\s*,\s*\d{1,3}\s*,\s*\d{1,3}")
 _ALIAS_KEYS = ("texts", "aliases", "synonyms")
 
 Names = str | os.PathLike[str] | Sequence[Any] | Mapping[str, Any]
@@ -35,13 +39,14 @@ def read_vocabulary(names: Names) -> tuple[ClassNames, ...]:
     - a text with commas, as ``"dog, grass, sky"``; ``|`` adds aliases, as ``"dog|puppy, grass"``;
     - a built-in list of :data:`BUILT_IN`;
     - a path. ``.txt``, ``.csv`` and ``.tsv`` have one class per line, then its aliases after commas, ``|`` or tabs;
-      lines that start with ``#`` are comments; a file of one line is read as a text with commas. ``.json`` has any form
-      below;
+      lines that start with ``#`` are comments; a file of one line is read as a text with commas. Lists with ids or
+      colours are read too (:func:`~ttd_plugins.evaluation.datasets.class_lists.read_class_list`). ``.json`` has any
+      form below;
     - a list of names, of lists of a name and its aliases, or of objects with ``name`` and ``aliases``;
     - a mapping from names to aliases, from numbers to names, or an object with such a list under ``classes`` or
       ``categories``.
 
-    A class that occurs twice is one class with the aliases of both. An alias of two classes raises a warning.
+    Underscores of names are spaces in their texts. A class that occurs twice is one class with the aliases of both. An alias of two classes raises a warning.
 
     Raises:
         InputError: there is no name, the file cannot be read, or an item has another form.
@@ -100,10 +105,21 @@ def _read_file(path: Path) -> list[list[str]]:
         except (ValueError, RecursionError) as error:
             raise InputError(f"{title} is not JSON ({one_sentence(error, 80)})") from error
         return _of_object(content, title)
+    if _has_columns(path, text):
+        return [[one.name, *one.texts[1:]] for one in read_class_list(path) if not one.ignored]
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     if len(lines) == 1:
         return _of_line(lines[0])
     return [re.split(r"[,|\t;]", line) for line in lines]
+
+
+def _has_columns(path: Path, text: str) -> bool:
+    """Whether a file is a list of classes with ids or colours, as data sets have it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    if path.suffix.lower() in (".csv", ".tsv"):
+        header = [cell.strip().strip('"').casefold() for cell in re.split(r"[,;\t]", lines[0])] if lines else []
+        return bool(_NAME_COLUMNS & set(header)) and (len(header) > 1 or len(lines) > 1)
+    return len(lines) > 1 and all(_NUMBERED.match(line) or _LABELMAP.match(line) for line in lines)
 
 
 def _of_object(content: Any, title: str) -> list[list[str]]:
@@ -157,7 +173,9 @@ def _checked(items: Iterable[Sequence[str]], title: str) -> tuple[ClassNames, ..
             raise InputError(
                 f"{title} contains a name of {len(long)} characters ({long[:40]!r}…); the limit is {MAX_CHARACTERS}"
             )
-        classes.setdefault(texts[0], {}).update(dict.fromkeys(texts))
+        if not plain_text(texts[0]):
+            continue
+        classes.setdefault(texts[0], {}).update(dict.fromkeys(filter(None, map(plain_text, texts))))
     if not classes:
         raise InputError(
             f'{title} contains no names; write some, as in "dog, grass, sky", or name one of the '

@@ -8,7 +8,7 @@ map into [0, 1], nor the weights. These are options here, and ``examples/ablatio
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -57,8 +57,7 @@ def map_distance(
     step = max(MAX_MAP_VALUES // max(maps.shape[-1], 1), 1)
     if len(maps) > step:
         # Hundreds of tags an image: intermediate maps are computed again in the backward pass, chunk by chunk.
-        options: dict[str, Any] = {"distance": distance, "activation": activation, "calibration": calibration}
-        call = partial(map_distance, **options)
+        call = partial(map_distance, distance=distance, activation=activation, calibration=calibration)
         pairs = zip(maps.split(step), targets.split(step), strict=True)
         if not torch.is_grad_enabled():
             return torch.cat([call(*pair) for pair in pairs])

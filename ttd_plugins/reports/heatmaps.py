@@ -153,8 +153,8 @@ def _draw(maps: CaptionMaps, after: CaptionMaps | None, size: tuple[int, ...] | 
     row_height = _TITLE + panel_height + _GAP
     top = _MARGIN + 1.4 * _LINE * len(heading) + _GAP
     bottom = _MARGIN + _LINE * len(footing) + _BAR
-    size = (lefts[-1] + _PANEL + _MARGIN, top + len(rows) * row_height + bottom)
-    figure = Figure(figsize=size, dpi=DOTS_PER_INCH, facecolor="white")
+    inches = (lefts[-1] + _PANEL + _MARGIN, top + len(rows) * row_height + bottom)
+    figure = Figure(figsize=inches, dpi=DOTS_PER_INCH, facecolor="white")
     _write(figure, _MARGIN, _MARGIN, "\n".join(heading), size=12, weight="bold", spacing=1.4)
     for number, row in enumerate(rows):
         for left, panel in zip(lefts, row, strict=False):
