@@ -43,6 +43,8 @@ LAYERS = [
             "backbone_sources",
             "export_record",
             "training.config",
+            "training.jsonl_log",
+            "training.best_checkpoint",
             "training.checkpoint_state",
             "training.sharding",
             "training.checkpoints",
@@ -60,7 +62,11 @@ LAYERS = [
     Layer("evaluation", ("evaluation",), "metrics, protocols, labelled datasets"),
     Layer("training", ("training", "export", "hub_upload"), "runs, checkpoints, export"),
     Layer("results", ("comparison", "reports"), "results of a comparison; tables, charts, pages"),
-    Layer("workflows", ("fine_tuning", "comparison.running", "comparison.demo"), "fine_tune(), compare(), the demo"),
+    Layer(
+        "workflows",
+        ("fine_tuning", "segmenting", "tagging", "comparison.running", "comparison.demo"),
+        "fine_tune(), segment(), find_tags(), compare(), the demo",
+    ),
     Layer("tools", ("testing", "benchmark"), "the conformance kit, the benchmark"),
     Layer("front ends", ("app", "cli"), "the app and the commands"),
 ]

@@ -32,6 +32,7 @@ from ttd_plugins.cli import (
     new_adapter,
     plugins,
     prune,
+    segment,
     tags,
     train,
 )
@@ -49,6 +50,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": compare.command,
     "tags": tags.command,
     "heatmap": heatmap.command,
+    "segment": segment.command,
     "app": page.command,
     "backbones": backbones.command,
     "plugins": plugins.command,

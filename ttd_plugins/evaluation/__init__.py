@@ -119,21 +119,12 @@ def evaluate(
 
 def _options(presets: Any, preset: str, changes: dict[str, Any]) -> Any:
     """Return a preset with some fields changed, of itself or of its options of dense inference."""
-    from dataclasses import fields, replace
-
     from ttd_plugins.errors import InputError, choices_sentence
+    from ttd_plugins.evaluation.protocol_options import with_changes
 
     if preset not in presets:
         raise InputError(choices_sentence("preset", preset, presets))
-    options = presets[preset]
-    own = {field.name for field in fields(options)}
-    dense = {field.name for field in fields(options.dense)} if "dense" in own else set()
-    for name in changes:
-        if name not in own | dense:
-            raise InputError(choices_sentence("option", name, sorted(own | dense), 40))
-    options = replace(options, **{name: value for name, value in changes.items() if name in own})
-    inner = {name: value for name, value in changes.items() if name in dense}
-    return replace(options, dense=replace(options.dense, **inner)) if inner else options
+    return with_changes(presets[preset], changes)
 
 
 def __getattr__(name: str) -> Any:

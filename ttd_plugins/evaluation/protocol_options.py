@@ -5,10 +5,11 @@ This module imports neither torch nor numpy, so that the command line can build 
 
 from __future__ import annotations
 
-from dataclasses import field
+from collections.abc import Mapping
+from dataclasses import field, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from ttd_plugins.errors import InputError
+from ttd_plugins.errors import InputError, choices_sentence
 from ttd_plugins.options import Calibration, Resampling, Rule, TTDOptions, check_threshold
 from ttd_plugins.utils.configuration import Flag, Float, Int, Text, configuration, option
 
@@ -241,6 +242,14 @@ SEGMENT_PRESETS: dict[str, SegmentProtocol] = {
 }
 """``"paper"``: 448 pixels, scales 1, 0.5, 1.5, 2, flip, PAMR, 80 templates, a constant plane on every data set."""
 
+IMAGE_SEGMENT = SegmentProtocol(
+    dense=DenseOptions(size=448, resize="short", scales=(1.0, 1.5), flip=True, refine=True),
+    templates="photo",
+    background="words",
+)
+"""Options of ``ttd segment``. Words for the background need no calibration, unlike a plane."""
+
+
 CLASSIFY_PRESETS: dict[str, ClassifyProtocol] = {
     "paper": ClassifyProtocol(),
     "fast": ClassifyProtocol(dense=DenseOptions(size=224), templates="photo"),
@@ -252,3 +261,25 @@ RETRIEVAL_PRESETS: dict[str, RetrievalProtocol] = {
     "fast": RetrievalProtocol(size=224),
 }
 """``"paper"``: the backbone's own preprocessing, as for published results."""
+
+
+def with_changes(options: Any, changes: Mapping[str, Any]) -> Any:
+    """Return options with some fields changed, of themselves or of their options of dense inference.
+
+    Raises:
+        InputError: a name or a value is wrong.
+    """
+    own = {one.name for one in fields(options)}
+    dense = {one.name for one in fields(options.dense)} if "dense" in own else set()
+    for name in changes:
+        if name not in own | dense:
+            raise InputError(choices_sentence("option", name, sorted(own | dense), 40))
+    options = replace(options, **{name: value for name, value in changes.items() if name in own})
+    inner = {name: value for name, value in changes.items() if name in dense}
+    return replace(options, dense=replace(options.dense, **inner)) if inner else options
+
+
+def with_plane(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return changes of :data:`IMAGE_SEGMENT`; a threshold without a background means the plane of that threshold."""
+    implied = changes.get("threshold") is not None and "background" not in changes
+    return {**changes, "background": "constant"} if implied else dict(changes)

@@ -7,17 +7,21 @@ map into [0, 1], nor the weights. These are options here, and ``examples/ablatio
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ttd_plugins.errors import InputError
 from ttd_plugins.method.similarity import minmax_normalize, normalize, promote
 from ttd_plugins.options import Activation, Anchor, Calibration, Distance
 
 LogitForm = Literal["softmax", "sigmoid"]
+MAX_MAP_VALUES = 4 << 20
+"""Values of the maps whose intermediate results a step stores at once."""
 
 
 def map_distance(
@@ -50,6 +54,14 @@ def map_distance(
             f"activations: {', '.join(get_args(Activation))}"
         )
     maps, targets = promote(maps), promote(targets.detach())
+    step = max(MAX_MAP_VALUES // max(maps.shape[-1], 1), 1)
+    if len(maps) > step:
+        # Hundreds of tags an image: intermediate maps are computed again in the backward pass, chunk by chunk.
+        call = partial(map_distance, distance=distance, activation=activation, calibration=calibration)
+        pairs = zip(maps.split(step), targets.split(step), strict=True)
+        if not torch.is_grad_enabled():
+            return torch.cat([call(*pair) for pair in pairs])
+        return torch.cat([checkpoint(call, *pair, use_reentrant=False) for pair in pairs])
     if activation == "sigmoid":
         logits = (calibration or Calibration()).logit(maps)
         if distance == "bce":
