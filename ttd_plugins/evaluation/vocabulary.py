@@ -46,7 +46,8 @@ def read_vocabulary(names: Names) -> tuple[ClassNames, ...]:
     - a mapping from names to aliases, from numbers to names, or an object with such a list under ``classes`` or
       ``categories``.
 
-    Underscores of names are spaces in their texts. A class that occurs twice is one class with the aliases of both. An alias of two classes raises a warning.
+    Underscores of names are spaces in their texts. A class that occurs twice is one class with the aliases of both. An
+    alias of two classes raises a warning.
 
     Raises:
         InputError: there is no name, the file cannot be read, or an item has another form.
