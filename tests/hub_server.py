@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -31,12 +32,18 @@ class HubServer:
             of the answer, ``"silent"`` no answer, ``"half"`` half of the body and the connection closed, ``"short"``
             a body of half the size that was announced, ``"stall"`` half of the body and then nothing.
         requests: method and path of everything that was asked for.
+        tokens: tokens that may read and write; whoever brings none may read what is public.
+        private: repositories that are private.
+        commits: messages of commits, by repository.
     """
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.faults: dict[str, int | str] = {}
         self.requests: list[tuple[str, str]] = []
+        self.tokens: set[str] = set()
+        self.private: set[str] = set()
+        self.commits: list[tuple[str, str]] = []
         self.released = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
@@ -90,13 +97,67 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             self.answer()
 
+        def do_POST(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            hub.requests.append((self.command, path))
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if self.failed(hub.fault("write")):
+                return
+            if not self.has_token():
+                self.empty(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
+                return
+            parts = path.strip("/").split("/")
+            if parts[1:] == ["repos", "create"]:
+                wanted = json.loads(body)
+                name = f"{wanted['organization']}/{wanted['name']}" if wanted.get("organization") else wanted["name"]
+                if name in hub.repositories:
+                    self.json({"url": f"{hub.url}/{name}"}, 409)
+                    return
+                hub.repositories[name] = {".gitattributes": b"*.safetensors filter=lfs"}
+                hub.private |= {name} if wanted.get("private") or wanted.get("visibility") == "private" else set()
+                self.json({"url": f"{hub.url}/{name}"})
+            elif parts[1] == "validate-yaml":
+                self.json({"errors": [], "warnings": []})
+            elif parts[4:5] == ["preupload"]:
+                files = json.loads(body)["files"]
+                modes = [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": False} for one in files]
+                self.json({"files": modes})
+            elif parts[4:5] == ["commit"]:
+                self.commit("/".join(parts[2:4]), body)
+            else:
+                self.empty(404)
+
+        def commit(self, repository: str, body: bytes) -> None:
+            files = dict(hub.repositories[repository])
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "header":
+                    hub.commits.append((repository, value["summary"]))
+                elif line["key"] == "file":
+                    files[value["path"]] = base64.b64decode(value["content"])
+                else:
+                    assert line["key"] == "deletedFile", line["key"]
+                    del files[value["path"]]
+            hub.repositories[repository] = files
+            commit = hub.commit(repository)
+            self.json({"commitUrl": f"{hub.url}/{repository}/commit/{commit}", "commitOid": commit})
+
+        def has_token(self) -> bool:
+            return (self.headers.get("Authorization") or "").removeprefix("Bearer ") in hub.tokens
+
+        def json(self, content: Any, status: int = 200) -> None:
+            self.body(json.dumps(content).encode(), {"Content-Type": "application/json"}, status=status)
+
         def log_message(self, *_: Any) -> None: ...
 
         def answer(self) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append((self.command, path))
             parts = path.strip("/").split("/")
-            if parts[0] == "api":
+            if parts[:2] == ["api", "whoami-v2"]:
+                known = self.has_token()
+                self.json({"name": "user", "orgs": []} if known else {"error": "no"}, 200 if known else 401)
+            elif parts[0] == "api":
                 self.api("/".join(parts[2:4]), parts[4:])
             elif parts[0] == "large":
                 _, owner, name, *rest = parts
@@ -110,7 +171,9 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             if self.failed(hub.fault("api")):
                 return
             files = hub.repositories.get(repository)
-            if files is None:
+            if files is None and self.has_token():
+                self.empty(404, {"X-Error-Code": "RepoNotFound"})
+            elif files is None:
                 self.empty(401, {"X-Error-Message": "Invalid username or password."})
             elif rest[:1] == ["tree"]:
                 below = "/".join([*rest[2:], ""])
@@ -124,7 +187,8 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 else:
                     self.body(json.dumps(found).encode(), {"Content-Type": "application/json"})
             else:
-                listed = {"siblings": [{"rfilename": name} for name in files], "tags": [], "private": False}
+                listed = {"siblings": [{"rfilename": name} for name in files], "tags": []}
+                listed["private"] = repository in hub.private
                 answer = {"id": repository, "modelId": repository, "sha": hub.commit(repository), **listed}
                 self.body(json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
@@ -163,13 +227,13 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 self.send_header(key, value)
             self.end_headers()
 
-        def body(self, content: bytes, headers: dict[str, str], fault: str | None = None) -> None:
+        def body(self, content: bytes, headers: dict[str, str], fault: str | None = None, *, status: int = 200) -> None:
             broken = fault if self.command == "GET" else None
             if broken == "short":
                 content = content[: len(content) // 2]
             span = self.headers.get("Range")
             start = int(span.removeprefix("bytes=").partition("-")[0]) if span else 0
-            self.send_response(206 if start else 200)
+            self.send_response(206 if start else status)
             if start:
                 self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
             for key, value in {"Content-Length": str(len(content) - start), **headers}.items():

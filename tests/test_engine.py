@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from toy_backbone import CONTEXT, END, SIDE, AutocastProof, ToyAdapter, token_of, toy, toy_images
 
+from ttd_plugins import functional
 from ttd_plugins.adapter import Calibration
 from ttd_plugins.engine import TTD, Candidates, TTDOptions, TTDOutput
 from ttd_plugins.errors import ImageSizeError, InputError, TagExtractionError, TTDError
@@ -54,6 +55,7 @@ class Features:
     pooled: list[Any]
     captions: list[Any]
     tags: list[list[Any]]
+    texts: list[str] | None = None
 
 
 @torch.no_grad()
@@ -61,7 +63,8 @@ def features_one_by_one(
     backbone: ToyAdapter, images: Tensor, captions: Sequence[str], tags: Sequence[Sequence[str]], template: str
 ) -> Features:
     """Every image and every text by itself, texts at full length: no batching to go wrong."""
-    out = Features([], [], [], [])
+    # Captions that differ by case or white space alone are the same to the engine.
+    out = Features([], [], [], [], [" ".join(caption.casefold().split()) for caption in captions])
     for image, caption, names in zip(images, captions, tags, strict=True):
         seen = backbone.encode_image(image[None])
         out.patches.append(seen.patches[0].flatten(0, 1).tolist())
@@ -91,6 +94,7 @@ def slow_ttd(ttd: TTD, features: Features, options: Any = None, *, teacher: slow
         logit_bias=0.0 if bias is None else bias.item(),
         logits=backbone.description.logits,
         teacher=teacher,
+        wording=features.texts,
     )
 
 
@@ -197,14 +201,19 @@ MUTANTS: list[tuple[Any, str, str, str]] = [
     (selection, "select_tags", "return scores >= threshold", "return torch.zeros_like(scores, dtype=torch.bool)"),
     (selection, "select_tags", "return scores >= threshold", "return scores < threshold"),
     (selection, "minmax_over_tags", 'image_index, scores, reduce="amax"', 'image_index * 0, scores, reduce="amax"'),
-    (TTD, "targets", " * selected[:, None]", ""),
-    (TTD, "targets", "union.amax(-1) > 0", "union.amax(-1) >= 0"),
-    (TTD, "forward", "self._distance(alignment.caption_maps, targets.union)", "alignment.caption_maps.mean(-1)"),
-    (TTD, "forward", "self._distance(alignment.tag_maps, targets.tag_maps)", "alignment.tag_maps.mean(-1)"),
-    (TTD, "forward", "options.rejected_weight", "1.0"),
-    (TTD, "forward", "(usable * distance)", "distance"),
-    (TTD, "forward", "alignment.captions,", "alignment.captions.roll(1, 0),"),
-    (TTD, "_align", "self.options.template.format(tag)", "tag"),
+    (functional, "make_targets", " * selected[:, None]", ""),
+    (functional, "make_targets", "union.amax(-1) > 0", "union.amax(-1) >= 0"),
+    (functional, "ttd_loss", "losses.map_distance(maps.caption_maps, union, **form)", "maps.caption_maps.mean(-1)"),
+    (functional, "ttd_loss", "losses.map_distance(maps.tag_maps, tag_targets, **form)", "maps.tag_maps.mean(-1)"),
+    (functional, "ttd_loss", "options.rejected_weight", "1.0"),
+    (functional, "ttd_loss", "(counted * distance)", "distance"),
+    (
+        functional,
+        "ttd_loss",
+        "student.pooled, student.captions, ids",
+        "student.pooled, student.captions.roll(1, 0), ids",
+    ),
+    (TTD, "_encode", "self.options.template.format(tag)", "tag"),
 ]
 
 
@@ -212,9 +221,9 @@ def break_it(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, old: str, n
     monkeypatch.setattr(owner, name, mutant(getattr(owner, name), old, new))
 
 
-def without_grad(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Put back the stop of the gradient that making a mutant of a decorated method takes away."""
-    monkeypatch.setattr(TTD, name, torch.no_grad()(getattr(TTD, name)))
+def without_grad(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+    """Put back the stop of the gradient that making a mutant of a decorated function takes away."""
+    monkeypatch.setattr(owner, name, torch.no_grad()(getattr(owner, name)))
 
 
 @pytest.mark.parametrize(("owner", "name", "old", "new"), MUTANTS)
@@ -225,8 +234,8 @@ def test_a_broken_engine_is_noticed(owner: Any, name: str, old: str, new: str, m
 
     check()
     break_it(monkeypatch, owner, name, old, new)
-    if name == "targets":
-        without_grad(monkeypatch, name)
+    if name == "make_targets":
+        without_grad(monkeypatch, owner, name)
     assert_caught(check)
 
 
@@ -312,20 +321,20 @@ def test_a_gradient_that_is_not_stopped_is_noticed(monkeypatch: pytest.MonkeyPat
     check()
     # Two guards stand one behind the other; both must go before a gradient leaks.
     break_it(monkeypatch, losses, "map_distance", "promote(targets.detach())", "promote(targets)")
-    break_it(monkeypatch, TTD, "targets", "@torch.no_grad()\n", "")
+    break_it(monkeypatch, functional, "make_targets", "@torch.no_grad()\n", "")
     assert_caught(check)
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("alignment.tag_maps, targets.tag_maps", "alignment.tag_maps.detach(), targets.tag_maps"),
-        ("alignment.caption_maps, targets.union", "alignment.caption_maps.detach(), targets.union"),
-        ("alignment.pooled,\n", "alignment.pooled.detach(),\n"),
+        ("maps.tag_maps, tag_targets", "maps.tag_maps.detach(), tag_targets"),
+        ("maps.caption_maps, union", "maps.caption_maps.detach(), union"),
+        ("student.pooled, student.captions, ids", "student.pooled.detach(), student.captions, ids"),
     ],
 )
 def test_a_gradient_that_is_stopped_too_early_is_noticed(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    break_it(monkeypatch, TTD, "forward", old, new)
+    break_it(monkeypatch, functional, "ttd_loss", old, new)
     assert_caught(lambda: check_gradients_of_features("mse", "sigmoid", seed=1))
 
 
@@ -373,8 +382,8 @@ def test_the_control_has_the_gradient_of_a_contrastive_loss_and_nothing_more(
     tags = ttd(images, captions).alignment.tags
     assert bool(len(tags)) == (captions is CAPTIONS) and not tags.requires_grad
     found = gradients(ttd, images, captions)
-    align = TTD._align
-    monkeypatch.setattr(TTD, "_align", lambda self, *a, **more: align(self, *a, **(more | {"tag_gradient": True})))
+    encode = TTD._encode
+    monkeypatch.setattr(TTD, "_encode", lambda self, *a, **more: encode(self, *a, **(more | {"tag_gradient": True})))
     through_tags = gradients(ttd, images, captions)
 
     # By its definition, one caption at a time, and without the engine.
@@ -668,7 +677,8 @@ def test_autocast_changes_nothing_of_our_own_arithmetic(sigmoid: bool) -> None:
 
 
 def test_a_stage_left_to_autocast_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    break_it(monkeypatch, TTD, "_align", "with torch.autocast(images.device.type, enabled=False):", "if True:")
+    autocast = "with torch.autocast(student.captions.device.type, enabled=False):"
+    break_it(monkeypatch, functional, "ttd_loss", autocast, "if True:")
     assert_caught(lambda: test_autocast_changes_nothing_of_our_own_arithmetic(False))
 
 

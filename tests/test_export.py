@@ -327,7 +327,7 @@ def test_heads_of_another_width_are_refused_for_the_original_package(name: str, 
 def test_lora_alone_comes_back_bitwise(name: str, towers: Any, tmp_path: Path) -> None:
     adapter = tuned(BACKBONES[name].adapter(full=False), alpha=6.5, towers=towers)
     done = export_backbone(adapter, tmp_path / "lora", form="lora")
-    assert done.files == ("README.md", CONFIG_FILE, WEIGHTS_FILE)
+    assert done.files == ("README.md", CONFIG_FILE, WEIGHTS_FILE, "ttd_export.json")
     other = BACKBONES[name].adapter(full=False)
     assert load_lora(other, done.folder) is other
     assert unchanged(other, snapshot(adapter)) and other.has_lora
@@ -418,7 +418,7 @@ def test_lora_alone_that_would_leave_out_trained_weights_is_refused(tmp_path: Pa
 def test_weights_alone_go_back_into_the_same_model(name: str, tmp_path: Path) -> None:
     adapter = tuned(load(name))
     done = export_backbone(adapter, tmp_path / "out", form="weights")
-    assert done.files == ("README.md", "model.safetensors")
+    assert done.files == ("README.md", "model.safetensors", "ttd_export.json")
     other = load(name)
     other.model.load_state_dict(load_file(done.folder / "model.safetensors"))
     a, b = probe(adapter), probe(other)
@@ -627,7 +627,7 @@ def test_the_command_exports_a_backbone_by_name(tmp_path: Path) -> None:
     answer = ttd("--backbone", "siglip:tiny@random", "--out", tmp_path / "json", "--json", "--form", "weights")
     assert answer.exit_code == 0, answer.output
     report = json.loads(answer.stdout)
-    assert report["files"] == ["README.md", "model.safetensors"] and report["form"] == "weights"
+    assert report["files"] == ["README.md", "model.safetensors", "ttd_export.json"] and report["form"] == "weights"
 
 
 @pytest.mark.parametrize(

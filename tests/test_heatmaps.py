@@ -310,3 +310,54 @@ def test_drawing_leaves_pyplot_and_settings_alone(tmp_path: Path) -> None:
 def test_names_that_moved_to_the_overlay_work_and_warn(old: str, new: str) -> None:
     with pytest.warns(FutureWarning, match=f"heatmaps.{old} is now ttd_plugins.reports.heat_overlay.{new}"):
         assert getattr(heatmaps, old) is getattr(heat_overlay, new)
+
+
+# A photograph, and several captions
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 500), (37, 90)])
+def test_panels_have_the_aspect_ratio_and_the_pixels_of_the_photograph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+) -> None:
+    photograph = np.random.default_rng(5).integers(0, 256, (*size, 3), dtype=np.uint8)
+    maps, panels = make_maps("c", ["a", "b"]), []
+    draw_panel = heatmaps._draw_panel
+
+    def spy(figure: Any, panel: Any, left: float, above: float, height: float) -> None:
+        panels.append((panel, height))
+        draw_panel(figure, panel, left, above, height)
+
+    monkeypatch.setattr(heatmaps, "_draw_panel", spy)
+    written = spy_on_text(monkeypatch)
+    draw_maps(maps, tmp_path / "maps.png", image=photograph)
+    drawn = panels[-5:]
+    assert (drawn[0][0].image == photograph).all()
+    assert (drawn[1][0].image == overlay(photograph, maps.caption_map_normalized)).all()
+    assert all(panel.image.shape[:2] == size for panel, _ in drawn)
+    assert drawn[0][1] == pytest.approx(min(max(2.0 * size[0] / size[1], 0.6), 4.0))
+    assert f"{size[1]} × {size[0]} pixels" in written
+    width = drawn_size(tmp_path / "maps.png")[0]
+    dots = max(size[1] / heatmaps._PANEL, heatmaps.DOTS_PER_INCH)
+    assert width == pytest.approx(dots * (5 * heatmaps._PANEL + 4 * heatmaps._GAP + 2 * heatmaps._MARGIN), abs=2)
+
+
+def test_the_png_of_a_large_photograph_stays_below_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heatmaps, "MAX_PIXELS", 2_000_000)
+    written = spy_on_text(monkeypatch)
+    draw_maps(make_maps("c", ["a"]), tmp_path / "maps.png", image=np.zeros((1500, 2000, 3), np.uint8))
+    width, height = drawn_size(tmp_path / "maps.png")
+    assert 1_800_000 < width * height < 2_050_000
+    assert "2000 × 1500 pixels" in written
+
+
+def test_several_captions_are_drawn_below_each_other(tmp_path: Path) -> None:
+    first, second = make_maps("one caption", ["a"]), make_maps("another", ["b", "c", "d", "e", "f", "g"])
+    sizes = []
+    for number, maps in enumerate((first, second, [first, second])):
+        draw_maps(maps, tmp_path / f"{number}.png")
+        sizes.append(drawn_size(tmp_path / f"{number}.png"))
+    assert sizes[2] == (sizes[0][0], sizes[0][1] + sizes[1][1])
+    with Image.open(tmp_path / "0.png") as one, Image.open(tmp_path / "2.png") as both:
+        assert (np.asarray(both.convert("RGB"))[: one.height] == np.asarray(one.convert("RGB"))).all()
+    with pytest.raises(InputError, match="no maps"):
+        draw_maps([], tmp_path / "none.png")

@@ -31,7 +31,7 @@ EXTRAS = BACKBONE_LIBRARIES | {
 def test_the_files_are_seen() -> None:
     assert {"ttd_plugins.engine", "ttd_plugins.cli", "ttd_plugins.data.images"} <= set(MODULES)
     assert "ttd_open_clip.plugin" in ADAPTER_MODULES
-    assert "ttd_plugins.method.losses" in set(imports(MODULES["ttd_plugins.engine"]))
+    assert "ttd_plugins.method.losses" in set(imports(MODULES["ttd_plugins.functional"]))
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {"ttd_plugins"}))
@@ -97,8 +97,8 @@ def test_an_adapter_knows_the_contract_and_no_sibling(module: str) -> None:
 def test_nothing_but_reports_and_what_stands_above_imports_them() -> None:
     for module, file in MODULES.items():
         for top in ("ttd_plugins.reports", "ttd_plugins.fine_tuning", "ttd_plugins.app", "ttd_plugins.cli"):
-            # Fine-tuning draws pictures and a comparison ends in a report, so they may import the reports.
-            above = ("ttd_plugins.fine_tuning", "ttd_plugins.app", "ttd_plugins.cli")
+            # Fine-tuning and segmentation draw pictures, and a comparison ends in a report.
+            above = ("ttd_plugins.fine_tuning", "ttd_plugins.segmenting", "ttd_plugins.app", "ttd_plugins.cli")
             above += ("ttd_plugins.comparison.running", "ttd_plugins.comparison.demo")
             if not module.startswith((top, *above)):
                 assert not [name for name in imports(file) if name.startswith(top)], f"{module} imports {top}"

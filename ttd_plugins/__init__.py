@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from ttd_plugins.evaluation import evaluate
     from ttd_plugins.export import export_backbone
     from ttd_plugins.fine_tuning import fine_tune
+    from ttd_plugins.functional import ttd_loss
     from ttd_plugins.hookspecs import hookimpl
     from ttd_plugins.lora import load_lora, save_lora
     from ttd_plugins.options import TTDOptions
     from ttd_plugins.plugins import load, wrap
+    from ttd_plugins.segmenting import segment
+    from ttd_plugins.tagging import find_tags
     from ttd_plugins.training.checkpoints import restore_backbone
 
 # Imported on first use, so that importing the package costs nothing but the names that are used.
@@ -33,12 +36,15 @@ _MODULES = {
     "compare": "ttd_plugins.comparison.running",
     "evaluate": "ttd_plugins.evaluation",
     "export_backbone": "ttd_plugins.export",
+    "find_tags": "ttd_plugins.tagging",
     "fine_tune": "ttd_plugins.fine_tuning",
     "hookimpl": "ttd_plugins.hookspecs",
     "load": "ttd_plugins.plugins",
     "load_lora": "ttd_plugins.lora",
     "restore_backbone": "ttd_plugins.training.checkpoints",
     "save_lora": "ttd_plugins.lora",
+    "segment": "ttd_plugins.segmenting",
+    "ttd_loss": "ttd_plugins.functional",
     "wrap": "ttd_plugins.plugins",
 }
 
@@ -51,12 +57,15 @@ __all__ = [
     "compare",
     "evaluate",
     "export_backbone",
+    "find_tags",
     "fine_tune",
     "hookimpl",
     "load",
     "load_lora",
     "restore_backbone",
     "save_lora",
+    "segment",
+    "ttd_loss",
     "wrap",
 ]
 

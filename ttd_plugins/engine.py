@@ -12,13 +12,14 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ttd_plugins import functional
 from ttd_plugins.adapter import (
     TOWERS,
     Calibration,
@@ -43,10 +44,11 @@ from ttd_plugins.engine_checks import (
     require_adapter,
     require_extractor,
 )
-from ttd_plugins.engine_outputs import Alignment, Candidates, Targets, TTDOutput
+from ttd_plugins.engine_outputs import Alignment, Candidates, EncodedBatch, Targets, TTDOutput
 from ttd_plugins.engine_teacher import load_teacher, save_teacher, teacher_problem, update_average, without_teacher
 from ttd_plugins.errors import InputError, TTDError, UnsupportedModelError
-from ttd_plugins.method import losses, selection, similarity
+from ttd_plugins.functional import SimilarityMaps, TTDFeatures
+from ttd_plugins.method import similarity
 from ttd_plugins.method.text_embeddings import TextEmbeddingCache
 from ttd_plugins.options import TTDOptions
 from ttd_plugins.utils import distributed
@@ -95,6 +97,9 @@ class TTD(nn.Module):
         loss = ttd(images, captions).loss
     """
 
+    _keys_to_ignore_on_save: ClassVar[None] = None
+    """Trainer of transformers reads it if a checkpoint has only a part of the weights."""
+
     def __init__(
         self,
         backbone: DenseAdapter,
@@ -123,7 +128,11 @@ class TTD(nn.Module):
             extractor = make_tag_extractor(self.options.extractor, **self.options.extractor_options)
         self.extractor = require_extractor(extractor)
         # A tuple, so that the copy is not a submodule: its weights must not be trained, saved or moved.
-        self._teacher = () if self.options.teacher == "self" else (self._copy_backbone(),)
+        kind = self.options.teacher
+        self._teacher = () if kind == "self" else (self._copy_backbone(frozen=kind == "frozen"),)
+        self._anchor: tuple[DenseAdapter, ...] = ()
+        if self.options.anchor_weight > 0:
+            self._anchor = self._teacher if kind == "frozen" else (self._copy_backbone(frozen=True),)
         if self.options.text_activation_checkpointing and not backbone.tower_blocks("text"):
             raise UnsupportedModelError(
                 f"text_activation_checkpointing=True needs the blocks of the text tower, and tower_blocks() of "
@@ -131,17 +140,24 @@ class TTD(nn.Module):
             )
         self._text_cache = TextEmbeddingCache(self.options.text_cache_size)
         self._teacher_text_cache = TextEmbeddingCache(self.options.text_cache_size)
+        self._anchor_text_cache = TextEmbeddingCache(self.options.text_cache_size)
         self._checked_first_batch = False
         self._checked_first_step = False
         self.covers_unused = True
         """Whether weights that a loss does not use have a zero gradient if several processes train together."""
         self._unused: tuple[tuple[bool, ...], list[nn.Parameter]] | None = None
 
-    def _copy_backbone(self) -> DenseAdapter:
+    def _copy_backbone(self, *, frozen: bool) -> DenseAdapter:
         teacher = copy.deepcopy(self.backbone)
-        if self.options.teacher == "frozen":
+        if frozen:
             undo_tuning(teacher)
         return teacher.requires_grad_(False).eval()
+
+    def __repr__(self) -> str:
+        """One line: the backbone, and options that are not at their defaults."""
+        options, default = vars(self.options), vars(TTDOptions())
+        changed = [f"{name}={value!r}" for name, value in options.items() if value != default[name]]
+        return f"TTD({', '.join([repr(self.backbone), *changed])})"
 
     @property
     def calibration(self) -> Calibration:
@@ -222,7 +238,7 @@ class TTD(nn.Module):
             tags: candidate tags of each caption; by default the extractor finds them.
             groups: the id of each pair's image: a string, an integer or another hashable value, in a sequence, an array
                 or a tensor. Pairs of one image are not negatives in the contrastive term. Either all processes pass
-                groups, or none.
+                groups, or none. Pairs with the same caption are not negatives either, with or without groups.
             return_loss: must be true; training libraries look for the argument before they evaluate a model.
 
         Raises:
@@ -249,43 +265,45 @@ class TTD(nn.Module):
         candidates = self.candidates(images, captions, tags)
         if not self._checked_first_batch:
             check_pixels(images, self.backbone)
-        need_pooled = options.contrastive_weight > 0
+        need_pooled = options.contrastive_weight > 0 or options.anchor_weight > 0
         # Without L_tag, tag embeddings only affect targets, and need no gradient.
         tag_gradient = options.tag_weight > 0
-        alignment = self._align(
+        encoded = self._encode(
             self.backbone, images, captions, candidates, pooled=need_pooled, tag_gradient=tag_gradient
         )
-        targets = self.targets(self._teacher_alignment(images, captions, candidates) or alignment)
+        teacher = self._teacher_features(images, captions, candidates)
+        anchor = self._anchor_features(images, captions, teacher) if options.anchor_weight > 0 else None
+        with torch.autocast(images.device.type, enabled=False):
+            scale, bias = (self.backbone.logit_scale(), self.backbone.logit_bias()) if need_pooled else (None, None)
+        result = functional.ttd_loss(
+            *encoded.features,
+            options,
+            logit_scale=scale,
+            logit_bias=bias,
+            logits=self.backbone.description.logits,
+            calibration=self.calibration,
+            groups=ids,
+            texts=captions,
+            anchor_features=anchor,
+            teacher_features=teacher,
+            image_index=candidates.image_index,
+            tag_index=candidates.tag_index,
+            max_tags=candidates.max_tags,
+            normalized=True,
+        )
+        loss = result.loss
+        if self.covers_unused and distributed.process_count() > 1 and loss.requires_grad:
+            with torch.autocast(images.device.type, enabled=False):
+                loss = sum((parameter.sum() * 0 for parameter in self._unused_parameters(loss)), loss)
+        alignment = encoded.alignment(candidates, result.maps)
         if not self._checked_first_batch:
             if self._uses_calibration():
                 maps = [alignment.tag_maps, alignment.caption_maps]
                 check_calibration(self.calibration, maps, self.backbone.description.name)
             self._checked_first_batch = True
 
-        parts: dict[str, Tensor] = {}
-        weights = {"tag": options.tag_weight, "distill": options.distill_weight}
-        with torch.autocast(images.device.type, enabled=False):
-            if options.tag_weight > 0:
-                distance = self._distance(alignment.tag_maps, targets.tag_maps)
-                weight = torch.where(targets.selected, torch.ones_like(distance), options.rejected_weight)
-                # Without tags, or if all are rejected with weight zero, both sums are zero, and so is the loss.
-                parts["tag"] = self._mean((weight * distance).sum(), weight.sum())
-            if options.distill_weight > 0:
-                distance = self._distance(alignment.caption_maps, targets.union)
-                usable = targets.usable.float()
-                parts["distill"] = self._mean((usable * distance).sum(), usable.sum())
-            if need_pooled:
-                assert alignment.pooled is not None
-                weights["contrastive"] = options.contrastive_weight
-                parts["contrastive"] = self._contrastive(
-                    alignment.pooled,
-                    alignment.captions,
-                    ids,
-                )
-            loss = sum((weights[name] * part for name, part in parts.items()), alignment.caption_maps.sum() * 0)
-            if self.covers_unused and distributed.process_count() > 1 and loss.requires_grad:
-                loss = sum((parameter.sum() * 0 for parameter in self._unused_parameters(loss)), loss)
-        return TTDOutput(loss, {name: part.detach() for name, part in parts.items()}, alignment, targets)
+        targets = Targets(result.selected, result.tag_targets, result.union, result.usable)
+        return TTDOutput(loss, result.losses, alignment, targets)
 
     def candidates(
         self, images: Tensor, captions: Sequence[str], tags: Sequence[Sequence[str]] | None = None
@@ -314,9 +332,13 @@ class TTD(nn.Module):
             InputError: an argument has the wrong type or shape.
         """
         images = check_images(images, self.backbone)
-        return self._align(self.backbone, images, captions, candidates, pooled=pooled)
+        encoded = self._encode(self.backbone, images, captions, candidates, pooled=pooled)
+        with torch.autocast(images.device.type, enabled=False):
+            index = candidates.image_index, candidates.tag_index, candidates.max_tags
+            maps = functional.similarity_maps(encoded.features, *index, score=self.options.score)
+        return encoded.alignment(candidates, maps)
 
-    def _align(
+    def _encode(
         self,
         adapter: DenseAdapter,
         images: Tensor,
@@ -325,7 +347,8 @@ class TTD(nn.Module):
         *,
         pooled: bool,
         tag_gradient: bool = True,
-    ) -> Alignment:
+    ) -> EncodedBatch:
+        """Encode images, captions and distinct tags by a backbone, and L2-normalise the embeddings."""
         pooled = pooled or self.options.score == "image"
         cache = self._text_cache if adapter is self.backbone else self._teacher_text_cache
         checkpointing = self._checkpoints_texts(adapter)
@@ -346,27 +369,8 @@ class TTD(nn.Module):
             rows, columns = features.patches.shape[1:3]
             patches = similarity.normalize(features.patches.flatten(1, 2))
             pooled_embeddings = similarity.normalize(features.pooled) if features.pooled is not None else None
-            image_index, tag_index = candidates.image_index, candidates.tag_index
-            tag_maps = similarity.tag_maps(patches, tag_embeddings, image_index, tag_index, candidates.max_tags)
-            if self.options.score == "pixel":
-                scores = selection.pixel_scores(tag_maps)
-            elif self.options.score == "image":
-                assert pooled_embeddings is not None
-                scores = selection.image_scores(pooled_embeddings, tag_embeddings, image_index, tag_index)
-            else:
-                scores = selection.text_scores(caption_embeddings, tag_embeddings, image_index, tag_index)
-            return Alignment(
-                candidates,
-                (rows, columns),
-                tag_maps,
-                similarity.caption_maps(patches, caption_embeddings),
-                scores,
-                patches,
-                tag_embeddings,
-                pooled_embeddings,
-                caption_embeddings,
-                truncated[: len(captions)],
-            )
+        normalized = TTDFeatures(patches, pooled_embeddings, caption_embeddings, tag_embeddings)
+        return EncodedBatch(normalized, (rows, columns), truncated[: len(captions)])
 
     def _uses_calibration(self) -> bool:
         """Whether the selection or a loss maps cosines to probabilities."""
@@ -389,8 +393,8 @@ class TTD(nn.Module):
         return adapter.description.text_needs_full_context if option is None else option
 
     @torch.no_grad()
-    def _teacher_alignment(self, images: Tensor, captions: Sequence[str], candidates: Candidates) -> Alignment | None:
-        """Update a moving-average teacher, and return the teacher's alignment; ``None`` without a teacher copy."""
+    def _teacher_features(self, images: Tensor, captions: Sequence[str], candidates: Candidates) -> TTDFeatures | None:
+        """Update a moving-average teacher, and return the teacher's features; ``None`` without a teacher copy."""
         if not self._teacher:
             return None
         (teacher,) = self._teacher
@@ -398,51 +402,31 @@ class TTD(nn.Module):
         # The model's mode and not this module's: the caller's loop switches the model.
         if self._average is not None and self.backbone.model.training:
             update_average(teacher, self.backbone, self.options.ema_decay)
-        return self._align(teacher, images, captions, candidates, pooled=False)
+        # The anchor needs the pooled embeddings of the frozen model too.
+        return self._encode(teacher, images, captions, candidates, pooled=teacher in self._anchor).features
+
+    @torch.no_grad()
+    def _anchor_features(
+        self, images: Tensor, captions: Sequence[str], teacher: functional.TTDFeatures | None
+    ) -> functional.AnchorFeatures:
+        """Pooled image and caption embeddings of the frozen model, each ``[B, D]``; a frozen teacher has them."""
+        (frozen,) = self._anchor
+        frozen.to(images.device)
+        if frozen in self._teacher:
+            assert teacher is not None
+            pooled, texts = teacher.pooled, teacher.captions
+        else:
+            pooled = image_features(frozen, images, pooled=True).pooled
+            texts = self._anchor_text_cache.encode(frozen, captions)[0]
+        assert pooled is not None
+        return functional.AnchorFeatures(pooled, texts, frozen.logit_scale(), frozen.logit_bias())
 
     @torch.no_grad()
     def targets(self, alignment: Alignment) -> Targets:
         """Select tags and compute the targets of an alignment, without gradient."""
+        maps = SimilarityMaps(alignment.tag_maps, alignment.caption_maps, alignment.scores)
         image_index, batch = alignment.candidates.image_index, len(alignment.caption_maps)
-        selected = selection.select_tags(
-            alignment.scores,
-            image_index,
-            batch,
-            rule=self.options.rule,
-            threshold=self.options.threshold,
-            calibration=self.calibration,
-        )
-        maps = similarity.minmax_normalize(alignment.tag_maps) * selected[:, None]
-        union = similarity.union_map(maps, image_index, batch)
-        # The union is empty without a selected tag, or if the maps of all selected tags are flat.
-        return Targets(selected, maps, union, usable=union.amax(-1) > 0)
-
-    def _distance(self, maps: Tensor, targets: Tensor) -> Tensor:
-        return losses.map_distance(
-            maps,
-            targets,
-            distance=self.options.distance,
-            activation=self.options.activation,
-            calibration=self.calibration,
-        )
-
-    def _mean(self, total: Tensor, count: Tensor) -> Tensor:
-        """Return ``total / count``: with gradients over the joint batch of all processes, otherwise over this one."""
-        return distributed.joint_mean(total, count) if torch.is_grad_enabled() else total / count.clamp_min(1e-6)
-
-    def _contrastive(self, pooled: Tensor, captions: Tensor, groups: Sequence[Hashable] | None) -> Tensor:
-        numbers = None if groups is None else distributed.group_numbers(groups, pooled.device)
-        if torch.is_grad_enabled():
-            pooled, captions = distributed.gather_rows(pooled), distributed.gather_rows(captions)
-            numbers = None if numbers is None else distributed.gather_rows(numbers)
-        return losses.contrastive_loss(
-            pooled,
-            captions,
-            scale=similarity.promote(self.backbone.logit_scale()),
-            bias=self.backbone.logit_bias(),
-            form=self.backbone.description.logits,
-            groups=numbers,
-        )
+        return Targets(*functional.make_targets(maps, image_index, batch, self.options, self.calibration))
 
     @torch.no_grad()
     def maps(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from ttd_plugins.functional import SimilarityMaps, TTDFeatures
 from ttd_plugins.method.text_embeddings import on_device
 from ttd_plugins.utils.deprecation import RenamedAttribute
 
@@ -81,6 +82,42 @@ class Alignment:
     captions: Tensor
     truncated: list[bool]
 
+    def __repr__(self) -> str:
+        batch, tags, grid = len(self.caption_maps), len(self.tag_maps), " x ".join(map(str, self.grid))
+        return f"Alignment({batch} captions, {tags} tags, grid {grid})"
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """L2-normalised features of a batch by one backbone, before they are compared.
+
+    Attributes:
+        features: patches ``[B, P, D]``, pooled ``[B, D]`` or ``None``, captions ``[B, D]``, distinct tags ``[K, D]``.
+        grid: rows and columns of the patch grid.
+        truncated: for each caption, whether it was longer than the context.
+    """
+
+    features: TTDFeatures
+    grid: tuple[int, int]
+    truncated: list[bool]
+
+    def alignment(self, candidates: Candidates, maps: SimilarityMaps) -> Alignment:
+        """Return the features together with their similarity maps."""
+        patches, pooled, captions, tags = self.features
+        assert isinstance(tags, Tensor)
+        return Alignment(
+            candidates,
+            self.grid,
+            maps.tag_maps,
+            maps.caption_maps,
+            maps.scores,
+            patches,
+            tags,
+            pooled,
+            captions,
+            self.truncated,
+        )
+
 
 @dataclass
 class Targets:
@@ -97,6 +134,16 @@ class Targets:
     tag_maps: Tensor
     union: Tensor
     usable: Tensor
+
+    def __repr__(self) -> str:
+        return f"Targets({len(self.selected)} tags, {len(self.usable)} captions)"
+
+
+def _scalar(value: Any) -> str:
+    """A loss in four digits; a value that some library put in its place as it is."""
+    if isinstance(value, Tensor) and value.numel() == 1 and value.device.type != "meta":
+        return f"{value.item():.4g}"
+    return type(value).__name__ if isinstance(value, Tensor) else repr(value)
 
 
 class _Key(str):
@@ -121,8 +168,8 @@ class TTDOutput(dict[str, Any]):
 
     Attributes:
         loss: the weighted sum of the parts, a scalar with gradient.
-        losses: ``"tag"``, ``"distill"`` and ``"contrastive"``, unweighted scalars without gradient; a part of weight
-            zero is left out.
+        losses: ``"tag"``, ``"distill"``, ``"contrastive"`` and ``"anchor"``, unweighted scalars without gradient; a
+            part of weight zero is left out.
         alignment: maps and scores of the backbone (the student).
         targets: the targets of its maps.
     """
@@ -170,7 +217,8 @@ class TTDOutput(dict[str, Any]):
     __hash__ = object.__hash__  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"TTDOutput(loss={self.loss!r}, losses={self.losses!r})"
+        parts = ", ".join(f"{name}={_scalar(value)}" for name, value in self.losses.items())
+        return f"TTDOutput(loss={_scalar(self.loss)}, losses=({parts}), {self.alignment!r}, {self.targets!r})"
 
     def __getitem__(self, key: Any) -> Any:
         """Return the value of a key, of an attribute of that name, or of an index or slice of :meth:`to_tuple`."""

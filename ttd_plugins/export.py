@@ -7,6 +7,7 @@ hidden folder beside it, which is renamed at the end.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -15,8 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ttd_plugins._version import __version__
 from ttd_plugins.adapter import ExportedModel
+from ttd_plugins.backbone_sources import load_tuned, source_kind, split_source, split_step
 from ttd_plugins.engine_checks import require_adapter
 from ttd_plugins.errors import InputError, TTDError, choices_sentence, one_sentence
+from ttd_plugins.export_record import CARD_FILE, ExportRecord, write_record
+from ttd_plugins.plugins import load
 from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_keyword
 from ttd_plugins.utils.files import given_path
 from ttd_plugins.utils.output_folder import new_folder, require_new
@@ -29,7 +33,9 @@ log = logging.getLogger(__name__)
 
 Form = Literal["native", "lora", "weights"]
 FORMS: tuple[Form, ...] = get_args(Form)
-CARD_FILE, WEIGHTS_FILE = "README.md", "model.safetensors"
+WEIGHTS_FILE = "model.safetensors"
+_LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{1,40}")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 CITATION = """\
 @inproceedings{jo2024ttd,
@@ -50,7 +56,9 @@ class ModelCard:
         data: the training data, as a text or as named facts.
         settings: named settings of the run; a nested mapping becomes ``outer.inner``.
         metrics: metrics by name, or mappings of metrics by heading.
-        licence: a note on licences; by default that those of the base and of the data apply.
+        licence: an identifier such as ``"apache-2.0"``, or a note; by default that the licences of the base and of the
+            data apply.
+        repository: ``USER/NAME`` on the hub, from which the card says how to load the model; ``None`` for a folder.
     """
 
     base: str | None = None
@@ -58,6 +66,7 @@ class ModelCard:
     settings: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     licence: str | None = None
+    repository: str | None = None
 
     figures = RenamedAttribute("metrics")
 
@@ -142,30 +151,102 @@ def export_backbone(
                 model = _write_model(adapter, folder, form)
         else:
             model = _write_model(adapter, folder, form)
+        if card.repository is not None:
+            from ttd_plugins.toolkit.open_clip_export import use_tokenizer_of_repository
+
+            use_tokenizer_of_repository(folder, card.repository)
         (folder / CARD_FILE).write_text(render_card(adapter, model, form, card), encoding="utf-8")
+        write_record(folder, _record_of(adapter, model, form, card), folder.rglob("*.safetensors"))
         files = tuple(sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()))
     return Exported(out, form, files, model)
 
 
 def export_run(
-    run: str | Path, out: str | Path, *, form: Form = "native", step: int | None = None, lora_scale: float = 1.0
+    run: str | Path,
+    out: str | Path,
+    *,
+    form: Form = "native",
+    step: int | str | None = None,
+    lora_scale: float | None = None,
+    averaged: bool = True,
+    licence: str | None = None,
+    repository: str | None = None,
 ) -> Exported:
     """Write the backbone of a training run; see :func:`export_backbone`.
 
     Args:
-        run: the run's folder.
+        run: the run's folder, or ``RUN@STEP``.
         out: the folder to write.
         form: as in :func:`export_backbone`.
-        step: the step of the checkpoint; by default the last one.
-        lora_scale: as in :func:`export_backbone`.
+        step: the step of the checkpoint, or ``"best"`` for the best by the run's ``evaluation.best``; by default the
+            last one.
+        lora_scale: factor of LoRA as it was trained; by default the run's ``towers.lora_scale``.
+        averaged: whether to export the moving average of the weights if the run has one (``run.weight_ema``).
+        licence, repository: as in :class:`ModelCard`.
 
     Raises:
         TTDError: the run cannot be read, or as :func:`export_backbone`.
     """
     # Before anything slow, so that a wrong path fails at once.
     require_new(given_path(out))
-    adapter, card = read_run(Path(run), step)
-    return export_backbone(adapter, out, form=form, card=card, lora_scale=lora_scale)
+    folder, own_step = split_step(run)
+    if step is not None and own_step is not None and str(step) != str(own_step):
+        raise InputError(f"{str(run)!r} names the step {own_step}, and --step is {step}; give one of them")
+    chosen = own_step if step is None else step
+    adapter, card = read_run(folder, chosen, lora_scale=lora_scale, averaged=averaged)
+    card = replace(card, licence=licence, repository=repository)
+    return export_backbone(adapter, out, form=form, card=card)
+
+
+def export_named(
+    name: str,
+    out: str | Path,
+    *,
+    form: Form = "native",
+    lora_scale: float | None = None,
+    options: Mapping[str, Any] | None = None,
+    licence: str | None = None,
+    repository: str | None = None,
+) -> Exported:
+    """Write a backbone by name, as :func:`ttd_plugins.load` takes it: a plain name, a run, an export or ``NAME+LORA``.
+
+    Args:
+        name: the name.
+        out: the folder to write.
+        form: as in :func:`export_backbone`; ``"lora"`` needs a run or a folder of LoRA.
+        lora_scale: factor of LoRA; by default that of the run, and 1 for other sources.
+        options: options of the family, such as its dense mode.
+        licence, repository: as in :class:`ModelCard`.
+
+    Raises:
+        TTDError: the backbone cannot be loaded, or as :func:`export_backbone`.
+    """
+    require_new(given_path(out))
+    base, source = split_source(name)
+    if source is None:
+        if lora_scale not in (None, 1):
+            raise InputError("--lora-scale needs a run or NAME+LORA, and a plain name has no LoRA; remove it")
+        card = ModelCard(licence=licence, repository=repository)
+        return export_backbone(load(name, **(options or {})), out, form=form, card=card)
+    if base is None and source_kind(source) == "run" and not options:
+        return export_run(source, out, form=form, lora_scale=lora_scale, licence=licence, repository=repository)
+    adapter = load_tuned(base, source, options=options)
+    tuned_from = adapter.tuned_from
+    assert tuned_from is not None
+    settings = {"tuned_from": str(tuned_from)}
+    card = ModelCard(tuned_from.base, settings=settings, licence=licence, repository=repository)
+    scale = 1.0 if lora_scale is None else lora_scale
+    return export_backbone(adapter, out, form=form, card=card, lora_scale=scale)
+
+
+def _record_of(adapter: DenseAdapter, model: ExportedModel, form: Form, card: ModelCard) -> ExportRecord:
+    description = adapter.description
+    base = card.base
+    if base is None and description.weights is not None and (form != "lora" or adapter.tuned_from is None):
+        base = description.name
+    fitted = description.calibration
+    calibration = (fitted.scale, fitted.shift) if description.calibrated else None
+    return ExportRecord(form, model.name if form == "native" else None, base, description.dense_mode, calibration)
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -244,6 +325,7 @@ def render_card(adapter: DenseAdapter, model: ExportedModel, form: Form, card: M
         "---",
         f"library_name: {model.library}",
         "tags: [clip, image-text, ttd, text-tag-self-distillation]",
+        *_front_matter(base, card),
         "---",
         "",
         f"# {_text(base)}, {'LoRA of TTD' if form == 'lora' else 'fine-tuned with TTD'}",
@@ -253,20 +335,19 @@ def render_card(adapter: DenseAdapter, model: ExportedModel, form: Form, card: M
         "",
         "## Loading",
         "",
-        "`PATH` is this folder.",
+        _where(model, card.repository),
         "",
         "```python",
         f"import {', '.join(sorted(_packages(model)))}",
         "",
-        model.load,
-        *model.more,
+        *on_hub(model, card.repository),
         "```",
         "",
         *(f"- {_text(note)}" for note in model.notes),
         *([""] if model.notes else []),
     ]
     if model.name is not None:
-        lines += [f'In ttd-plugins again: `ttd_plugins.load("{model.name}")`.', ""]
+        lines += [f'In ttd-plugins again: `ttd_plugins.load("{_hub_text(model.name, card.repository)}")`.', ""]
     (height, width), (rows, columns) = description.image_size, description.patch_size
     lines += _table(
         "Model",
@@ -298,6 +379,40 @@ def render_card(adapter: DenseAdapter, model: ExportedModel, form: Form, card: M
     lines += ["## Licence", "", _text(licence) if card.licence else licence, ""]
     lines += ["## Citation", "", "```bibtex", CITATION, "```", ""]
     return "\n".join(lines)
+
+
+def _front_matter(base: str, card: ModelCard) -> list[str]:
+    """Licence and base model for the hub, which reads both from the head of the card."""
+    found = []
+    if card.licence is not None and _LICENCE.fullmatch(card.licence):
+        found.append(f"license: {card.licence}")
+    elif card.licence is not None or card.repository is not None:
+        found.append("license: other")
+    name = base.partition(":")[2].removeprefix("hf-hub:").partition("@")[0]
+    if card.repository is not None and _REPOSITORY.fullmatch(name):
+        found.append(f"base_model: {name}")
+    return found
+
+
+def on_hub(model: ExportedModel, repository: str | None) -> list[str]:
+    """Return the lines of code that load a model from a repository; from ``PATH`` if it is ``None``."""
+    return [_hub_text(line, repository) for line in (model.load, *model.more)]
+
+
+def _hub_text(text: str, repository: str | None) -> str:
+    if repository is None:
+        return text
+    text = text.replace("local-dir:PATH", f"hf-hub:{repository}")
+    # Longer paths are files within the folder, which libraries do not read from a repository.
+    return re.sub(r'(?<=[":])PATH(?=")', repository, text)
+
+
+def _where(model: ExportedModel, repository: str | None) -> str:
+    if repository is None:
+        return "`PATH` is this folder."
+    if any("PATH" in line for line in on_hub(model, repository)):
+        return f'`PATH` is the folder that `huggingface_hub.snapshot_download("{repository}")` returns.'
+    return "The files are downloaded from the hub."
 
 
 def _packages(model: ExportedModel) -> set[str]:
@@ -344,19 +459,27 @@ def _code(value: str) -> str:
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
-def read_run(run: Path, step: int | None = None) -> tuple[DenseAdapter, ModelCard]:
-    """Return the backbone of a run at a step, with LoRA attached, and its model card.
+def read_run(
+    run: Path, step: int | str | None = None, *, lora_scale: float | None = None, averaged: bool = True
+) -> tuple[DenseAdapter, ModelCard]:
+    """Return the backbone of a run at a step, with LoRA attached, and its model card; see :func:`export_run`.
 
     Raises:
         TTDError: the run or the checkpoint cannot be read.
     """
-    from ttd_plugins.training.checkpoints import read_state, restore_backbone
+    from ttd_plugins.training.checkpoints import AVERAGE, checkpoint_folder, named_step, read_state, restore_backbone
     from ttd_plugins.training.config import TrainConfig
     from ttd_plugins.training.divergence import DivergenceWatch
     from ttd_plugins.training.jsonl_log import JsonlLog
 
-    adapter = restore_backbone(run, step)
-    config, state = asdict(TrainConfig.read(run / "config.yaml")), read_state(run, step)
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run} is not the folder of a run: it has no config.yaml")
+    stored, step = TrainConfig.read(run / "config.yaml"), named_step(run, step)
+    scale = stored.towers.lora_scale if lora_scale is None else lora_scale
+    adapter = restore_backbone(run, step, lora_scale=scale, averaged=averaged)
+    config, state = asdict(stored), read_state(run, step)
+    config["towers"].pop("lora_scale")
+    has_average = (checkpoint_folder(run, state["step"]) / AVERAGE).is_file()
     if DivergenceWatch(**(state.get("health") or {})).diverged:
         log.warning("the run had diverged at step %d, so its weights are most likely useless", state["step"])
     source = config["data"]["source"]
@@ -373,6 +496,10 @@ def read_run(run: Path, step: int | None = None) -> tuple[DenseAdapter, ModelCar
         "optimizer": config["optimizer"],
         "ttd": config["ttd"],
     }
+    if scale != 1:
+        settings["lora_scale"] = scale
+    if has_average:
+        settings["weights"] = f"average, decay {stored.run.weight_ema:g}" if averaged else "as trained"
     metrics = {name: value for name, value in state.get("figures", {}).items() if isinstance(value, int | float)}
     logged = {"last log line of the training": metrics} if metrics else {}
     lines = [line for line in JsonlLog(run / "log.jsonl").read() if "evaluation" in line]

@@ -9,7 +9,7 @@ import os
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from importlib import resources
 from typing import Any
@@ -30,6 +30,7 @@ from ttd_plugins.app.request_guard import (
     split_host,
     uploaded_file,
 )
+from ttd_plugins.app.segment_tab import add_segment_tab
 from ttd_plugins.app.studio import MAX_STEPS, Studio, TuningStoppedError, error_sentence
 from ttd_plugins.embedded.photo_examples import photograph, photograph_credit
 from ttd_plugins.errors import InputError, MissingDependencyError, TTDError, one_sentence
@@ -155,8 +156,12 @@ def build_page(studio: Studio) -> Any:
     for listener in (show, tune):
         listener.__annotations__ = {"request": gr.Request}
 
-    with gr.Blocks(title="ttd app", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    blocks = gr.Blocks(title="ttd app", analytics_enabled=False, delete_cache=(3600, 3600))
+    with blocks as page, ExitStack() as first_tab:
         gr.HTML(render_message("title"), apply_default_css=False)
+        with gr.Tabs(elem_id="ttd-tabs") as tabs:
+            maps_tab = gr.Tab("Caption and tags")
+        first_tab.enter_context(maps_tab)
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
                 image = gr.Image(
@@ -239,6 +244,9 @@ def build_page(studio: Studio) -> Any:
         for button, draw, number in examples:
             button.click(partial(example, draw, number), None, [image, caption, result], **hidden)
         opacity.change(None, opacity, None, js=SET_OPACITY, **hidden)
+        first_tab.close()
+        with tabs, gr.Tab("Segment by names"):
+            add_segment_tab(gr, studio, uploaded_path)
         page.unload(forget)
     return page
 

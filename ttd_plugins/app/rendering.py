@@ -11,22 +11,24 @@ from ttd_plugins.engine import CaptionMaps
 from ttd_plugins.reports.charts import chart_svg
 from ttd_plugins.reports.comparison_charts import curve_chart
 from ttd_plugins.reports.heat_overlay import colour_gradient, heat_layer_uri, image_uri
+from ttd_plugins.reports.label_overlay import class_colours
 from ttd_plugins.reports.templating import render
 
 if TYPE_CHECKING:
+    from ttd_plugins.segmenting import Segmentation
     from ttd_plugins.training.loop import StepReport
 
 IMAGE_SIDE = 720
 
 
 def render_message(kind: str) -> str:
-    """A fixed text of the page: its ``title``, or the hint shown while there is an ``empty`` result."""
+    """A fixed text of the page: its ``title``, or a hint: ``empty`` or ``empty-segmentation``."""
     return render("app_message.html.j2", kind=kind)
 
 
-def render_credit(credit: Credit) -> str:
-    """Author and licence of an example, and what to do next."""
-    return render("app_message.html.j2", kind="credit", credit=credit)
+def render_credit(credit: Credit, button: str = "Show maps", *, captioned: bool = True) -> str:
+    """Author and licence of an example, and the button to press next."""
+    return render("app_message.html.j2", kind="credit", credit=credit, button=button, captioned=captioned)
 
 
 def render_error(sentence: str) -> str:
@@ -66,6 +68,29 @@ def render_result(result: AppResult) -> str:
         maps=[("caption", "Caption"), *tags, ("union", "Union")],
         views=[_backbone_view(view) for view in result.views],
         gradient=colour_gradient(),
+    )
+
+
+def render_segmentation(found: Segmentation) -> str:
+    """The overlay of a segmentation, its legend as a table, and notes; every text is escaped."""
+    colours = class_colours(len(found.classes)).tolist()
+    rows = [
+        {
+            "name": one.name,
+            "colour": "#" + bytes(colours[one.index]).hex() if one.index else "",
+            "share": f"{one.share:.1%}",
+            "probability": f"{one.mean_probability:.0%}" if found.calibrated and one.mean_probability else "",
+        }
+        for one in found.present
+    ]
+    return render(
+        "app_segmentation.html.j2",
+        image=image_uri(found.overlay(legend=False), IMAGE_SIDE),
+        rows=rows,
+        absent=[one.name for one in found.classes if one.index and not one.pixels],
+        calibrated=found.calibrated,
+        backbone=found.backbone,
+        notes=found.notes,
     )
 
 

@@ -27,6 +27,7 @@ from ttd_plugins.toolkit.clip_family import AFTER_TTD
 from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_names
 
 if TYPE_CHECKING:
+    from ttd_plugins.segmenting import Segmentation
     from ttd_plugins.training.loop import StepReport
 
 log = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ class Studio:
     """The backbones of a page and their results; thread-safe.
 
     Args:
-        backbones: names, in the order in which the page shows them.
+        backbones: names for :func:`ttd_plugins.load`, in the order in which the page shows them.
         tuned: for some names, the path of a fine-tuned backbone; see :func:`ttd_plugins.backbone_sources.load_tuned`.
         options: options of the engine.
         device: device of the models.
@@ -150,7 +151,7 @@ class Studio:
         options: TTDOptions | None = None,
         device: str | None = None,
     ) -> None:
-        from ttd_plugins.backbone_sources import untuned_name
+        from ttd_plugins.backbone_sources import check_backbone, untuned_name
 
         self.backbones = list(dict.fromkeys(backbones))
         self.tuned = dict(tuned or {})
@@ -159,7 +160,7 @@ class Studio:
         if not self.backbones:
             raise InputError("no backbone is named; name one that `ttd backbones` lists")
         for name in self.backbones:
-            parse_name(name)
+            check_backbone(name)
         for name, source in self.tuned.items():
             if name not in self.backbones:
                 raise InputError(f"a tuned {name} is named, which is none of the backbones {', '.join(self.backbones)}")
@@ -221,6 +222,41 @@ class Studio:
         shown.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
         views = [self._view(opened, caption, tags, name, visitor) for name in dict.fromkeys(names)]
         return AppResult(np.asarray(shown), caption, tags, views)
+
+    def segment(
+        self, image: str | Path | bytes | Image.Image | None, names: str, backbone: str, background: str = "words"
+    ) -> Segmentation:
+        """Segment an image by names, as ``ttd segment`` does, without reading files that the names could denote.
+
+        Args:
+            image: a path, the bytes of a file, or a PIL image; it is reduced to a longer side of :data:`IMAGE_SIDE`.
+            names: names with commas.
+            backbone: one of :attr:`backbones`.
+            background: ``"words"`` or ``"none"``; see
+                :class:`~ttd_plugins.evaluation.protocol_options.SegmentProtocol`.
+
+        Raises:
+            InputError: the image, the names or the backbone are missing or cannot be used.
+            TTDError: the backbone cannot be loaded.
+        """
+        from ttd_plugins.evaluation.vocabulary import parse_names
+        from ttd_plugins.segmenting import Segmenter
+
+        if image is None:
+            raise InputError("there is no image yet; drop one in, or take an example")
+        if not names or not names.strip():
+            raise InputError("there are no names; write what to look for, such as “dog, grass, sky”")
+        if len(names) > MAX_CAPTION_CHARACTERS:
+            raise InputError(f"the names have {len(names)} characters; write at most {MAX_CAPTION_CHARACTERS}")
+        classes = parse_names(names)
+        if len(classes) > MAX_TAGS:
+            raise InputError(f"there are {len(classes)} names; write at most {MAX_TAGS}")
+        if backbone not in self._before:
+            raise InputError(f"{backbone!r} is none of the backbones of this page: {', '.join(self.backbones)}")
+        opened = self._open_image(image)
+        opened.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+        with self._using(self._before[backbone], lambda: load(backbone, device=self.device)) as adapter:
+            return Segmenter(adapter, classes, background=background)(opened)
 
     def _open_image(self, image: str | Path | bytes | Image.Image) -> Image.Image:
         if isinstance(image, Image.Image):

@@ -32,6 +32,7 @@ from ttd_plugins.cli import (
     new_adapter,
     plugins,
     prune,
+    segment,
     tags,
     train,
 )
@@ -49,6 +50,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": compare.command,
     "tags": tags.command,
     "heatmap": heatmap.command,
+    "segment": segment.command,
     "app": page.command,
     "backbones": backbones.command,
     "plugins": plugins.command,
@@ -61,7 +63,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 """Every command, in the order of ``ttd --help``; its help is the docstring."""
 
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
-    "eval": ("Measure a backbone by the paper's protocols: tags, text, segment.", eval.COMMANDS),
+    "eval": ("Measure a backbone by the paper's protocols, classification and retrieval.", eval.COMMANDS),
 }
 """Groups of commands: the help of the group, and its commands."""
 

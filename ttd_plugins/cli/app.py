@@ -13,7 +13,11 @@ from ttd_plugins.errors import InputError
 def command(
     backbones: Annotated[
         str | None,
-        typer.Option("--backbones", "--backbone", help="Comma-separated names.  [default: the embedded ones]"),
+        typer.Option(
+            "--backbones",
+            "--backbone",
+            help="Comma-separated names, folders of runs or exports, or NAME+LORA.  [default: the embedded ones]",
+        ),
     ] = None,
     tuned: Annotated[
         list[str] | None,

@@ -20,7 +20,8 @@ def command(
 ) -> None:
     """List backbones: families, models and weights.
 
-    Every model also takes @random.
+    Every model also takes @random. Where a backbone is named, your own ones work too: the folder of a run (RUN or
+    RUN@STEP), NAME+LORA with a folder of LoRA, and the folder of an export.
     """
     from ttd_plugins.plugins import list_backbones
 
@@ -37,3 +38,5 @@ def command(
                 f"@{name}{' (default)' if name == backbone.default_weights else ''}" for name in backbone.weights
             )
             typer.echo(f"  {printable(f'{info.family}:{backbone.model}')} {printable(weights or '@random only')}")
+    if family is None and pattern is None:
+        typer.echo("your own: RUN or RUN@STEP (`ttd train`), NAME+LORA (a folder of LoRA), or an exported folder")

@@ -32,8 +32,8 @@ def command(
         typer.Option(
             "--backbones",
             metavar="A,B,...",
-            help="Comma-separated: family:model@weights; the folder of a run or a demo; or NAME+PATH, where PATH is a "
-            "run, an export, a demo or a file of weights.",
+            help="Comma-separated: family:model@weights; the folder of a run (RUN or RUN@STEP), an export or a demo; "
+            "or NAME+PATH, where PATH is LoRA, a run, an export, a demo or a file of weights.",
             show_default=False,
         ),
     ],
@@ -83,6 +83,7 @@ def print_summary(comparison: Comparison, out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from ttd_plugins.comparison.choice import choose
     from ttd_plugins.comparison.tables import table_rows, training_limits
 
     console, rows = Console(), table_rows(comparison)
@@ -106,6 +107,8 @@ def print_summary(comparison: Comparison, out: Path) -> None:
         console.print(table)
     lines = ["mean ± spread over seeds. control: the same training without TTD. gain: after TTD minus control."]
     lines += [sentence for _, sentence in training_limits(comparison)]
+    choice = choose(comparison)
+    lines += [] if choice is None else choice.sentences
     lines += [f"{name} failed: {reason}" for name, reason in comparison.failures.items()]
     lines += [
         f"report: {out / 'report.html'}   plots: {out / 'plots'}",

@@ -22,7 +22,7 @@ def command(
     scenes: Annotated[int, typer.Option("--scenes", help="Test scenes that are measured.")] = 512,
     full: Annotated[bool, typer.Option("--full", help="Train all weights instead of LoRA.")] = False,
 ) -> None:
-    """Show photographs before and after TTD; then measure a small backbone on scenes, train it, and measure it again.
+    """Show photographs before and after TTD, then train a small backbone on scenes.
 
     Runs offline. Photographs: `open_clip:photo` and its weights after TTD, which ship with the package. Scenes: `ttd
     compare` for one backbone and one seed. Prints a table and writes a report with heat maps. If it is stopped, the

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,11 +16,17 @@ from ttd_plugins.errors import InputError
 
 if TYPE_CHECKING:
     from ttd_plugins.export import Exported
+    from ttd_plugins.hub_upload import Pushed
 
 
 def command(
-    out: Annotated[Path, typer.Option("--out", help="Folder to write; new, or empty.", show_default=False)],
-    run: Annotated[Path | None, typer.Argument(help="Folder of a run of `ttd train`.", show_default=False)] = None,
+    run: Annotated[
+        Path | None, typer.Argument(help="Folder of a run of `ttd train`, or RUN@STEP.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder to write; new, or empty. Not needed with --push-to-hub."),
+    ] = None,
     form: Annotated[
         str,
         typer.Option(
@@ -26,17 +35,49 @@ def command(
             "state dict alone.",
         ),
     ] = "native",
-    step: Annotated[int | None, typer.Option("--step", help="Step of the checkpoint.  [default: the last]")] = None,
-    lora_scale: Annotated[
-        float,
+    step: Annotated[
+        str | None,
         typer.Option(
-            "--lora-scale", help="Factor of LoRA: 1 is as trained; less keeps more of the original model, 0 all of it."
+            "--step",
+            metavar="STEP",
+            help="Step of the checkpoint, or best: the best by the run's --best.  [default: the last]",
         ),
-    ] = 1.0,
+    ] = None,
+    lora_scale: Annotated[
+        float | None,
+        typer.Option(
+            "--lora-scale",
+            help="Factor of LoRA: 1 is as trained; less keeps more of the original model, 0 all of it.  [default: the "
+            "run's --lora-scale]",
+        ),
+    ] = None,
+    averaged: Annotated[
+        bool,
+        typer.Option(
+            "--averaged/--not-averaged",
+            help="Export the moving average of the weights, where the run has --weight-ema.",
+        ),
+    ] = True,
     backbone: Annotated[
-        str | None, typer.Option("--backbone", help="Instead of a run: the name of a backbone, exported as it is.")
+        str | None,
+        typer.Option("--backbone", help=f"Instead of a run, a backbone as it is: {image_maps.BACKBONE_FORMS}"),
     ] = None,
     backbone_option: image_maps.BackboneSettings = None,
+    repository: Annotated[
+        str | None,
+        typer.Option(
+            "--push-to-hub",
+            metavar="USER/NAME",
+            help="Push the export to this repository of the Hugging Face hub; `hf auth login` or HF_TOKEN logs in.",
+        ),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    licence: Annotated[
+        str | None,
+        typer.Option(
+            "--licence", help="Licence in the model card, such as apache-2.0.  [default: a note on the base's]"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
 ) -> None:
     """Write a tuned backbone for its own library.
@@ -49,23 +90,59 @@ def command(
         raise InputError("--step selects a checkpoint of a run, and --backbone has none; remove one of them")
     if backbone is None and backbone_option:
         raise InputError("--backbone-option needs --backbone; a run stores the options of its backbone")
-    if backbone is not None and lora_scale != 1:
-        raise InputError("--lora-scale needs the folder of a run, and --backbone has no LoRA; remove one of them")
-    from ttd_plugins.export import FORMS, export_backbone, export_run
-    from ttd_plugins.plugins import load
+    if out is None and repository is None:
+        raise InputError("give the folder to write, --out FOLDER, or a repository, --push-to-hub USER/NAME")
+    if private and repository is None:
+        raise InputError("--private needs --push-to-hub; remove it")
+    from ttd_plugins.export import FORMS, export_named, export_run
 
     if form not in FORMS:
         raise InputError(f"--form must be one of {', '.join(FORMS)}, not {form!r}")
-    chosen: Any = form
-    if backbone is not None:
-        done = export_backbone(load(backbone, **image_maps.parse_settings(backbone_option)), out, form=chosen)
-    else:
-        assert run is not None
-        done = export_run(run, out, form=chosen, step=step, lora_scale=lora_scale)
+    from ttd_plugins.hub_upload import check_push, push_to_hub
+
+    if repository is not None:
+        # Before anything slow, so that a missing token is reported at once.
+        check_push(repository, private=private)
+    more: dict[str, Any] = {"form": form, "lora_scale": lora_scale, "licence": licence, "repository": repository}
+    if run is not None and lora_scale is None and not as_json:
+        print_lora_scale(run)
+    with nullcontext() if out is not None else TemporaryDirectory(prefix="ttd-export-") as temporary:
+        folder = out if out is not None else Path(str(temporary)) / "export"
+        if backbone is not None:
+            done = export_named(backbone, folder, options=image_maps.parse_settings(backbone_option), **more)
+        else:
+            assert run is not None
+            done = export_run(run, folder, step=step, averaged=averaged, **more)
+        # Before the push, so that the folder is known if that fails.
+        if out is not None and not as_json:
+            print_export(done)
+        pushed = None if repository is None else push_to_hub(folder, repository, private=private)
     if as_json:
-        typer.echo(json.dumps(done.as_dict(), indent=2))
-    else:
-        print_export(done)
+        answer = done.as_dict() if out is not None else done.as_dict() | {"folder": None}
+        typer.echo(json.dumps(answer | ({} if pushed is None else {"pushed": asdict(pushed)}), indent=2))
+    elif pushed is not None:
+        print_pushed(pushed, done)
+
+
+def print_lora_scale(run: Path) -> None:
+    """Print the run's factor of LoRA if it is not 1."""
+    from ttd_plugins.backbone_sources import split_step
+    from ttd_plugins.training.config import TrainConfig
+
+    file = split_step(run)[0] / "config.yaml"
+    scale = TrainConfig.read(file).towers.lora_scale if file.is_file() else 1.0
+    if scale != 1:
+        typer.echo(f"LoRA is scaled by {scale:g}, as in the run; --lora-scale 1 exports it as trained")
+
+
+def print_pushed(pushed: Pushed, done: Exported) -> None:
+    """Print where the repository is, and how to load it."""
+    typer.echo(f"pushed to {pushed.url} (commit {pushed.commit[:10]}): {', '.join(pushed.files)}")
+    typer.echo(f"load it with {done.model.library}:")
+    from ttd_plugins.export import on_hub
+
+    for line in on_hub(done.model, pushed.repository):
+        typer.echo(f"  {line}")
 
 
 def print_export(done: Exported) -> None:

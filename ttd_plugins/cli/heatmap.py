@@ -15,7 +15,7 @@ from ttd_plugins.errors import InputError
 
 def command(
     image: image_maps.ImageArgument,
-    caption: image_maps.CaptionArgument,
+    caption: Annotated[list[str], typer.Argument(help="Its caption, or several.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="The PNG file to write.", show_default=False)],
     backbone: image_maps.BackboneOption = image_maps.DEFAULT_BACKBONE,
     backbone_option: image_maps.BackboneSettings = None,
@@ -29,10 +29,11 @@ def command(
 ) -> None:
     """Draw the maps of CAPTION and its tags over IMAGE.
 
-    The file shows the map of the caption, the map and score of each tag, and the union of the selected tags.
+    The file shows the map of the caption, the map and score of each tag, and the union of the selected tags, at the
+    aspect ratio and resolution of the image; several captions are drawn one below the other.
     """
     check_writable(out, image)
-    found = image_maps.compute_maps(
+    pixels, found = image_maps.compute_all_maps(
         image,
         caption,
         backbone=backbone,
@@ -45,9 +46,11 @@ def command(
         threshold=threshold,
         device=device,
     )
+    import numpy as np
+
     from ttd_plugins.reports.heatmaps import draw_maps
 
-    draw_maps(found, out)
+    draw_maps(found, out, image=np.asarray(pixels))
     typer.echo(f"wrote {out}")
 
 

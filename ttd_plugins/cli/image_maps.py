@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,13 +13,18 @@ import typer
 from ttd_plugins.errors import InputError, one_sentence
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from ttd_plugins.engine import CaptionMaps
 
 DEFAULT_BACKBONE = "open_clip:photo"
 
 ImageArgument = Annotated[Path, typer.Argument(help="An image file.", show_default=False)]
 CaptionArgument = Annotated[str, typer.Argument(help="Its caption.", show_default=False)]
-BackboneOption = Annotated[str, typer.Option("--backbone", help="family:model@weights, see `ttd backbones`.")]
+BACKBONE_FORMS = (
+    "family:model@weights, see `ttd backbones`; the folder of a run (RUN or RUN@STEP) or of an export; or NAME+LORA."
+)
+BackboneOption = Annotated[str, typer.Option("--backbone", help=BACKBONE_FORMS)]
 BackboneSettings = Annotated[
     list[str] | None,
     typer.Option("--backbone-option", metavar="KEY=VALUE", help="An option of the family; repeatable."),
@@ -84,9 +89,15 @@ def warn_of(notes: Iterable[str]) -> None:
         typer.echo(f"warning: {note}", err=True)
 
 
-def compute_maps(
+def compute_maps(image: Path, caption: str, **options: Any) -> CaptionMaps:
+    """Return the maps of one image and caption; see :func:`compute_all_maps`."""
+    (maps,) = compute_all_maps(image, [caption], **options)[1]
+    return maps
+
+
+def compute_all_maps(
     image: Path,
-    caption: str,
+    captions: Sequence[str],
     *,
     backbone: str = DEFAULT_BACKBONE,
     backbone_options: dict[str, Any] | None = None,
@@ -97,14 +108,14 @@ def compute_maps(
     rule: str | None = None,
     threshold: float | None = None,
     device: str | None = None,
-) -> CaptionMaps:
-    """Return the maps of one image and caption: :meth:`ttd_plugins.engine.TTD.maps` with names of backbone and tags.
+) -> tuple[Image, list[CaptionMaps]]:
+    """Return an image, and its maps for each caption: :meth:`ttd_plugins.engine.TTD.maps` with names.
 
     Raises:
-        InputError: the image cannot be read, the caption is empty, or an option is unknown.
+        InputError: the image cannot be read, a caption is empty, or an option is unknown.
         TTDError: the backbone or the tag extractor cannot be loaded.
     """
-    if not caption.strip():
+    if not all(caption.strip() for caption in captions):
         raise InputError("the caption is empty; describe the image")
     from ttd_plugins.data.images import read_image
 
@@ -120,9 +131,11 @@ def compute_maps(
         **{name: value for name, value in changes.items() if value is not None},
     )
     ttd = TTD(load(backbone, device=device, **(backbone_options or {})), options)
-    maps = ttd.maps(pixels, caption, size=size, tags=tags)
-    warn_of(maps.notes)
-    if maps.truncated:
-        length = ttd.backbone.description.context_length
-        typer.echo(f"warning: the caption is longer than {length} tokens; its end was cut off", err=True)
-    return maps
+    found = [ttd.maps(pixels, caption, size=size, tags=tags) for caption in captions]
+    warn_of(dict.fromkeys(note for maps in found for note in maps.notes))
+    for maps in found:
+        if maps.truncated:
+            which = "the caption" if len(captions) == 1 else f"the caption {maps.caption[:40]!r}"
+            length = ttd.backbone.description.context_length
+            typer.echo(f"warning: {which} is longer than {length} tokens; its end was cut off", err=True)
+    return pixels, found

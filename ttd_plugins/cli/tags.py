@@ -1,21 +1,35 @@
-"""``ttd tags``: which words of a caption are in the image."""
+"""``ttd tags``: which words of a caption, or which names of a vocabulary, are in the image."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ttd_plugins.cli import image_maps
+from ttd_plugins.errors import InputError
 
 if TYPE_CHECKING:
     from ttd_plugins.engine import CaptionMaps
+    from ttd_plugins.tagging import VocabularyTags
 
 
 def command(
-    image: image_maps.ImageArgument,
-    caption: image_maps.CaptionArgument,
+    image: Annotated[
+        Path, typer.Argument(help="An image file; with --vocabulary also a folder of images.", show_default=False)
+    ],
+    caption: Annotated[str | None, typer.Argument(help="Its caption, unless --vocabulary.", show_default=False)] = None,
+    vocabulary: Annotated[
+        str | None,
+        typer.Option(
+            "--vocabulary",
+            metavar="FILE|LIST",
+            help="Candidate tags instead of a caption's: a file, names with commas, or a built-in list such as "
+            "coco_panoptic.",
+        ),
+    ] = None,
     backbone: image_maps.BackboneOption = image_maps.DEFAULT_BACKBONE,
     backbone_option: image_maps.BackboneSettings = None,
     tags: image_maps.TagsOption = "words",
@@ -24,16 +38,46 @@ def command(
     size: image_maps.SizeOption = None,
     rule: image_maps.RuleOption = None,
     threshold: image_maps.ThresholdOption = None,
+    top: Annotated[
+        int | None, typer.Option("--top", help="With --vocabulary: the most tags of an image.  [default: 10]")
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--template",
+            help="With --vocabulary: a prompt with {} for the name, repeatable, or imagenet, photo or none.  "
+            "[default: photo]",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="With --vocabulary: a .jsonl or .parquet file for the tags.")
+    ] = None,
     device: image_maps.DeviceOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
 ) -> None:
-    """Select the words of CAPTION that are in IMAGE.
+    """Select the words of CAPTION, or the names of a vocabulary, that are in IMAGE.
 
     Each candidate tag is scored by its nearest patch, and the selection rule decides.
     """
-    found = image_maps.compute_maps(
+    if vocabulary is not None:
+        if caption is not None or tag or tags != "words" or tags_option:
+            raise InputError("--vocabulary replaces the caption and its tags; leave out CAPTION, --tag and --tags")
+        chosen: dict[str, Any] = {"rule": rule, "threshold": threshold, "top": top, "templates": _templates(template)}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        chosen["size"] = image_maps.parse_size(size)
+        _tag_by_vocabulary(
+            image, vocabulary, out, backbone, image_maps.parse_settings(backbone_option), device, as_json, chosen
+        )
+        return
+    if caption is None:
+        raise InputError("there is no CAPTION; describe the image, or name candidate tags with --vocabulary")
+    given = next((name for name, value in (("--top", top), ("--template", template), ("--out", out)) if value), None)
+    if given is not None:
+        raise InputError(f"{given} applies to --vocabulary only; leave it out")
+    _tag_by_caption(
         image,
         caption,
+        as_json,
         backbone=backbone,
         backbone_options=image_maps.parse_settings(backbone_option),
         extractor=tags,
@@ -44,6 +88,10 @@ def command(
         threshold=threshold,
         device=device,
     )
+
+
+def _tag_by_caption(image: Path, caption: str, as_json: bool, **options: Any) -> None:
+    found = image_maps.compute_maps(image, caption, **options)
     # Another key, so that no script takes a guess for a probability.
     key = "probability" if found.calibrated else "uncalibrated_probability"
     rows = [
@@ -56,7 +104,7 @@ def command(
         answer = {
             "image": str(image),
             "caption": caption,
-            "backbone": backbone,
+            "backbone": options["backbone"],
             "truncated": found.truncated,
             "calibrated": found.calibrated,
             "notes": list(found.notes),
@@ -65,10 +113,18 @@ def command(
     elif rows:
         _print_table(found)
     else:
-        typer.echo(f"no candidate tags: the tag extractor {tags!r} finds none in {caption!r}")
+        typer.echo(f"no candidate tags: the tag extractor {options['extractor']!r} finds none in {caption!r}")
 
 
 def _print_table(found: CaptionMaps) -> None:
+    rows = [
+        (tag, found.scores[i], found.probabilities[i], "yes" if found.selected[i] else "no")
+        for i, tag in enumerate(found.tags)
+    ]
+    _print_rows(found.probability_label, rows)
+
+
+def _print_rows(label: str, rows: list[tuple[str, float, float, str]]) -> None:
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
@@ -76,10 +132,83 @@ def _print_table(found: CaptionMaps) -> None:
 
     table = Table(box=SIMPLE)
     table.add_column("tag")
-    for column in ("score", found.probability_label, "selected"):
+    for column in ("score", label, "selected"):
         table.add_column(column, justify="right")
-    for i, tag in enumerate(found.tags):
-        selected = "yes" if found.selected[i] else "no"
+    for tag, score, probability, selected in rows:
         # A tag may contain what rich takes for markup.
-        table.add_row(Text(tag), f"{found.scores[i]:.3f}", f"{found.probabilities[i]:.3f}", selected)
+        table.add_row(Text(tag), f"{score:.3f}", f"{probability:.3f}", selected)
     Console().print(table)
+
+
+def _templates(given: list[str] | None) -> Any:
+    """A named set of templates, or the templates themselves; ``None`` for the default.
+
+    Raises:
+        InputError: a template has no ``{}``.
+    """
+    if not given:
+        return None
+    if len(given) == 1 and "{}" not in given[0]:
+        from ttd_plugins.evaluation.dense_inference import TEMPLATE_SETS
+
+        if given[0] in TEMPLATE_SETS:
+            return given[0]
+    wrong = next((one for one in given if "{}" not in one), None)
+    if wrong is not None:
+        raise InputError(f"--template {wrong!r} must contain {{}} for the name, or be imagenet, photo or none")
+    return given
+
+
+def _tag_by_vocabulary(
+    image: Path,
+    vocabulary: str,
+    out: Path | None,
+    backbone: str,
+    backbone_options: dict[str, Any],
+    device: str | None,
+    as_json: bool,
+    options: dict[str, Any],
+) -> None:
+    folder = image.is_dir()
+    if folder and out is None:
+        raise InputError(f"{str(image)!r} is a folder; name a file for its tags with --out, such as tags.jsonl")
+    from ttd_plugins.data.images import read_image
+    from ttd_plugins.evaluation.vocabulary import read_vocabulary
+
+    # Before anything slow, so that a wrong path and a wrong file of names are reported at once.
+    pixels = None if folder else read_image(image)
+    classes = read_vocabulary(vocabulary)
+    from ttd_plugins.plugins import load
+    from ttd_plugins.tagging import Tagger, require_tags_file, tag_folder
+    from ttd_plugins.utils.progress import progress_bars
+
+    if out is not None:
+        require_tags_file(out)
+    adapter = load(backbone, device=device, **backbone_options)
+    latest: list[VocabularyTags] = []
+    with progress_bars(terminal_only=True) as stage:
+        tagger = Tagger(adapter, classes, stage=stage, **options)
+        image_maps.warn_of(tagger.notes)
+        if out is None:
+            assert pixels is not None
+            latest.append(tagger(pixels))
+        else:
+            result = tag_folder(tagger, image, out, stage=stage)
+    if as_json and latest:
+        answer = {"image": str(image), "vocabulary": len(classes), "backbone": backbone, "notes": list(tagger.notes)}
+        typer.echo(json.dumps({**answer, "calibrated": latest[0].calibrated, "tags": latest[0].rows()}, indent=2))
+    elif as_json:
+        answer = {"file": str(result.file), "images": result.images, "done": result.done, "failed": result.failed}
+        typer.echo(json.dumps(answer, indent=2))
+    elif latest:
+        found = latest[0]
+        label = "probability" if found.calibrated else "probability (uncalibrated)"
+        shown = [i for i in found.order if found.selected[i]]
+        _print_rows(label, [(found.names[i], found.scores[i], found.probabilities[i], "yes") for i in shown])
+        typer.echo(f"{len(shown)} of {len(classes):,} names are selected")
+    else:
+        skipped = result.images - result.done - len(result.failed)
+        already = f", {skipped:,} were done before" if skipped else ""
+        wrong = f", {len(result.failed):,} cannot be read (their rows say why)" if result.failed else ""
+        typer.echo(f"{result.images:,} images: {result.done:,} tagged{already}{wrong}")
+        typer.echo(f"tags: {result.file}")

@@ -23,6 +23,7 @@ from ttd_plugins.comparison.data_interface import ComparisonData, Curve, Measure
 from ttd_plugins.comparison.experiment_record import read_metadata, save_trained_weights, timed
 from ttd_plugins.comparison.options import CompareOptions
 from ttd_plugins.comparison.results import Arm
+from ttd_plugins.errors import InputError
 from ttd_plugins.utils.progress import Advance, Stage, no_progress
 
 TRAINING = "training"
@@ -39,6 +40,7 @@ class ArmJob:
         seed: seed of the training; ``None`` for ``before``.
         weights: file of the trained weights; not used by ``before``.
         folder: folder for unfinished work; deleted when the arm is complete.
+        tuned_from: identifies the run or LoRA that the backbone was loaded from; ``None`` for a plain name.
         curve_is_recorded: whether the record already has the training curve, as it does for weights files up to
             version 0.1, which lack a training summary.
     """
@@ -49,6 +51,7 @@ class ArmJob:
     weights: Path
     folder: Path
     curve_is_recorded: bool = False
+    tuned_from: str | None = None
 
     @property
     def label(self) -> str:
@@ -90,6 +93,12 @@ def open_arm(
 ) -> tuple[DenseAdapter, Training | None]:
     """Open the backbone of an arm in evaluation mode; it is trained if its weights file does not exist yet."""
     backbone = open_backbone(job.backbone, seed=options.first_seed, device=options.device)
+    found = None if backbone.tuned_from is None else str(backbone.tuned_from)
+    if found != job.tuned_from:
+        raise InputError(
+            f"{job.backbone} has changed since the comparison began (it was {job.tuned_from}, and is {found}); name "
+            "the step of a run that goes on, as in RUN@STEP"
+        )
     if job.seed is None:
         return backbone, None
     if job.weights.exists():

@@ -24,7 +24,7 @@ from ttd_plugins.utils.output_folder import output_folder
 from ttd_plugins.utils.progress import Stage, no_progress
 
 METRICS, HEATMAPS = "metrics.json", "heatmaps"
-LOSSES = ("tag", "distill", "contrastive")
+LOSSES = ("tag", "distill", "contrastive", "anchor")
 
 
 def demo_options(

@@ -13,6 +13,9 @@ from ttd_plugins.comparison.options import ARMS as ARMS
 from ttd_plugins.comparison.options import Arm as Arm
 from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_names
 
+TIE = 0.005
+"""Differences smaller than half a percentage point count as no change."""
+
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation; the deviation is ``None`` for a single value."""
@@ -50,6 +53,7 @@ class BackboneResult:
         warnings: collapse warnings and warnings of the measurement.
         bias: for each arm, one mapping per seed from a kind of word to the mean of the caption map inside tags of that
             kind (:attr:`SceneMetrics.caption_map_in_tag`), ``None`` if no such tag occurs. Empty on photographs.
+        cost: ``images_per_second`` and ``memory_bytes`` of dense encoding; empty if it was not measured.
     """
 
     name: str
@@ -59,6 +63,7 @@ class BackboneResult:
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     bias: dict[Arm, list[dict[str, float | None]]] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)
 
     figures = RenamedAttribute("metrics")
 

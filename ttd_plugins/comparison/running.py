@@ -23,6 +23,8 @@ from ttd_plugins.comparison.arms import (
     open_arm,
     remove_unfinished_work,
 )
+from ttd_plugins.comparison.choice import choose
+from ttd_plugins.comparison.cost import measure_cost
 from ttd_plugins.comparison.data import open_data
 from ttd_plugins.comparison.data_interface import ComparisonData, Sample
 from ttd_plugins.comparison.experiment_record import ExperimentRecord, read_record, versions
@@ -34,6 +36,7 @@ from ttd_plugins.engine import TTD
 from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.evaluation.protocols.runner import weights_hash
 from ttd_plugins.training.stop_signals import TrainingStoppedError
+from ttd_plugins.utils.contract_types import TunedFrom
 from ttd_plugins.utils.files import given_path, make_folder
 from ttd_plugins.utils.output_folder import FolderKind, output_folder
 from ttd_plugins.utils.progress import Stage, no_progress, progress_bars
@@ -67,8 +70,9 @@ def compare(
         backbones: one or more names for :func:`ttd_plugins.backbone_sources.open_backbone`: ``family:model@weights``,
             the folder of a run, or a name and the path of trained weights joined by ``+``.
         out: folder for the results; it is created if it does not exist.
-        data: ``"scenes"``, or a captioned data set with masks (``"coco_captions"``, ``"cc3m_tagmask"``) in the folder
-            ``root``, with image-text ``pairs`` for fine-tuning.
+        data: ``"scenes"``; or a data set in the folder ``root``, with image-text ``pairs`` for fine-tuning: captions
+            with masks (``"coco_captions"``, ``"cc3m_tagmask"``), masks (``"voc"``, ``"folder"``, ...), labels
+            (``"coco"``, ``"table"``, ...), or held-out ``"pairs"``.
         seeds: number of seeds, from ``first_seed`` on.
         steps: optimizer steps of each fine-tuning.
         tune: whether to fine-tune; otherwise backbones are measured as loaded.
@@ -187,9 +191,11 @@ class _ComparisonRun:
         settings = asdict(self.options)
         # The number of processes changes no result.
         del settings["jobs"]
-        # Records up to version 0.1 have no first seed.
+        # Records up to version 0.1 have no first seed, and earlier ones no list of classes.
         if not self.options.first_seed:
             del settings["first_seed"]
+        if self.options.classes is None:
+            del settings["classes"]
         root = None if self.options.root is None else str(self.options.root)
         return settings | {"root": root, "data": self.data.describe(), "versions": versions()}
 
@@ -206,7 +212,7 @@ class _ComparisonRun:
         if self.options.data != SCENES:
             for note in backbone_notes(description):
                 log.warning("%s", note)
-        about = {
+        about: dict[str, Any] = {
             "family": description.family,
             "parameters": sum(parameter.numel() for parameter in backbone.model.parameters()),
             "image_size": list(description.image_size),
@@ -219,10 +225,25 @@ class _ComparisonRun:
             "calibration": asdict(description.calibration),
             "weights_sha256": weights_hash(backbone),
         }
+        if description.positions != "library":
+            about["positions"] = description.positions
+        if backbone.tuned_from is not None:
+            about["tuned_from"] = backbone.tuned_from.as_dict()
         content = self._content(name)
-        if content["about"] and content["about"] != about:
-            raise InputError(f"{name} has changed since {self.record.file} was started; choose another --out")
+        # Records of earlier releases do not name the run.
+        if content["about"] and any(about.get(key) != value for key, value in content["about"].items()):
+            sources: list[dict[str, Any]] = [part.get("tuned_from") or {} for part in (content["about"], about)]
+            was, now = (source.get("step") for source in sources)
+            what, advice = "", ""
+            if was is not None and was != now:
+                what, advice = f" (step {was}, now {now})", f"name the step, as in {name}@{was}, or "
+            raise InputError(
+                f"{name} has changed since {self.record.file} was started{what}; {advice}choose another --out"
+            )
         content["about"] = about
+        # Before any training, which would share the cores.
+        if not content["cost"]:
+            content["cost"] = measure_cost(backbone)
         self.record.save()
 
     def _attempt(self, action: Callable[[str], None]) -> None:
@@ -291,7 +312,9 @@ class _ComparisonRun:
         key = f"{_slug(name)}-{arm}" + ("" if seed is None else f"-seed{seed}")
         index = 0 if seed is None else seed - self.options.first_seed
         recorded = len(self._content(name)["curves"].get(arm, [])) > index
-        return ArmJob(name, arm, seed, self.record.weights_file(key), self.out / WORK / key, recorded)
+        source = self._content(name)["about"].get("tuned_from")
+        tuned_from = None if source is None else str(TunedFrom(**source))
+        return ArmJob(name, arm, seed, self.record.weights_file(key), self.out / WORK / key, recorded, tuned_from)
 
     def _index(self, job: ArmJob) -> int:
         return 0 if job.seed is None else job.seed - self.options.first_seed
@@ -320,6 +343,7 @@ class _ComparisonRun:
         content = self.record.content["backbones"].setdefault(name, {})
         empty: dict[str, Any] = {
             "about": {}, "figures": {}, "bias": {}, "curves": {}, "seconds": {}, "warnings": [],
+            "cost": {},
         }  # fmt: skip
         for key, value in empty.items():
             content.setdefault(key, value)
@@ -327,7 +351,7 @@ class _ComparisonRun:
 
     def _result(self, name: str) -> BackboneResult:
         content = self._content(name)
-        parts = {key: content[key] for key in ("about", "curves", "seconds", "warnings", "bias")}
+        parts = {key: content[key] for key in ("about", "curves", "seconds", "warnings", "bias", "cost")}
         return BackboneResult(name, metrics=content["figures"], **parts)
 
     # Result --------------------------------------------------------------------------------------------------------
@@ -344,16 +368,20 @@ class _ComparisonRun:
         for name in names:
             self._content(name)["weights"] = self._weights(name)
         self.record.content["pictures"] = [{"key": one.key, "caption": one.caption, "why": one.why} for one in gallery]
-        self._remove_work()
-        self.record.save()
-        return Comparison(
+        comparison = Comparison(
             settings=self.record.content["settings"] | {"command": self.record.content["command"]},
             metrics=self.data.metrics,
             backbones=[self._result(name) for name in names],
             gallery=gallery,
+            trade_off=self.data.trade_off,
             attribution=self.data.attribution,
             failures=dict(self.failures),
         )
+        choice = choose(comparison)
+        self.record.content["choice"] = None if choice is None else choice.as_dict()
+        self._remove_work()
+        self.record.save()
+        return comparison
 
     def _remove_work(self) -> None:
         """Delete the work of this comparison's arms, and nothing else that the folder may have."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ttd_plugins.comparison.choice import Choice, choose, measured, memory_text
 from ttd_plugins.comparison.results import ARMS, BackboneResult, Comparison, Metric, mean_and_spread
 from ttd_plugins.utils.deprecation import renamed_names
 from ttd_plugins.utils.files import write_atomic
@@ -100,9 +101,24 @@ def markdown(comparison: Comparison) -> str:
         ),
     ]
     lines += [line for _, sentence in training_limits(comparison) for line in ("", sentence)]
+    choice = choose(comparison)
+    if choice is not None:
+        lines += ["", *(f"- {sentence}" for sentence in choice.sentences)]
+        if measured(comparison.backbones):
+            lines += ["", f"| backbone | {choice.metric.label} | images/s | memory |", "|---|---:|---:|---:|"]
+            lines += [_cost_row(backbone, choice) for backbone in comparison.backbones]
     if comparison.failures:
         lines += ["", "Failed:", "", *(f"- {name}: {reason}" for name, reason in comparison.failures.items())]
     return "\n".join(lines) + "\n"
+
+
+def _cost_row(backbone: BackboneResult, choice: Choice) -> str:
+    quality = format_number(
+        backbone.mean(choice.arm, choice.metric.key), backbone.spread(choice.arm, choice.metric.key)
+    )
+    cost = backbone.cost
+    shown = (f"{cost['images_per_second']:.4g}", memory_text(cost["memory_bytes"])) if cost else ("-", "-")
+    return f"| {backbone.name} | {quality} | {' | '.join(shown)} |"
 
 
 def write_markdown(path: Path, comparison: Comparison) -> None:

@@ -88,12 +88,14 @@ def score_pairs(
         MissingDependencyError: pyarrow, needed for ``.parquet``, is not installed.
     """
     file = given_path(out)
-    settings = {
+    settings: dict[str, Any] = {
         "backbone": backbone.description.name,
         "spec": source.name,
         "size": list(size) if isinstance(size, tuple) else size,
         "pictures": len(source) if isinstance(source, MapSource) else None,
     }
+    if backbone.tuned_from is not None:
+        settings["tuned_from"] = backbone.tuned_from.as_dict()
     require_scores_file(file)
     with locked(file.with_name(f".{file.name}.lock"), f"the scores {file}"):
         return _score_pairs(

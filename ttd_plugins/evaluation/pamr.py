@@ -67,6 +67,7 @@ def pamr(
     iterations: int = PAMR_ITERATIONS,
     dilations: tuple[int, ...] = PAMR_DILATIONS,
     sharpness: float = 0.1,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Refine score planes along the edges of an image.
 
@@ -77,6 +78,7 @@ def pamr(
         image: float ``[C, H, W]``.
         iterations, dilations: the defaults are those of TCL and TTD.
         sharpness: see :func:`affinity`.
+        weights: the result of :func:`affinity` for this image, so that several calls compute it once.
 
     Returns:
         ``[K, H, W]``, within the range of each plane.
@@ -86,7 +88,8 @@ def pamr(
     """
     if planes.shape[-2:] != image.shape[-2:]:
         raise ValueError(f"planes {tuple(planes.shape)} and image {tuple(image.shape)} differ in size")
-    weights = affinity(image.float(), dilations, sharpness)
+    if weights is None:
+        weights = affinity(image.float(), dilations, sharpness)
     refined = planes.float()
     for _ in range(iterations):
         result = torch.zeros_like(refined)

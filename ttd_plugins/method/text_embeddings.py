@@ -38,6 +38,10 @@ GPU_CALL_WORK = 400e9
 which takes about 10 ms; an H200 does this much work in that time."""
 
 
+MAX_POSITIONS = 32_768
+"""Text positions whose activations a step stores; with more, the tower runs again in the backward pass, in chunks."""
+
+
 def on_device(values: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on ``device``; a copy from the CPU to a GPU needs no host synchronisation."""
     if device.type != "cuda" or values.device.type != "cpu":
@@ -183,6 +187,12 @@ def _call_cost(adapter: DenseAdapter) -> int:
     return int(GPU_CALL_WORK / weights)
 
 
+def _split(chunk: list[int], length: int) -> list[list[int]]:
+    """Split a chunk into parts of at most a quarter of :data:`MAX_POSITIONS`."""
+    step = max(MAX_POSITIONS // 4 // length, 1)
+    return [chunk[start : start + step] for start in range(0, len(chunk), step)]
+
+
 @renamed_keyword("recompute", "activation_checkpointing")
 @renamed_keyword("memory", "token_cache")
 def encode_texts(
@@ -195,7 +205,8 @@ def encode_texts(
     """Encode texts: L2-normalised embeddings ``[N, D]`` in at least float32.
 
     Equal texts are encoded once. Positions after the last end token of a chunk are trimmed if the backbone allows it.
-    Lengths come from tokens on the CPU, without host synchronisation.
+    Lengths come from tokens on the CPU, without host synchronisation. With gradients, more than :data:`MAX_POSITIONS`
+    positions are encoded in chunks with activation checkpointing of the whole tower.
 
     Args:
         adapter: the backbone.
@@ -220,12 +231,20 @@ def encode_texts(
         lengths = tokens.lengths.tolist()
         chunks = plan_chunks(lengths, _call_cost(adapter))
     parts = []
-    checkpointing = activation_checkpointing and torch.is_grad_enabled()
+    longest = [max(lengths[text] for text in chunk) for chunk in chunks]
+    positions = sum(len(chunk) * length for chunk, length in zip(chunks, longest, strict=True))
+    large = torch.is_grad_enabled() and positions > MAX_POSITIONS
+    if large:
+        # Thousands of tags: only tokens are stored, so that memory does not grow with the tower's depth and width.
+        chunks = [part for chunk, length in zip(chunks, longest, strict=True) for part in _split(chunk, length)]
+    checkpointing = activation_checkpointing and torch.is_grad_enabled() and not large
     with checkpointed_text_blocks(adapter) if checkpointing else nullcontext():
         for chunk in chunks:
             count, length = _padded_shape(len(chunk), max(lengths[text] for text in chunk), tokens.ids.shape[1], device)
-            ids = tokens.ids[chunk + chunk[:1] * (count - len(chunk)), :length]
-            parts.append(text_embeddings(adapter, on_device(ids, device))[: len(chunk)])
+            ids = on_device(tokens.ids[chunk + chunk[:1] * (count - len(chunk)), :length], device)
+            call = partial(text_embeddings, adapter)
+            found = checkpoint(call, ids, use_reentrant=False) if large else call(ids)
+            parts.append(found[: len(chunk)])
     embeddings = normalize(torch.cat(parts) if len(parts) > 1 else parts[0])
     place = {distinct[number]: row for row, number in enumerate(number for chunk in chunks for number in chunk)}
     rows = [place[text] for text in texts]

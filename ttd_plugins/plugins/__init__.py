@@ -1,5 +1,11 @@
 """Plugins: discovery, names of backbones, listings, and the two ways to an adapter, :func:`load` and :func:`wrap`."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.plugins.blame import explain
 from ttd_plugins.plugins.discovery import DEFAULT_PLUGINS, ENTRY_POINT_GROUP, plugin_manager
 from ttd_plugins.plugins.listing import (
@@ -12,7 +18,14 @@ from ttd_plugins.plugins.listing import (
     list_plugins,
     tag_extractors,
 )
-from ttd_plugins.plugins.loading import ADAPTER_GUIDE, family_for_model, load, make_tag_extractor, wrap
+from ttd_plugins.plugins.loading import (
+    ADAPTER_GUIDE,
+    family_for_model,
+    load,
+    make_tag_extractor,
+    register_source_opener,
+    wrap,
+)
 from ttd_plugins.plugins.names import RANDOM_WEIGHTS, BackboneName, parse_name
 from ttd_plugins.plugins.registry import DENY_PLUGINS_VARIABLE, LOAD_PLUGINS_VARIABLE, TagExtractorFactory
 from ttd_plugins.plugins.temporary import temporary_plugin
@@ -43,3 +56,13 @@ __all__ = [
     "temporary_plugin",
     "wrap",
 ]
+
+
+def _open_source(name: str, options: Mapping[str, Any]) -> DenseAdapter | None:
+    from ttd_plugins.backbone_sources import open_source
+
+    return open_source(name, options)
+
+
+# Here, so that load() opens runs and exports however it was imported.
+register_source_opener(_open_source)

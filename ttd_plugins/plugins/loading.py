@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -37,20 +38,36 @@ from ttd_plugins.utils.loading_lock import LOADING_LOCK
 
 ADAPTER_GUIDE = "docs/writing-an-adapter.md"
 
+SourceOpener = Callable[[str, Mapping[str, Any]], DenseAdapter | None]
+"""Called with a name and options of the family; returns ``None`` for a plain ``family:model@weights``."""
+_source_openers: list[SourceOpener] = []
+
+
+def register_source_opener(opener: SourceOpener) -> None:
+    """Let :func:`load` open what is no plain name; later layers know how to read runs."""
+    if opener not in _source_openers:
+        _source_openers.append(opener)
+
 
 def load(
-    name: str,
+    name: str | os.PathLike[str],
     *,
     lora: int | Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
     **options: Any,
 ) -> DenseAdapter:
-    """Load a backbone by name, in evaluation mode.
+    """Load a backbone by name, or one that was fine-tuned, in evaluation mode.
+
+    Earlier tuning is merged into the weights, so that a fine-tuned backbone is used as any other.
+    :func:`ttd_plugins.restore_backbone` and :func:`ttd_plugins.load_lora` return one with its LoRA in place.
 
     One thread at a time loads: libraries change global state of torch while they build a model.
 
     Args:
-        name: ``family:model@weights``; see :func:`~ttd_plugins.plugins.names.parse_name`.
+        name: ``family:model@weights``, see :func:`~ttd_plugins.plugins.names.parse_name`; the folder of a run of
+            ``ttd train``, of which ``RUN@STEP`` selects a checkpoint; an exported folder; or a name and the folder of a
+            run, of LoRA or of an export joined by ``+``, as ``family:model@weights+my-lora``. See
+            ``docs/loading.md``.
         lora: a rank, or a dict of arguments for :meth:`~ttd_plugins.adapter.DenseAdapter.add_lora`; ``None`` for none.
         device: the device of the model; by default the one that its family chose.
         options: options of the family, such as its dense mode.
@@ -58,15 +75,30 @@ def load(
     Raises:
         BackboneNameError: a part of the name is missing or unknown.
         AdapterConflictError: several plugins registered the family.
-        InputError: the device, an option or an argument for LoRA is invalid.
+        InputError: the device, an option or an argument for LoRA is invalid; a folder does not exist, cannot be read,
+            is damaged or belongs to another backbone.
         PluginError: the plugin raised an exception that is not a TTDError; it is chained as the cause.
         TTDError: the weights cannot be read or downloaded.
     """
+    if isinstance(name, os.PathLike):
+        name = os.fspath(name)
+    arguments, target = _lora_arguments(lora), _checked_device(device)
+    for opener in _source_openers if isinstance(name, str) else ():
+        adapter = opener(name, options)
+        if adapter is not None:
+            if arguments is not None:
+                adapter.add_lora(**arguments)
+            return (adapter if target is None else adapter.to(target)).eval()
+    return _load_named(name, options, arguments, target)
+
+
+def _load_named(
+    name: str, options: Mapping[str, Any], arguments: Mapping[str, Any] | None, target: torch.device | None
+) -> DenseAdapter:
+    """Load ``family:model@weights``."""
     backbone = parse_name(name)
     plugin, family = get_registry().family(backbone.family)
     _check_options(f"family {backbone.family!r}", family.load, options, reserved=("model", "weights"))
-    arguments = _lora_arguments(lora)
-    target = _checked_device(device)
     with LOADING_LOCK, plugin_errors(plugin.owner, f"load {backbone}"):
         adapter = _checked_adapter(family.load(backbone.model, backbone.weights, **options), plugin)
         if arguments is not None:

@@ -144,7 +144,7 @@ def write_chart_sheet(
         write_atomic(path, figure_png(figure))
 
 
-def figure_png(figure: Figure, dots_per_inch: int = PNG_DOTS_PER_INCH) -> bytes:
+def figure_png(figure: Figure, dots_per_inch: float = PNG_DOTS_PER_INCH) -> bytes:
     """A matplotlib drawing as the bytes of a PNG file."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ttd_plugins.comparison.results import TIE as TIE
 from ttd_plugins.comparison.results import Arm, BackboneResult, Comparison, Metric, mean_and_spread
 from ttd_plugins.comparison.tables import gain, training_limits
 from ttd_plugins.reports.formatting import capitalised, number, plural, signed
@@ -20,8 +21,6 @@ VERDICT_WORDS: dict[Verdict, str] = {
     "none": "",
 }
 BASELINES: dict[Arm, str] = {"control": "the control", "before": "the backbone before training"}
-TIE = 0.005
-"""Differences smaller than half a percentage point count as no change."""
 SELECTION = ("tag_f1", "tag_balance")
 """Metrics that the summary judges besides the first metric of the trade-off."""
 COLLAPSE = 0.5

@@ -24,6 +24,7 @@ from ttd_plugins.reports.comparison_charts import (
     trade_off_chart,
     trade_off_metrics,
 )
+from ttd_plugins.reports.comparison_choice import choice_view
 from ttd_plugins.reports.comparison_findings import (
     TIE,
     VERDICT_WORDS,
@@ -47,6 +48,7 @@ CURVE_NOTES = {
     "contrastive": "Both trainings have it; it keeps captions and images together.",
     "tag": "Each tag’s map against its own min-max target.",
     "distill": "The caption map against the union of the selected tags’ maps.",
+    "anchor": "The distance of the global embeddings to those of the frozen model.",
     "caption_map_spread": "Towards zero would be collapse.",
     "selected_per_caption": "None or all would be collapse.",
 }
@@ -87,6 +89,7 @@ def write_comparison_report(path: Path, comparison: Comparison) -> None:
         tiles=[_tile(backbones[0], m) for m in judged_metrics(comparison)] if tuned and len(backbones) == 1 else [],
         tie=TIE,
         rows=_metric_rows(comparison),
+        choice=choice_view(comparison),
         trade_off=_trade_off(comparison),
         bias=_bias(comparison),
         curves=_curves(comparison),

@@ -17,13 +17,14 @@ from ttd_plugins.reports.comparison_charts import (
     gains_heading,
     trade_off_chart,
 )
+from ttd_plugins.reports.comparison_choice import cost_chart
 from ttd_plugins.reports.formatting import shortened
 
-_LOSSES = ("loss", "contrastive", "tag", "distill")
+_LOSSES = ("loss", "contrastive", "tag", "distill", "anchor")
 
 
 def draw_comparison_plots(folder: Path, comparison: Comparison) -> list[Path]:
-    """Draw ``trade-off.png``, ``gains.png``, ``curves.png`` and ``bias.png``; a chart without data is left out.
+    """Draw the trade-off, quality against cost, gains, curves and bias; a chart without data is left out.
 
     The trade-off has an arrow from before, a dashed one from the control, and a dot for each seed. Gains are after
     minus control (minus before if no control was run), mean and sample standard deviation over seeds.
@@ -40,19 +41,24 @@ def draw_comparison_plots(folder: Path, comparison: Comparison) -> list[Path]:
     if trade_off is not None:
         written.append(folder / "trade-off.png")
         write_chart_sheet(written[-1], [trade_off], titles=False)
+    cost = cost_chart(comparison)
+    if cost is not None:
+        written.append(folder / "cost.png")
+        write_chart_sheet(written[-1], [cost], titles=False)
     gains = gain_charts(comparison)
     if gains:
         written.append(folder / "gains.png")
         write_chart_sheet(written[-1], gains, columns=3, heading=gains_heading(comparison))
+    keys = [key for key in _LOSSES if key in curve_keys(comparison)]
     curves = [
         curve_chart(f"curve-{n}-{key}", f"{shortened(backbone.name, 24)}: {curve_label(key).lower()}", lines)
         for n, backbone in enumerate(comparison.backbones)
-        for key in _LOSSES
-        if key in curve_keys(comparison) and (lines := curve_lines(backbone, key))
+        for key in keys
+        if (lines := curve_lines(backbone, key))
     ]
     if curves:
         written.append(folder / "curves.png")
-        write_chart_sheet(written[-1], curves, columns=len(_LOSSES))
+        write_chart_sheet(written[-1], curves, columns=len(keys))
     bias = [(n, b.name, means) for n, b in enumerate(comparison.backbones) if (means := bias_means(b))]
     if bias:
         written.append(folder / "bias.png")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import math
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from ttd_plugins.errors import InputError
 from ttd_plugins.reports.charts import drawing_style, figure_png, font_families
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
 MAX_TAGS = 30
 MAX_CAPTION_LINES = 8
 DOTS_PER_INCH = 110
+MAX_PIXELS = 24_000_000
+"""Pixels of a PNG of a large photograph or of many maps."""
 
 # Lengths in inches.
 _PANEL = 2.0
@@ -51,8 +57,14 @@ class _Panel:
     dashed: bool = False
 
 
-def draw_maps(maps: CaptionMaps, path: Path, *, after: CaptionMaps | None = None) -> None:
-    """Draw the maps of one image and caption as one PNG.
+def draw_maps(
+    maps: CaptionMaps | Sequence[CaptionMaps],
+    path: Path,
+    *,
+    after: CaptionMaps | None = None,
+    image: NDArray[np.uint8] | None = None,
+) -> None:
+    """Draw the maps of one image and its captions as one PNG.
 
     The first row shows the image, the caption map and the union of the selected tags' maps, which is the target of the
     caption map. Then follows each tag's map with its score and its selection. Every map is min-max normalised over its
@@ -60,25 +72,83 @@ def draw_maps(maps: CaptionMaps, path: Path, *, after: CaptionMaps | None = None
     drawn, those with the highest scores, and the PNG states how many are left out.
 
     Args:
-        maps: the maps; those before training if ``after`` is passed.
+        maps: the maps, or those of several captions, drawn one below the other; those before training if ``after`` is
+            passed.
         path: the file to write.
         after: maps of the same image, caption and tags after training, drawn beside the others.
+        image: uint8 ``[height, width, 3]``, the photograph itself. Panels then have its aspect ratio, and its
+            resolution unless the PNG would have more than :data:`MAX_PIXELS`. By default the input of the network.
 
     Raises:
-        InputError: ``path`` cannot be written, or ``after`` has another caption or other tags.
+        InputError: ``path`` cannot be written, there are no maps, or ``after`` has another caption or other tags.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    several = list(maps) if isinstance(maps, Sequence) else [maps]
+    if not several:
+        raise InputError("there are no maps to draw")
+    if after is not None and (len(several) > 1 or (after.caption, after.tags) != (several[0].caption, several[0].tags)):
+        raise InputError("the maps before and after must be of one caption and the same tags")
+    dots: float = DOTS_PER_INCH
+    size = None if image is None else image.shape[:2]
+    with drawing_style("maps"):
+        if image is not None:
+            # First with small panels, since the resolution depends on the size of the whole.
+            small = _shrunk(image, 32)
+            dots = _resolution([_draw(replace(one, image=small), None, size) for one in several], image)
+            shrunk = _shrunk(image, dots * _PANEL)
+            several = [replace(one, image=shrunk) for one in several]
+            after = after and replace(after, image=shrunk)
+        parts = [figure_png(_draw(one, after, size), dots) for one in several]
+        write_atomic(path, parts[0] if len(parts) == 1 else _stacked(parts))
+
+
+def maps_figure(maps: CaptionMaps, *, after: CaptionMaps | None = None) -> Figure:
+    """Return the drawing of :func:`draw_maps` as a ``matplotlib.figure.Figure``.
+
+    Raises:
+        InputError: ``after`` has another caption or other tags.
         MissingDependencyError: matplotlib is not installed.
     """
     if after is not None and (after.caption, after.tags) != (maps.caption, maps.tags):
         raise InputError("the maps before and after must be of one caption and the same tags")
     with drawing_style("maps"):
-        write_atomic(path, figure_png(_draw(maps, after), DOTS_PER_INCH))
+        return _draw(maps, after)
 
 
-def _draw(maps: CaptionMaps, after: CaptionMaps | None) -> Figure:
+def _resolution(figures: Sequence[Figure], image: NDArray[np.uint8]) -> float:
+    """Dots per inch at which a panel has the pixels of the image, within :data:`MAX_PIXELS` of the whole PNG."""
+    inches = sum(float(np.prod(figure.get_size_inches())) for figure in figures)
+    wanted = image.shape[1] / _PANEL
+    return max(DOTS_PER_INCH, min(wanted, math.sqrt(MAX_PIXELS / inches)))
+
+
+def _shrunk(image: NDArray[np.uint8], width: float) -> NDArray[np.uint8]:
+    height, own = image.shape[:2]
+    if own <= math.ceil(width):
+        return image
+    size = (math.ceil(width), max(round(height * width / own), 1))
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+
+
+def _stacked(parts: Sequence[bytes]) -> bytes:
+    """PNGs of equal width below each other."""
+    images = [Image.open(io.BytesIO(part), formats=("PNG",)).convert("RGB") for part in parts]
+    whole = Image.new("RGB", (max(one.width for one in images), sum(one.height for one in images)), "white")
+    top = 0
+    for one in images:
+        whole.paste(one, (0, top))
+        top += one.height
+    buffer = io.BytesIO()
+    whole.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _draw(maps: CaptionMaps, after: CaptionMaps | None, size: tuple[int, ...] | None = None) -> Figure:
+    """Draw one caption; ``size`` is (height, width) of the image where the panels have fewer pixels."""
     from matplotlib.figure import Figure
 
     shown = _tags_to_show(maps)
-    overview: list[_Panel | None] = [*_overview(maps, after)]
+    overview: list[_Panel | None] = [*_overview(maps, after, size)]
     if after is not None:
         overview.insert(1, None)
     details: list[_Panel | None] = [*_tag_panels(maps, after, shown)]
@@ -87,7 +157,7 @@ def _draw(maps: CaptionMaps, after: CaptionMaps | None) -> Figure:
     lefts = [_MARGIN + n * (_PANEL + _GAP) + (n // 2 * _PAIR_GAP if after is not None else 0) for n in range(columns)]
     rows = [overview] + [details[start : start + columns] for start in range(0, len(details), columns)]
 
-    height, width = maps.image.shape[:2]
+    height, width = size or maps.image.shape[:2]
     panel_height = min(max(_PANEL * height / width, 0.3 * _PANEL), 2 * _PANEL)
     line_characters = round(columns * _PANEL * 10.5)
     heading = _wrap(printable(maps.caption) or "(empty caption)", line_characters, MAX_CAPTION_LINES)
@@ -96,8 +166,8 @@ def _draw(maps: CaptionMaps, after: CaptionMaps | None) -> Figure:
     row_height = _TITLE + panel_height + _GAP
     top = _MARGIN + 1.4 * _LINE * len(heading) + _GAP
     bottom = _MARGIN + _LINE * len(footing) + _BAR
-    size = (lefts[-1] + _PANEL + _MARGIN, top + len(rows) * row_height + bottom)
-    figure = Figure(figsize=size, dpi=DOTS_PER_INCH, facecolor="white")
+    inches = (lefts[-1] + _PANEL + _MARGIN, top + len(rows) * row_height + bottom)
+    figure = Figure(figsize=inches, dpi=DOTS_PER_INCH, facecolor="white")
     _write(figure, _MARGIN, _MARGIN, "\n".join(heading), size=12, weight="bold", spacing=1.4)
     for number, row in enumerate(rows):
         for left, panel in zip(lefts, row, strict=False):
@@ -114,9 +184,9 @@ def _tags_to_show(maps: CaptionMaps) -> list[int]:
     return sorted(np.argsort(-maps.scores, kind="stable")[:MAX_TAGS].tolist())
 
 
-def _overview(maps: CaptionMaps, after: CaptionMaps | None) -> list[_Panel]:
+def _overview(maps: CaptionMaps, after: CaptionMaps | None, size: tuple[int, ...] | None = None) -> list[_Panel]:
     """The image, the caption map and the union target, before and after if there are both."""
-    height, width = maps.image.shape[:2]
+    height, width = size or maps.image.shape[:2]
     panels = [_Panel("Image", f"{width} × {height} pixels", maps.image)]
     stages = [("", maps)] if after is None else [(" before", maps), (" after", after)]
     for stage, found in stages:

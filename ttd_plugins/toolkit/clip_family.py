@@ -14,6 +14,7 @@ from ttd_plugins.adapter import AdapterFamily, Calibration, DenseAdapter
 from ttd_plugins.embedded.folder import LORA_FOLDER, read_settings
 from ttd_plugins.errors import BackboneNameError, choices_sentence
 from ttd_plugins.lora import load_lora
+from ttd_plugins.options import Resampling
 from ttd_plugins.toolkit.clip_adapter import CLIPAdapter
 
 TINY = "tiny"
@@ -77,6 +78,7 @@ class CLIPFamily(AdapterFamily):
         preprocess: Any = None,
         dense: Any = None,
         calibration: Calibration | None = None,
+        positions: Resampling = "library",
     ) -> DenseAdapter:
         """Adapt a model that the caller already has, without changing it.
 
@@ -88,12 +90,20 @@ class CLIPFamily(AdapterFamily):
                 the model says itself, or else what its family was trained with.
             dense: the dense mode, a name or a mode object; by default that of the adapter.
             calibration: map from cosine to probability; by default that of the adapter.
+            positions: how position embeddings are resampled at other image sizes: ``library``, ``bicubic`` or ``dino``.
 
         Raises:
             UnsupportedModelError: a part of the model is not supported, with the reason.
             InputError: an option is unknown.
         """
-        return self._adapt(model, tokenizer=tokenizer, preprocess=preprocess, dense=dense, calibration=calibration)
+        return self._adapt(
+            model,
+            tokenizer=tokenizer,
+            preprocess=preprocess,
+            dense=dense,
+            calibration=calibration,
+            positions=positions,
+        )
 
     def _adapt(self, model: nn.Module, **options: Any) -> DenseAdapter:
         """Wrap ``model`` in the adapter class that fits; ``options`` are those of the adapter."""

@@ -16,6 +16,7 @@ import torch
 
 from ttd_plugins.adapter import DenseAdapter, ExportedModel
 from ttd_plugins.errors import UnsupportedModelError, one_sentence
+from ttd_plugins.toolkit import text_tower
 from ttd_plugins.toolkit.exporting import (
     ALTERNATIVES,
     TOLERANCE,
@@ -25,6 +26,7 @@ from ttd_plugins.toolkit.exporting import (
     write_weights,
 )
 from ttd_plugins.toolkit.hub import quiet_root_logger
+from ttd_plugins.toolkit.modified_resnet import resnet_layers
 from ttd_plugins.toolkit.open_clip_models import local_text_tower, model_config
 from ttd_plugins.toolkit.transforms import OPENAI_NORMALISATION, Normalisation
 from ttd_plugins.utils.loading_lock import LOADING_LOCK
@@ -173,16 +175,23 @@ def _fits(adapter: DenseAdapter, config: Mapping[str, Any]) -> bool:
     side = vision.get("image_size", 224)
     due: list[tuple[object, object]] = [
         (config["embed_dim"], adapter.description.embedding_width),
-        (tuple(side) if isinstance(side, list | tuple) else (side, side), tuple(visual.image_size)),
+        (_pair(side), _pair(visual.image_size)),
         (bool(vision.get("timm_model_name")), hasattr(visual, "trunk")),
+        ("multimodal_cfg" in config, hasattr(model, "text_decoder")),
+        (bool(text.get("hf_model_name")), not text_tower.is_native(model)),
     ]
-    if hasattr(tower, "context_length") and not text.get("hf_model_name"):
+    if text_tower.is_native(model) and hasattr(tower, "context_length"):
         due += [
             (text.get("context_length", 77), tower.context_length),
             (text.get("vocab_size", 49408), tower.token_embedding.num_embeddings),
             (text.get("width", 512), tower.token_embedding.embedding_dim),
         ]
-    if not hasattr(visual, "trunk"):
+    if hasattr(visual, "attnpool"):
+        due += [
+            (vision.get("layers"), [len(layer) for layer in resnet_layers(visual)]),
+            (vision.get("width", 64), visual.conv3.out_channels),
+        ]
+    elif not hasattr(visual, "trunk"):
         due += [
             (vision.get("layers", 12), len(visual.transformer.resblocks)),
             (vision.get("width", 768), visual.conv1.out_channels),
@@ -191,8 +200,29 @@ def _fits(adapter: DenseAdapter, config: Mapping[str, Any]) -> bool:
     return all(a == b for a, b in due)
 
 
+def _pair(side: Any) -> tuple[int, int]:
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    return int(height), int(width)
+
+
 def _is_trunk_of(adapter: DenseAdapter, config: Mapping[str, Any]) -> bool:
     """Whether the trunk was built by the timm name in a configuration."""
     model: Any = adapter.model
     known = getattr(getattr(model.visual, "trunk", None), "pretrained_cfg", None) or {}
     return known.get("architecture") == config["vision_cfg"].get("timm_model_name", "").partition(".")[0]
+
+
+def use_tokenizer_of_repository(folder: Path, repository: str) -> None:
+    """Name a repository as the place of the tokenizer whose files an export for it contains.
+
+    open_clip reads a tokenizer of a folder from the folder itself, and that of a repository from the name in the
+    configuration.
+    """
+    file = folder / CONFIG
+    if not file.is_file() or not (folder / "tokenizer_config.json").is_file():
+        return
+    content = json.loads(file.read_text(encoding="utf-8"))
+    text = content.get("model_cfg", {}).get("text_cfg", {})
+    if "hf_tokenizer_name" in text:
+        text["hf_tokenizer_name"] = repository
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

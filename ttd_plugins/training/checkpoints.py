@@ -4,6 +4,7 @@
         trained.safetensors     every trained tensor, named as in adapter.model.named_parameters()
         buffers.safetensors     buffers that training changed, such as those of batch normalisation
         teacher.safetensors     the moving average, with the EMA teacher
+        average.safetensors     the moving average of the trained weights, with run.weight_ema
         optimizer.safetensors   the optimizer's tensors: "exp_avg/NAME" and so on
         random.safetensors      RNG states of every process
         state.json              step, epoch, loader positions, gradient scaler, metrics and the rest of the state;
@@ -15,6 +16,8 @@ A folder is written under a name that ends in ``.part`` and renamed when it is c
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -30,18 +33,22 @@ from torch import Tensor, nn
 from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.training.checkpoint_state import CHECKSUMS, FILES, StateSeal, check_state
 from ttd_plugins.training.sharding import shard_like
+from ttd_plugins.utils.contract_types import TunedFrom
 from ttd_plugins.utils.files import file_sha256, flush_to_disk, follow_umask
 from ttd_plugins.utils.state_dicts import read_state_dict
 
 if TYPE_CHECKING:
     from ttd_plugins.adapter import DenseAdapter
+    from ttd_plugins.training.config import TrainConfig
 
 FORMAT = 1
+TUNED_FROM = "tuned_from"
+"""Key of the state that identifies the run or LoRA which the backbone was tuned from before this run."""
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d{8,})")
-TRAINED, BUFFERS, TEACHER, OPTIMIZER, RANDOM, STATE = (
-    "trained.safetensors", "buffers.safetensors", "teacher.safetensors", "optimizer.safetensors", "random.safetensors",
-    "state.json",
+TRAINED, BUFFERS, TEACHER, AVERAGE, OPTIMIZER, RANDOM, STATE = (
+    "trained.safetensors", "buffers.safetensors", "teacher.safetensors", "average.safetensors", "optimizer.safetensors",
+    "random.safetensors", "state.json",
 )  # fmt: skip
 
 
@@ -51,19 +58,21 @@ class Checkpoint:
 
     Attributes:
         state: content of ``state.json``; ``state["step"]`` is the number of optimizer steps done.
-        trained, buffers, teacher, optimizer, random: named tensors.
+        trained, buffers, teacher, average, optimizer, random: named tensors.
     """
 
     state: dict[str, Any]
     trained: dict[str, Tensor] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     teacher: dict[str, Tensor] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     random: dict[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of each file, by file name."""
-        return {
+        """The tensors of each file, by file name; the file of the average exists only where there is one."""
+        average = {AVERAGE: self.average} if self.average else {}
+        return average | {
             TRAINED: self.trained,
             BUFFERS: self.buffers,
             TEACHER: self.teacher,
@@ -145,19 +154,22 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint, keep: int, *, protected:
     return final
 
 
-def read_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
+def read_checkpoint(run: Path, step: int | None = None, *, complete: bool = True) -> Checkpoint:
     """Read the checkpoint of a step, by default the newest, and verify its checksums.
 
     Checkpoints of releases up to 0.3 have no checksums; they are read without.
 
+    Args:
+        run: folder of the run.
+        step: step of the checkpoint; by default the newest.
+        complete: whether every field that resuming a run needs must be present.
+
     Raises:
         InputError: there is no such checkpoint, or one of its files is damaged.
     """
-    state = read_state(run, step, complete=True)
-    tensors = {
-        name.removesuffix(".safetensors"): _read_tensors(run, step, name, state)
-        for name in (TRAINED, BUFFERS, TEACHER, OPTIMIZER, RANDOM)
-    }
+    state = read_state(run, step, complete=complete)
+    names = [TRAINED, BUFFERS, TEACHER, OPTIMIZER, RANDOM, *_average_file(state)]
+    tensors = {name.removesuffix(".safetensors"): _read_tensors(run, step, name, state) for name in names}
     return Checkpoint({key: value for key, value in state.items() if key not in CHECKSUMS}, **tensors)
 
 
@@ -240,6 +252,11 @@ def _read_tensors(run: Path, step: int | None, name: str, state: Mapping[str, An
         if isinstance(error, InputError):
             raise
         raise InputError(f"the checkpoint file {file} cannot be read: {one_sentence(error)}; {_advice(run)}") from error
+
+
+def _average_file(state: Mapping[str, Any]) -> list[str]:
+    """The file of the moving average, where a checkpoint has one."""
+    return [AVERAGE] if AVERAGE in state.get(FILES, {}) else []
 
 
 def _delete(folder: Path) -> None:
@@ -335,34 +352,114 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
             own[name].copy_(shard_like(value, own[name]))
 
 
-def restore_backbone(run: Path, step: int | None = None, *, backbone: DenseAdapter | None = None) -> DenseAdapter:
+def restore_backbone(
+    run: Path,
+    step: int | str | None = None,
+    *,
+    backbone: DenseAdapter | None = None,
+    lora_scale: float | None = None,
+    averaged: bool = True,
+    options: Mapping[str, Any] | None = None,
+    merge: bool = False,
+) -> DenseAdapter:
     """Return the tuned backbone of a run, in evaluation mode, with unmerged LoRA where the run trains LoRA.
 
     Args:
         run: folder of the run.
-        step: step of the checkpoint; by default the newest.
+        step: step of the checkpoint, or ``"best"`` for the best by ``evaluation.best``; by default the newest.
         backbone: the untuned backbone, for a run that was started with an object instead of a name.
+        lora_scale: factor of LoRA; by default ``towers.lora_scale`` of the run.
+        averaged: whether to return the moving average of the weights if the run has one (``run.weight_ema``).
+        options: options of the family that replace those of the run, such as its dense mode.
+        merge: whether to merge LoRA into the weights, and to set ``requires_grad`` as before the run.
+
+    Returns:
+        The backbone; its ``tuned_from`` names the run and the step.
 
     Raises:
-        InputError: the run has no such checkpoint, or it belongs to another backbone.
+        InputError: the run has no such checkpoint, is damaged, or belongs to another backbone.
         TTDError: the backbone cannot be loaded.
     """
     from ttd_plugins.training.config import TrainConfig
-    from ttd_plugins.training.trainable_parameters import build_backbone
+    from ttd_plugins.training.trainable_parameters import build_backbone, load_untuned
 
     run = Path(run)
     file = run / "config.yaml"
     if not file.is_file():
         raise InputError(f"{run} is not the folder of a run: it has no config.yaml")
     config = TrainConfig.read(file)
-    where = str(_folder(run, step))
+    # Once, because a run that goes on writes newer ones.
+    folder = _folder(run, named_step(run, step))
+    where, step = str(folder), int(folder.name.rpartition("-")[2])
     state = read_state(run, step)
+    scale = config.towers.lora_scale if lora_scale is None else lora_scale
     # Read before the backbone is built, so that a damaged file is found at once.
-    trained, buffers = (_read_tensors(run, step, name, state) for name in (TRAINED, BUFFERS))
-    adapter = build_backbone(config, backbone)
-    load_tensors(adapter.model, trained, where)
-    load_tensors(adapter.model, buffers, where)
+    files = [TRAINED, BUFFERS, *(_average_file(state) if averaged else [])]
+    tensors = [_read_tensors(run, step, name, state) for name in files]
+    sums = [state.get(FILES, {}).get(name) or file_sha256(folder / name) for name in files]
+    digest = hashlib.sha256("".join(sums).encode())
+    config = _as_started(config, state, options or {})
+    untuned = load_untuned(config) if backbone is None else backbone
+    requires_grad = [(parameter, parameter.requires_grad) for parameter in untuned.model.parameters()]
+    adapter = build_backbone(config, untuned, run=run)
+    require_same_base(state, adapter, where)
+    for one in tensors:
+        load_tensors(adapter.model, one, where)
+    if scale != 1:
+        from ttd_plugins.lora import scale_lora
+
+        scale_lora(adapter, scale)
+    base = config.backbone.name or adapter.description.name
+    adapter.tuned_from = TunedFrom("run", run.resolve().name, digest.hexdigest()[:16], step, base)
+    if merge:
+        adapter.merge()
+        for parameter, flag in requires_grad:
+            parameter.requires_grad_(flag)
     return adapter.eval()
+
+
+def named_step(run: Path, step: int | str | None) -> int | None:
+    """Return the step that a number, ``"best"`` or ``None`` (the newest) names.
+
+    Raises:
+        InputError: it is another text, or the run has no best checkpoint.
+    """
+    if not isinstance(step, str):
+        return step
+    from ttd_plugins.training.best_checkpoint import BEST, best_step
+
+    if step.isdecimal():
+        return int(step)
+    if step != BEST:
+        raise InputError(f"the step of a checkpoint is a number or {BEST}, not {step!r}")
+    return best_step(run, checkpoint_steps(run))
+
+
+def _as_started(config: TrainConfig, state: Mapping[str, Any], options: Mapping[str, Any]) -> TrainConfig:
+    """The configuration with other options, and with the step of the run that its backbone was tuned from."""
+    name, base = config.backbone.name, state.get(TUNED_FROM)
+    if name is not None and isinstance(base, dict) and isinstance(base.get("step"), int) and Path(name).is_dir():
+        name = f"{name}@{base['step']}"
+    backbone = dataclasses.replace(config.backbone, name=name, options={**config.backbone.options, **options})
+    return dataclasses.replace(config, backbone=backbone)
+
+
+def require_same_base(state: Mapping[str, Any], adapter: DenseAdapter, where: str) -> None:
+    """Refuse a backbone that was tuned from other weights than the one that a checkpoint continues.
+
+    Args:
+        state: state of the checkpoint.
+        adapter: the backbone before the weights of the checkpoint are loaded.
+        where: the checkpoint, for the message.
+
+    Raises:
+        InputError: it is another one.
+    """
+    stored, found = state.get(TUNED_FROM), adapter.tuned_from
+    if isinstance(stored, dict) and found is not None and stored.get("sha256") != found.sha256:
+        kind, name, digest = (str(stored.get(key, "")) for key in ("kind", "name", "sha256"))
+        known = TunedFrom(kind, name, digest, stored.get("step"))
+        raise InputError(f"{where} was tuned from {known}, and that is now {found}; restore its files")
 
 
 def read_foreign_weights(file: Path) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -66,3 +67,43 @@ class ExportedModel:
     def at(self, folder: str | Path) -> tuple[str, ...]:
         """Return the lines of code with ``folder`` instead of ``PATH``, :attr:`load` first."""
         return tuple(line.replace("PATH", str(folder)) for line in (self.load, *self.more))
+
+
+@dataclass(frozen=True)
+class TunedFrom:
+    """The run, LoRA or file that the weights of a backbone were loaded from; it identifies them in results.
+
+    Attributes:
+        kind: ``"run"``, ``"lora"``, ``"weights"``, ``"export"``, ``"comparison"`` or ``"demo"``.
+        name: name of the folder or file, without the path, which means nothing elsewhere.
+        sha256: first 16 hexadecimal digits of a SHA-256 of the weights that were read.
+        step: step of the run's checkpoint; ``None`` for other kinds.
+        base: name of the untuned backbone; ``None`` for an export that needs none.
+    """
+
+    kind: str
+    name: str
+    sha256: str
+    step: int | None = None
+    base: str | None = None
+
+    def __str__(self) -> str:
+        """Such as ``run mine, step 200 (1a2b3c4d)``."""
+        step = "" if self.step is None else f", step {self.step}"
+        return f"{'LoRA' if self.kind == 'lora' else self.kind} {self.name}{step} ({self.sha256[:8]})"
+
+    def as_dict(self) -> dict[str, str | int]:
+        """Return the attributes that are known, for JSON."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+
+def adapter_repr(adapter: Any) -> str:
+    """One line on an adapter: class, name, size, tuning and device; ``adapter.model`` prints its modules."""
+    try:
+        parts = [f"{sum(parameter.numel() for parameter in adapter.model.parameters()) / 1e6:.1f} M parameters"]
+        parts += [f"tuned from {adapter.tuned_from}"] * (adapter.tuned_from is not None)
+        parts += [f"LoRA of rank {adapter._lora.config.r}"] if adapter._lora is not None else []
+        return f"{type(adapter).__name__}({adapter.description.name}, {', '.join([*parts, str(adapter.device)])})"
+    # A debugger also prints an adapter that is only half built.
+    except Exception:
+        return f"{type(adapter).__name__}()"

@@ -1,0 +1,51 @@
+"""The tab that segments by names in a real browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers_browser import BROWSER, NEEDS_BROWSER, SWITCHES
+from PIL import Image
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
+for _name in ("gradio", "matplotlib", "open_clip", "tokenizers"):
+    pytest.importorskip(_name)
+
+from ttd_plugins.app.gradio_page import build_page, launch_page
+from ttd_plugins.app.studio import Studio
+
+pytestmark = NEEDS_BROWSER
+
+
+def test_a_visitor_segments_an_image_by_names(tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 80, 3), np.uint8)).save(photo)
+    page, address = launch_page(build_page(Studio(["open_clip:tiny"])))
+    try:
+        with sync_api.sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=BROWSER, args=list(SWITCHES))
+            tab = browser.new_page()
+            tab.set_default_timeout(60_000)
+            tab.goto(address)
+            tab.wait_for_selector("#ttd-run")
+            tab.get_by_role("tab", name="Segment by names").click()
+            run, output = tab.locator("#ttd-segment-run"), tab.locator("#ttd-segment-output")
+            run.click()
+            assert "there is no image yet" in output.locator(".ttd-error").inner_text()
+            tab.locator("#ttd-segment-image input[type=file]").set_input_files(photo)
+            tab.wait_for_selector("#ttd-segment-image img")
+            tab.locator("#ttd-segment-names textarea").fill("dog|puppy, <i>sky</i>")
+            tab.locator("#ttd-segment-background input").uncheck()
+            run.click()
+            output.locator("img.ttd-overlay").wait_for()
+            shown = output.inner_text()
+            assert "open_clip:tiny" in shown and "%" in shown
+            assert "dog" in shown and "<i>sky</i>" in shown and "background" not in shown
+            # The first tab is as it was.
+            tab.get_by_role("tab", name="Caption and tags").click()
+            assert tab.locator("#ttd-run").is_visible()
+            browser.close()
+    finally:
+        page.close(verbose=False)
