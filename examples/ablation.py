@@ -44,6 +44,8 @@ def arms() -> dict[str, Changes]:
         "weight:caption-2": {"distill_weight": 2.0},
         "weight:contrastive-0": {"contrastive_weight": 0.0},
         "weight:contrastive-half": {"contrastive_weight": 0.5},
+        "anchor:embeddings": {"anchor_weight": 10.0},
+        "anchor:similarities": {"anchor_weight": 1.0, "anchor": "similarities"},
         "rejected:0": {"rejected_weight": 0.0},
         "selection:minmax-0.3": {"rule": "minmax", "threshold": 0.3},
         "selection:minmax-0.6": {"rule": "minmax", "threshold": 0.6},

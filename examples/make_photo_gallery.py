@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ttd_plugins.embedded import PHOTOGRAPHS_FOLDER
+from ttd_plugins.embedded.photo_examples import source_page
 from ttd_plugins.utils.files import make_folder, write_atomic
 
 SIDE, QUALITY = 360, 85
@@ -51,14 +51,6 @@ def scaled(segmentation: Any, factor: float, size: tuple[int, int]) -> Any:
     mask = Image.fromarray(decoded(segmentation["counts"], height, width))
     small = np.asarray(mask.resize(size, Image.Resampling.NEAREST))
     return {"size": [size[1], size[0]], "counts": encoded(small)}
-
-
-def source_page(flickr_url: str) -> str:
-    """The page of a photograph, which names its author; COCO stores only the address of the file."""
-    found = re.search(r"/(\d+)_[0-9a-f]+_\w\.jpg$", flickr_url)
-    if found is None:
-        raise SystemExit(f"{flickr_url} is not the address of a photograph on Flickr")
-    return f"https://www.flickr.com/photo.gne?id={found.group(1)}"
 
 
 def main() -> None:

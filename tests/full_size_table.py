@@ -21,6 +21,7 @@ import helpers_openai_clip
 import helpers_siglip
 import torch
 from helpers_full_size import BACKBONES, Backbone
+from helpers_towers import TOWERS
 from torch import Tensor
 
 from ttd_plugins import load
@@ -43,6 +44,8 @@ def formula(backbone: Backbone, adapter: DenseAdapter, images: Tensor) -> Tensor
     side = description.patch_size[0]
     grid = (images.shape[2] // side, images.shape[3] // side)
     model: Any = adapter.model
+    if backbone.formula is not None:
+        return backbone.formula(model, images)
     if backbone.family == "siglip":
         heads = _heads(model, side)
         with patch.multiple(helpers_siglip, HEADS=heads):
@@ -82,8 +85,10 @@ def differences(backbone: Backbone, adapter: DenseAdapter) -> dict[str, float]:
     images = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(1))
     features = adapter.encode_image(images)
     assert features.pooled is not None
-    ids = adapter.tokenize(CAPTIONS).ids
-    own_image, own_text = library_image_embedding(adapter, images), library_text_embedding(adapter, ids)
+    tokens = adapter.tokenize(CAPTIONS)
+    ids = tokens.ids
+    mask = (torch.arange(ids.shape[1]) < tokens.lengths[:, None]).long()
+    own_image, own_text = library_image_embedding(adapter, images), library_text_embedding(adapter, ids, mask)
     assert own_image is not None and own_text is not None
     found = {
         "pooled": distance(features.pooled, own_image),
@@ -171,7 +176,8 @@ def _number(value: float | None) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure what is not there yet, one backbone after the other, and print the tables."""
-    names = [*TINY, *BACKBONES]
+    backbones = BACKBONES | TOWERS
+    names = [*TINY, *backbones]
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", help=f"only these: {', '.join(names)}")
     parser.add_argument("--work", type=Path, required=True, help="folder for what was measured, one file a backbone")
@@ -186,7 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in wanted:
         path = options.work / f"{name.replace(':', '-')}{'-small' if options.small else ''}.json"
         if not path.is_file():
-            one = measure(BACKBONES[name], not options.small) if name in BACKBONES else measure_tiny(name)
+            one = measure(backbones[name], not options.small) if name in backbones else measure_tiny(name)
             path.write_text(json.dumps(one, indent=2))
             print(f"{one['title']}: {'passed' if one['ok'] else 'FAILED'} in {one['seconds']:.0f} s", file=sys.stderr)
         found[name] = json.loads(path.read_text())

@@ -5,6 +5,7 @@ Tokenizers whose files are on a hub have stand-ins here, of the real vocabulary 
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -214,17 +215,21 @@ class Backbone:
         family: the family that serves it.
         title: what it is, for the table.
         build: gives the model, at full size or small.
-        tokenizer: gives a tokenizer, made for every adapter anew.
+        tokenizer: gives a tokenizer, made for every adapter anew; it may take whether the model has its full size.
         tokens: what the tokenizer is, for the table.
         name: what ``load`` takes for the same, where its tokenizer is packaged.
+        noise: what is added to the parameters of a model at full size; running statistics would no longer fit.
+        formula: dense features ``[B, H, W, D]`` of a model and images by plain formulas, where the family has no other.
     """
 
     family: str
     title: str
     build: Callable[[bool], nn.Module]
-    tokenizer: Callable[[], Any]
+    tokenizer: Callable[..., Any]
     tokens: str
     name: str | None = None
+    formula: Callable[[Any, Tensor], Tensor] | None = None
+    noise: float = 0.02
 
     def adapter(self, full: bool) -> DenseAdapter:
         """The model, wrapped as users wrap theirs; no parameter is at a special initial value, such as biases of 0."""
@@ -233,9 +238,10 @@ class Backbone:
             generator = torch.Generator().manual_seed(0)
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
-                    if name not in ("logit_scale", "logit_bias"):
-                        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
-        return wrap(model, tokenizer=self.tokenizer())
+                    if name not in ("logit_scale", "logit_bias", "temperature"):
+                        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=self.noise)
+        sized = bool(inspect.signature(self.tokenizer).parameters)
+        return wrap(model, tokenizer=self.tokenizer(full) if sized else self.tokenizer())
 
 
 def _simple_tokenizer() -> Any:

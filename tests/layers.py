@@ -46,6 +46,8 @@ LAYERS = [
             "training.checkpoint_state",
             "training.sharding",
             "training.checkpoints",
+            "training.best_checkpoint",
+            "training.jsonl_log",
             "training.trainable_parameters",
         ),
         "discovery, names, load() and wrap(); reading runs and exports",

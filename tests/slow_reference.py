@@ -89,21 +89,83 @@ def map_distance(
     return total / len(one)
 
 
-def contrastive(images: Sequence[Vector], texts: Sequence[Vector], scale: float, bias: float, form: str) -> float:
-    """The loss of CLIP or SigLIP over pairs of vectors of any length."""
+def contrastive(
+    images: Sequence[Vector],
+    texts: Sequence[Vector],
+    scale: float,
+    bias: float,
+    form: str,
+    names: Sequence[Any] | None = None,
+    groups: Sequence[Any] | None = None,
+) -> float:
+    """The loss of CLIP or SigLIP over pairs of vectors of any length.
+
+    ``names`` are the captions and ``groups`` the ids of the images: a caption that some pair has with an image is no
+    negative of it.
+    """
     images, texts = [unit(v) for v in images], [unit(v) for v in texts]
     count, total = len(images), 0.0
+    names = list(range(count)) if names is None else names
+    groups = list(range(count)) if groups is None else groups
+    together = set(zip(groups, names, strict=True))
+
+    def negative(i: int, j: int) -> bool:
+        return (groups[i], names[j]) not in together
+
     for i in range(count):
         if form == "sigmoid":
             for j in range(count):
+                if i != j and not negative(i, j):
+                    continue
                 logit = scale * dot(images[i], texts[j]) + bias
                 total += softplus(-logit if i == j else logit) / count
         else:
-            of_image = [scale * dot(images[i], texts[j]) + bias for j in range(count)]
-            of_text = [scale * dot(images[j], texts[i]) + bias for j in range(count)]
-            for row in (of_image, of_text):
+            own = scale * dot(images[i], texts[i]) + bias
+            of_image = [scale * dot(images[i], texts[j]) + bias for j in range(count) if negative(i, j)]
+            of_text = [scale * dot(images[j], texts[i]) + bias for j in range(count) if negative(j, i)]
+            for others in (of_image, of_text):
+                row = [own, *others]
                 top = max(row)
-                total += (top + math.log(sum(math.exp(x - top) for x in row)) - row[i]) / (2 * count)
+                total += (top + math.log(sum(math.exp(x - top) for x in row)) - own) / (2 * count)
+    return total
+
+
+def anchor(
+    images: Sequence[Vector],
+    texts: Sequence[Vector],
+    frozen_images: Sequence[Vector],
+    frozen_texts: Sequence[Vector],
+    *,
+    kind: str,
+    scale: float,
+    bias: float,
+    form: str,
+) -> float:
+    """Mean over pairs of the distance to a frozen model, by features or by the similarities of the batch."""
+    images, texts = [unit(v) for v in images], [unit(v) for v in texts]
+    frozen_images, frozen_texts = [unit(v) for v in frozen_images], [unit(v) for v in frozen_texts]
+    count, total = len(images), 0.0
+    if kind == "embeddings":
+        for own, frozen in ((images, frozen_images), (texts, frozen_texts)):
+            for one, other in zip(own, frozen, strict=True):
+                total += sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) / (2 * count)
+        return total
+    for i in range(count):
+        if form == "sigmoid":
+            for j in range(count):
+                new, old = (
+                    1 / (1 + math.exp(-(scale * dot(a[i], b[j]) + bias)))
+                    for a, b in ((images, texts), (frozen_images, frozen_texts))
+                )
+                total += (old * math.log(old / new) + (1 - old) * math.log((1 - old) / (1 - new))) / count
+            continue
+        for swapped in (False, True):
+            rows = []
+            for a, b in ((images, texts), (frozen_images, frozen_texts)):
+                row = [math.exp(scale * (dot(a[j], b[i]) if swapped else dot(a[i], b[j]))) for j in range(count)]
+                rows.append([value / sum(row) for value in row])
+            new_row, old_row = rows
+            total += sum(p * math.log(p / q) for p, q in zip(old_row, new_row, strict=True)) / (2 * count)
     return total
 
 
@@ -134,6 +196,7 @@ def ttd(
     logit_bias: float = 0.0,
     logits: str = "softmax",
     teacher: Slow | None = None,
+    wording: Sequence[Any] | None = None,
 ) -> Slow:
     """One batch from features, normalised or not, to the loss.
 
@@ -142,6 +205,7 @@ def ttd(
         options: what the options of the engine are called there.
         scale, shift: calibration.
         logit_scale, logit_bias, logits: of the backbone's own loss.
+        wording: the captions as texts, where some are equal.
         teacher: whose selection, targets and unions are taken, in place of this pass's own.
     """
     batch = len(patches)
@@ -188,7 +252,7 @@ def ttd(
     )
     if options.contrastive_weight > 0:
         assert pooled is not None
-        out.parts["contrastive"] = contrastive(pooled, captions, logit_scale, logit_bias, logits)
+        out.parts["contrastive"] = contrastive(pooled, captions, logit_scale, logit_bias, logits, wording)
     out.loss = (
         options.tag_weight * out.parts["tag"]
         + options.distill_weight * out.parts["distill"]

@@ -250,7 +250,7 @@ def test_every_option_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(running, "run_comparison", reading)
     flags = (
-        "--data coco_captions --root data --split train --pairs p --no-tune --seeds 1 --first-seed 2 --steps 7 "
+        "--data folder --root data --split train --classes voc --pairs p --no-tune --seeds 1 --first-seed 2 --steps 7 "
         "--rank 4 --batch-size 5 --lr 1e-5 --limit 11 --gallery 0 --preset paper --workers 2 --jobs 1 --device cuda:1 "
         "--tags stanza --tags-option deep=null --tags-option name=3 --rule absolute --threshold 0.25 --distance mse "
         "--ttd template=the_{} --distill-weight 2.5 --teacher ema"
@@ -261,9 +261,9 @@ def test_every_option_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         distance="mse", template="the_{}", distill_weight=2.5, teacher="ema",
     )  # fmt: skip
     expected = CompareOptions(
-        ("open_clip:tiny", "eva_clip:tiny+a"), data="coco_captions", root=Path("data"), split="train", pairs="p",
-        tune=False, seeds=1, first_seed=2, steps=7, rank=4, batch_size=5, learning_rate=1e-5, limit=11, gallery=0,
-        preset="paper", workers=2, device="cuda:1", ttd=ttd,
+        ("open_clip:tiny", "eva_clip:tiny+a"), data="folder", root=Path("data"), split="train", classes="voc",
+        pairs="p", tune=False, seeds=1, first_seed=2, steps=7, rank=4, batch_size=5, learning_rate=1e-5, limit=11,
+        gallery=0, preset="paper", workers=2, device="cuda:1", ttd=ttd,
     )  # fmt: skip
     assert read == [expected]
     plain = CompareOptions(("open_clip:tiny",))
@@ -316,6 +316,7 @@ def as_of_version_0_1(out: Path) -> dict[str, Any]:
     file = out / "results.json"
     content = json.loads(file.read_text())
     ttd = content["settings"]["ttd"]
+    del ttd["anchor"], ttd["anchor_weight"]
     for old, new in (
         ("caption_weight", "distill_weight"),
         ("remembered_texts", "text_cache_size"),

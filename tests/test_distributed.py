@@ -21,7 +21,8 @@ from ttd_plugins.engine import TTD, TTDOutput
 from ttd_plugins.training.stop_signals import TrainingStoppedError
 from ttd_plugins.utils import distributed
 
-CAPTIONS = ["a dog on grass", "red kite and blue sky", "the", "one owl", "", "cat boat lamp", "dog"]
+# The last caption is that of another process again.
+CAPTIONS = ["a dog on grass", "red kite and blue sky", "the", "one owl", "", "cat boat lamp", "One  owl"]
 GROUPS = ["a", "b", "a", "c", "d", "b", "e"]
 SPLITS = {"even": 4, "uneven": 6, "lopsided": 1}
 CASES: dict[str, dict[str, Any]] = {
@@ -29,6 +30,8 @@ CASES: dict[str, dict[str, Any]] = {
     "weights": {"rejected_weight": 0.3, "distance": "mse", "tag_weight": 2.0, "threshold": 0.4137},
     "tags alone": {"distill_weight": 0.0, "contrastive_weight": 0.0},
     "frozen teacher": {"teacher": "frozen", "rule": "absolute", "threshold": 0.1137},
+    "embeddings anchored": {"anchor_weight": 2.0},
+    "similarities anchored": {"anchor_weight": 2.0, "anchor": "similarities", "teacher": "frozen"},
 }
 
 
@@ -53,6 +56,9 @@ def engine_cases(rank: int, *, alone: bool) -> dict[str, Any]:
             for case, options in CASES.items():
                 for groups in (None, GROUPS):
                     ttd = TTD(toy(3, dtype=torch.float64, sigmoid=sigmoid), **options)
+                    with torch.no_grad():
+                        for parameter in ttd.parameters():  # away from the frozen model
+                            parameter.mul_(1 + 0.1 * torch.arange(parameter.numel()).sin().view_as(parameter))
                     images = toy_images(len(CAPTIONS), seed=1).double()
                     mine = slice(None) if alone else slice(0, first) if rank == 0 else slice(first, None)
                     output = ttd(images[mine], CAPTIONS[mine], groups=groups and groups[mine])

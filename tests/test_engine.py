@@ -55,6 +55,7 @@ class Features:
     pooled: list[Any]
     captions: list[Any]
     tags: list[list[Any]]
+    texts: list[str] | None = None
 
 
 @torch.no_grad()
@@ -62,7 +63,8 @@ def features_one_by_one(
     backbone: ToyAdapter, images: Tensor, captions: Sequence[str], tags: Sequence[Sequence[str]], template: str
 ) -> Features:
     """Every image and every text by itself, texts at full length: no batching to go wrong."""
-    out = Features([], [], [], [])
+    # Captions that differ by case or white space alone are the same to the engine.
+    out = Features([], [], [], [], [" ".join(caption.casefold().split()) for caption in captions])
     for image, caption, names in zip(images, captions, tags, strict=True):
         seen = backbone.encode_image(image[None])
         out.patches.append(seen.patches[0].flatten(0, 1).tolist())
@@ -92,6 +94,7 @@ def slow_ttd(ttd: TTD, features: Features, options: Any = None, *, teacher: slow
         logit_bias=0.0 if bias is None else bias.item(),
         logits=backbone.description.logits,
         teacher=teacher,
+        wording=features.texts,
     )
 
 

@@ -214,6 +214,8 @@ def test_an_empty_folder_and_an_absent_one_are_told(name: str, tmp_path: Path) -
         open_segmentation(name, tmp_path)
     with pytest.raises(DatasetError, match=r"the folder .* does not exist"):
         open_segmentation(name, tmp_path / "absent")
+    if name == "folder":  # the layout of one's own data has no such split
+        return
     (tmp_path / "validation/image").mkdir(parents=True)
     (tmp_path / "validation/mask").mkdir()
     with pytest.raises(DatasetError, match=f"the split 'val' of {name} in .* has no images"):

@@ -164,8 +164,8 @@ def test_pairs_of_one_image_are_no_negatives_of_each_other(form: str) -> None:
     [
         ("softmax", "masked_fill(siblings, -torch.inf)", "masked_fill(siblings, 0)"),
         ("sigmoid", "masked_fill(siblings, 0)", "masked_fill(siblings.T & False, 0)"),
-        ("softmax", "& ~torch.eye", "& torch.eye"),
-        ("sigmoid", "groups[:, None] == groups", "groups[:, None] != groups"),
+        ("softmax", "false_negatives(groups, texts)", "false_negatives(groups, texts).logical_not()"),
+        ("sigmoid", "false_negatives(groups, texts)", "false_negatives(groups * 0, texts)"),
     ],
 )
 def test_broken_siblings_are_noticed(form: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -740,9 +740,9 @@ def shared_no_space() -> Any:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (resnet, "is a ResNet"),
+        (resnet, "of the kind 'resnet'"),
         (with_trunk, "is a timm trunk"),
-        (attention_pooled, "learned queries .attentional pooling"),
+        (attention_pooled, "of the kind 'attention_pooled'"),
         (lambda: tiny_clip(vision={"pool_type": "none"}), "no pooled embedding"),
         (lambda: tiny_clip(text={"pool_type": "none"}), "text tower returns no pooled embedding"),
         (shared_no_space, "share no space"),

@@ -83,8 +83,10 @@ def test_models_are_the_architectures_that_can_be_adapted(family: OpenCLIPFamily
         "roberta-ViT-B-32",
         "convnext_base",
         "MobileCLIP-S1",
+        "RN50",
+        "coca_ViT-B-32",
     } <= set(models)
-    for refused in ("RN50", "ViT-B-16-SigLIP", "EVA02-B-16", "coca_ViT-B-32", "MobileCLIP-B", "ViTamin-B"):
+    for refused in ("ViT-B-16-SigLIP", "EVA02-B-16", "MobileCLIP-B", "ViTamin-B"):
         assert refused in open_clip.list_models()
         assert refused not in models
 
@@ -113,7 +115,7 @@ def test_every_listed_architecture_is_built_as_something_that_is_claimed(family:
         shell.encode_image = shell.encode_text = lambda: None
         refused = recognition.unsupported_config_reason({"vision_cfg": vision})
         assert (name in listed) == (refused is None)
-        assert family.claims(shell) == (refused is None or "learned queries" in refused), name
+        assert family.claims(shell) == (refused is None), name
         assert recognition.has_trunk(shell) == bool(trunk and refused is None), name
 
 
@@ -138,7 +140,7 @@ def test_unknown_models_are_answered_with_suggestions(family: OpenCLIPFamily, ve
 
 @pytest.mark.parametrize(
     ("model", "reason"),
-    [("RN50", "ResNet"), ("ViT-B-16-SigLIP", "timm trunk"), ("EVA02-B-16", "timm trunk"), ("coca_ViT-B-32", "queries")],
+    [("ViT-B-16-SigLIP", "timm trunk"), ("EVA02-B-16", "timm trunk"), ("ViTamin-B", "timm trunk")],
 )
 def test_architectures_of_other_kinds_are_refused_with_the_reason(
     family: OpenCLIPFamily, model: str, reason: str
@@ -517,11 +519,13 @@ def test_native_models_are_claimed(family: OpenCLIPFamily) -> None:
         assert family_for_model(model) == "open_clip"
 
 
-def test_models_with_learned_queries_are_claimed_and_then_refused_with_the_reason(family: OpenCLIPFamily) -> None:
-    model = tiny_clip(vision={"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2})
+def test_models_with_two_poolers_are_claimed_and_then_refused_with_the_reason(family: OpenCLIPFamily) -> None:
+    model = tiny_clip(vision={"attentional_pool": "parallel", "attn_pooler_queries": 4, "attn_pooler_heads": 2})
     assert family.claims(model)
-    with pytest.raises(UnsupportedModelError, match="learned queries"):
+    with pytest.raises(UnsupportedModelError, match="no pooled embedding"):
         family.wrap(model)
+    reason = recognition.unsupported_config_reason({"vision_cfg": {"attentional_pool": "parallel"}})
+    assert reason is not None and "two poolers (parallel)" in reason
 
 
 @pytest.mark.parametrize(

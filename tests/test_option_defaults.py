@@ -20,6 +20,7 @@ OTHER_MEANING = {
     ("ttd_plugins.data.score_filter.PairFilter", "threshold"): "a threshold of image-text similarity",
     ("ttd_plugins.caption_maps.backbone_notes", "rule"): "None means that nothing is selected",
     ("ttd_plugins.engine.TTD", "extractor"): "None means the option",
+    ("ttd_plugins.evaluation.protocol_options.ClassifyProtocol", "activation"): "activation of class scores",
     ("ttd_plugins.evaluation.protocol_options.SegmentProtocol", "activation"): "activation of class maps",
     ("ttd_plugins.evaluation.protocol_options.SegmentProtocol", "threshold"): "a threshold of class maps",
     ("ttd_plugins.evaluation.protocol_options.TextProtocol", "activation"): "activation of evaluated maps",

@@ -591,7 +591,7 @@ def test_wrong_arguments_of_the_function_are_one_sentence(
 
 
 def test_options_of_a_reader_do_not_apply_to_an_open_one(folder: Path) -> None:
-    with pytest.raises(InputError, match="split and limit apply to a data set by name; pass them to the reader"):
+    with pytest.raises(InputError, match="split, limit and classes apply to a data set by name; pass"):
         evaluate(toy(), open_captions("coco_captions", folder), limit=2)
 
 

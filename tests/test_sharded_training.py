@@ -34,10 +34,11 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "optimizer": {"accumulation": 2, "weight_decay": 0.1, "clip_norm": 0.05},
         "ttd": {"teacher": "ema", "ema_decay": 0.7},
         "towers": {"logit_scale": True},
+        "run": {"weight_ema": 0.6},
     },
     # Tags are encoded without gradient by a tower that changes: embeddings that are remembered would be old ones.
     "no gradient by tags": {"ttd": {"tag_weight": 0.0}},
-    "lora": {"towers": {"image": "lora", "text": "frozen", "rank": 2}},
+    "lora": {"towers": {"image": "lora", "text": "frozen", "rank": 2, "lora_scale": 0.5}},
 }
 
 
@@ -51,7 +52,7 @@ def pairs(rank: int, processes: int) -> MemoryPairs:
 def case_config(case: str, processes: int, **run: Any) -> Any:
     sections = {name: dict(keys) for name, keys in CASES[case].items()}
     sections["optimizer"] = sections.get("optimizer", {}) | {"steps": 4, "batch_size": 8 // processes}
-    return toy_config(**sections, run=run)
+    return toy_config(**sections | {"run": sections.get("run", {}) | run})
 
 
 def gaze(ttd: Any, step: int) -> Mapping[str, float]:

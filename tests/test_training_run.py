@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import time
@@ -95,8 +96,8 @@ def test_a_run_goes_on_only_when_asked_and_only_as_it_was(tmp_path: Path) -> Non
     run_toy(tmp_path, config)
     with pytest.raises(InputError, match=r"has a run already; continue it with --resume, or choose another --out"):
         run_toy(tmp_path, config)
-    with pytest.raises(InputError, match=r"optimizer\.steps differs from the configuration of the run in"):
-        run_toy(tmp_path, toy_config(optimizer={"steps": 3}), resume=True)
+    with pytest.raises(InputError, match=r"optimizer\.batch_size differs from the configuration of the run in"):
+        run_toy(tmp_path, toy_config(optimizer={"steps": 2, "batch_size": 2}), resume=True)
     # How it is watched may change, and a finished run has nothing left to do.
     reporter = Said()
     done = run_toy(tmp_path, toy_config(optimizer={"steps": 2}, run={"keep": 5}), resume=True, reporter=reporter)
@@ -593,7 +594,13 @@ def test_fine_tune_shows_progress_draws_heat_maps_and_takes_what_users_have(
     )
     assert drawn == [f"step-{step:08d}/sample-{number}.png" for step in (0, 2, 4) for number in (1, 2)]
     said = capsys.readouterr().err
-    assert "step 4: loss" in said and "images/second" in said and "hardly any tag is selected" in said
+    assert (
+        "step 4/4: loss" in said
+        and "step 2/4: loss" in said
+        and re.search(r"step 2/4: loss .*  \d:\d\d:\d\d left", said)
+        and "images/second" in said
+        and "hardly any tag is selected" in said
+    )
     assert result.step == 4
     again = fine_tune(None, tmp_path / "run", backbone=toy(), loader=MemoryPairs(), resume=True, progress=False)
     assert_same(weights_of(again), weights_of(result))

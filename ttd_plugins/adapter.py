@@ -27,13 +27,12 @@ from ttd_plugins.lora.attach import attach_lora, foreign_peft_layer
 from ttd_plugins.lora.handle import TOWERS as TOWERS
 from ttd_plugins.lora.handle import LoRAHandle
 from ttd_plugins.lora.handle import Tower as Tower
-from ttd_plugins.options import Calibration
+from ttd_plugins.options import Calibration, Resampling
 from ttd_plugins.utils import wrapped_models
 from ttd_plugins.utils.contract_types import ExportedModel as ExportedModel
 from ttd_plugins.utils.contract_types import ImageFeatures as ImageFeatures
 from ttd_plugins.utils.contract_types import Tokens as Tokens
 from ttd_plugins.utils.contract_types import TunedFrom as TunedFrom
-from ttd_plugins.utils.contract_types import adapter_repr
 from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_keyword, renamed_names, warn_renamed
 from ttd_plugins.utils.running_state import WeightSnapshot
 from ttd_plugins.utils.sizes import Size as Size
@@ -82,6 +81,7 @@ class BackboneDescription:
         calibrated: whether :attr:`calibration` was fitted to image-text pairs; otherwise probabilities are labelled.
         trained_on: the only kind of images that the weights were pre-trained on, in the plural ("drawings"); ``None``
             if the weights know photographs, or nothing is known. Where it is set, results come with a note.
+        positions: how position embeddings are resampled at other image sizes, see :attr:`DenseAdapter.positions`.
     """
 
     family: str
@@ -101,6 +101,7 @@ class BackboneDescription:
     calibration: Calibration = field(default_factory=Calibration)
     calibrated: bool = False
     trained_on: str | None = None
+    positions: Resampling = "library"
 
     text_after_end_matters = RenamedAttribute("text_needs_full_context")
 
@@ -142,11 +143,15 @@ class DenseAdapter(nn.Module, ABC):
             the modules. Unmerged LoRA then affects the features of this adapter only.
         library_reference: the library's own functions, for the conformance kit; an adapter sets it or makes it a
             property. ``None``: the kit looks for the names that libraries usually have.
+        positions: how image position embeddings are resampled at untrained sizes; assign one of :attr:`resamplings`.
+        resamplings: the values of :attr:`positions` that this adapter supports.
     """
 
     model: nn.Module
     lora_needs_adapter: bool = False
     library_reference: LibraryReference | None = None
+    positions: Resampling = "library"
+    resamplings: tuple[Resampling, ...] = ("library",)
 
     def __init__(self, model: nn.Module) -> None:
         """Adapt ``model`` without changing it.
@@ -391,7 +396,7 @@ class DenseAdapter(nn.Module, ABC):
             self._originals = WeightSnapshot(self.model, self.lora_parameters())
 
     remember_weights = _remember_weights
-    __repr__ = adapter_repr
+    __repr__ = wrapped_models.adapter_repr
 
     def lora_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters that :meth:`add_lora` added, in a stable order; empty without LoRA."""

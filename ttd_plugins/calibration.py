@@ -169,11 +169,12 @@ def fit_calibration(
 
     Args:
         backbone: the backbone, with or without LoRA.
-        pairs: pairs ``(image, caption)``, the image being a PIL image, a path or normalised pixels ``[3, height,
-            width]``; or batches ``(pixels [B, 3, height, width], B captions)``, as from a data loader.
+        pairs: pairs ``(image, caption)``, the image being a PIL image, a path, the bytes of an image file or normalised
+            pixels ``[3, height, width]``; or batches ``(pixels [B, 3, height, width], B captions)``, as from a data
+            loader.
         extractor: a tag extractor, or its name.
         template: prompt around a word, with ``{}`` for the word.
-        size: input (height, width) in pixels of PIL images and paths; by default the backbone's preferred size.
+        size: input (height, width) in pixels of images in files and of PIL images; by default the preferred one.
         held_out: share of the images in the held-out set.
         batch_size: number of images per forward pass.
         ridge: see :func:`fit_logistic`.
@@ -319,10 +320,10 @@ def _batches(
 def _pixels(image: Any, transform: Any) -> Tensor:
     if isinstance(image, Tensor):
         return image
-    if isinstance(image, str | Path):
+    if isinstance(image, str | Path | bytes):
         from ttd_plugins.data.images import read_image
 
         image = read_image(image)
     if not hasattr(image, "convert"):
-        raise InputError(f"an image must be a PIL image, a path or pixels, not a {type(image).__name__}")
+        raise InputError(f"an image must be a PIL image, a path, bytes or pixels, not a {type(image).__name__}")
     return transform(image)

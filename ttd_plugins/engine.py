@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ from ttd_plugins.engine_checks import (
 from ttd_plugins.engine_outputs import Alignment, Candidates, EncodedBatch, Targets, TTDOutput
 from ttd_plugins.engine_teacher import load_teacher, save_teacher, teacher_problem, update_average, without_teacher
 from ttd_plugins.errors import InputError, TTDError, UnsupportedModelError
-from ttd_plugins.functional import SimilarityMaps, TTDFeatures
+from ttd_plugins.functional import AnchorFeatures, SimilarityMaps, TTDFeatures
 from ttd_plugins.method import similarity
 from ttd_plugins.method.text_embeddings import TextEmbeddingCache
 from ttd_plugins.options import TTDOptions
@@ -97,6 +97,9 @@ class TTD(nn.Module):
         loss = ttd(images, captions).loss
     """
 
+    _keys_to_ignore_on_save: ClassVar[None] = None
+    """Trainer of transformers reads it if a checkpoint has only a part of the weights."""
+
     def __init__(
         self,
         backbone: DenseAdapter,
@@ -125,7 +128,11 @@ class TTD(nn.Module):
             extractor = make_tag_extractor(self.options.extractor, **self.options.extractor_options)
         self.extractor = require_extractor(extractor)
         # A tuple, so that the copy is not a submodule: its weights must not be trained, saved or moved.
-        self._teacher = () if self.options.teacher == "self" else (self._copy_backbone(),)
+        kind = self.options.teacher
+        self._teacher = () if kind == "self" else (self._copy_backbone(frozen=kind == "frozen"),)
+        self._anchor: tuple[DenseAdapter, ...] = ()
+        if self.options.anchor_weight > 0:
+            self._anchor = self._teacher if kind == "frozen" else (self._copy_backbone(frozen=True),)
         if self.options.text_activation_checkpointing and not backbone.tower_blocks("text"):
             raise UnsupportedModelError(
                 f"text_activation_checkpointing=True needs the blocks of the text tower, and tower_blocks() of "
@@ -133,15 +140,16 @@ class TTD(nn.Module):
             )
         self._text_cache = TextEmbeddingCache(self.options.text_cache_size)
         self._teacher_text_cache = TextEmbeddingCache(self.options.text_cache_size)
+        self._anchor_text_cache = TextEmbeddingCache(self.options.text_cache_size)
         self._checked_first_batch = False
         self._checked_first_step = False
         self.covers_unused = True
         """Whether weights that a loss does not use have a zero gradient if several processes train together."""
         self._unused: tuple[tuple[bool, ...], list[nn.Parameter]] | None = None
 
-    def _copy_backbone(self) -> DenseAdapter:
+    def _copy_backbone(self, *, frozen: bool) -> DenseAdapter:
         teacher = copy.deepcopy(self.backbone)
-        if self.options.teacher == "frozen":
+        if frozen:
             undo_tuning(teacher)
         return teacher.requires_grad_(False).eval()
 
@@ -230,7 +238,7 @@ class TTD(nn.Module):
             tags: candidate tags of each caption; by default the extractor finds them.
             groups: the id of each pair's image: a string, an integer or another hashable value, in a sequence, an array
                 or a tensor. Pairs of one image are not negatives in the contrastive term. Either all processes pass
-                groups, or none.
+                groups, or none. Pairs with the same caption are not negatives either, with or without groups.
             return_loss: must be true; training libraries look for the argument before they evaluate a model.
 
         Raises:
@@ -257,15 +265,19 @@ class TTD(nn.Module):
         candidates = self.candidates(images, captions, tags)
         if not self._checked_first_batch:
             check_pixels(images, self.backbone)
-        need_pooled = options.contrastive_weight > 0
+        need_pooled = options.contrastive_weight > 0 or options.anchor_weight > 0
         # Without L_tag, tag embeddings only affect targets, and need no gradient.
         tag_gradient = options.tag_weight > 0
         encoded = self._encode(
             self.backbone, images, captions, candidates, pooled=need_pooled, tag_gradient=tag_gradient
         )
         teacher = self._teacher_features(images, captions, candidates)
+        anchor = None
         with torch.autocast(images.device.type, enabled=False):
-            scale, bias = (self.backbone.logit_scale(), self.backbone.logit_bias()) if need_pooled else (None, None)
+            contrastive = options.contrastive_weight > 0
+            scale, bias = (self.backbone.logit_scale(), self.backbone.logit_bias()) if contrastive else (None, None)
+            if options.anchor_weight > 0:
+                anchor = self._anchor_features(images, captions, teacher)
         result = functional.ttd_loss(
             *encoded.features,
             options,
@@ -274,7 +286,9 @@ class TTD(nn.Module):
             logits=self.backbone.description.logits,
             calibration=self.calibration,
             groups=ids,
+            caption_ids=captions,
             teacher_features=teacher,
+            anchor_features=anchor,
             image_index=candidates.image_index,
             tag_index=candidates.tag_index,
             max_tags=candidates.max_tags,
@@ -391,7 +405,21 @@ class TTD(nn.Module):
         # The model's mode and not this module's: the caller's loop switches the model.
         if self._average is not None and self.backbone.model.training:
             update_average(teacher, self.backbone, self.options.ema_decay)
-        return self._encode(teacher, images, captions, candidates, pooled=False).features
+        return self._encode(teacher, images, captions, candidates, pooled=teacher in self._anchor).features
+
+    @torch.no_grad()
+    def _anchor_features(self, images: Tensor, captions: Sequence[str], teacher: TTDFeatures | None) -> AnchorFeatures:
+        """Pooled image and caption embeddings of the frozen model; a frozen teacher has them."""
+        (frozen,) = self._anchor
+        logits = similarity.promote(frozen.logit_scale()), frozen.logit_bias()
+        if frozen in self._teacher:
+            assert teacher is not None
+            assert teacher.pooled is not None
+            return AnchorFeatures(teacher.pooled, teacher.captions, *logits)
+        frozen.to(images.device)
+        pooled = image_features(frozen, images, pooled=True).pooled
+        assert pooled is not None
+        return AnchorFeatures(pooled, self._anchor_text_cache.encode(frozen, captions)[0], *logits)
 
     @torch.no_grad()
     def targets(self, alignment: Alignment) -> Targets:

@@ -168,8 +168,8 @@ class TTDOutput(dict[str, Any]):
 
     Attributes:
         loss: the weighted sum of the parts, a scalar with gradient.
-        losses: ``"tag"``, ``"distill"`` and ``"contrastive"``, unweighted scalars without gradient; a part of weight
-            zero is left out.
+        losses: ``"tag"``, ``"distill"``, ``"contrastive"`` and ``"anchor"``, unweighted scalars without gradient; a
+            part of weight zero is left out.
         alignment: maps and scores of the backbone (the student).
         targets: the targets of its maps.
     """

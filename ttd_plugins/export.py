@@ -166,8 +166,9 @@ def export_run(
     out: str | Path,
     *,
     form: Form = "native",
-    step: int | None = None,
-    lora_scale: float = 1.0,
+    step: int | str | None = None,
+    lora_scale: float | None = None,
+    averaged: bool = True,
     licence: str | None = None,
     repository: str | None = None,
 ) -> Exported:
@@ -177,8 +178,10 @@ def export_run(
         run: the run's folder, or ``RUN@STEP``.
         out: the folder to write.
         form: as in :func:`export_backbone`.
-        step: the step of the checkpoint; by default the last one.
-        lora_scale: as in :func:`export_backbone`.
+        step: the step of the checkpoint, or ``"best"`` for the best by the run's ``evaluation.best``; by default the
+            last one.
+        lora_scale: factor of LoRA as it was trained; by default the run's ``towers.lora_scale``.
+        averaged: whether to export the moving average of the weights if the run has one (``run.weight_ema``).
         licence, repository: as in :class:`ModelCard`.
 
     Raises:
@@ -187,11 +190,13 @@ def export_run(
     # Before anything slow, so that a wrong path fails at once.
     require_new(given_path(out))
     folder, own_step = split_step(run)
+    step = int(step) if isinstance(step, str) and step.isdecimal() else step
     if step is not None and own_step not in (None, step):
         raise InputError(f"{str(run)!r} names the step {own_step}, and --step is {step}; give one of them")
-    adapter, card = read_run(folder, own_step if step is None else step)
+    step = own_step if step is None else step
+    adapter, card = read_run(folder, step, lora_scale=lora_scale, averaged=averaged)
     card = replace(card, licence=licence, repository=repository)
-    return export_backbone(adapter, out, form=form, card=card, lora_scale=lora_scale)
+    return export_backbone(adapter, out, form=form, card=card)
 
 
 def export_named(
@@ -199,7 +204,8 @@ def export_named(
     out: str | Path,
     *,
     form: Form = "native",
-    lora_scale: float = 1.0,
+    lora_scale: float | None = None,
+    averaged: bool = True,
     options: Mapping[str, Any] | None = None,
     licence: str | None = None,
     repository: str | None = None,
@@ -210,7 +216,8 @@ def export_named(
         name: the name.
         out: the folder to write.
         form: as in :func:`export_backbone`; ``"lora"`` needs a run or a folder of LoRA.
-        lora_scale: as in :func:`export_backbone`.
+        lora_scale: factor of LoRA; by default that of the run, or 1.
+        averaged: as in :func:`export_run`.
         options: options of the family, such as its dense mode.
         licence, repository: as in :class:`ModelCard`.
 
@@ -220,18 +227,20 @@ def export_named(
     require_new(given_path(out))
     base, source = split_source(name)
     if source is None:
-        if lora_scale != 1:
+        if lora_scale is not None:
             raise InputError("--lora-scale needs a run or NAME+LORA, and a plain name has no LoRA; remove it")
         card = ModelCard(licence=licence, repository=repository)
         return export_backbone(load(name, **(options or {})), out, form=form, card=card)
     if base is None and source_kind(source) == "run" and not options:
-        return export_run(source, out, form=form, lora_scale=lora_scale, licence=licence, repository=repository)
+        return export_run(
+            source, out, form=form, lora_scale=lora_scale, averaged=averaged, licence=licence, repository=repository
+        )
     adapter = load_tuned(base, source, options=options)
     tuned_from = adapter.tuned_from
     assert tuned_from is not None
     settings = {"tuned_from": str(tuned_from)}
     card = ModelCard(tuned_from.base, settings=settings, licence=licence, repository=repository)
-    return export_backbone(adapter, out, form=form, card=card, lora_scale=lora_scale)
+    return export_backbone(adapter, out, form=form, card=card, lora_scale=1.0 if lora_scale is None else lora_scale)
 
 
 def _record_of(adapter: DenseAdapter, model: ExportedModel, form: Form, card: ModelCard) -> ExportRecord:
@@ -241,7 +250,9 @@ def _record_of(adapter: DenseAdapter, model: ExportedModel, form: Form, card: Mo
         base = description.name
     fitted = description.calibration
     calibration = (fitted.scale, fitted.shift) if description.calibrated else None
-    return ExportRecord(form, model.name if form == "native" else None, base, description.dense_mode, calibration)
+    positions = None if description.positions == "library" else description.positions
+    name = model.name if form == "native" else None
+    return ExportRecord(form, name, base, description.dense_mode, positions, calibration)
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -454,19 +465,27 @@ def _code(value: str) -> str:
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
-def read_run(run: Path, step: int | None = None) -> tuple[DenseAdapter, ModelCard]:
-    """Return the backbone of a run at a step, with LoRA attached, and its model card.
+def read_run(
+    run: Path, step: int | str | None = None, *, lora_scale: float | None = None, averaged: bool = True
+) -> tuple[DenseAdapter, ModelCard]:
+    """Return the backbone of a run at a step, with LoRA attached, and its model card; see :func:`export_run`.
 
     Raises:
         TTDError: the run or the checkpoint cannot be read.
     """
-    from ttd_plugins.training.checkpoints import read_state, restore_backbone
+    from ttd_plugins.training.checkpoints import AVERAGE, checkpoint_folder, named_step, read_state, restore_backbone
     from ttd_plugins.training.config import TrainConfig
     from ttd_plugins.training.divergence import DivergenceWatch
     from ttd_plugins.training.jsonl_log import JsonlLog
 
-    adapter = restore_backbone(run, step)
-    config, state = asdict(TrainConfig.read(run / "config.yaml")), read_state(run, step)
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run} is not the folder of a run: it has no config.yaml")
+    stored, step = TrainConfig.read(run / "config.yaml"), named_step(run, step)
+    scale = stored.towers.lora_scale if lora_scale is None else lora_scale
+    adapter = restore_backbone(run, step, lora_scale=scale, averaged=averaged)
+    config, state = asdict(stored), read_state(run, step)
+    config["towers"].pop("lora_scale")
+    has_average = (checkpoint_folder(run, state["step"]) / AVERAGE).is_file()
     if DivergenceWatch(**(state.get("health") or {})).diverged:
         log.warning("the run had diverged at step %d, so its weights are most likely useless", state["step"])
     source = config["data"]["source"]
@@ -483,6 +502,10 @@ def read_run(run: Path, step: int | None = None) -> tuple[DenseAdapter, ModelCar
         "optimizer": config["optimizer"],
         "ttd": config["ttd"],
     }
+    if scale != 1:
+        settings["lora_scale"] = scale
+    if has_average:
+        settings["weights"] = f"average, decay {stored.run.weight_ema:g}" if averaged else "as trained"
     metrics = {name: value for name, value in state.get("figures", {}).items() if isinstance(value, int | float)}
     logged = {"last log line of the training": metrics} if metrics else {}
     lines = [line for line in JsonlLog(run / "log.jsonl").read() if "evaluation" in line]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from ttd_plugins.engine import TTD
 
 SHOWN_METRICS = (
-    "loss", "tag", "distill", "contrastive", "tags_per_caption", "selected_per_caption", "images_per_second",
+    "loss", "tag", "distill", "contrastive", "anchor", "tags_per_caption", "selected_per_caption", "images_per_second",
     "tags/map", "text/caption_iou", "retrieval/r1", "scenes/tag_ap", "scenes/caption_iou", "scenes/retrieval_r1",
 )  # fmt: skip
 
@@ -113,6 +115,8 @@ class TerminalReporter(Reporter):
         self.console = Console(stderr=True)
         self.progress: Any = None
         self.task: Any = None
+        self.steps = self.started_at = self.done = 0
+        self.clock = time.monotonic()
 
     def on_start(self, steps: int, done: int) -> None:
         """Show the bar."""
@@ -125,6 +129,7 @@ class TerminalReporter(Reporter):
             TimeRemainingColumn(),
             TextColumn("{task.description}"),
         )
+        self.steps, self.started_at, self.done, self.clock = steps, done, done, time.monotonic()
         if done:
             self.console.print(f"continuing after step {done}", highlight=False)
         # Without a terminal rich prints a bar only at its end; the log lines say more.
@@ -134,6 +139,7 @@ class TerminalReporter(Reporter):
 
     def on_step(self, step: int, loss: float) -> None:
         """Advance the bar."""
+        self.done = step
         self.progress.update(self.task, completed=step)
 
     def stage(self, name: str, steps: int) -> Advance:
@@ -155,7 +161,20 @@ class TerminalReporter(Reporter):
         if self.console.is_terminal:
             self.progress.update(self.task, description=text)
         else:
-            self.console.print(f"step {metrics['step']}: {text}", highlight=False, soft_wrap=True)
+            left = self._time_left()
+            self.console.print(
+                f"step {metrics['step']}/{self.steps}: {text}" + (f"  {left} left" if left else ""),
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def _time_left(self) -> str | None:
+        """Time for the steps that are left, by the mean over those taken so far; ``None`` before the first."""
+        taken, left = self.done - self.started_at, self.steps - self.done
+        if taken < 1 or left < 1:
+            return None
+        seconds = (time.monotonic() - self.clock) / taken * left
+        return str(timedelta(seconds=max(1, round(seconds))))
 
     def on_message(self, sentence: str) -> None:
         """Print a sentence above the bar."""

@@ -28,6 +28,19 @@ class TTDFeatures(NamedTuple):
     tags: Sequence[Tensor] | Tensor
 
 
+class AnchorFeatures(NamedTuple):
+    """Global embeddings of the frozen model for the same images and captions, for the option ``anchor_weight``.
+
+    ``pooled`` and ``captions`` are ``[B, D]``, or of another width with ``anchor="similarities"``, which also needs
+    ``logit_scale`` and ``logit_bias`` of the frozen model's contrastive logits.
+    """
+
+    pooled: Tensor
+    captions: Tensor
+    logit_scale: Tensor | float = 1.0
+    logit_bias: Tensor | float | None = None
+
+
 @dataclass
 class SimilarityMaps:
     """Similarity maps and scores of a batch, in at least float32.
@@ -49,8 +62,8 @@ class TTDLoss:
 
     Attributes:
         loss: the weighted sum of the parts, a scalar with gradient.
-        losses: ``"tag"``, ``"distill"`` and ``"contrastive"``, unweighted scalars without gradient; a part of weight
-            zero is left out.
+        losses: ``"tag"``, ``"distill"``, ``"contrastive"`` and ``"anchor"``, unweighted scalars without gradient; a
+            part of weight zero is left out.
         maps: similarity maps and scores of the student, with gradient.
         selected: bool ``[N]``, the image-relevant tags.
         tag_targets: ``[N, P]`` in [0, 1], min-max normalised maps of selected tags, zero for rejected ones.
@@ -84,7 +97,9 @@ def ttd_loss(
     logits: Literal["softmax", "sigmoid"] = "softmax",
     calibration: Calibration | None = None,
     groups: Sequence[Hashable] | Tensor | None = None,
+    caption_ids: Sequence[Hashable] | Tensor | None = None,
     teacher_features: TTDFeatures | Sequence[Any] | None = None,
+    anchor_features: AnchorFeatures | Sequence[Any] | None = None,
     image_index: Tensor | None = None,
     tag_index: Tensor | None = None,
     max_tags: int | None = None,
@@ -102,13 +117,13 @@ def ttd_loss(
 
     Args:
         patches: patch features in the joint space, ``[B, P, D]`` or ``[B, H, W, D]``.
-        pooled: pooled image embeddings ``[B, D]``; ``None`` without the contrastive term and with another ``score``
-            than ``"image"``.
+        pooled: pooled image embeddings ``[B, D]``; ``None`` without the contrastive term and the anchor, and with
+            another ``score`` than ``"image"``.
         captions: caption embeddings ``[B, D]``.
         tags: embeddings of the candidate tags of each caption: B tensors ``[T_b, D]``, of which each T_b may differ or
             be zero; or distinct embeddings ``[K, D]`` with ``image_index``.
         options: options of the method. The loss uses ``score``, ``rule``, ``threshold``, ``distance``,
-            ``activation``, the weights and ``calibration``; the others belong to the model.
+            ``activation``, the weights, ``anchor`` and ``calibration``; the others belong to the model.
         logit_scale: multiplier of the cosines in the contrastive term, exponentiated, with or without gradient; needed
             with ``contrastive_weight`` above 0.
         logit_bias: added to the contrastive logits; ``None`` for none.
@@ -116,9 +131,12 @@ def ttd_loss(
         calibration: map from cosine to probability, where ``options`` has none; by default ``Calibration()``.
         groups: the id of each pair's image, B hashable values or an integer tensor ``[B]``; pairs of one image are not
             negatives of each other.
+        caption_ids: the captions themselves, or other ids; a caption that several images have is no negative of any of
+            them. Texts that differ by case or white space alone are equal. By default all captions differ.
         teacher_features: features of another model for the same images and texts, which then provides the targets:
             patches, pooled, captions and tags, without gradient. Needed with the options ``teacher="frozen"`` and
             ``"ema"``.
+        anchor_features: global embeddings of the frozen model, needed with ``anchor_weight`` above 0.
         image_index: int64 ``[N]``, ascending: the caption of each of N candidates, for ``tags`` of shape ``[K, D]``.
         tag_index: int64 ``[N]``: the row of ``tags`` of each candidate; by default candidate n has row n.
         max_tags: the largest number of candidates of one caption. With it, ``image_index`` and ``tag_index`` are
@@ -149,6 +167,11 @@ def ttd_loss(
     contrastive = options.contrastive_weight > 0
     if contrastive and student.pooled is None:
         raise InputError("the contrastive term needs pooled image embeddings; pass pooled, or contrastive_weight=0")
+    anchor = None
+    if options.anchor_weight > 0:
+        if student.pooled is None or anchor_features is None:
+            raise InputError("the anchor needs pooled and anchor_features; pass both, or anchor_weight=0")
+        anchor = _checked_anchor(AnchorFeatures(*anchor_features), student, options.anchor)
     if contrastive and logit_scale is None:
         raise InputError(
             "the contrastive term needs logit_scale, the multiplier of cosines, such as model.logit_scale.exp(); pass "
@@ -191,13 +214,26 @@ def ttd_loss(
             assert logit_scale is not None
             weights["contrastive"] = options.contrastive_weight
             images, texts = student.pooled, student.captions
+            text_ids = None if caption_ids is None else _caption_numbers(caption_ids, batch, images.device)
             if torch.is_grad_enabled():
                 images, texts = distributed.gather_rows(images), distributed.gather_rows(texts)
                 ids = None if ids is None else distributed.gather_rows(ids)
+                text_ids = None if text_ids is None else distributed.gather_rows(text_ids)
             scale = similarity.promote(logit_scale) if isinstance(logit_scale, Tensor) else logit_scale
             parts["contrastive"] = losses.contrastive_loss(
-                images, texts, scale=scale, bias=logit_bias, form=logits, groups=ids
+                images, texts, scale=scale, bias=logit_bias, form=logits, groups=ids, texts=text_ids
             )
+        if anchor is not None:
+            assert student.pooled is not None
+            weights["anchor"] = options.anchor_weight
+            embeddings = [student.pooled, student.captions, anchor.pooled, anchor.captions]
+            if torch.is_grad_enabled():
+                embeddings = [distributed.gather_rows(rows) for rows in embeddings]
+            scale, bias = anchor.logit_scale, anchor.logit_bias
+            form_of_anchor = {"scale": similarity.promote(scale) if isinstance(scale, Tensor) else scale, "bias": bias}
+            parts["anchor"] = losses.anchor_distance(
+                *embeddings, kind=options.anchor, form=logits, **form_of_anchor
+            ).mean()
         loss = sum((weights[name] * part for name, part in parts.items()), maps.caption_maps.sum() * 0)
     assert isinstance(loss, Tensor)
     detached = {name: part.detach() for name, part in parts.items()}
@@ -295,7 +331,8 @@ def _prepared(
         shape = list(features.patches.shape)
         raise InputError(f"{whose}patches have shape {shape}; pass at least one patch of one image")
     captions = _checked(captions, f"{whose}captions", (2,), (batch, width), patches.device)
-    needs_pooled = options.score == "image" or (options.contrastive_weight > 0 and not whose)
+    compared = options.contrastive_weight > 0 or options.anchor_weight > 0
+    needs_pooled = options.score == "image" or (compared and not whose)
     if pooled is not None:
         pooled = _checked(pooled, f"{whose}pooled", (2,), (batch, width), patches.device)
     elif options.score == "image":
@@ -401,6 +438,29 @@ def _group_numbers(groups: Any, batch: int, device: torch.device) -> Tensor:
         return distributed.group_numbers([_hashable(one) for one in ids], device)
     except TypeError as error:
         raise InputError("groups must be hashable ids, such as strings or integers") from error
+
+
+def _caption_numbers(captions: Any, batch: int, device: torch.device) -> Tensor | None:
+    """Numbers of the captions' ids; ``None`` if no two are equal, in this batch and in those of other processes."""
+    if isinstance(captions, str | bytes) or not hasattr(captions, "__len__") or len(captions) != batch:
+        raise InputError(f"caption_ids must have one text or another hashable id for each of {batch} captions")
+    ids = captions.tolist() if hasattr(captions, "tolist") else list(captions)
+    try:
+        ids = [" ".join(one.casefold().split()) if isinstance(one, str) else _hashable(one) for one in ids]
+    except TypeError as error:
+        raise InputError("caption_ids must be texts or other hashable ids") from error
+    joint = torch.is_grad_enabled() and distributed.process_count() > 1
+    # Another process may have the same caption.
+    return distributed.group_numbers(ids, device) if joint or len(set(ids)) < len(ids) else None
+
+
+def _checked_anchor(anchor: AnchorFeatures, student: TTDFeatures, kind: str) -> AnchorFeatures:
+    """Return the embeddings of the frozen model after a check of their shapes."""
+    (batch, width), device = student.captions.shape, student.captions.device
+    # Similarities can be compared across joint spaces of other widths.
+    pooled = _checked(anchor.pooled, "anchor pooled", (2,), (batch, width if kind == "embeddings" else None), device)
+    captions = _checked(anchor.captions, "anchor captions", (2,), (batch, pooled.shape[1]), device)
+    return anchor._replace(pooled=pooled, captions=captions)
 
 
 def _hashable(one: Any) -> Hashable:

@@ -19,6 +19,10 @@ Rule = Literal["minmax", "absolute", "probability"]
 Distance = Literal["bce", "mse", "l1"]
 Activation = Literal["sigmoid", "minmax", "none"]
 Teacher = Literal["self", "frozen", "ema"]
+Anchor = Literal["embeddings", "similarities"]
+Resampling = Literal["library", "bicubic", "dino"]
+"""How position embeddings are resampled at another grid: as the backbone's library does, by bicubic interpolation
+without antialiasing (TCL), or by that with DINO's scale (SCLIP, ClearCLIP, NACLIP)."""
 
 
 def check_threshold(rule: Rule, threshold: float) -> None:
@@ -98,6 +102,21 @@ class TTDOptions:
         ),
     ] = "self"
     ema_decay: Annotated[Float, option("Share of the moving average that a step keeps.", ge=0, le=1)] = 0.99
+    anchor_weight: Annotated[
+        Float,
+        option(
+            "Weight of the distance to the frozen model (the backbone without LoRA, before any step), which keeps "
+            "retrieval and zero-shot classification (ours).",
+            ge=0,
+        ),
+    ] = 0.0
+    anchor: Annotated[
+        Anchor,
+        option(
+            "What the anchor compares with the frozen model: embeddings (pooled image and caption embeddings) or "
+            "similarities (the batch's matrix of images and captions)."
+        ),
+    ] = "embeddings"
     calibration: Annotated[
         Calibration | None, option("Map from cosine to probability; null means the backbone's own.")
     ] = None

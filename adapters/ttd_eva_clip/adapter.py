@@ -65,7 +65,8 @@ class EvaCLIPAdapter(TimmViTAdapter):
         prefix = 0 if getattr(trunk, "no_embed_class", False) else int(trunk.num_prefix_tokens)
         own = trunk.pos_embed
         if own is not None:
-            positions = resampled_positions(own[0], self._grid, grid, prefix=prefix).to(own.dtype)
+            positions = resampled_positions(own[0], self._grid, grid, prefix=prefix, method=self.positions)
+            positions = positions.to(own.dtype)
             if prefix == 0:
                 x = x + positions
             else:

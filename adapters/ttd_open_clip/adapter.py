@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ttd_open_clip.base_adapter import OpenCLIPBaseAdapter
 from ttd_open_clip.open_clip_blocks import is_plain_attention, opaque_qkv_reason, run_last_block
+from ttd_open_clip.recognition import ImageTower
 from ttd_plugins.adapter import ImageFeatures
 from ttd_plugins.toolkit import text_tower
 from ttd_plugins.toolkit.attention import call_checkpointed
@@ -18,6 +19,8 @@ from ttd_plugins.toolkit.residual_blocks import residual_block_targets
 
 class OpenCLIPAdapter(OpenCLIPBaseAdapter):
     """``open_clip.CLIP`` or ``CustomTextCLIP`` with open_clip's vision transformer, or an object of the same form."""
+
+    image_tower: ClassVar[ImageTower] = "transformer"
 
     def _unsupported_mode_reason(self, mode: DenseMode) -> str | None:
         return opaque_qkv_reason(self._blocks[-1].attn) if mode.needs_explicit_qkv else None
@@ -43,14 +46,21 @@ class OpenCLIPAdapter(OpenCLIPBaseAdapter):
 
     def _encode_image(self, pixels: Tensor, grid: tuple[int, int], pooled: bool) -> ImageFeatures:
         visual = self._visual
-        *blocks, last = self._blocks
         x = embedded_patches(visual.conv1, pixels)
-        positions = resampled_positions(visual.positional_embedding, self._grid, grid, prefix=1)
+        positions = resampled_positions(visual.positional_embedding, self._grid, grid, prefix=1, method=self.positions)
         x = visual.ln_pre(with_class_token(x, visual.class_embedding, positions))
-        for block in blocks:
-            x = call_checkpointed(visual.transformer, block, x)
+        for block in self._blocks[:-1]:
+            x = self._call_checkpointed(block, x)
+        return self._encode_last_block(x, grid, pooled)
+
+    def _call_checkpointed(self, function: Any, *arguments: Any) -> Any:
+        return call_checkpointed(self._visual.transformer, function, *arguments)
+
+    def _encode_last_block(self, x: Tensor, grid: tuple[int, int], pooled: bool) -> ImageFeatures:
+        """Features from the tokens ``[B, 1 + P, W]`` that enter the last block."""
+        visual = self._visual
         averaged = pooled and getattr(visual, "pool_type", "tok") != "tok"
-        trained, patches = call_checkpointed(visual.transformer, run_last_block, last, x, self.dense, grid, averaged)
+        trained, patches = self._call_checkpointed(run_last_block, self._blocks[-1], x, self.dense, grid, averaged)
         dense = self._project(visual.ln_post(patches)).unflatten(1, grid)
         return ImageFeatures(dense, self._project(self._pool(trained, averaged)) if pooled else None)
 

@@ -8,25 +8,36 @@ from torch import nn
 
 from ttd_open_clip import recognition
 from ttd_open_clip.adapter import OpenCLIPAdapter
+from ttd_open_clip.attention_pooled_adapter import OpenCLIPAttentionPooledAdapter
+from ttd_open_clip.resnet_adapter import OpenCLIPResNetAdapter
 from ttd_open_clip.trunk_adapter import OpenCLIPTrunkAdapter
 from ttd_plugins.adapter import DenseAdapter
+from ttd_plugins.toolkit.open_clip_adapter import OpenCLIPModelAdapter
 from ttd_plugins.toolkit.open_clip_family import OpenCLIPModelFamily
+
+ADAPTERS: dict[str | None, type[OpenCLIPModelAdapter]] = {
+    "trunk": OpenCLIPTrunkAdapter,
+    "resnet": OpenCLIPResNetAdapter,
+    "attention_pooled": OpenCLIPAttentionPooledAdapter,
+    "transformer": OpenCLIPAdapter,
+    # Its constructor raises with the reason.
+    None: OpenCLIPAdapter,
+}
 
 
 class OpenCLIPFamily(OpenCLIPModelFamily):
-    """CLIP models with open_clip's native vision transformers, or with convolutional trunks of timm."""
+    """CLIP and CoCa models with open_clip's own vision transformers and ResNets, or convolutional trunks of timm."""
 
-    summary = "open_clip's vision transformers (OpenAI, LAION, DataComp, MetaCLIP, ...), ConvNeXt, MobileCLIP-S"
+    summary = "open_clip's vision transformers (OpenAI, LAION, MetaCLIP, ...), CoCa, ResNets, ConvNeXt, MobileCLIP-S"
     api_version = 1
     adapter_class = OpenCLIPAdapter
     embedded = {"tiny": "tiny:load_tiny", "photo": "photo:load_photo"}  # noqa: RUF012
 
     def _adapt(self, model: nn.Module, **options: Any) -> DenseAdapter:
-        kind = OpenCLIPTrunkAdapter if recognition.has_trunk(model) else OpenCLIPAdapter
-        return kind(model, **options)
+        return ADAPTERS[recognition.image_tower_kind(model)](model, **options)
 
     def unclaimed_reason(self, model: object) -> str | None:
-        """Why a model of open_clip is not claimed, such as a ResNet; ``None`` for other objects."""
+        """Why a model of open_clip is not claimed, such as an image tower alone; ``None`` for other objects."""
         return recognition.unclaimed_reason(model)
 
     def _architecture(self, open_clip: Any, name: str, weights: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ttd_plugins.toolkit import text_tower
+from ttd_plugins.toolkit.modified_resnet import resnet_layers
 
 DEFAULT_EPS = 1e-5
 
@@ -24,10 +25,11 @@ def read_config(model: Any, embedding_width: int) -> dict[str, Any] | None:
     visual, text = model.visual, text_tower.text_module(model)
     if not text_tower.is_native(model):
         return None
+    decoder = getattr(model, "text_decoder", None)
     blocks = [*_blocks(text), *(_blocks(visual) if hasattr(visual, "transformer") else [])]
     if any(type(block).__name__ != "ResidualAttentionBlock" for block in blocks):
         return None
-    vision_cfg = _trunk_config(visual) if hasattr(visual, "trunk") else _transformer_config(visual)
+    vision_cfg = _vision_config(visual)
     if vision_cfg is None:
         return None
     projection = text.text_projection
@@ -53,6 +55,10 @@ def read_config(model: Any, embedding_width: int) -> dict[str, Any] | None:
         config["quick_gelu"] = True
     if hasattr(model, "text"):
         config["custom_text"] = True
+    if decoder is not None:
+        # CoCa, whose forward needs the tokens of both towers.
+        config["multimodal_cfg"] = _decoder_config(decoder)
+        vision_cfg["output_tokens"] = text_cfg["output_tokens"] = True
     if getattr(model, "logit_bias", None) is not None:
         # The value is in the weights; the setting only makes open_clip create the parameter.
         config["init_logit_bias"] = 0.0
@@ -61,17 +67,62 @@ def read_config(model: Any, embedding_width: int) -> dict[str, Any] | None:
     return config
 
 
+def _vision_config(visual: Any) -> dict[str, Any] | None:
+    """``vision_cfg`` of an image tower of any kind."""
+    if hasattr(visual, "trunk"):
+        return _trunk_config(visual)
+    return _resnet_config(visual) if hasattr(visual, "attnpool") else _transformer_config(visual)
+
+
+def _resnet_config(visual: Any) -> dict[str, Any]:
+    """``vision_cfg`` of open_clip's own ResNet."""
+    width = int(visual.conv3.out_channels)
+    return {
+        "layers": [len(layer) for layer in resnet_layers(visual)],
+        "width": width,
+        "head_width": 32 * width // int(visual.attnpool.num_heads),
+        "image_size": int(visual.image_size),
+        "patch_size": None,
+    }
+
+
+def _decoder_config(decoder: Any) -> dict[str, Any]:
+    """``multimodal_cfg`` of CoCa's caption decoder."""
+    block = decoder.resblocks[0]
+    width = int(decoder.ln_final.normalized_shape[0])
+    return {
+        "layers": len(decoder.resblocks),
+        "width": width,
+        "heads": int(block.attn.num_heads),
+        "context_length": int(decoder.context_length),
+        "mlp_ratio": block.mlp.c_fc.out_features / width,
+        "ls_init_value": None if getattr(block.ls_1, "gamma", None) is None else 1e-5,
+    }
+
+
 def _transformer_config(visual: Any) -> dict[str, Any]:
     """``vision_cfg`` of open_clip's own vision transformer."""
-    return _tower(visual.transformer, int(visual.conv1.out_channels)) | {
-        "head_width": int(visual.conv1.out_channels) // _heads(visual),
-        "patch_size": _side(visual.conv1.kernel_size),
-        "image_size": _side(visual.image_size),
-        "pool_type": getattr(visual, "pool_type", "tok"),
-        "no_ln_pre": isinstance(visual.ln_pre, nn.Identity),
-        "final_ln_after_pool": bool(getattr(visual, "final_ln_after_pool", False)),
-        "norm_kwargs": _norm(visual.ln_post),
-    }
+    pool = getattr(visual, "attn_pool", None)
+    pooler: dict[str, Any] = {}
+    if pool is not None:
+        pooler = {
+            "attentional_pool": True,
+            "attn_pooler_queries": len(pool.query),
+            "attn_pooler_heads": int(pool.attn.num_heads),
+        }
+    return (
+        pooler
+        | _tower(visual.transformer, int(visual.conv1.out_channels))
+        | {
+            "head_width": int(visual.conv1.out_channels) // _heads(visual),
+            "patch_size": _side(visual.conv1.kernel_size),
+            "image_size": _side(visual.image_size),
+            "pool_type": getattr(visual, "pool_type", "tok"),
+            "no_ln_pre": isinstance(visual.ln_pre, nn.Identity),
+            "final_ln_after_pool": bool(getattr(visual, "final_ln_after_pool", False)),
+            "norm_kwargs": _norm(visual.ln_post),
+        }
+    )
 
 
 def _trunk_config(visual: Any) -> dict[str, Any] | None:

@@ -1,19 +1,20 @@
 """Which models of open_clip this family supports, by attribute names, and the import of open_clip.
 
-Two kinds of image towers: open_clip's own vision transformer, and a convolutional trunk of timm that averages its last
-feature map. open_clip 3 uses ``nn.MultiheadAttention`` and open_clip 4 its own ``Attention`` with parameters of the
-same names; both are supported. Trunks of timm must be from TRUNK_MODULES. The original ``clip``
-package uses the same names, but its blocks run with the sequence first; its models belong to another family.
+The image towers are open_clip's own vision transformer, its own ResNet, and a convolutional trunk of timm that averages
+its last feature map. open_clip 3 uses ``nn.MultiheadAttention`` and open_clip 4 its own ``Attention`` with parameters
+of the same names; both are supported. Trunks of timm must be from TRUNK_MODULES. The original ``clip`` package uses the
+same names, but its blocks run with the sequence first; its models belong to another family.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from ttd_plugins.toolkit import text_tower
+from ttd_plugins.toolkit.modified_resnet import is_modified_resnet
 from ttd_plugins.toolkit.optional_library import import_library
 
 CLIP_PARTS = ("encode_image", "encode_text", "logit_scale")
@@ -30,14 +31,10 @@ TRUNK_MODULES = (
 )  # fmt: skip
 """Modules of timm whose trunks average a map ``[B, C, height / stride, width / stride]`` at every input size."""
 
-SUPPORTED = "this family supports open_clip's native vision transformers and convolutional trunks that average"
-ATTENTIONAL_POOLING = (
-    "its image tower pools with learned queries (attentional pooling, as CoCa does), so its patches have no place in "
-    "the joint image-text space"
+SUPPORTED = (
+    "this family supports open_clip's own vision transformers and ResNets, and convolutional trunks that average"
 )
-
-
-RESNET = f"its image tower is a ResNet that pools by attention, and {SUPPORTED}"
+ImageTower = Literal["transformer", "attention_pooled", "resnet", "trunk"]
 
 
 def import_open_clip() -> Any:
@@ -47,8 +44,20 @@ def import_open_clip() -> Any:
 
 
 def claims(model: object) -> bool:
-    """Whether ``model`` is a CLIP model around one of the two kinds of image towers."""
-    return all(hasattr(model, name) for name in CLIP_PARTS) and (_has_vit(model) or has_trunk(model))
+    """Whether ``model`` is a CLIP model around one of the kinds of image towers."""
+    return image_tower_kind(model) is not None
+
+
+def image_tower_kind(model: object) -> ImageTower | None:
+    """The kind of image tower of a CLIP model; ``None`` for every object of another family."""
+    if not all(hasattr(model, name) for name in CLIP_PARTS):
+        return None
+    if has_trunk(model):
+        return "trunk"
+    visual = getattr(model, "visual", None)
+    if _has_vit(model):
+        return "transformer" if getattr(visual, "attn_pool", None) is None else "attention_pooled"
+    return "resnet" if is_modified_resnet(visual) and hasattr(visual, "act1") and _batch_first_text(model) else None
 
 
 def has_trunk(model: object) -> bool:
@@ -69,12 +78,11 @@ def unsupported_reason(model: object) -> str | None:
         return "it has no image tower named visual"
     if hasattr(visual, "trunk"):
         return _unsupported_trunk_reason(model) or text_tower.unpooled_reason(model)
-    if hasattr(visual, "attnpool") or hasattr(visual, "layer4"):
-        return RESNET
     if not claims(model):
-        return "it is not built like open_clip's native vision transformer (batch first, visual.transformer.resblocks)"
-    if getattr(visual, "attn_pool", None) is not None:
-        return ATTENTIONAL_POOLING
+        return (
+            "it is not built like open_clip's own vision transformer (batch first, visual.transformer.resblocks) or "
+            "ResNet (visual.attnpool, visual.act1)"
+        )
     if getattr(visual, "pool_type", "tok") not in ("tok", "avg"):
         return f"its image tower returns no pooled embedding (pool_type {visual.pool_type!r})"
     return text_tower.unpooled_reason(model)
@@ -86,13 +94,7 @@ def unclaimed_reason(model: object) -> str | None:
         return "it is an image tower alone, and TTD needs both towers; pass the whole model"
     if claims(model) or not all(hasattr(model, name) for name in ("visual", "encode_image", "encode_text")):
         return None
-    reason = unsupported_reason(model)
-    if reason == RESNET:
-        return (
-            f"{reason}; load a vision transformer such as ViT-B-16, or the same ResNet with the original clip package, "
-            "whose models the family 'openai_clip' supports"
-        )
-    return reason
+    return unsupported_reason(model)
 
 
 def unsupported_config_reason(config: Mapping[str, Any]) -> str | None:
@@ -107,13 +109,22 @@ def unsupported_config_reason(config: Mapping[str, Any]) -> str | None:
         if vision.get("timm_pool") not in (None, "", *AVERAGES):
             return f"its image tower pools by {vision['timm_pool']}, and {SUPPORTED}"
         return None
-    if isinstance(vision.get("layers"), (list, tuple)):
-        return RESNET
-    if vision.get("attentional_pool"):
-        return ATTENTIONAL_POOLING
+    if isinstance(vision.get("attentional_pool"), str):
+        return (
+            f"its image tower pools with two poolers ({vision['attentional_pool']}), for which open_clip returns no "
+            "pooled embedding [B, D]"
+        )
     if vision.get("pool_type", "tok") not in ("tok", "avg"):
         return f"its image tower returns no pooled embedding (pool_type {vision['pool_type']!r})"
     return None
+
+
+def _batch_first_text(model: object) -> bool:
+    """Whether the text tower is not one of the original ``clip`` package, whose blocks run with the sequence first."""
+    blocks: Any = getattr(getattr(text_tower.text_module(model), "transformer", None), "resblocks", None)
+    if not isinstance(blocks, nn.ModuleList | nn.Sequential) or len(blocks) == 0:
+        return True
+    return bool(hasattr(blocks[-1], "ls_1") and getattr(blocks[-1].attn, "batch_first", True))
 
 
 def _has_vit(model: object) -> bool:

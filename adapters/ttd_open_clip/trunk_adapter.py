@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -12,17 +11,11 @@ from ttd_open_clip.base_adapter import OpenCLIPBaseAdapter
 from ttd_plugins.adapter import Calibration, ImageFeatures
 from ttd_plugins.errors import UnsupportedModelError
 from ttd_plugins.toolkit import text_tower
+from ttd_plugins.toolkit.dense_modes import HeadMode
 from ttd_plugins.toolkit.lora_targets import base_layer
 
 # At a cosine of 0.25 the probability is 0.5, as in TCL. `ttd calibrate` fits one to a model.
 DEFAULT_CALIBRATION = Calibration(scale=10.0, shift=-2.5)
-
-
-@dataclass(frozen=True)
-class HeadMode:
-    """The only dense mode: the head of the tower at each position of the last feature map."""
-
-    name: str = "head"
 
 
 class OpenCLIPTrunkAdapter(OpenCLIPBaseAdapter):
@@ -41,8 +34,10 @@ class OpenCLIPTrunkAdapter(OpenCLIPBaseAdapter):
     with frozen weights (under LoRA) in evaluation mode.
     """
 
+    image_tower = "trunk"
     modes = {"head": HeadMode()}  # noqa: RUF012
     default_mode = "head"
+    resamplings = ("library",)
     export_failure = "it passes only the name of a trunk on to timm, and the trunk with this name is another one"
 
     def _default_calibration(self) -> Calibration:

@@ -1,4 +1,4 @@
-"""Base class of the adapters for OpenAI's CLIP, whichever library built the model."""
+"""Base class of the adapters for OpenAI's CLIP and its relatives in transformers, whichever library built the model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ttd_plugins.toolkit.position_embeddings import resampled_positions
 from ttd_plugins.toolkit.text_tower import check_token_ids
 from ttd_plugins.toolkit.tokenizing import tokenize_rows
 from ttd_plugins.toolkit.transformers_models import LazyTokenizer
-from ttd_plugins.toolkit.transforms import Normalisation
+from ttd_plugins.toolkit.transforms import OPENAI_NORMALISATION, Normalisation
 
 
 class OpenAICLIPAdapter(CLIPAdapter):
-    """One of OpenAI's CLIP models behind the contract; subclasses support one library each.
+    """A CLIP model of the original package or of transformers; subclasses support one structure each.
 
     The tokenizer is one of transformers (or a processor), ``clip.tokenize``, or a callable with open_clip's calling
     convention; ``preprocess`` is an image processor (or a processor) of transformers, a torchvision ``Compose``, or a
@@ -62,10 +62,20 @@ class OpenAICLIPAdapter(CLIPAdapter):
         return None
 
     def _read_normalisation(self, preprocess: Any) -> Normalisation:
-        return read_normalisation(preprocess)
+        return read_normalisation(preprocess, self._default_normalisation)
+
+    @property
+    def _default_normalisation(self) -> Normalisation:
+        """Mean, std and filter that the model was trained with, where ``preprocess`` does not say."""
+        return OPENAI_NORMALISATION
+
+    @property
+    def _padding_id(self) -> int | None:
+        """Id that pads rows of tokens; ``None`` for that of the tokenizer."""
+        return None
 
     def _positions(self, own: Tensor, grid: tuple[int, int]) -> Tensor:
-        return resampled_positions(own, self._grid, grid, prefix=1)
+        return resampled_positions(own, self._grid, grid, prefix=1, method=self.positions)
 
     # The contract --------------------------------------------------------------------------------------------------
 
@@ -105,7 +115,7 @@ class OpenAICLIPAdapter(CLIPAdapter):
                 f"{name} was wrapped without a tokenizer; pass tokenizer=transformers.CLIPTokenizer.from_pretrained("
                 "NAME), or clip.tokenize for a model of the original package"
             )
-        ids = token_rows(self.tokenizer, texts, context, name)
+        ids = token_rows(self.tokenizer, texts, context, name, self._padding_id)
         if int(ids.max()) >= self._vocabulary:
             raise TTDError(
                 f"the tokenizer of {name} returns token ids up to {int(ids.max())}, but the text tower has "

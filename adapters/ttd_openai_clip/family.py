@@ -10,37 +10,42 @@ from typing import Any
 from torch import nn
 
 from ttd_openai_clip.adapter import OpenAICLIPAdapter
+from ttd_openai_clip.align_adapter import AlignAdapter
 from ttd_openai_clip.architectures import CONFIGURATIONS, SHORT_NAMES, hub_name
+from ttd_openai_clip.masked_text_clip_adapter import MaskedTextCLIPAdapter
 from ttd_openai_clip.original_adapter import OriginalResNetAdapter, OriginalViTAdapter
-from ttd_openai_clip.recognition import container, import_transformers, unclaimed_reason
+from ttd_openai_clip.recognition import MODEL_TYPES, container, import_transformers, unclaimed_reason
 from ttd_openai_clip.transformers_adapter import TransformersCLIPAdapter
 from ttd_plugins.adapter import Calibration, DenseAdapter
 from ttd_plugins.errors import BackboneNameError, InputError, TTDError, UnsupportedModelError, choices_sentence
+from ttd_plugins.options import Resampling
 from ttd_plugins.toolkit.clip_family import OWN_WEIGHTS, PRECISIONS, RANDOM, TINY, CLIPFamily
 from ttd_plugins.toolkit.transformers_models import LazyTokenizer, TransformersModel
 
-MODEL_TYPE = "clip"
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "sentencepiece.bpe.model")
 FEWEST_TOKENS = 16
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 ADAPTERS: dict[str, type[OpenAICLIPAdapter]] = {
     "transformers": TransformersCLIPAdapter,
+    "masked_text": MaskedTextCLIPAdapter,
+    "align": AlignAdapter,
     "original_vit": OriginalViTAdapter,
     "original_resnet": OriginalResNetAdapter,
 }
 
 
 class OpenAICLIPFamily(CLIPFamily):
-    """OpenAI's CLIP: transformers' ``CLIPModel`` by name, and that or the original package's models as objects.
+    """OpenAI's CLIP and its relatives: models of transformers by name, and those or the original package's as objects.
 
-    Names are a model on the hub (``openai/clip-vit-base-patch16``, any ``ORG/NAME`` with a ``CLIPModel``), a short name
-    for OpenAI's own (``ViT-B-16``), the path of a folder, and ``tiny``, the embedded model.
+    Names are a model on the hub (``openai/clip-vit-base-patch16``, any ``ORG/NAME`` with one of the classes below), a
+    short name for OpenAI's own (``ViT-B-16``), the path of a folder, and ``tiny``, the embedded model.
 
-    Objects are ``transformers.CLIPModel``, models of ``clip.load``, or objects with the same structure. The default
-    dense mode is ``maskclip``, and ``value_only`` for ResNets, which have no other.
+    Objects are transformers' ``CLIPModel``, ``MetaClip2Model``, ``ChineseCLIPModel``, ``AltCLIPModel`` and
+    ``AlignModel``, models of ``clip.load``, or objects with the same structure. The default dense mode is ``maskclip``;
+    ResNets support only ``value_only``, and ALIGN only ``head``.
     """
 
-    summary = "OpenAI's CLIP in transformers (CLIPModel) or in the original clip package, ResNets included"
+    summary = "OpenAI's CLIP, MetaCLIP 2, Chinese CLIP, AltCLIP and ALIGN in transformers; OpenAI's clip package"
     api_version = 1
     adapter_class = OpenAICLIPAdapter
 
@@ -82,6 +87,7 @@ class OpenAICLIPFamily(CLIPFamily):
         *,
         dense: Any = None,
         calibration: Calibration | None = None,
+        positions: Resampling = "library",
         tokenizer: Any = None,
         precision: str = "fp32",
         cache_dir: str | None = None,
@@ -96,6 +102,7 @@ class OpenAICLIPFamily(CLIPFamily):
             weights: ``own`` or ``random``; for ``tiny`` ``embedded`` or ``random``.
             dense: the dense mode, a preset's name or a ``DenseMode``; by default that of the model.
             calibration: map from cosine to probability; by default that of the model, or else of the contract.
+            positions: how position embeddings are resampled at other image sizes: ``library``, ``bicubic`` or ``dino``.
             tokenizer: replaces the model's own.
             precision: number format of the weights: ``fp32``, ``fp16`` or ``bf16``.
             cache_dir: folder for downloads; the hub's own by default.
@@ -112,7 +119,13 @@ class OpenAICLIPFamily(CLIPFamily):
         dtype = PRECISIONS[precision]
         if model in self.embedded:
             return self._load_embedded(
-                model, weights, tokenizer=tokenizer, dense=dense, calibration=calibration, dtype=dtype
+                model,
+                weights,
+                tokenizer=tokenizer,
+                dense=dense,
+                calibration=calibration,
+                positions=positions,
+                dtype=dtype,
             )
         where = self._resolve(model)
         if weights not in (OWN_WEIGHTS, RANDOM):
@@ -123,7 +136,9 @@ class OpenAICLIPFamily(CLIPFamily):
             where,
             "CLIP",
             _unsupported_config_reason,
+            kinds=MODEL_TYPES,
             processor_class="CLIPImageProcessor",
+            processor_classes={"align": AlignAdapter.processor_class},
             cache_dir=cache_dir,
             tokenizer_files=TOKENIZER_FILES,
             fewest_tokens=FEWEST_TOKENS,
@@ -142,16 +157,17 @@ class OpenAICLIPFamily(CLIPFamily):
             preprocess=processor,
             dense=dense,
             calibration=calibration,
+            positions=positions,
             name=model,
             weights=weights,
         )
 
     def claims(self, model: object) -> bool:
-        """Whether ``model`` is transformers' ``CLIPModel`` or a model of the original package, by its structure."""
+        """Whether ``model`` is a supported model of transformers or of the original package, by its structure."""
         return container(model) is not None
 
     def unclaimed_reason(self, model: object) -> str | None:
-        """Why a model that resembles a ``CLIPModel`` is not claimed; ``None`` for other objects."""
+        """Why a model that resembles a supported one is not claimed; ``None`` for other objects."""
         return unclaimed_reason(model)
 
     def _adapt(self, model: nn.Module, **options: Any) -> OpenAICLIPAdapter:
@@ -167,6 +183,6 @@ class OpenAICLIPFamily(CLIPFamily):
 def _unsupported_config_reason(config: Mapping[str, Any]) -> str | None:
     """Why a model with this ``config.json`` cannot be adapted, as the end of a sentence; ``None`` where it can."""
     kind = config.get("model_type")
-    if kind == MODEL_TYPE:
+    if kind in MODEL_TYPES:
         return None
-    return f"its configuration has model type {kind!r}, and this family supports only {MODEL_TYPE!r}"
+    return f"its configuration has model type {kind!r}, and this family supports {', '.join(MODEL_TYPES)}"

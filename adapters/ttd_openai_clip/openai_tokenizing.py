@@ -17,7 +17,7 @@ def is_from_transformers(tokenizer: Any) -> bool:
     return accepts_parameter(tokenizer, "truncation") and accepts_parameter(tokenizer, "max_length")
 
 
-def token_rows(tokenizer: Any, texts: list[str], context: int, name: str) -> Tensor:
+def token_rows(tokenizer: Any, texts: list[str], context: int, name: str, padding: int | None = None) -> Tensor:
     """Token ids, int64 ``[N, context]``, on the CPU; a text that is too long loses words and keeps its end token.
 
     Args:
@@ -25,19 +25,20 @@ def token_rows(tokenizer: Any, texts: list[str], context: int, name: str) -> Ten
         texts: N strings.
         context: positions of the text tower.
         name: name of the backbone, for messages.
+        padding: id behind the end token, for tokenizers of transformers; by default that of the tokenizer.
 
     Raises:
         TTDError: the tokenizer failed, or returns something else than rows of that length.
     """
     shape = (len(texts), context)
-    return checked_rows(lambda: _call(tokenizer, texts, context), shape, name, advice=ADVICE)
+    return checked_rows(lambda: _call(tokenizer, texts, context, padding), shape, name, advice=ADVICE)
 
 
-def _call(tokenizer: Any, texts: list[str], context: int) -> Any:
+def _call(tokenizer: Any, texts: list[str], context: int, padding: int | None) -> Any:
     if not is_from_transformers(tokenizer):
         return tokenizer(texts, **context_options(tokenizer, context))
     rows = tokenizer(texts, padding=False, truncation=True, max_length=context)["input_ids"]
-    return _padded(rows, context, tokenizer.pad_token_id)
+    return _padded(rows, context, tokenizer.pad_token_id if padding is None else padding)
 
 
 def lost_words(tokenizer: Any, texts: list[str], ids: Tensor, name: str) -> list[bool]:

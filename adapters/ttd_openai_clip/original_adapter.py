@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttd_openai_clip.adapter import OpenAICLIPAdapter
 from ttd_openai_clip.original_export import export_original
 from ttd_plugins.adapter import ExportedModel, ImageFeatures, Tower
-from ttd_plugins.toolkit.attention import (
-    call_checkpointed,
-    is_plain_attention,
-    opaque_attention_reason,
-    split_heads,
-)
-from ttd_plugins.toolkit.dense_modes import PRESETS, DenseMode
+from ttd_plugins.toolkit.attention import call_checkpointed, is_plain_attention, opaque_attention_reason
+from ttd_plugins.toolkit.dense_modes import DenseMode
 from ttd_plugins.toolkit.last_block import BlockCalls, last_block, last_block_at, last_block_with_mask
-from ttd_plugins.toolkit.lora_targets import base_layer
+from ttd_plugins.toolkit.modified_resnet import ModifiedResNetAdapter
 from ttd_plugins.toolkit.position_embeddings import embedded_patches, with_class_token
 from ttd_plugins.toolkit.residual_blocks import block_parts, feed_forward, residual_block_targets, runs_in_parts
-
-RESNET_STRIDE = 32
 
 
 class OriginalCLIPAdapter(OpenAICLIPAdapter):
@@ -178,84 +170,15 @@ class OriginalViTAdapter(OriginalCLIPAdapter):
         return residual_block_targets(blocks, "visual.transformer.resblocks", _wraps_whole, last_mlp=self.dense.ffn)
 
 
-class OriginalResNetAdapter(OriginalCLIPAdapter):
-    """The original package's ``CLIP`` with a modified ResNet.
-
-    Dense features are the value path of the attention pool, cell by cell and without its position embedding, as in
-    MaskCLIP (arXiv 2112.01071). The parts of the trunk run one by one. Batch norms use their running statistics in
-    train mode too: images do not influence each other and no buffer changes, while weights and biases are trained as
-        usual.
-    """
-
-    default_mode = "value_only"
-    # The original passes the weights of its attention pool to a function.
-    lora_needs_adapter = True
+class OriginalResNetAdapter(ModifiedResNetAdapter, OriginalCLIPAdapter):
+    """The original package's ``CLIP`` with a modified ResNet."""
 
     def _embedding_widths(self) -> tuple[int, int]:
-        projection: Any = base_layer(self._visual.attnpool.c_proj)
-        return int(projection.out_features), self._text_width
-
-    @property
-    def _patch_size(self) -> tuple[int, int]:
-        return RESNET_STRIDE, RESNET_STRIDE
-
-    @property
-    def _grid(self) -> tuple[int, int]:
-        side = self._visual.input_resolution // RESNET_STRIDE
-        return side, side
-
-    def _unsupported_mode_reason(self, mode: DenseMode) -> str | None:
-        if mode == PRESETS["value_only"]:
-            return None
-        return (
-            "the image tower is a ResNet, whose attention pool has only the value path: its cells were never trained "
-            "to attend to each other, and it has no residual connection and no feed-forward network"
-        )
-
-    def tower_blocks(self, tower: Tower) -> list[nn.Module]:
-        """None: the trunk runs part by part too."""
-        return []
-
-    def _encode_image(self, pixels: Tensor, grid: tuple[int, int], pooled: bool) -> ImageFeatures:
-        pool = self._visual.attnpool
-        cells = self._trunk(pixels).flatten(2).transpose(1, 2)
-        dense = pool.c_proj(pool.v_proj(cells)).unflatten(1, grid)
-        return ImageFeatures(dense, self._pool(cells, grid) if pooled else None)
-
-    def _trunk(self, pixels: Tensor) -> Tensor:
-        """The feature map ``[B, C, H, W]`` that enters the attention pool."""
-        visual = self._visual
-        x = pixels.to(self._dtype)
-        for number in (1, 2, 3):
-            # Some releases of the package have one activation, others one for each convolution.
-            activation = getattr(visual, f"relu{number}", None) or visual.relu
-            x = activation(_batch_norm(getattr(visual, f"bn{number}"), getattr(visual, f"conv{number}")(x)))
-        x = visual.avgpool(x)
-        for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
-            for bottleneck in layer:
-                x = call_checkpointed(visual, _run_bottleneck, bottleneck, x)
-        return x
-
-    def _pool(self, cells: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The pooled embedding ``[B, D]``: the mean of the cells attends to itself and to all cells.
-
-        The projections are called as modules, so that LoRA is included; the original passes their weights to a
-        function.
-        """
-        pool = self._visual.attnpool
-        tokens = torch.cat([cells.mean(dim=1, keepdim=True), cells], dim=1)
-        tokens = tokens + self._positions(pool.positional_embedding, grid).to(tokens.dtype)
-        q, k, v = pool.q_proj(tokens[:, :1]), pool.k_proj(tokens), pool.v_proj(tokens)
-        q, k, v = (split_heads(part, pool.num_heads) for part in (q, k, v))
-        return pool.c_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)[:, 0])
+        return self._embedding_width(), self._text_width
 
     def lora_targets(self, tower: Tower) -> list[str]:
-        """The value and output projections of the attention pool; attention (whole) and the MLP of every text block.
-
-        The pool's queries and keys affect only the pooled embedding, so they are no targets; neither is the
-        convolutional trunk.
-        """
-        return self._text_targets() if tower == "text" else ["visual.attnpool.v_proj", "visual.attnpool.c_proj"]
+        """The value and output projections of the attention pool; attention (whole) and the MLP of every text block."""
+        return self._text_targets() if tower == "text" else self._image_targets()
 
 
 def _run_block(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -296,26 +219,3 @@ def _run_last_image_block(block: Any, x: Tensor, mode: DenseMode, grid: tuple[in
 
 def _wraps_whole(attention: nn.Module) -> bool:
     return True
-
-
-def _batch_norm(norm: Any, x: Tensor) -> Tensor:
-    """Batch norm with its running statistics; computed in the dtype of the norm, returned in the dtype of ``x``."""
-    out = F.batch_norm(
-        x.to(norm.weight.dtype), norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
-    )
-    return out.to(x.dtype)
-
-
-def _run_bottleneck(block: Any, x: Tensor) -> Tensor:
-    """A bottleneck of the modified ResNet, strided by average pools before the last convolution and the shortcut."""
-    out = _activation(block, 1)(_batch_norm(block.bn1, block.conv1(x)))
-    out = _activation(block, 2)(_batch_norm(block.bn2, block.conv2(out)))
-    out = _batch_norm(block.bn3, block.conv3(block.avgpool(out)))
-    if block.downsample is not None:
-        for step in block.downsample:
-            x = _batch_norm(step, x) if hasattr(step, "running_mean") else step(x)
-    return _activation(block, 3)(out + x)
-
-
-def _activation(block: Any, number: int) -> Callable[[Tensor], Tensor]:
-    return getattr(block, f"relu{number}", None) or block.relu

@@ -1,4 +1,4 @@
-"""The adapter for transformers' ``CLIPModel``, of version 4 or 5."""
+"""The adapter for transformers' ``CLIPModel``, of version 4 or 5, and for ``MetaClip2Model``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ttd_openai_clip.adapter import OpenAICLIPAdapter
-from ttd_openai_clip.recognition import import_transformers
+from ttd_openai_clip.recognition import import_transformers, model_type
 from ttd_plugins.adapter import ImageFeatures, Tower
 from ttd_plugins.errors import UnsupportedModelError
 from ttd_plugins.toolkit.attention import call_checkpointed, has_hooks, is_checkpointed
@@ -35,7 +35,7 @@ MASKABLE = (None, "eager", "sdpa")
 
 
 class TransformersCLIPAdapter(OpenAICLIPAdapter, TransformersModelAdapter):
-    """transformers' ``CLIPModel``.
+    """transformers' ``CLIPModel`` or ``MetaClip2Model``, whose structure is the same.
 
     All layers but the last run as the library runs them. The parts of the last one run here; for texts only at the end
     token. A text tower with hooks, or whose attention takes no mask, runs through the library.
@@ -71,7 +71,8 @@ class TransformersCLIPAdapter(OpenAICLIPAdapter, TransformersModelAdapter):
 
     def _end_positions(self, ids: Tensor) -> Tensor:
         end = getattr(self._text, "eos_token_id", LEGACY_END)
-        if end == LEGACY_END:
+        # MetaCLIP 2 has this id as its true end token.
+        if end == LEGACY_END and model_type(self.model) == "clip":
             return ids.argmax(dim=-1)
         found = ids == end
         return torch.where(found.any(dim=-1), found.int().argmax(dim=-1), -1)
@@ -109,7 +110,7 @@ class TransformersCLIPAdapter(OpenAICLIPAdapter, TransformersModelAdapter):
         own: Tensor = embeddings.position_embedding.weight
         if grid == self._grid:
             positions = own
-        elif hasattr(embeddings, "interpolate_pos_encoding"):
+        elif self.positions == "library" and hasattr(embeddings, "interpolate_pos_encoding"):
             # The library's own resampling, as in get_image_features(..., interpolate_pos_encoding=True).
             positions = embeddings.interpolate_pos_encoding(x, pixels.shape[2], pixels.shape[3])
         else:

@@ -16,6 +16,7 @@ from ttd_plugins.errors import (
     UnsupportedModelError,
     choices_sentence,
 )
+from ttd_plugins.options import Resampling
 from ttd_plugins.toolkit.clip_family import OWN_WEIGHTS, PRECISIONS, RANDOM, TINY
 from ttd_plugins.toolkit.open_clip_family import OpenCLIPModelFamily
 from ttd_plugins.toolkit.open_clip_models import bundles_weights
@@ -74,6 +75,7 @@ class SiglipFamily(OpenCLIPModelFamily):
         dense: str | SiglipMode | None = None,
         last_block: str | None = None,
         calibration: Calibration | None = None,
+        positions: Resampling = "library",
         tokenizer: Any = None,
         precision: str = "fp32",
         cache_dir: str | None = None,
@@ -88,11 +90,17 @@ class SiglipFamily(OpenCLIPModelFamily):
             dense: the dense mode, a name or a ``SiglipMode``; by default that of the model.
             last_block: ``"plain"`` or ``"value"``; by default that of the dense mode.
             calibration: map from cosine to probability; by default that of the model.
+            positions: how position embeddings are resampled at other image sizes: ``library``, ``bicubic`` or ``dino``.
             tokenizer: replaces the model's own.
             precision: ``fp32``, ``bf16`` or ``fp16``; for models of open_clip any of its names.
             cache_dir: folder for downloads; the library's own by default.
         """
-        options: dict[str, Any] = {"dense": dense, "last_block": last_block, "calibration": calibration}
+        options: dict[str, Any] = {
+            "dense": dense,
+            "last_block": last_block,
+            "calibration": calibration,
+            "positions": positions,
+        }
         if model in self.embedded:
             return self._load_embedded(model, weights, tokenizer=tokenizer, **options)
         if bundles_weights(model) or not _is_path_or_hub_name(model):
@@ -142,6 +150,7 @@ class SiglipFamily(OpenCLIPModelFamily):
         dense: str | SiglipMode | None = None,
         last_block: str | None = None,
         calibration: Calibration | None = None,
+        positions: Resampling = "library",
     ) -> DenseAdapter:
         """Adapt a model that the caller already has, without changing it; see :class:`CLIPFamily`.
 
@@ -153,6 +162,7 @@ class SiglipFamily(OpenCLIPModelFamily):
             dense: the dense mode, a name or a ``SiglipMode``; ``value`` by default.
             last_block: ``"plain"`` or ``"value"``; by default that of the dense mode.
             calibration: map from cosine to probability; by default from the model's own logits.
+            positions: how position embeddings are resampled at other image sizes: ``library``, ``bicubic`` or ``dino``.
         """
         return self._adapt(
             model,
@@ -161,6 +171,7 @@ class SiglipFamily(OpenCLIPModelFamily):
             dense=dense,
             last_block=last_block,
             calibration=calibration,
+            positions=positions,
         )
 
     def unclaimed_reason(self, model: object) -> str | None:

@@ -14,8 +14,8 @@ from typing import Any
 from ttd_plugins.toolkit.optional_library import import_library
 
 NAFLEX = (
-    "it is a NaFlex tower, whose input is images cut into patches; use a fixed-resolution SigLIP 2 instead, "
-    "such as google/siglip2-base-patch16-224 or ViT-B-16-SigLIP2"
+    "it is a NaFlex tower, whose input is a list of patches with a mask and not pixels [B, 3, height, width]; use a "
+    "fixed-resolution SigLIP 2 instead, such as google/siglip2-base-patch16-224 or ViT-B-16-SigLIP2"
 )
 HEAD_PARTS = ("probe", "attention", "layernorm", "mlp")
 POOL_PARTS = ("latent", "kv", "proj")

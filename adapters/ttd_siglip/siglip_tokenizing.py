@@ -1,8 +1,11 @@
 """Tokenisation for SigLIP: the full context, padded at the right, because the text tower pools the last position.
 
-Tokenizers clean texts themselves: open_clip's and transformers' ``SiglipTokenizer`` lower-case and remove punctuation
-(``canonicalize``), and ``Siglip2Tokenizer`` lower-cases. Older uploads of SigLIP 2 load a plain Gemma tokenizer, which
-keeps capitals. SigLIP 2 never saw capitals in training, so texts are lower-cased here.
+Texts are cleaned as in training, whichever library loads the tokenizer:
+
+- SigLIP: lower case without punctuation, which open_clip's and transformers' tokenizers do themselves.
+- SigLIP 2: lower case with punctuation. transformers' ``Siglip2Tokenizer`` does so; a plain Gemma tokenizer, as in
+  older uploads, keeps capitals, and open_clip's wrapper removes punctuation. So texts are lower-cased here, and go to
+  the tokenizer inside of open_clip's wrapper.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from torch import Tensor
 from ttd_plugins.adapter import Tokens
 from ttd_plugins.errors import TTDError
 from ttd_plugins.toolkit.tokenizing import accepts_parameter, checked_rows, tokenize_rows
+
+SIGLIP2_VOCABULARY = 256000
 
 
 def pad_right(tokenizer: Any) -> None:
@@ -73,10 +78,23 @@ def _rows(tokenizer: Any, texts: list[str], context: int, name: str) -> Tensor:
     return checked_rows(lambda: _call(tokenizer, texts, context, name), shape, name, advice=advice)
 
 
+def siglip2_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer of transformers with SigLIP 2's vocabulary (Gemma's), taken out of open_clip's wrapper.
+
+    ``None`` for the tokenizers of other models.
+    """
+    inner = tokenizer if _is_transformers(tokenizer) else getattr(tokenizer, "tokenizer", None)
+    if inner is None or not _is_transformers(inner):
+        return None
+    by_class = type(inner).__name__.startswith(("Gemma", "Siglip2"))
+    return inner if by_class or getattr(inner, "vocab_size", None) == SIGLIP2_VOCABULARY else None
+
+
 def _call(tokenizer: Any, texts: list[str], context: int, name: str) -> Any:
+    second = siglip2_tokenizer(tokenizer)
+    if second is not None:
+        tokenizer, texts = second, [one.lower() for one in texts]
     if _is_transformers(tokenizer):
-        if type(tokenizer).__name__.startswith("Gemma"):
-            texts = [one.lower() for one in texts]
         # SigLIP's processor sets no padding, and Siglip2Tokenizer pads at the left by default.
         return tokenizer(
             texts, padding="max_length", truncation=True, max_length=context, padding_side="right", return_tensors="pt"

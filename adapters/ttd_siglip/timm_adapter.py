@@ -57,7 +57,8 @@ class TimmSiglipAdapter(SiglipAdapter, TimmViTAdapter):
         trunk = self._trunk
         x = trunk.patch_embed.norm(embedded_patches(trunk.patch_embed.proj, pixels))
         if trunk.pos_embed is not None:
-            x = x + resampled_positions(trunk.pos_embed[0], self._grid, grid, prefix=0).to(x.dtype)
+            positions = resampled_positions(trunk.pos_embed[0], self._grid, grid, prefix=0, method=self.positions)
+            x = x + positions.to(x.dtype)
         return trunk.norm_pre(trunk.pos_drop(x))
 
     def _blocks(self) -> Sequence[Any]:

@@ -20,6 +20,7 @@ from ttd_plugins.toolkit.attention import (
 )
 from ttd_plugins.toolkit.last_block import BlockParts, last_block_at
 from ttd_plugins.toolkit.lora_targets import base_layer
+from ttd_plugins.toolkit.position_embeddings import embedded_patches, resampled_positions
 from ttd_plugins.toolkit.transformers_adapter import TransformersModelAdapter
 from ttd_plugins.toolkit.transformers_blocks import (
     ATTENTION_PARTS,
@@ -29,6 +30,7 @@ from ttd_plugins.toolkit.transformers_blocks import (
     layer_runs_in_parts,
 )
 from ttd_plugins.toolkit.transforms import callable_transform, image_processor
+from ttd_siglip import siglip_tokenizing
 from ttd_siglip.adapter import SiglipAdapter
 from ttd_siglip.recognition import import_transformers
 from ttd_siglip.siglip_modes import attend
@@ -66,7 +68,12 @@ class TransformersSiglipAdapter(SiglipAdapter, TransformersModelAdapter):
     # Features ------------------------------------------------------------------------------------------------------
 
     def _embed(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self._vision.embeddings(pixels, interpolate_pos_encoding=True)
+        embeddings = self._vision.embeddings
+        if self.positions == "library" or grid == self._grid:
+            return embeddings(pixels, interpolate_pos_encoding=True)
+        own: Tensor = embeddings.position_embedding.weight
+        x = embedded_patches(embeddings.patch_embedding, pixels)
+        return x + resampled_positions(own, self._grid, grid, prefix=0, method=self.positions).to(x.dtype)
 
     def _blocks(self) -> Sequence[Any]:
         return self._vision.encoder.layers
@@ -162,9 +169,11 @@ class TransformersSiglipAdapter(SiglipAdapter, TransformersModelAdapter):
         return {"size": {"height": height, "width": width}}
 
     def _export_notes(self) -> list[str]:
+        second = siglip_tokenizing.siglip2_tokenizer(self.tokenizer) is not None
         return [
+            *(["Lower-case texts first, and keep their punctuation, as in SigLIP 2's training."] if second else []),
             f'Tokenise with padding="max_length", max_length={self._context_length}, truncation=True and '
-            'padding_side="right": the text tower attends to every position and pools the last.'
+            'padding_side="right": the text tower attends to every position and pools the last.',
         ]
 
     def lora_targets(self, tower: Tower) -> list[str]:

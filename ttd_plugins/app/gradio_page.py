@@ -14,7 +14,14 @@ from functools import partial
 from importlib import resources
 from typing import Any
 
-from ttd_plugins.app.rendering import render_error, render_message, render_note, render_progress, render_result
+from ttd_plugins.app.rendering import (
+    render_credit,
+    render_error,
+    render_message,
+    render_note,
+    render_progress,
+    render_result,
+)
 from ttd_plugins.app.request_guard import (
     UNKNOWN_FILE,
     RequestGuard,
@@ -24,7 +31,7 @@ from ttd_plugins.app.request_guard import (
     uploaded_file,
 )
 from ttd_plugins.app.studio import MAX_STEPS, Studio, TuningStoppedError, error_sentence
-from ttd_plugins.embedded.photo_examples import photograph
+from ttd_plugins.embedded.photo_examples import photograph, photograph_credit
 from ttd_plugins.errors import InputError, MissingDependencyError, TTDError, one_sentence
 from ttd_plugins.reports.heat_overlay import HEAT_OPACITY
 from ttd_plugins.reports.templating import stylesheet
@@ -143,7 +150,7 @@ def build_page(studio: Studio) -> Any:
             image, caption = draw(number)
         except Exception as error:
             return gr.skip(), gr.skip(), render_error(error_sentence(error, "opening an example"))
-        return image, caption, gr.skip()
+        return image, caption, render_credit(photograph_credit(number)) if draw is photograph else gr.skip()
 
     for listener in (show, tune):
         listener.__annotations__ = {"request": gr.Request}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ttd_plugins.app.studio import AppResult, BackboneView
+from ttd_plugins.embedded.photo_examples import Credit
 from ttd_plugins.engine import CaptionMaps
 from ttd_plugins.reports.charts import chart_svg
 from ttd_plugins.reports.comparison_charts import curve_chart
@@ -21,6 +22,11 @@ IMAGE_SIDE = 720
 def render_message(kind: str) -> str:
     """A fixed text of the page: its ``title``, or the hint shown while there is an ``empty`` result."""
     return render("app_message.html.j2", kind=kind)
+
+
+def render_credit(credit: Credit) -> str:
+    """Author and licence of an example, and what to do next."""
+    return render("app_message.html.j2", kind="credit", credit=credit)
 
 
 def render_error(sentence: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from ttd_plugins.data.images import read_image
 from ttd_plugins.engine import TTD, CaptionMaps, TTDOptions
 from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.plugins import RANDOM_WEIGHTS, explain, families, load, make_tag_extractor, parse_name
+from ttd_plugins.toolkit.clip_family import AFTER_TTD
 from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_names
 
 if TYPE_CHECKING:
@@ -109,6 +110,17 @@ def is_embedded(name: str) -> bool:
         return False
     # A small model that comes with random weights only has no default.
     return parsed.weights != RANDOM_WEIGHTS and family.default_weights(parsed.model) is not None
+
+
+def shipped_tuning(names: Iterable[str]) -> dict[str, str]:
+    """For each of ``names`` that has weights after TTD in the package, the name with these weights."""
+    found = {}
+    for name in filter(is_embedded, names):
+        parsed = parse_name(name)
+        family = families()[parsed.family]
+        if parsed.weights == family.default_weights(parsed.model) and AFTER_TTD in family.weights(parsed.model):
+            found[name] = f"{parsed.family}:{parsed.model}@{AFTER_TTD}"
+    return found
 
 
 def knows_scenes(name: str) -> bool:

@@ -61,7 +61,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 """Every command, in the order of ``ttd --help``; its help is the docstring."""
 
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
-    "eval": ("Measure a backbone by the paper's protocols: tags, text, segment.", eval.COMMANDS),
+    "eval": ("Measure a backbone by the paper's protocols, classification and retrieval.", eval.COMMANDS),
 }
 """Groups of commands: the help of the group, and its commands."""
 

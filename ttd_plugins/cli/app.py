@@ -47,7 +47,8 @@ def command(
     """Open a local web page for your own images.
 
     Upload an image, type a caption and choose backbones. The page shows tags with scores, the selected tags, and the
-    maps, before and after TTD. It works offline; no data leave the machine.
+    maps, before and after TTD: `open_clip:photo` has weights after TTD in the package, `--tuned` names your own, and
+    small backbones can be trained in the page. It works offline; no data leave the machine.
     """
     sources = parse_tuned(tuned)
     names = [name.strip() for name in backbones.split(",")] if backbones is not None else None
@@ -63,7 +64,7 @@ def command(
     for name in allow_host or ():
         check_allowed_host(name)
     check_listening(host, port)
-    from ttd_plugins.app.studio import Studio, embedded_backbones
+    from ttd_plugins.app.studio import Studio, embedded_backbones, shipped_tuning
     from ttd_plugins.engine import TTDOptions
 
     changes = {"rule": rule, "threshold": threshold}
@@ -74,7 +75,8 @@ def command(
     )
     if names is None:
         names = list(sources) or sorted(embedded_backbones(), key=lambda name: name != image_maps.DEFAULT_BACKBONE)
-    studio = Studio(list(dict.fromkeys([*names, *sources])), sources, options=options, device=device)
+    names = list(dict.fromkeys([*names, *sources]))
+    studio = Studio(names, shipped_tuning(names) | sources, options=options, device=device)
     serve(studio, host=host, port=port, browser=not no_browser, allow_hosts=allow_host or (), announce=typer.echo)
 
 

@@ -1,4 +1,4 @@
-"""``ttd eval``: the paper's three protocols on annotated data sets."""
+"""``ttd eval``: the paper's three protocols, multi-label classification, and retrieval on plain pairs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ import typer
 
 from ttd_plugins.cli import image_maps
 from ttd_plugins.cli.config_flags import ConfigFlag, flags_of, nested, print_json, with_flags
+from ttd_plugins.cli.train import PAIR_COLUMNS
 from ttd_plugins.errors import InputError, choices_sentence
-from ttd_plugins.evaluation.protocol_options import SEGMENT_PRESETS, TAG_PRESETS, TEXT_PRESETS
+from ttd_plugins.evaluation.protocol_options import (
+    CLASSIFY_PRESETS,
+    RETRIEVAL_PRESETS,
+    SEGMENT_PRESETS,
+    TAG_PRESETS,
+    TEXT_PRESETS,
+)
 from ttd_plugins.utils.configuration import from_mapping, plain_values
 from ttd_plugins.utils.settings import flatten
 
@@ -25,8 +32,27 @@ SegmentationDataOption = Annotated[
     str,
     typer.Option(
         "--data",
-        help="voc, coco_object, context59, context60, ade20k, cityscapes, coco_stuff or coco_panoptic.",
+        help="voc, coco_object, context59, context60, ade20k, cityscapes, coco_stuff or coco_panoptic; or folder: "
+        "images, masks and a list of classes of your own.",
         show_default=False,
+    ),
+]
+LabelDataOption = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="voc2007, voc2012, coco or nus_wide; or table: images and labels of your own; or any data set of "
+        "`ttd eval segment`, whose masks show which classes an image has.",
+        show_default=False,
+    ),
+]
+ClassesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--classes",
+        metavar="NAME or FILE",
+        help="Other classes, drawn from the data set's own: a known list, such as voc or coco_things, or a file; see "
+        "docs/evaluation.md.",
     ),
 ]
 PresetOption = Annotated[str, typer.Option("--preset", help="Named settings; the flags below change single ones.")]
@@ -122,6 +148,10 @@ def segment(
     out: OutOption = None,
     split: SplitOption = None,
     limit: LimitOption = None,
+    classes: ClassesOption = None,
+    ignore: Annotated[
+        int | None, typer.Option("--ignore", help="Mask value without a label, for --data folder.  [default: 255]")
+    ] = None,
     rank: RankOption = None,
     world: WorldOption = None,
     device: image_maps.DeviceOption = None,
@@ -137,14 +167,105 @@ def segment(
     from ttd_plugins.evaluation.protocols import evaluate_segment
 
     options = _options(SEGMENT_PRESETS, preset, given)
-    reader = open_segmentation(data, root, **_without_none(split=split, limit=limit))
+    reader = open_segmentation(data, root, **_without_none(split=split, limit=limit, classes=classes, ignore=ignore))
     _run(
         lambda adapter, **more: evaluate_segment(adapter, reader, options, **more),
         backbone, backbone_option, device, out, rank, world, as_json, preset,
     )  # fmt: skip
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"tags": tags, "text": text, "segment": segment}
+@with_flags(_flags(CLASSIFY_PRESETS))
+def classify(
+    root: Annotated[Path, typer.Argument(help="Folder of the data set, or the table.", show_default=False)],
+    data: LabelDataOption,
+    backbone: image_maps.BackboneOption = image_maps.DEFAULT_BACKBONE,
+    backbone_option: image_maps.BackboneSettings = None,
+    preset: PresetOption = "paper",
+    out: OutOption = None,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", help="Split of the data set; for a table a value of its column split."),
+    ] = None,
+    limit: LimitOption = None,
+    classes: ClassesOption = None,
+    images: Annotated[
+        Path | None, typer.Option("--images", help="Folder that relative paths of a table start from.")
+    ] = None,
+    image_column: Annotated[
+        str | None, typer.Option("--image-column", help="Column of image paths of a table.")
+    ] = None,
+    label_column: Annotated[str | None, typer.Option("--label-column", help="Column of labels of a table.")] = None,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Leave out images of nus_wide or a table that are missing.")
+    ] = False,
+    rank: RankOption = None,
+    world: WorldOption = None,
+    device: image_maps.DeviceOption = None,
+    as_json: JsonOption = False,
+    *,
+    given: dict[str, Any],
+) -> None:
+    """Measure multi-label classification by the names of classes.
+
+    Scores: the nearest patch (pixel), the pooled embedding (image), and the mean of both (combined).
+    """
+    from ttd_plugins.evaluation.datasets import open_labels
+    from ttd_plugins.evaluation.protocols import evaluate_classify
+
+    options = _options(CLASSIFY_PRESETS, preset, given)
+    of_table = _without_none(
+        images=images, image_column=image_column, label_column=label_column, skip_missing=skip_missing or None
+    )
+    reader = open_labels(data, root, **_without_none(split=split, limit=limit, classes=classes), **of_table)
+    _run(
+        lambda adapter, **more: evaluate_classify(adapter, reader, options, **more),
+        backbone, backbone_option, device, out, rank, world, as_json, preset,
+    )  # fmt: skip
+
+
+@with_flags([*_flags(RETRIEVAL_PRESETS), *PAIR_COLUMNS])
+def retrieval(
+    pairs: Annotated[str, typer.Argument(help="Folder, table, COCO JSON, shards or hf:NAME.", show_default=False)],
+    backbone: image_maps.BackboneOption = image_maps.DEFAULT_BACKBONE,
+    backbone_option: image_maps.BackboneSettings = None,
+    preset: PresetOption = "paper",
+    out: OutOption = None,
+    split: Annotated[str | None, typer.Option("--split", help="Split of the pairs, if their layout has some.")] = None,
+    limit: LimitOption = None,
+    rank: RankOption = None,
+    world: WorldOption = None,
+    allow_pipe: image_maps.AllowPipeOption = False,
+    device: image_maps.DeviceOption = None,
+    as_json: JsonOption = False,
+    *,
+    given: dict[str, Any],
+) -> None:
+    """Measure image-text retrieval on pairs without annotations.
+
+    R@1, R@5 and R@10 in both directions, with all captions of an image, and the contrastive loss of held-out pairs.
+    """
+    from ttd_plugins.data.shard_urls import allow_pipe as pipe_permission
+    from ttd_plugins.evaluation.datasets import PlainPairs
+    from ttd_plugins.evaluation.protocols import evaluate_retrieval
+
+    columns = {flag.path: given.pop(flag.path) for flag in PAIR_COLUMNS if flag.path in given}
+    options = _options(RETRIEVAL_PRESETS, preset, given)
+    more = {path.rpartition(".")[2]: value for path, value in columns.items()}
+    with pipe_permission(allow_pipe):
+        reader = PlainPairs(pairs, **_without_none(split=split, limit=limit), **more)
+    _run(
+        lambda adapter, **more: evaluate_retrieval(adapter, reader, options, **more),
+        backbone, backbone_option, device, out, rank, world, as_json, preset,
+    )  # fmt: skip
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "tags": tags,
+    "text": text,
+    "segment": segment,
+    "classify": classify,
+    "retrieval": retrieval,
+}
 
 
 def _without_none(**values: Any) -> dict[str, Any]:
@@ -157,7 +278,8 @@ def _options(presets: dict[str, Any], preset: str, given: dict[str, Any]) -> Any
         raise InputError(choices_sentence("preset", preset, presets))
     values = plain_values(presets[preset])
     changes = nested(given)
-    values["dense"] |= changes.pop("dense", {})
+    for section in (name for name in tuple(changes) if isinstance(values.get(name), dict)):
+        values[section] |= changes.pop(section)
     return from_mapping(type(presets[preset]), values | changes, "the flags")
 
 
@@ -205,12 +327,16 @@ def print_result(result: EvaluationResult, preset: str) -> None:
     console = Console(highlight=False, soft_wrap=True)
     settings = content["settings"]
     if content["figures"] is not None:
+        figures = dict(content["figures"])
+        classes = figures.pop("classes", {}) if content["protocol"] == "classify" else {}
         table = Table(box=SIMPLE, title=f"{settings['backbone']['name']} on {settings['data']['name']}")
         table.add_column("metric")
         table.add_column("", justify="right")
-        for name, value in flatten(content["figures"]).items():
+        for name, value in flatten(figures).items():
             table.add_row(name, _number(value))
         console.print(table)
+        if classes:
+            console.print(_class_table(classes))
     console.print(f"settings (preset {preset}):", markup=False)
     for name, value in flatten({key: value for key, value in settings.items() if key != "names"}).items():
         console.print(f"  {name}: {json.dumps(value)}", markup=False)
@@ -221,6 +347,22 @@ def print_result(result: EvaluationResult, preset: str) -> None:
         console.print("other processes are not done; the last one writes results.json, or run this command again")
     elif content["path"]:
         console.print(f"results: {content['path']}", markup=False)
+
+
+def _class_table(classes: dict[str, dict[str, Any]]) -> Any:
+    """Return a table of the classes that occur, the worst average precision of the pixel score last."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    occur = {name: row for name, row in classes.items() if row["positives"]}
+    columns = list(next(iter(occur.values()), {}))
+    table = Table(box=SIMPLE)
+    table.add_column("class")
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
+    for name, row in sorted(occur.items(), key=lambda item: -item[1]["ap_pixel"]):
+        table.add_row(name, *(_number(row[column]) for column in columns))
+    return table
 
 
 def _number(value: Any) -> str:

@@ -35,13 +35,29 @@ def command(
             "state dict alone.",
         ),
     ] = "native",
-    step: Annotated[int | None, typer.Option("--step", help="Step of the checkpoint.  [default: the last]")] = None,
-    lora_scale: Annotated[
-        float,
+    step: Annotated[
+        str | None,
         typer.Option(
-            "--lora-scale", help="Factor of LoRA: 1 is as trained; less keeps more of the original model, 0 all of it."
+            "--step",
+            metavar="STEP",
+            help="Step of the checkpoint, or best: the best by the run's --best.  [default: the last]",
         ),
-    ] = 1.0,
+    ] = None,
+    lora_scale: Annotated[
+        float | None,
+        typer.Option(
+            "--lora-scale",
+            help="Factor of LoRA: 1 is as trained; less keeps more of the original model, 0 all of it.  [default: the "
+            "run's --lora-scale]",
+        ),
+    ] = None,
+    averaged: Annotated[
+        bool,
+        typer.Option(
+            "--averaged/--not-averaged",
+            help="Export the moving average of the weights, where the run has --weight-ema.",
+        ),
+    ] = True,
     backbone: Annotated[
         str | None,
         typer.Option("--backbone", help=f"Instead of a run, a backbone as it is: {image_maps.BACKBONE_FORMS}"),
@@ -87,7 +103,13 @@ def command(
     if repository is not None:
         # Before anything slow, so that a missing token is reported at once.
         check_push(repository, private=private)
-    more: dict[str, Any] = {"form": form, "lora_scale": lora_scale, "licence": licence, "repository": repository}
+    more: dict[str, Any] = {
+        "form": form,
+        "lora_scale": lora_scale,
+        "averaged": averaged,
+        "licence": licence,
+        "repository": repository,
+    }
     with nullcontext() if out is not None else TemporaryDirectory(prefix="ttd-export-") as temporary:
         folder = out if out is not None else Path(str(temporary)) / "export"
         if backbone is not None:
@@ -95,6 +117,8 @@ def command(
         else:
             assert run is not None
             done = export_run(run, folder, step=step, **more)
+            if lora_scale is None and not as_json:
+                _say_scale(run)
         # Before the push, so that the folder is known if that fails.
         if out is not None and not as_json:
             print_export(done)
@@ -104,6 +128,16 @@ def command(
         typer.echo(json.dumps(answer | ({} if pushed is None else {"pushed": asdict(pushed)}), indent=2))
     elif pushed is not None:
         print_pushed(pushed, done)
+
+
+def _say_scale(run: Path) -> None:
+    """Say by how much the run itself scales its LoRA."""
+    from ttd_plugins.backbone_sources import split_step
+    from ttd_plugins.training.config import TrainConfig
+
+    scale = TrainConfig.read(split_step(run)[0] / "config.yaml").towers.lora_scale
+    if scale != 1:
+        typer.echo(f"LoRA is scaled by {scale:g}, as in the run; --lora-scale 1 exports it as trained")
 
 
 def print_pushed(pushed: Pushed, done: Exported) -> None:

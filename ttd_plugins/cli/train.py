@@ -97,6 +97,8 @@ def print_summary(result: TrainResult) -> None:
         typer.echo(f"warning: {warning}")
     if result.diverged is not None:
         typer.echo(f"warning: {result.diverged}")
+    for note in result.notes:
+        typer.echo(f"note: {note}")
     for path, meaning in (
         (result.checkpoint, "the tuned weights, and the state for --resume"),
         (result.folder / "log.jsonl", "the metrics of every logged step"),
@@ -114,6 +116,7 @@ MEANINGS = {
     "tag": "L_tag: tag maps against their own targets",
     "distill": "L_distill: caption map against the union of its tag maps",
     "contrastive": "the backbone's own loss, which keeps retrieval",
+    "anchor": "distance to the frozen model",
     "tags_per_caption": "candidate tags",
     "selected_per_caption": "selected tags",
     "caption_map_spread": "max - min of a caption map; near zero means collapse",

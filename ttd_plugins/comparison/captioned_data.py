@@ -12,9 +12,9 @@ import numpy as np
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.comparison.data_interface import Curve, Measurement, Sample, finite_or_none
 from ttd_plugins.comparison.metric_definitions import CAPTION_METRICS, ZERO_SHOT
-from ttd_plugins.comparison.options import SCENES, CompareOptions
+from ttd_plugins.comparison.options import CompareOptions
 from ttd_plugins.comparison.results import Metric
-from ttd_plugins.errors import InputError, choices_sentence
+from ttd_plugins.errors import InputError
 from ttd_plugins.options import TTDOptions
 from ttd_plugins.utils.progress import Stage
 
@@ -30,6 +30,7 @@ class CaptionedData:
 
     metrics: tuple[Metric, ...] = CAPTION_METRICS
     attribution = ""
+    trade_off = ("caption_iou", "retrieval_r1")
 
     def __init__(self, options: CompareOptions) -> None:
         """Open the data set and the pairs.
@@ -37,24 +38,37 @@ class CaptionedData:
         Raises:
             InputError, DatasetError: the data set or the pairs are unknown, missing or incomplete.
         """
-        from ttd_plugins.evaluation.captioned_images import as_trained, open_labelled, preset_protocols
-        from ttd_plugins.evaluation.datasets import CAPTIONS
-
         self.options = options
-        if options.data not in CAPTIONS:
-            raise InputError(choices_sentence("data set", options.data, [SCENES, *CAPTIONS]))
-        if options.root is None:
-            raise InputError(f"name the folder of {options.data} (--root)")
-        self.tags, self.text = as_trained(preset_protocols(options.preset), options.ttd)
         if options.tune and options.pairs is None:
             raise InputError("name the pairs to fine-tune on (--pairs), or turn fine-tuning off (--no-tune)")
-        self.reader = open_labelled(options.data, options.root, limit=options.limit, split=options.split)
-        if self.reader.classes:
-            self.metrics = (*CAPTION_METRICS, ZERO_SHOT)
+        self.reader = self.open_reader()
         if options.tune and options.pairs is not None:
             from ttd_plugins.data import open_pairs
 
             open_pairs(options.pairs)
+
+    def open_reader(self) -> Any:
+        """Open and check the data, and prepare the options of the protocols."""
+        from ttd_plugins.evaluation.captioned_images import as_trained, open_labelled, preset_protocols
+
+        self.tags, self.text = as_trained(preset_protocols(self.options.preset), self.options.ttd)
+        reader = open_labelled(*self.place(), limit=self.options.limit, split=self.options.split)
+        if reader.classes:
+            self.metrics = (*CAPTION_METRICS, ZERO_SHOT)
+        return reader
+
+    def place(self) -> tuple[str, str]:
+        """Return the name of the data set and its folder: ``data`` and ``root``, or ``data`` as ``NAME:FOLDER``.
+
+        Raises:
+            InputError: there is no folder, or there are two.
+        """
+        name, _, inside = self.options.data.partition(":")
+        if inside and self.options.root is not None:
+            raise InputError(f"--data {self.options.data} names its folder; leave --root out")
+        if not inside and self.options.root is None:
+            raise InputError(f"name the folder of {name} (--root)")
+        return name, inside or str(self.options.root)
 
     @property
     def learning_rate(self) -> float:

@@ -64,6 +64,10 @@ class ComparisonData(Protocol):
         """The columns of the table."""
 
     @property
+    def trade_off(self) -> tuple[str, str]:
+        """Keys of the metric that TTD should raise, and of the one that it may cost."""
+
+    @property
     def attribution(self) -> str:
         """Authors of the images, or ""."""
 
@@ -93,7 +97,10 @@ class ComparisonData(Protocol):
         """
 
     def samples(self, count: int) -> Iterator[Sample]:
-        """Yield the first images with two or more true tags, among the first ``count`` of the test set."""
+        """Yield images for the gallery, among the first ``count`` of the test set.
+
+        With masks they are those with two or more true tags.
+        """
 
 
 def finite_or_none(value: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""The demo: a comparison of one small backbone on scenes with one seed, with heat maps of its gallery."""
+"""The demo: photographs before and after TTD, and a comparison of one small backbone on scenes with one seed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from ttd_plugins.backbone_sources import check_backbone, load_tuned, open_backbo
 from ttd_plugins.comparison.data import open_data
 from ttd_plugins.comparison.experiment_record import ADVICE, ExperimentRecord, versions
 from ttd_plugins.comparison.options import CompareOptions
-from ttd_plugins.comparison.results import ARMS, Arm, Comparison
-from ttd_plugins.comparison.running import COMPARISON_FOLDER, RESULTS, run_comparison_in
+from ttd_plugins.comparison.photographs import photograph_examples
+from ttd_plugins.comparison.results import ARMS, Arm, Comparison, PhotographExamples
+from ttd_plugins.comparison.running import COMPARISON_FOLDER, RESULTS, run_comparison_in, write_outputs
 from ttd_plugins.comparison.scene_data import SceneData
 from ttd_plugins.engine import TTD
 from ttd_plugins.reports.heatmaps import draw_maps
@@ -23,7 +24,7 @@ from ttd_plugins.utils.output_folder import output_folder
 from ttd_plugins.utils.progress import Stage, no_progress
 
 METRICS, HEATMAPS = "metrics.json", "heatmaps"
-LOSSES = ("tag", "distill", "contrastive")
+LOSSES = ("tag", "distill", "contrastive", "anchor")
 
 
 def demo_options(
@@ -44,7 +45,7 @@ def demo_options(
 def run_demo(
     out: Path, options: CompareOptions, *, stage: Stage = no_progress, command: str | None = None
 ) -> Comparison:
-    """Run the demo: a comparison, plus ``heatmaps/*.png`` and a short ``metrics.json``.
+    """Run the demo: a comparison with photographs in its report, ``heatmaps/*.png`` and a short ``metrics.json``.
 
     Args:
         out: folder for the results; it is created if it does not exist.
@@ -54,7 +55,7 @@ def run_demo(
 
     Raises:
         InputError: ``out`` cannot be written, or has the results of other options.
-        TTDError: the backbone cannot be loaded, or a package that draws scenes is not installed.
+        TTDError: a backbone cannot be loaded, or a package that draws scenes is not installed.
     """
     for name in options.backbones:
         check_backbone(name)
@@ -63,8 +64,13 @@ def run_demo(
         if (out / METRICS).exists() and not (out / RESULTS).exists():
             # A folder of version 0.1: same settings are run anew, and the results of other settings stay as they are.
             ExperimentRecord(out / METRICS, _settings(options))
+        # First, because they take seconds and the scenes take minutes.
+        photographs = photograph_examples(options=options.ttd, stage=stage)
         comparison = run_comparison_in(out, options, data, stage=stage, command=command)
+        comparison.photographs = photographs
+        write_outputs(out, comparison)
         content = {"settings": _settings(options), **_results(comparison, options.first_seed)}
+        content["photographs"] = _photographs(photographs)
         write_atomic(out / METRICS, json.dumps(content, indent=1) + "\n", advice=ADVICE)
         _draw_heatmaps(out, options, comparison, stage)
     return comparison
@@ -84,6 +90,18 @@ def _settings(options: CompareOptions) -> dict[str, Any]:
         "ttd": asdict(options.ttd),
         "versions": versions(),
     }
+
+
+def _photographs(photographs: PhotographExamples) -> list[dict[str, Any]]:
+    """What is shown of the photographs, with their metrics, as ``metrics.json`` stores them."""
+    return [
+        {"file": image.key, "caption": image.caption, "why": image.why}
+        | {
+            arm: {"caption_iou": view.iou, "tag_balance": photographs.balance[image.key][arm]}
+            for arm, view in image.views[photographs.before].items()
+        }
+        for image in photographs.images
+    ]
 
 
 def _results(comparison: Comparison, seed: int) -> dict[str, Any]:

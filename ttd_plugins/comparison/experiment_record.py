@@ -34,6 +34,10 @@ def versions() -> dict[str, str]:
     }
 
 
+ADDED_OPTIONS = ("anchor", "anchor_weight")
+"""Options of TTD that records of earlier releases lack; their defaults are what those releases did."""
+
+
 class ExperimentRecord:
     """A JSON file with the ``settings`` of an experiment and its results, and a folder ``weights`` beside it.
 
@@ -117,11 +121,12 @@ def _check_backbone_entry(name: str, entry: Any) -> None:
 
 
 def _with_current_names(settings: Any) -> Any:
-    """Rename old options of TTD in the settings of an earlier record."""
+    """Rename old options of TTD in the settings of an earlier record, and add those that it did not have."""
     if not isinstance(settings, dict) or not isinstance(settings.get("ttd"), dict):
         return settings
     renamed = renamed_fields(TTDOptions)
-    return settings | {"ttd": {renamed.get(key, key): value for key, value in settings["ttd"].items()}}
+    added = {name: getattr(TTDOptions(), name) for name in ADDED_OPTIONS}
+    return settings | {"ttd": added | {renamed.get(key, key): value for key, value in settings["ttd"].items()}}
 
 
 def save_trained_weights(file: Path, backbone: DenseAdapter, metadata: Mapping[str, str] | None = None) -> None:

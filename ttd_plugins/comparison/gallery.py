@@ -51,36 +51,43 @@ def compute_view(ttd: TTD, sample: Sample) -> View:
 def choose_gallery(samples: Sequence[Sample], views: Views, count: int) -> list[GalleryImage]:
     """Choose ``count`` images, evenly spaced in the ranking by gain, so that the best and the worst are included.
 
-    The gain is the Caption IoU after TTD minus that of the control, averaged over backbones. Without trained arms,
-    images are ranked by Caption IoU itself.
+    The gain is the Caption IoU after TTD minus that of the control, averaged over backbones; where there is no control,
+    minus that before. Without trained arms, images are ranked by Caption IoU itself. Images without masks are not
+    ranked, and shown in their order.
     """
-    ranking = _ranking(samples, views)
-    if not ranking or not count:
+    if not count or not views:
         return []
+    ranking = _ranking(samples, views)
+    if not ranking:
+        return [_gallery_image(samples[index], index, views, "") for index in range(min(count, len(samples)))]
     places = sorted(set(np.linspace(0, len(ranking) - 1, min(count, len(ranking))).round().astype(int).tolist()))
     if count == 1:
         places = [len(ranking) - 1]
-    trained = any("after" in by_arm for of_backbone in views.values() for by_arm in of_backbone)
+    arms = {arm for of_backbone in views.values() for by_arm in of_backbone for arm in by_arm}
     average = ", mean over backbones" if len(views) > 1 else ""
-    quantity = "gain in Caption IoU (after TTD minus control)" if trained else "Caption IoU"
+    quantity = "Caption IoU"
+    if "after" in arms:
+        quantity = f"gain in Caption IoU (after TTD minus {'control' if 'control' in arms else 'before'})"
     chosen = []
     for place in places:
         value, index = ranking[place]
-        sample = samples[index]
         rank = "largest" if place == 0 else "smallest" if place == len(ranking) - 1 else f"rank {place + 1} by"
-        chosen.append(
-            GalleryImage(
-                key=sample.key,
-                image=_shrunk(sample.image),
-                caption=sample.caption,
-                truth=_shrunk_masks(sample),
-                views={name: of_backbone[index] for name, of_backbone in views.items()},
-                why=f"{rank} {quantity} of {len(ranking)} images: {value:+.3f}{average}",
-                absent=tuple(sample.absent),
-                labels=_labels(sample, [of_backbone[index] for of_backbone in views.values()]),
-            )
-        )
+        why = f"{rank} {quantity} of {len(ranking)} images: {value:+.3f}{average}"
+        chosen.append(_gallery_image(samples[index], index, views, why))
     return chosen
+
+
+def _gallery_image(sample: Sample, index: int, views: Views, why: str) -> GalleryImage:
+    return GalleryImage(
+        key=sample.key,
+        image=_shrunk(sample.image),
+        caption=sample.caption,
+        truth=_shrunk_masks(sample),
+        views={name: of_backbone[index] for name, of_backbone in views.items()},
+        why=why,
+        absent=tuple(sample.absent),
+        labels=_labels(sample, [of_backbone[index] for of_backbone in views.values()]),
+    )
 
 
 def _labels(sample: Sample, views: Iterable[Mapping[Arm, View]]) -> dict[str, bool | None] | None:
@@ -99,7 +106,7 @@ def _ranking(samples: Sequence[Sample], views: Views) -> list[tuple[float, int]]
         for of_backbone in views.values():
             by_arm = of_backbone[index]
             last = by_arm["after" if "after" in by_arm else "before"].iou
-            first = by_arm["control"].iou if "control" in by_arm else 0.0
+            first = by_arm["control" if "control" in by_arm else "before"].iou if "after" in by_arm else 0.0
             if last is not None and first is not None:
                 values.append(last - first)
         if values:

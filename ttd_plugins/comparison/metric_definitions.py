@@ -81,3 +81,37 @@ CAPTION_METRICS = (
     Metric("retrieval_r5", "retrieval R@5", "higher", "Image-text retrieval at 5, mean of both directions."),
 )
 """Metrics of the protocols of tag selection and text-level segmentation."""
+
+SEGMENT_METRICS = (
+    Metric("miou", "mIoU", "higher", "Mean over classes of the IoU of predicted and true pixels."),
+    Metric("mfpr", "mFPR", "lower", "Mean over classes of the false-positive share of the union."),
+    Metric("mfnr", "mFNR", "lower", "Mean over classes of the false-negative share of the union."),
+    Metric("pixel_accuracy", "pixel accuracy", "higher", "Share of labelled pixels with the right class."),
+    ZERO_SHOT,
+)
+"""Metrics of open-vocabulary segmentation."""
+
+LABEL_METRICS = (
+    Metric("label_map", "mAP", "higher", "Mean over classes of the average precision of the pixel score."),
+    Metric("label_map_combined", "mAP, combined score", "higher", "The same for the mean of pixel and image score."),
+    Metric("label_f1", "label F1", "higher", "F1 of the classes selected by the pixel score, over all images."),
+    Metric("label_class_f1", "label F1, per class", "higher", "The same from the means over classes."),
+    Metric(
+        "label_map_image",
+        "mAP, image score",
+        "higher",
+        "Mean over classes of the average precision of the pooled image embedding; fine-tuning may lower it.",
+    ),
+)
+"""Metrics of multi-label classification."""
+
+PAIR_METRICS = (
+    RETRIEVAL_R1,
+    Metric("retrieval_r5", "retrieval R@5", "higher", "Image-text retrieval at 5, mean of both directions."),
+    Metric("image_to_text_r1", "image to text R@1", "higher", "Share of images whose nearest caption is their own."),
+    Metric("text_to_image_r1", "text to image R@1", "higher", "Share of captions whose nearest image is theirs."),
+    Metric("loss_contrastive", "validation loss", "lower", "The backbone's own contrastive loss on held-out pairs."),
+    Metric("loss_tag", "L_tag", None, "L_tag on the held-out pairs; low in a collapse too."),
+    Metric("loss_distill", "L_distill", None, "L_distill on the held-out pairs; low in a collapse too."),
+)
+"""Metrics of held-out pairs."""

@@ -19,6 +19,8 @@ ARMS: tuple[Arm, ...] = ("before", "control", "after")
 """Backbone as loaded; trained by the contrastive term alone for the same steps; trained by TTD."""
 SCENES = "scenes"
 """Name of the generated scenes among the data sets."""
+PAIRS = "pairs"
+"""Name of image-text pairs without annotations among the data sets."""
 
 
 @configuration()
@@ -32,9 +34,18 @@ class CompareOptions:
     backbones: Annotated[
         tuple[str, ...], option("Names for open_backbone() of ttd_plugins.backbone_sources, in the table's order.")
     ]
-    data: Annotated[Text, option("Data: scenes, or the data set coco_captions or cc3m_tagmask.")] = SCENES
-    root: Annotated[Path | None, option("Folder of the data set.")] = None
+    data: Annotated[
+        Text,
+        option(
+            "Data: scenes; a data set of `ttd eval tags`, segment or classify, such as coco_captions, folder or table; "
+            "or pairs. NAME:FOLDER names the folder too."
+        ),
+    ] = SCENES
+    root: Annotated[Path | None, option("Folder of the data set; for pairs the held-out pairs.")] = None
     split: Annotated[Text | None, option("Split of the data set; null means the data set's default.")] = None
+    classes: Annotated[
+        Text | None, option("List of classes drawn from those of a data set, as `ttd eval segment --classes`.")
+    ] = None
     pairs: Annotated[
         Text | None, option("Image-text pairs to train on beside a data set, as `ttd train --data` accepts them.")
     ] = None

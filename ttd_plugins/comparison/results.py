@@ -146,6 +146,50 @@ class GalleryImage:
     labels: Mapping[str, bool | None] | None = None
 
 
+@dataclass(frozen=True)
+class PhotographEvidence:
+    """What the LoRA for photographs was trained on, and what it changes on photographs that were not in its training.
+
+    Attributes:
+        seeds: seeds over which the metrics are averaged; the LoRA is that of the first.
+        steps: optimizer steps of its training.
+        photographs: photographs in its training.
+        captions: their captions.
+        validation: photographs that are measured.
+        metrics: label to the values before, of the control, and after TTD.
+    """
+
+    seeds: int
+    steps: int
+    photographs: int
+    captions: int
+    validation: int
+    metrics: Mapping[str, Mapping[Arm, float]]
+
+
+@dataclass(frozen=True)
+class PhotographExamples:
+    """Photographs of the package before and after TTD, which a report shows before its metrics.
+
+    Attributes:
+        before: name of the backbone before TTD.
+        after: its name after TTD.
+        images: photographs with the views ``before`` and ``after`` of the backbone ``before``; the first one is shown
+            large. Their keys are file names of the package, without suffix.
+        balance: key of an image to its tag balance in each arm: the mean of the caption map inside the weakest true tag
+            over that inside the strongest; 1 is even.
+        chosen: how they were chosen, in sentences.
+        evidence: what the LoRA was trained on, and its metrics.
+    """
+
+    before: str
+    after: str
+    images: Sequence[GalleryImage]
+    balance: Mapping[str, Mapping[Arm, float]]
+    chosen: str
+    evidence: PhotographEvidence
+
+
 @dataclass
 class Comparison:
     """A finished comparison.
@@ -159,6 +203,7 @@ class Comparison:
         trade_off: keys of the two metrics of the trade-off plot: the one TTD should raise, and the one it may cost.
         attribution: authors of the images, or "".
         failures: name of each backbone that failed to the reason, in one sentence; it has no row.
+        photographs: photographs that the report shows first; ``None`` in a comparison without them.
     """
 
     settings: dict[str, Any]
@@ -168,6 +213,7 @@ class Comparison:
     trade_off: tuple[str, str] = ("caption_iou", "retrieval_r1")
     attribution: str = ""
     failures: Mapping[str, str] = field(default_factory=dict)
+    photographs: PhotographExamples | None = None
 
     figures = RenamedAttribute("metrics")
 

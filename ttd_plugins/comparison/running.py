@@ -70,8 +70,9 @@ def compare(
         backbones: one or more names for :func:`ttd_plugins.backbone_sources.open_backbone`: ``family:model@weights``,
             the folder of a run, or a name and the path of trained weights joined by ``+``.
         out: folder for the results; it is created if it does not exist.
-        data: ``"scenes"``, or a captioned data set with masks (``"coco_captions"``, ``"cc3m_tagmask"``) in the folder
-            ``root``, with image-text ``pairs`` for fine-tuning.
+        data: ``"scenes"``; or a data set in the folder ``root``, with image-text ``pairs`` for fine-tuning: captions
+            with masks (``"coco_captions"``, ``"cc3m_tagmask"``), masks (``"voc"``, ``"folder"``, ...), labels
+            (``"coco"``, ``"table"``, ...), or held-out ``"pairs"``.
         seeds: number of seeds, from ``first_seed`` on.
         steps: optimizer steps of each fine-tuning.
         tune: whether to fine-tune; otherwise backbones are measured as loaded.
@@ -122,21 +123,21 @@ def run_comparison(
         check_backbone(name)
     data = open_data(options)
     with output_folder(out, COMPARISON_FOLDER):
-        return run_comparison_in(out, options, data, stage=stage, command=command)
+        comparison = run_comparison_in(out, options, data, stage=stage, command=command)
+        write_outputs(out, comparison)
+        return comparison
 
 
 def run_comparison_in(
     out: Path, options: CompareOptions, data: ComparisonData, *, stage: Stage, command: str | None
 ) -> Comparison:
-    """Do the work of :func:`run_comparison` in a folder that the caller has locked."""
+    """Run a comparison in a folder that the caller has locked; :func:`write_outputs` writes what it returns."""
     run = _ComparisonRun(out, options, data, stage, command)
     for sentence in data.warnings():
         log.warning("%s", sentence)
     run.describe_backbones()
     run.run_arms()
-    comparison = run.comparison()
-    write_outputs(out, comparison)
-    return comparison
+    return run.comparison()
 
 
 def _is_earlier_comparison(folder: Path) -> bool:
@@ -190,9 +191,11 @@ class _ComparisonRun:
         settings = asdict(self.options)
         # The number of processes changes no result.
         del settings["jobs"]
-        # Records up to version 0.1 have no first seed.
+        # Records up to version 0.1 have no first seed, and earlier ones no list of classes.
         if not self.options.first_seed:
             del settings["first_seed"]
+        if self.options.classes is None:
+            del settings["classes"]
         root = None if self.options.root is None else str(self.options.root)
         return settings | {"root": root, "data": self.data.describe(), "versions": versions()}
 
@@ -224,6 +227,8 @@ class _ComparisonRun:
         }
         if backbone.tuned_from is not None:
             about["tuned_from"] = backbone.tuned_from.as_dict()
+        if description.positions != "library":
+            about["positions"] = description.positions
         content = self._content(name)
         # Records of earlier releases do not name the run.
         if content["about"] and any(about.get(key) != value for key, value in content["about"].items()):
@@ -368,6 +373,7 @@ class _ComparisonRun:
             metrics=self.data.metrics,
             backbones=[self._result(name) for name in names],
             gallery=gallery,
+            trade_off=self.data.trade_off,
             attribution=self.data.attribution,
             failures=dict(self.failures),
         )

@@ -33,6 +33,7 @@ class SceneData:
     """Scenes of the backbone's input size; each set of scenes is generated once per size."""
 
     metrics = SCENE_METRICS
+    trade_off = ("caption_iou", "retrieval_r1")
     attribution = ATTRIBUTION
 
     def __init__(self, options: CompareOptions) -> None:

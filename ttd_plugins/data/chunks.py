@@ -206,7 +206,7 @@ class ChunkReader:
                         blamed = sample
                         choice, caption = wanted, _caption(raw, wanted)
                         blamed = raw.key
-                    image = _image(raw)
+                    image = decode_image(raw)
                 except (BadPairError, InputError) as error:
                     chunk.skipped.append((blamed, str(error)))
                     continue
@@ -328,7 +328,12 @@ def _caption(raw: RawPair, number: int) -> str:
     return usable_caption(raw.captions[number])
 
 
-def _image(raw: RawPair) -> Any:
+def decode_image(raw: RawPair) -> Any:
+    """Return the RGB image of a pair.
+
+    Raises:
+        BadPairError, InputError: there is none, or it cannot be decoded.
+    """
     if raw.image is None:
         raise BadPairError("the image is missing")
     source = raw.image.read() if isinstance(raw.image, TarSlice) else raw.image

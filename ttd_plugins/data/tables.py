@@ -73,16 +73,16 @@ class TablePairs(MapSource):
         table: Table | None = None,
     ) -> None:
         self.name = str(file)
-        columns, ahead = _open_table(file, fields or Fields(), delimiter, table)
+        columns, ahead = open_table(file, fields or Fields(), delimiter, table)
         image, caption, tags = _choose_columns(file, columns, fields or Fields(), ahead)
-        self.images = images or _images_of(file, ahead.paths(image))
+        self.images = images or folder_of_images(file, ahead.paths(image))
         groups: dict[str, int] = {}
         places: list[int] = []
         texts: list[Text] = []
         tag_texts: dict[int, str] = {}
         self._problems: dict[int, str] = {}
         for number, cells, wrong in ahead:
-            path = "" if cells is None else _path(cells.get(image))
+            path = "" if cells is None else image_path_of(cells.get(image))
             if not path:
                 group = groups.setdefault(f"{file.name}:row {number}", len(groups))
                 self._problems[group] = wrong or f"row {number} has no path in column {image!r}"
@@ -133,7 +133,7 @@ class TablePairs(MapSource):
         return np.diff(self._starts)
 
 
-def _path(value: Any) -> str:
+def image_path_of(value: Any) -> str:
     """Return the path of an image in a cell; empty if there is none."""
     if isinstance(value, bytes):
         value = value.decode("utf-8", "surrogateescape")
@@ -146,7 +146,7 @@ def _cell_captions(value: Any, *, plural: bool) -> list[Text]:
     return parse_captions(value)
 
 
-def _choose_columns(file: Path, columns: Sequence[str], fields: Fields, rows: _Rows) -> tuple[str, str, str | None]:
+def _choose_columns(file: Path, columns: Sequence[str], fields: Fields, rows: TableRows) -> tuple[str, str, str | None]:
     lowered = {column.lower(): column for column in reversed(columns)}
 
     def choose(given: str | None, usual: Iterable[str], what: str) -> str | None:
@@ -183,7 +183,7 @@ def _choose_columns(file: Path, columns: Sequence[str], fields: Fields, rows: _R
     return image, caption, tags
 
 
-class _Rows:
+class TableRows:
     """Rows of a table whose first rows are read ahead, to identify columns."""
 
     def __init__(self, rows: Iterator[Row], ahead: int = 20) -> None:
@@ -196,14 +196,14 @@ class _Rows:
 
     def paths(self, column: str) -> list[str]:
         """Return the paths in the first rows."""
-        return [path for _, cells, _ in self._first if cells and (path := _path(cells.get(column)))]
+        return [path for _, cells, _ in self._first if cells and (path := image_path_of(cells.get(column)))]
 
     def looks_like_url(self, column: str) -> bool:
         values = self.paths(column)
         return bool(values) and all(value.startswith(("http://", "https://")) for value in values)
 
 
-def _images_of(file: Path, paths: Sequence[str]) -> Path:
+def folder_of_images(file: Path, paths: Sequence[str]) -> Path:
     """Return the folder of a table's relative paths: its own, or the one near it that contains the images."""
     if any(os.path.isfile(file.parent / path) for path in paths):
         return file.parent
@@ -211,7 +211,13 @@ def _images_of(file: Path, paths: Sequence[str]) -> Path:
     return found or file.parent
 
 
-def _open_table(file: Path, fields: Fields, delimiter: str | None, table: Table | None) -> tuple[list[str], _Rows]:
+def open_table(file: Path, fields: Fields, delimiter: str | None, table: Table | None) -> tuple[list[str], TableRows]:
+    """Return the columns of a table and its rows, in any of :data:`TABLE_SUFFIXES`.
+
+    Raises:
+        InputError: the table cannot be read or is empty.
+        MissingDependencyError: pyarrow, needed for Parquet, is not installed.
+    """
     suffix = file.suffix.lower()
     if table is not None:
         columns, rows = table
@@ -221,7 +227,7 @@ def _open_table(file: Path, fields: Fields, delimiter: str | None, table: Table 
         columns, rows = _json_lines(file)
     else:
         columns, rows = _delimited(file, fields, delimiter)
-    return columns, _Rows(rows)
+    return columns, TableRows(rows)
 
 
 def _parquet(file: Path) -> Table:

@@ -18,6 +18,8 @@ WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "ttd.json"
 INDEX_FILE = "model.safetensors.index.json"
+LORA_FOLDER = "lora"
+"""Folder within that of a model, with LoRA that was trained with TTD, in the format of ``save_lora``."""
 MAX_SHARD = 4_000_000
 """Bytes of a file of weights, below the 4 MiB that reviews and mirrors of a repository accept without trouble."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -25,6 +26,7 @@ from ttd_plugins.evaluation.pamr import pamr
 from ttd_plugins.evaluation.protocol_options import DenseOptions, MapActivation
 from ttd_plugins.method import similarity
 from ttd_plugins.method.text_embeddings import encode_texts
+from ttd_plugins.options import Resampling
 from ttd_plugins.utils.deprecation import RenamedAttribute
 
 if TYPE_CHECKING:
@@ -117,6 +119,28 @@ def dense_features(
         pooled: whether to compute the pooled embedding too, which is always that of the whole image.
     """
     options = options or DenseOptions()
+    with resampling(adapter, options.positions):
+        return _dense_features(adapter, image, options, pooled)
+
+
+@contextmanager
+def resampling(adapter: DenseAdapter, positions: Resampling | None) -> Iterator[None]:
+    """Let an adapter resample its position embeddings as ``positions`` says within a ``with`` block.
+
+    ``None`` changes nothing, and neither does a value that the adapter does not support: a convolutional tower has no
+    position embeddings. The description states the resampling in use.
+    """
+    before = adapter.positions
+    if positions is not None and positions in adapter.resamplings:
+        adapter.positions = positions
+    try:
+        yield
+    finally:
+        if adapter.positions != before:
+            adapter.positions = before
+
+
+def _dense_features(adapter: DenseAdapter, image: Image, options: DenseOptions, pooled: bool) -> DenseFeatures:
     collected: list[tuple[Tensor, tuple[int, int]]] = []
     embeddings: list[Tensor] = []
     for scale in options.scales:

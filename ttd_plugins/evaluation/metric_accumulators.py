@@ -116,6 +116,36 @@ class AveragePrecisionAccumulator(MetricAccumulator):
         return metrics.average_precision(_array(states["scores"]), _array(states["labels"]))
 
 
+class MultiLabelAccumulator(MetricAccumulator):
+    """mAP and F1 of multi-label classification (:func:`metrics.multilabel_metrics`).
+
+    Args:
+        classes: C.
+    """
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+        super().__init__()
+
+    def initial(self) -> dict[str, NDArray[Any]]:
+        shape = (0, self.classes)
+        return {"scores": np.zeros(shape), "labels": np.zeros(shape, np.int8), "selected": np.zeros(shape, bool)}
+
+    def contribution(self, scores: Any, labels: Any, selected: Any) -> dict[str, State]:
+        """Collect images: float, int (1 shown, 0 not shown, -1 unknown) and bool ``[N, C]``."""
+        return {
+            "scores": _array(scores).astype(np.float64),
+            "labels": _array(labels).astype(np.int8),
+            "selected": _bools(selected),
+        }
+
+    def values(self, states: States) -> dict[str, Any]:
+        """Return the result of :func:`metrics.multilabel_metrics`."""
+        return metrics.multilabel_metrics(
+            _array(states["scores"]), _array(states["labels"]), _array(states["selected"])
+        )
+
+
 class CaptionOverlapAccumulator(MetricAccumulator):
     """Caption IoU, FPR and FNR, each the mean over captions (:func:`metrics.mean_overlap`). The three add up to one."""
 

@@ -104,6 +104,51 @@ def f1_score(selected: NDArray[np.bool_], labels: NDArray[np.bool_]) -> float:
     return selection_counts(selected, labels).f1
 
 
+def multilabel_metrics(
+    scores: NDArray[np.floating], labels: NDArray[np.integer], selected: NDArray[np.bool_]
+) -> dict[str, Any]:
+    """Return the metrics of multi-label classification.
+
+    Means over classes skip the classes without a positive image. Unknown labels are ignored.
+
+    Args:
+        scores: ``[N, C]``, higher for classes that an image more likely shows.
+        labels: ``[N, C]``: 1 shown, 0 not shown, -1 unknown.
+        selected: bool ``[N, C]``, the selected classes.
+
+    Returns:
+        ``map``, the mean over classes of the average precision (:func:`average_precision`) over images; the overall
+        ``precision``, ``recall`` and ``f1``, pooled over images and classes; ``class_precision`` and ``class_recall``,
+        the means over classes, and ``class_f1``, their harmonic mean; ``present``, the number of classes in the means;
+        and lists of C: ``ap``, ``precisions``, ``recalls``, ``f1s`` and ``positives``. NaN where nothing is positive.
+    """
+    counts, precisions = [], []
+    for column in range(scores.shape[1]):
+        known = labels[:, column] >= 0
+        own = labels[known, column] == 1
+        counts.append(selection_counts(selected[known, column], own))
+        precisions.append(average_precision(scores[known, column], own))
+    present = [place for place, value in enumerate(precisions) if not np.isnan(value)]
+    total = sum(counts, SelectionCounts())
+    nan = float("nan")
+    found: dict[str, Any] = {"map": float(np.mean([precisions[i] for i in present])) if present else nan}
+    for name in ("precision", "recall", "f1"):
+        found[name] = getattr(total, name) if present else nan
+    for name in ("precision", "recall"):
+        values = [getattr(counts[place], name) for place in present]
+        found[f"class_{name}"] = float(np.mean(values)) if values else nan
+    both = found["class_precision"] + found["class_recall"]
+    found["class_f1"] = 2 * found["class_precision"] * found["class_recall"] / both if both else 0.0
+    return found | {
+        "present": len(present),
+        "ap": precisions,
+        "precisions": [one.precision for one in counts],
+        "recalls": [one.recall for one in counts],
+        "f1s": [one.f1 for one in counts],
+        "positives": [one.true_positives + one.false_negatives for one in counts],
+    }
+
+
 @dataclass(frozen=True)
 class Overlap:
     """Three fractions of the union of a predicted and a true region, which add up to one (arXiv 2404.00384).

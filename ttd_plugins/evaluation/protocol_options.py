@@ -1,4 +1,4 @@
-"""Options of dense inference and of the paper's three protocols, and their presets.
+"""Options of dense inference and of the protocols, and their presets.
 
 This module imports neither torch nor numpy, so that the command line can build its flags from the options.
 """
@@ -9,7 +9,7 @@ from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ttd_plugins.errors import InputError
-from ttd_plugins.options import Calibration, Rule, check_threshold
+from ttd_plugins.options import Calibration, Resampling, Rule, TTDOptions, check_threshold
 from ttd_plugins.utils.configuration import Flag, Float, Int, Text, configuration, option
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ Resize = Literal["square", "short"]
 MapActivation = Literal["probability", "minmax", "cosine"]
 Background = Literal["constant", "auto", "words", "none"]
 TemplateSet = Literal["imagenet", "photo", "none"]
+ScoreActivation = Literal["softmax", "cosine", "probability"]
+LabelRule = Literal["minmax", "absolute", "top"]
 
 PAPER_SCALES = (1.0, 0.5, 1.5, 2.0)
 PAMR_ITERATIONS = 10
@@ -49,6 +51,10 @@ class DenseOptions:
         Int | None, option("Side of sliding windows in pixels; null means the whole image at once.", ge=1)
     ] = None
     stride: Annotated[Int | None, option("Step of the windows in pixels; null means half a window.", ge=1)] = None
+    positions: Annotated[
+        Resampling | None,
+        option("Resampling of position embeddings, where the backbone supports it; null means the backbone's setting."),
+    ] = None
     refine: Annotated[Flag, option("Refine maps with PAMR at the size of scale one.", flag="--pamr")] = False
     iterations: Annotated[Int, option("Iterations of PAMR.", flag="--pamr-iterations", ge=1)] = PAMR_ITERATIONS
     dilations: Annotated[tuple[Positive, ...], option("Dilations of PAMR.", flag="--pamr-dilations")] = PAMR_DILATIONS
@@ -74,7 +80,7 @@ class DenseOptions:
 
 
 def _paper_dense() -> DenseOptions:
-    return DenseOptions(size=448, scales=PAPER_SCALES, flip=True, refine=True)
+    return DenseOptions(size=448, scales=PAPER_SCALES, flip=True, positions="dino", refine=True)
 
 
 @configuration()
@@ -82,7 +88,7 @@ class TagProtocol:
     """How tags are scored and selected; the score of a tag is the maximum of its map, averaged over views."""
 
     dense: Annotated[DenseOptions, option("Views of an image.")] = field(
-        default_factory=lambda: DenseOptions(size=224, flip=True)
+        default_factory=lambda: DenseOptions(size=224, flip=True, positions="dino")
     )
     extractor: Annotated[Text, option("Tag extractor, see `ttd plugins`.", flag="--tags")] = "words"
     extractor_options: Annotated[dict[str, Any], option("Options of the tag extractor.", flag="--tags-option")] = field(
@@ -150,6 +156,54 @@ class SegmentProtocol:
     ] = None
 
 
+@configuration()
+class ClassifyProtocol:
+    """How the classes of an image are scored and selected in multi-label classification.
+
+    The score of a class is the best of its names. Activations, applied at every patch and to the pooled embedding:
+    ``"softmax"`` over the classes with the backbone's logit scale, as TagCLIP does (arXiv 2312.12828); ``"cosine"``;
+    ``"probability"``, the calibrated one. Rules: ``"minmax"`` selects what reaches the threshold after the scores of an
+    image are scaled to [0, 1], TagCLIP's relative threshold; ``"absolute"`` the score itself; ``"top"`` the ``top``
+    best classes of every image.
+    """
+
+    dense: Annotated[DenseOptions, option("Views of an image.")] = field(
+        default_factory=lambda: DenseOptions(size=448, flip=True)
+    )
+    activation: Annotated[ScoreActivation, option("What a cosine becomes before scores are compared.")] = "softmax"
+    templates: Annotated[TemplateSet, option("Templates of class names: imagenet (80), photo or none.")] = "imagenet"
+    aliases: Annotated[Flag, option("Use the usual aliases of a class; its score is the best of them.")] = True
+    background_words: Annotated[
+        tuple[Text, ...], option("Words that compete with the classes in the softmax, and are in no metric.")
+    ] = ()
+    rule: Annotated[LabelRule, option("Rule that turns scores into a selection.")] = "minmax"
+    threshold: Annotated[Float, option("Threshold of the selection rule.", ge=-1, le=1)] = 0.5
+    top: Annotated[Int, option("Number of classes of an image that the rule top selects.", ge=1)] = 3
+    calibration: Annotated[
+        Calibration | None, option("Map from cosine to probability; null means the backbone's own.")
+    ] = None
+
+
+@configuration()
+class RetrievalProtocol:
+    """How images and captions are embedded for retrieval, and which losses of held-out pairs are measured."""
+
+    size: Annotated[
+        Int | None,
+        option("Side in pixels of the whole image; null means the backbone's own evaluation preprocessing.", ge=1),
+    ] = None
+    template: Annotated[Text, option("Prompt around a caption, with {} for it.", flag="--caption-template")] = "{}"
+    losses: Annotated[Flag, option("Measure the losses of TTD on the pairs too.")] = False
+    batch: Annotated[
+        Int, option("Pairs in a batch of the contrastive loss, whose value depends on it.", flag="--loss-batch", ge=2)
+    ] = 64
+    ttd: Annotated[TTDOptions, option("Options of the losses.")] = field(default_factory=TTDOptions)
+
+    def __post_init__(self) -> None:
+        if self.template.count("{}") != 1:
+            raise InputError(f"the template {self.template!r} must contain {{}} once, where the caption goes")
+
+
 THRESHOLDS = {
     "voc": 0.40, "cityscapes": 0.40, "coco_stuff": 0.40, "coco_object": 0.45, "ade20k": 0.45, "context59": 0.45,
     "context60": 0.45,
@@ -172,8 +226,29 @@ SEGMENT_PRESETS: dict[str, SegmentProtocol] = {
     "paper": SegmentProtocol(),
     # TCL's own evaluation: short side 448, windows of 448 every 224 pixels, one scale, no flip.
     "tcl": SegmentProtocol(
-        dense=DenseOptions(size=448, resize="short", window=448, stride=224, refine=True), background="auto"
+        dense=DenseOptions(size=448, resize="short", window=448, stride=224, positions="bicubic", refine=True),
+        background="auto",
+    ),
+    # NACLIP's own evaluation: short side 336, windows of 224 every 112 pixels, no threshold.
+    "naclip": SegmentProtocol(
+        dense=DenseOptions(
+            size=336, resize="short", window=224, stride=112, positions="dino", refine=True, dilations=(8, 16)
+        ),
+        activation="cosine",
+        background="none",
     ),
     "fast": SegmentProtocol(dense=DenseOptions(size=224), templates="photo", background="auto"),
 }
 """``"paper"``: 448 pixels, scales 1, 0.5, 1.5, 2, flip, PAMR, 80 templates, a constant plane on every data set."""
+
+CLASSIFY_PRESETS: dict[str, ClassifyProtocol] = {
+    "paper": ClassifyProtocol(),
+    "fast": ClassifyProtocol(dense=DenseOptions(size=224), templates="photo"),
+}
+"""``"paper"``: 448 pixels, one scale, flip averaged, 80 templates, softmax over the classes as in TagCLIP."""
+
+RETRIEVAL_PRESETS: dict[str, RetrievalProtocol] = {
+    "paper": RetrievalProtocol(),
+    "fast": RetrievalProtocol(size=224),
+}
+"""``"paper"``: the backbone's own preprocessing, as for published results."""

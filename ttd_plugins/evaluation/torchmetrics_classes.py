@@ -85,6 +85,21 @@ class TagAveragePrecision(_AccumulatorMetric):
         self._add(scores, labels)
 
 
+class MultiLabelClassification(_AccumulatorMetric):
+    """``map``, ``f1``, ``class_f1`` and more of multi-label classification, and ``ap`` of each class (``[C]``).
+
+    Args:
+        classes: C.
+    """
+
+    def __init__(self, classes: int, **kwargs: Any) -> None:
+        super().__init__(accumulators.MultiLabelAccumulator(classes), **kwargs)
+
+    def update(self, scores: Any, labels: Any, selected: Any) -> None:
+        """Add images: float, int (1 shown, 0 not shown, -1 unknown) and bool ``[N, C]``."""
+        self._add(scores, labels, selected)
+
+
 class CaptionOverlap(_AccumulatorMetric):
     """Caption ``iou``, ``fpr`` and ``fnr``, each the mean over captions. The three add up to one."""
 

@@ -83,7 +83,10 @@ def _require_own(folder: Path, base: str) -> None:
 
 
 def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
-    """Add the LoRA that :func:`save_lora` wrote to the same backbone, bitwise and ready to be trained.
+    """Add a LoRA from a folder to its backbone, bitwise and ready to be trained.
+
+    The folder is one of :func:`save_lora`, or one that peft's ``save_pretrained`` wrote for the same model. peft's LoRA
+    may adapt fewer modules than :meth:`~ttd_plugins.adapter.DenseAdapter.lora_targets` names, and no others.
 
     Args:
         adapter: the backbone that it was trained on, in the same dense mode, without LoRA.
@@ -104,12 +107,17 @@ def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
         raise TTDError(
             f"{folder / CONFIG_FILE} describes more than plain LoRA ({', '.join(unsupported)}); load it with peft"
         )
-    names = {name.removeprefix(PREFIX) for name in tensors}
-    wrapped = {
-        tower: [t for t in adapter.lora_targets(tower) if any(name.startswith(f"{t}.lora_") for name in names)]
-        for tower in TOWERS
-    }
+    names = {name.removeprefix(PREFIX).partition(".lora_")[0] for name in tensors}
+    targets = {tower: list(adapter.lora_targets(tower)) for tower in TOWERS}
+    wrapped = {tower: [target for target in targets[tower] if target in names] for tower in TOWERS}
     towers: list[Tower] = [tower for tower in TOWERS if wrapped[tower]]
+    others = sorted(names - {target for named in wrapped.values() for target in named})
+    if towers and others:
+        raise TTDError(
+            f"{folder} holds LoRA for {len(others)} modules that {adapter.description.name} cannot adapt in the dense "
+            f"mode {adapter.description.dense_mode}, such as {others[0]}; load the backbone in the same dense mode as "
+            "it was trained in, or merge that LoRA with peft (merge_and_unload) and wrap the result"
+        )
     if not towers:
         raise TTDError(
             f"{folder} holds LoRA for none of the modules of {adapter.description.name}; load the backbone that it was "
@@ -117,13 +125,25 @@ def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
         )
     chosen = "|".join(re.escape(target) for tower in towers for target in wrapped[tower])
     # Names of the backbone, never an expression of the file.
-    modules = f"^({chosen})$" if content.get(PARTIAL) is True else None
+    only: str | None = f"^({chosen})$"
+    if content.get(PARTIAL) is not True:
+        if _is_own(content, adapter.description.model):
+            # All modules or an error: in another dense mode the backbone has other ones.
+            only = None
+        elif missing := sorted(_declared_targets(content, targets) - names):
+            raise TTDError(
+                f"{folder / WEIGHTS_FILE} lacks the LoRA of {len(missing)} modules that {CONFIG_FILE} declares, such "
+                f"as {missing[0]}; copy the folder again"
+            )
+    rank = int(content["r"])
+    # Rank-stabilised LoRA (arXiv 2312.03732) scales by alpha / sqrt(rank), and plain LoRA by alpha / rank.
+    stabilised = math.sqrt(rank) if content.get("use_rslora") is True else 1.0
     adapter.add_lora(
-        int(content["r"]),
-        alpha=content["lora_alpha"],
+        rank,
+        alpha=content["lora_alpha"] * stabilised if stabilised != 1 else content["lora_alpha"],
         dropout=content["lora_dropout"],
         towers=towers,
-        modules=modules,
+        modules=only,
     )
     handle = adapter._lora
     assert handle is not None
@@ -134,6 +154,32 @@ def load_lora(adapter: _BackboneT, folder: str | Path) -> _BackboneT:
         adapter._lora = None
         raise
     return adapter
+
+
+def _is_own(content: Mapping[str, Any], base: str) -> bool:
+    """Whether :func:`save_lora` wrote a configuration for the model ``base``: its expression lists full names."""
+    declared = content.get("target_modules")
+    if not isinstance(declared, str) or content.get("base_model_name_or_path") != base:
+        return False
+    return all(re.escape(re.sub(r"\\(.)", r"\1", name)) == name for name in declared.split("|"))
+
+
+def _declared_targets(content: Mapping[str, Any], targets: Mapping[Tower, list[str]]) -> set[str]:
+    """Return the targets of the backbone that a configuration of peft declares for certain.
+
+    peft matches the names of a list by their endings. Expressions of a file are not evaluated, so they declare none.
+    """
+    declared = content.get("target_modules")
+    narrowed = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    if not isinstance(declared, list) or any(content.get(name) is not None for name in narrowed):
+        return set()
+    endings = [name for name in declared if isinstance(name, str)]
+    return {
+        target
+        for named in targets.values()
+        for target in named
+        if any(target == name or target.endswith(f".{name}") for name in endings)
+    }
 
 
 def _require_backbone(adapter: object, who: str) -> None:
@@ -173,6 +219,6 @@ def _read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _unsupported_options(content: Mapping[str, Any]) -> list[str]:
     """Return the names of options that change what LoRA computes and that :func:`save_lora` never writes."""
     plain = {"bias": ("none", None), "init_lora_weights": (True, False, None)}
-    names = ("use_dora", "use_rslora", "lora_bias", "bias", "modules_to_save", "layer_replication", "target_parameters",
+    names = ("use_dora", "lora_bias", "bias", "modules_to_save", "layer_replication", "target_parameters",
              "trainable_token_indices", "fan_in_fan_out", "rank_pattern", "alpha_pattern")  # fmt: skip
     return [name for name in names if content.get(name) and content[name] not in plain.get(name, ())]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ttd_plugins.errors import InputError
 from ttd_plugins.method.similarity import minmax_normalize, normalize, promote
-from ttd_plugins.options import Activation, Calibration, Distance
+from ttd_plugins.options import Activation, Anchor, Calibration, Distance
 
 LogitForm = Literal["softmax", "sigmoid"]
 
@@ -75,6 +75,7 @@ def contrastive_loss(
     bias: Tensor | float | None = None,
     form: LogitForm = "softmax",
     groups: Tensor | None = None,
+    texts: Tensor | None = None,
 ) -> Tensor:
     """The backbone's own contrastive loss of a batch of pairs, in at least float32 even under autocast.
 
@@ -85,14 +86,14 @@ def contrastive_loss(
         bias: added to the logits.
         form: ``"softmax"``: the symmetric InfoNCE (arXiv 2103.00020); ``"sigmoid"``: the pairwise loss
             (arXiv 2303.15343), summed over a row and averaged over rows.
-        groups: int64 ``[B]``; pairs of one group have the same image, and are not negatives of each other.
+        groups: int64 ``[B]``, equal for pairs of the same image; by default all images differ.
+        texts: int64 ``[B]``, equal for pairs of the same caption; by default all captions differ. A caption of an image
+            is a negative of it in no other pair either; see :func:`false_negatives`.
 
     Returns:
         A scalar.
     """
-    siblings = None
-    if groups is not None:
-        siblings = (groups[:, None] == groups) & ~torch.eye(len(groups), dtype=torch.bool, device=groups.device)
+    siblings = None if groups is None and texts is None else false_negatives(groups, texts)
     with torch.autocast(image.device.type, enabled=False):
         logits = scale * normalize(image) @ normalize(text).T
     if bias is not None:
@@ -109,3 +110,84 @@ def contrastive_loss(
             terms = terms.masked_fill(siblings, 0)
         return terms.sum(-1).mean()
     raise InputError(f"unknown form of logits {form!r}; known: {', '.join(get_args(LogitForm))}")
+
+
+def false_negatives(groups: Tensor | None, texts: Tensor | None) -> Tensor:
+    """Return which captions of other pairs describe an image too, so that they are no negatives of it.
+
+    Entry (i, j) is true if any pair of the batch has the image of pair i and the caption of pair j, and i is not j.
+
+    Args:
+        groups: int64 ``[B]``, equal for pairs of the same image; ``None`` if all images differ.
+        texts: int64 ``[B]``, equal for pairs of the same caption; ``None`` if all captions differ.
+
+    Returns:
+        bool ``[B, B]``, images by captions.
+
+    Raises:
+        InputError: both are ``None``.
+    """
+    one = groups if groups is not None else texts
+    if one is None:
+        raise InputError("false_negatives() needs the ids of images, of captions, or of both")
+    numbers = torch.arange(len(one), device=one.device)
+    # The first pair with the same id stands for all of them; torch.unique would synchronise with the device.
+    image, text = (numbers if ids is None else (ids[:, None] == ids).int().argmax(-1) for ids in (groups, texts))
+    described = torch.zeros(len(one), len(one), dtype=torch.bool, device=one.device)
+    described[image, text] = True
+    return described[image][:, text] & (numbers[:, None] != numbers)
+
+
+def anchor_distance(
+    image: Tensor,
+    text: Tensor,
+    frozen_image: Tensor,
+    frozen_text: Tensor,
+    *,
+    kind: Anchor = "embeddings",
+    scale: Tensor | float = 1.0,
+    bias: Tensor | float | None = None,
+    form: LogitForm = "softmax",
+) -> Tensor:
+    """Distance of each pair's global embeddings to those of the frozen model; zero where nothing has changed.
+
+    Args:
+        image: ``[B, D]``, pooled image embeddings, not necessarily normalised.
+        text: ``[B, D]``, caption embeddings; row b belongs to image b.
+        frozen_image, frozen_text: ``[B, D']``, those of the frozen model; no gradient flows into them.
+        kind: ``"embeddings"`` (feature distillation): squared distance of the unit vectors, mean of image and text.
+            ``"similarities"`` (relational distillation): Kullback-Leibler divergence of the frozen model's
+            distribution over the batch to the student's, for each image over texts and for each text over images.
+        scale: multiplier of the cosines of both models, for ``"similarities"``.
+        bias: added to the logits of both models, for ``"similarities"``.
+        form: as in :func:`contrastive_loss`. With ``"sigmoid"`` the divergence is that of each pair's probability,
+            summed over a row.
+
+    Returns:
+        ``[B]`` in at least float32.
+
+    Raises:
+        InputError: ``kind`` or ``form`` is unknown.
+    """
+    with torch.autocast(image.device.type, enabled=False):
+        image, text = normalize(image), normalize(text)
+        frozen_image, frozen_text = normalize(frozen_image.detach()), normalize(frozen_text.detach())
+        if kind == "embeddings":
+            return ((image - frozen_image).square().sum(-1) + (text - frozen_text).square().sum(-1)) / 2
+        if kind != "similarities":
+            raise InputError(f"unknown anchor {kind!r}; known: {', '.join(get_args(Anchor))}")
+        logits, frozen = scale * image @ text.T, scale * frozen_image @ frozen_text.T
+        if bias is not None:
+            logits, frozen = logits + bias, frozen + bias
+        if form == "softmax":
+            return (_softmax_divergence(logits, frozen) + _softmax_divergence(logits.T, frozen.T)) / 2
+        if form == "sigmoid":
+            positive = frozen.sigmoid() * (F.logsigmoid(frozen) - F.logsigmoid(logits))
+            negative = (-frozen).sigmoid() * (F.logsigmoid(-frozen) - F.logsigmoid(-logits))
+            return (positive + negative).sum(-1)
+    raise InputError(f"unknown form of logits {form!r}; known: {', '.join(get_args(LogitForm))}")
+
+
+def _softmax_divergence(logits: Tensor, frozen: Tensor) -> Tensor:
+    """Kullback-Leibler divergence ``[B]`` of the rows' distributions, the frozen ones first."""
+    return F.kl_div(logits.log_softmax(-1), frozen.log_softmax(-1), reduction="none", log_target=True).sum(-1)

@@ -32,6 +32,7 @@ CURVE_LABELS = {
     "contrastive": "Contrastive loss",
     "tag": "Tag loss",
     "distill": "Distillation loss",
+    "anchor": "Anchor loss",
     "caption_map_spread": "Spread of the caption map",
     "selected_per_caption": "Selected tags per caption",
 }

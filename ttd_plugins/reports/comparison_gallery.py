@@ -34,7 +34,7 @@ def gallery_view(comparison: Comparison) -> dict[str, Any]:
         MissingDependencyError: there is an image, and matplotlib is not installed.
     """
     names = [backbone.name for backbone in comparison.backbones]
-    images = [_image_view(n, image, names) for n, image in enumerate(comparison.gallery, start=1)]
+    images = [image_view(n, image, names) for n, image in enumerate(comparison.gallery, start=1)]
     arms = {arm for image in comparison.gallery for views in image.views.values() for arm in views}
     return {
         "images": images,
@@ -47,7 +47,12 @@ def gallery_view(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _image_view(number_of_image: int, image: GalleryImage, names: Sequence[str]) -> dict[str, Any]:
+def image_view(number_of_image: int, image: GalleryImage, names: Sequence[str]) -> dict[str, Any]:
+    """What a template shows of one image: caption, tags, and for each backbone of ``names`` a card with its maps.
+
+    Raises:
+        InputError, MissingDependencyError: as :func:`gallery_view`.
+    """
     tags = _all_tags(image)
     labels = {text: _label(text, image) for text, _ in tags}
     kinds = {text: KINDS[label] for text, label in labels.items()}

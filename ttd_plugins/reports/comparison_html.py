@@ -38,6 +38,7 @@ from ttd_plugins.reports.comparison_gallery import gallery_view
 from ttd_plugins.reports.formatting import plural
 from ttd_plugins.reports.heat_overlay import HEAT_OPACITY, colour_gradient
 from ttd_plugins.reports.palette import SERIES
+from ttd_plugins.reports.photographs import photographs_view
 from ttd_plugins.reports.templating import render, script, stylesheet
 from ttd_plugins.utils.files import write_atomic
 
@@ -47,6 +48,7 @@ CURVE_NOTES = {
     "contrastive": "Both trainings have it; it keeps captions and images together.",
     "tag": "Each tag’s map against its own min-max target.",
     "distill": "The caption map against the union of the selected tags’ maps.",
+    "anchor": "The distance of the global embeddings to those of the frozen model.",
     "caption_map_spread": "Towards zero would be collapse.",
     "selected_per_caption": "None or all would be collapse.",
 }
@@ -55,7 +57,8 @@ CURVE_NOTES = {
 def write_comparison_report(path: Path, comparison: Comparison) -> None:
     """Write the page: finding, metrics, trade-off, bias, training curves, gallery, backbones, warnings, settings.
 
-    With one backbone the page begins with tiles of its main metrics. The file contains its style, script, charts and
+    Photographs before and after TTD come first, if the comparison has any. With one backbone, tiles of its main
+    metrics come before the table. The file contains its style, script, charts and
     images, and a content security policy forbids everything else. Without its script the page only loses sorting,
     the choice of maps and backbones, and the opacity slider.
 
@@ -71,12 +74,13 @@ def write_comparison_report(path: Path, comparison: Comparison) -> None:
     finding = describe_comparison(comparison)
     backbones = comparison.backbones
     tuned = any(backbone.metrics.get("after") for backbone in backbones)
+    photographs = photographs_view(comparison.photographs) if comparison.photographs else None
     html = render(
         "comparison.html.j2",
         title=finding.headline,
         finding=finding,
         about=_about(comparison, tuned=tuned),
-        stylesheet=stylesheet("report.css", "heat_overlay.css"),
+        stylesheet=stylesheet("report.css", "photographs.css", "heat_overlay.css"),
         script=script("report.js"),
         paper_url=PAPER_URL,
         arm_labels=ARM_LABELS,
@@ -90,8 +94,9 @@ def write_comparison_report(path: Path, comparison: Comparison) -> None:
         bias=_bias(comparison),
         curves=_curves(comparison),
         gallery=gallery_view(comparison) if comparison.gallery else None,
+        photographs=photographs,
         percent=round(100 * HEAT_OPACITY),
-        gradient=colour_gradient() if comparison.gallery else "",
+        gradient=colour_gradient() if comparison.gallery or photographs else "",
         about_table=_about_table(comparison),
         command=comparison.settings.get("command"),
         settings=_definitions({key: v for key, v in comparison.settings.items() if key != "command"}),

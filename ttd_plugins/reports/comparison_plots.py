@@ -20,7 +20,7 @@ from ttd_plugins.reports.comparison_charts import (
 from ttd_plugins.reports.comparison_choice import cost_chart
 from ttd_plugins.reports.formatting import shortened
 
-_LOSSES = ("loss", "contrastive", "tag", "distill")
+_LOSSES = ("loss", "contrastive", "tag", "distill", "anchor")
 
 
 def draw_comparison_plots(folder: Path, comparison: Comparison) -> list[Path]:
@@ -49,15 +49,16 @@ def draw_comparison_plots(folder: Path, comparison: Comparison) -> list[Path]:
     if gains:
         written.append(folder / "gains.png")
         write_chart_sheet(written[-1], gains, columns=3, heading=gains_heading(comparison))
+    keys = [key for key in _LOSSES if key in curve_keys(comparison)]
     curves = [
         curve_chart(f"curve-{n}-{key}", f"{shortened(backbone.name, 24)}: {curve_label(key).lower()}", lines)
         for n, backbone in enumerate(comparison.backbones)
-        for key in _LOSSES
-        if key in curve_keys(comparison) and (lines := curve_lines(backbone, key))
+        for key in keys
+        if (lines := curve_lines(backbone, key))
     ]
     if curves:
         written.append(folder / "curves.png")
-        write_chart_sheet(written[-1], curves, columns=len(_LOSSES))
+        write_chart_sheet(written[-1], curves, columns=len(keys))
     bias = [(n, b.name, means) for n, b in enumerate(comparison.backbones) if (means := bias_means(b))]
     if bias:
         written.append(folder / "bias.png")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from torch import Tensor, nn
 
 from ttd_plugins.adapter import BackboneDescription, Calibration, DenseAdapter, ImageFeatures, Tower
 from ttd_plugins.errors import InputError, UnsupportedModelError, choices_sentence
+from ttd_plugins.options import Resampling
 from ttd_plugins.toolkit.dense_modes import PRESETS
 from ttd_plugins.toolkit.tokenizing import inner_tokenizer
 from ttd_plugins.toolkit.transforms import Normalisation
@@ -37,6 +38,7 @@ class CLIPAdapter(DenseAdapter):
     default_mode: ClassVar[str] = "maskclip"
     tower_prefixes: ClassVar[Mapping[Tower, tuple[str, ...]]] = {}
     trained_on: str | None = None
+    resamplings: tuple[Resampling, ...] = get_args(Resampling)
 
     def __init__(
         self,
@@ -46,6 +48,7 @@ class CLIPAdapter(DenseAdapter):
         preprocess: Any = None,
         dense: Any = None,
         calibration: Calibration | None = None,
+        positions: Resampling = "library",
         name: str | None = None,
         weights: str | None = None,
     ) -> None:
@@ -58,6 +61,7 @@ class CLIPAdapter(DenseAdapter):
                 the model says itself, or else what its family was trained with.
             dense: the dense mode: a name of :attr:`modes` or a mode object; :attr:`default_mode` by default.
             calibration: map from cosine to probability; the family's default where none is given.
+            positions: how position embeddings are resampled at other image sizes, see :attr:`resamplings`.
             name, weights: names for the description.
 
         Raises:
@@ -76,6 +80,7 @@ class CLIPAdapter(DenseAdapter):
         self._name = name if name is not None else type(model).__name__
         self._weights = weights
         self.dense = self.default_mode if dense is None else dense
+        self.positions = positions
         image_width, text_width = self._embedding_widths()
         if text_width is not None and image_width != text_width:
             raise UnsupportedModelError(
@@ -145,6 +150,22 @@ class CLIPAdapter(DenseAdapter):
         self._require_mode(value)
         self._mode = value
 
+    @property  # type: ignore[override]
+    def positions(self) -> Resampling:
+        """How position embeddings are resampled; assign one of :attr:`resamplings` to change it."""
+        return self._resampling
+
+    @positions.setter
+    def positions(self, value: Resampling) -> None:
+        if value not in get_args(Resampling):
+            raise InputError(choices_sentence("resampling of positions", str(value), get_args(Resampling)))
+        if value not in self.resamplings:
+            raise UnsupportedModelError(
+                f"positions={value!r} cannot be used: the image tower of {self._name} has no position embeddings that "
+                "could be resampled; leave the option out"
+            )
+        self._resampling = value
+
     def _usable_modes(self) -> tuple[str, ...]:
         return tuple(name for name, mode in self.modes.items() if self._unsupported_mode_reason(mode) is None)
 
@@ -178,6 +199,7 @@ class CLIPAdapter(DenseAdapter):
             calibration=self._calibration,
             calibrated=self.calibrated,
             trained_on=self.trained_on,
+            positions=self.positions,
         )
 
     def encode_image(self, pixels: Tensor, *, pooled: bool = True) -> ImageFeatures:

@@ -11,13 +11,17 @@ import torch
 from torch import nn
 
 from ttd_plugins.adapter import AdapterFamily, Calibration, DenseAdapter
-from ttd_plugins.embedded.folder import read_settings
+from ttd_plugins.embedded.folder import LORA_FOLDER, read_settings
 from ttd_plugins.errors import BackboneNameError, choices_sentence
+from ttd_plugins.lora import load_lora
+from ttd_plugins.options import Resampling
 from ttd_plugins.toolkit.clip_adapter import CLIPAdapter
 
 TINY = "tiny"
 EMBEDDED, OWN_WEIGHTS, RANDOM = "embedded", "own", "random"
 """Weights of the embedded model, of a repository or folder that bundles them, and fresh ones."""
+AFTER_TTD = "ttd"
+"""Weights of an embedded model after TTD, if its folder has a LoRA."""
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -52,6 +56,16 @@ class CLIPFamily(AdapterFamily):
             return EMBEDDED
         return OWN_WEIGHTS if self._bundles_weights(model) else None
 
+    def _embedded_weights(self, model: str) -> list[str]:
+        """Names of the weights of an embedded model, its default first, without ``random``."""
+        has_lora = (self._embedded_module(model).EMBEDDED_FOLDER / LORA_FOLDER).is_dir()
+        return [EMBEDDED, AFTER_TTD] if has_lora else [EMBEDDED]
+
+    def _embedded_module(self, model: str) -> Any:
+        """The module that builds an embedded model."""
+        name = self.embedded[model].partition(":")[0]
+        return importlib.import_module(f"{type(self).__module__.rpartition('.')[0]}.{name}")
+
     @abstractmethod
     def _bundles_weights(self, model: str) -> bool:
         """Whether a name is that of a repository or folder, which bundles weights."""
@@ -64,6 +78,7 @@ class CLIPFamily(AdapterFamily):
         preprocess: Any = None,
         dense: Any = None,
         calibration: Calibration | None = None,
+        positions: Resampling = "library",
     ) -> DenseAdapter:
         """Adapt a model that the caller already has, without changing it.
 
@@ -75,12 +90,20 @@ class CLIPFamily(AdapterFamily):
                 the model says itself, or else what its family was trained with.
             dense: the dense mode, a name or a mode object; by default that of the adapter.
             calibration: map from cosine to probability; by default that of the adapter.
+            positions: how position embeddings are resampled at other image sizes: ``library``, ``bicubic`` or ``dino``.
 
         Raises:
             UnsupportedModelError: a part of the model is not supported, with the reason.
             InputError: an option is unknown.
         """
-        return self._adapt(model, tokenizer=tokenizer, preprocess=preprocess, dense=dense, calibration=calibration)
+        return self._adapt(
+            model,
+            tokenizer=tokenizer,
+            preprocess=preprocess,
+            dense=dense,
+            calibration=calibration,
+            positions=positions,
+        )
 
     def _adapt(self, model: nn.Module, **options: Any) -> DenseAdapter:
         """Wrap ``model`` in the adapter class that fits; ``options`` are those of the adapter."""
@@ -99,15 +122,18 @@ class CLIPFamily(AdapterFamily):
     ) -> DenseAdapter:
         """An embedded model; its folder says which dense mode and calibration are used by default.
 
+        The weights ``ttd`` are those of the folder with its LoRA merged into them.
+
         Raises:
             BackboneNameError: the weights are unknown.
+            MissingDependencyError: the weights are ``ttd``, and peft is not installed.
             TTDError: a file of the folder is absent or damaged.
         """
-        if weights not in (EMBEDDED, RANDOM):
-            raise BackboneNameError(choices_sentence(f"weights of {self.name}:{model}", weights, [EMBEDDED, RANDOM]))
-        module_name, _, function = self.embedded[model].partition(":")
-        module = importlib.import_module(f"{type(self).__module__.rpartition('.')[0]}.{module_name}")
-        built, own_tokenizer = getattr(module, function)(module.EMBEDDED_FOLDER, weights=weights == EMBEDDED)
+        known = [*self._embedded_weights(model), RANDOM]
+        if weights not in known:
+            raise BackboneNameError(choices_sentence(f"weights of {self.name}:{model}", weights, known))
+        module, function = self._embedded_module(model), self.embedded[model].partition(":")[2]
+        built, own_tokenizer = getattr(module, function)(module.EMBEDDED_FOLDER, weights=weights != RANDOM)
         settings = read_settings(module.EMBEDDED_FOLDER)
         adapter = self._adapt(
             built.to(dtype),
@@ -119,8 +145,11 @@ class CLIPFamily(AdapterFamily):
             **options,
         )
         if isinstance(adapter, CLIPAdapter):
-            adapter.trained_on = settings.trained_on if weights == EMBEDDED else None
+            adapter.trained_on = settings.trained_on if weights != RANDOM else None
             if calibration is None and (weights == RANDOM or settings.trained_on is not None):
                 # The shipped calibration was fitted to the images of the training, and not to photographs.
                 adapter.calibrated = False
+        if weights == AFTER_TTD:
+            load_lora(adapter, module.EMBEDDED_FOLDER / LORA_FOLDER)
+            adapter.merge()
         return adapter

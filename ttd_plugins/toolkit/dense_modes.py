@@ -89,6 +89,13 @@ QUERIES_AND_KEYS: dict[str, tuple[str, ...]] = {
 """Which of queries (``q``) and keys (``k``) of the last block the patch features depend on, by kind of attention."""
 
 
+@dataclass(frozen=True)
+class HeadMode:
+    """The only dense mode of convolutional towers: the head of the tower at each position of the last feature map."""
+
+    name: str = "head"
+
+
 def dense_mode(dense: str | DenseMode) -> DenseMode:
     """Return the mode with this name, or the mode itself.
 

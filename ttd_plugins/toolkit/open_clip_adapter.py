@@ -143,6 +143,19 @@ class OpenCLIPModelAdapter(CLIPAdapter):
 
         return {nn.MultiheadAttention: LoRAMultiheadAttention}
 
+    def set_grad_checkpointing(self, enabled: bool = True) -> None:
+        """Switch activation checkpointing; a text tower of transformers by its own switch.
+
+        open_clip's switch for such towers only ever switches it on.
+        """
+        super().set_grad_checkpointing(enabled)
+        inner = getattr(text_tower.text_module(self.model), "transformer", None)
+        if not text_tower.is_native(self.model) and hasattr(inner, "gradient_checkpointing_disable"):
+            if enabled:
+                inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            else:
+                inner.gradient_checkpointing_disable()
+
     def tower_parameters(self, tower: Tower) -> Iterable[tuple[str, nn.Parameter]]:
         """Named parameters of one tower; logit scale and bias, and a caption decoder, belong to neither."""
         inlined = not hasattr(self.model, "text")

@@ -16,6 +16,7 @@ import torch
 
 from ttd_plugins.adapter import DenseAdapter, ExportedModel
 from ttd_plugins.errors import UnsupportedModelError, one_sentence
+from ttd_plugins.toolkit import text_tower
 from ttd_plugins.toolkit.exporting import (
     ALTERNATIVES,
     TOLERANCE,
@@ -25,6 +26,7 @@ from ttd_plugins.toolkit.exporting import (
     write_weights,
 )
 from ttd_plugins.toolkit.hub import quiet_root_logger
+from ttd_plugins.toolkit.modified_resnet import resnet_layers
 from ttd_plugins.toolkit.open_clip_models import local_text_tower, model_config
 from ttd_plugins.toolkit.transforms import OPENAI_NORMALISATION, Normalisation
 from ttd_plugins.utils.loading_lock import LOADING_LOCK
@@ -173,22 +175,34 @@ def _fits(adapter: DenseAdapter, config: Mapping[str, Any]) -> bool:
     side = vision.get("image_size", 224)
     due: list[tuple[object, object]] = [
         (config["embed_dim"], adapter.description.embedding_width),
-        (tuple(side) if isinstance(side, list | tuple) else (side, side), tuple(visual.image_size)),
+        (_pair(side), _pair(visual.image_size)),
         (bool(vision.get("timm_model_name")), hasattr(visual, "trunk")),
+        ("multimodal_cfg" in config, hasattr(model, "text_decoder")),
+        (bool(text.get("hf_model_name")), not text_tower.is_native(model)),
     ]
-    if hasattr(tower, "context_length") and not text.get("hf_model_name"):
+    if text_tower.is_native(model) and hasattr(tower, "context_length"):
         due += [
             (text.get("context_length", 77), tower.context_length),
             (text.get("vocab_size", 49408), tower.token_embedding.num_embeddings),
             (text.get("width", 512), tower.token_embedding.embedding_dim),
         ]
-    if not hasattr(visual, "trunk"):
+    if hasattr(visual, "attnpool"):
+        due += [
+            (vision.get("layers"), [len(layer) for layer in resnet_layers(visual)]),
+            (vision.get("width", 64), visual.conv3.out_channels),
+        ]
+    elif not hasattr(visual, "trunk"):
         due += [
             (vision.get("layers", 12), len(visual.transformer.resblocks)),
             (vision.get("width", 768), visual.conv1.out_channels),
             (vision.get("patch_size", 16), visual.conv1.kernel_size[0]),
         ]
     return all(a == b for a, b in due)
+
+
+def _pair(side: Any) -> tuple[int, int]:
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    return int(height), int(width)
 
 
 def _is_trunk_of(adapter: DenseAdapter, config: Mapping[str, Any]) -> bool:

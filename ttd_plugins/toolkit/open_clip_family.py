@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from ttd_plugins.adapter import Calibration, DenseAdapter
+from ttd_plugins.options import Resampling
 from ttd_plugins.toolkit.clip_family import CLIPFamily
 from ttd_plugins.toolkit.open_clip_adapter import OpenCLIPModelAdapter
 from ttd_plugins.toolkit.open_clip_models import FOLDER, HUB, OpenCLIPModels, bundles_weights
@@ -58,6 +59,8 @@ class OpenCLIPModelFamily(CLIPFamily):
             UnsupportedModelError: open_clip knows the model, but this family does not support it.
             MissingDependencyError: open_clip is not installed.
         """
+        if model in self.embedded:
+            return self._embedded_weights(model)
         default = self.default_weights(model)
         if default is not None:
             return [default]
@@ -71,6 +74,7 @@ class OpenCLIPModelFamily(CLIPFamily):
         *,
         dense: Any = None,
         calibration: Calibration | None = None,
+        positions: Resampling = "library",
         tokenizer: Any = None,
         precision: str = "fp32",
         cache_dir: str | None = None,
@@ -82,6 +86,7 @@ class OpenCLIPModelFamily(CLIPFamily):
             weights: a pretrained tag, the path of a checkpoint, ``random``, or the model's default.
             dense: the dense mode, a name or a mode object; by default that of the model.
             calibration: map from cosine to probability; by default that of the model, or else of the contract.
+            positions: how position embeddings are resampled at other image sizes: ``library``, ``bicubic`` or ``dino``.
             tokenizer: replaces the model's own, which some architectures download.
             precision: open_clip's name of the number format (``fp32``, ``bf16``, ``pure_bf16``, ...).
             cache_dir: folder for downloads; open_clip's own by default.
@@ -93,7 +98,7 @@ class OpenCLIPModelFamily(CLIPFamily):
             MissingDependencyError: open_clip is not installed.
             TTDError: the weights cannot be read or downloaded.
         """
-        options = {"dense": dense, "calibration": calibration}
+        options = {"dense": dense, "calibration": calibration, "positions": positions}
         if model in self.embedded:
             return self._load_embedded(model, weights, tokenizer=tokenizer, **options)
         return self._load_open_clip(model, weights, options, tokenizer, precision, cache_dir)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,12 @@ class TransformersModel:
         backbone: the backbone's name, for messages.
         where: a name on the hub, or the path of a folder.
         kind: prefix of the model's classes, such as ``"CLIP"`` in ``CLIPModel`` and ``CLIPConfig``.
+        kinds: the same by ``model_type`` of ``config.json``, for models that are loaded; :attr:`kind` for others.
         unsupported_config_reason: from the content of ``config.json`` to the reason why the model cannot be adapted, or
             ``None``.
         initialise: called with a model that was built with fresh weights.
         processor_class: class of transformers that loads the image processor.
+        processor_classes: the same by ``model_type`` of ``config.json``; :attr:`processor_class` for others.
         cache_dir: folder for downloads; the hub client's own by default.
         tokenizer_files: one of these must be in a folder that has a tokenizer; empty for no check.
         fewest_tokens: a tokenizer with fewer ids was built without its vocabulary, as transformers does for some
@@ -58,7 +60,9 @@ class TransformersModel:
     kind: str
     unsupported_config_reason: Callable[[Mapping[str, Any]], str | None]
     initialise: Callable[[Any], object] | None = None
+    kinds: Mapping[str, str] = field(default_factory=dict)
     processor_class: str = "AutoImageProcessor"
+    processor_classes: Mapping[str, str] = field(default_factory=dict)
     cache_dir: str | None = None
     tokenizer_files: tuple[str, ...] = ()
     fewest_tokens: int = 0
@@ -83,7 +87,7 @@ class TransformersModel:
     def build(self, config: Mapping[str, Any]) -> nn.Module:
         """A model with fresh float32 weights from keyword arguments of its configuration class; in evaluation mode."""
         with LOADING_LOCK:
-            return self._fresh(getattr(self.import_transformers(), f"{self.kind}Config")(**config))
+            return self._fresh(getattr(self.import_transformers(), f"{self.kind}Config")(**config), self.kind)
 
     def load(self, *, weights: bool) -> tuple[nn.Module, Any]:
         """The model in evaluation mode, and its image processor.
@@ -107,13 +111,14 @@ class TransformersModel:
                 )
                 self.fetched = True
             with LOADING_LOCK:
-                config = self._config(transformers)
+                kind, config = self._config(transformers)
                 processor = None
                 if not self.is_folder or has_any(self.where, PROCESSOR_FILES):
-                    loader = getattr(transformers, self.processor_class)
+                    loader = getattr(transformers, self.processor_classes.get(config.model_type, self.processor_class))
                     what = f"the image processor of {self.backbone}"
                     processor = load_auto(loader, self.where, what, **self._options)
-                return self._pretrained(transformers, config) if weights else self._fresh(config), processor
+                model = self._pretrained(transformers, config, kind) if weights else self._fresh(config, kind)
+                return model, processor
         except TTDError:
             raise
         except Exception as error:  # transformers and the libraries below it raise nearly anything
@@ -133,24 +138,26 @@ class TransformersModel:
         if reason is not None:
             raise UnsupportedModelError(f"{self.backbone} cannot be adapted: {reason}")
 
-    def _config(self, transformers: Any) -> Any:
+    def _config(self, transformers: Any) -> tuple[str, Any]:
+        """The prefix of the model's classes, and its configuration."""
         content, _ = transformers.PretrainedConfig.get_config_dict(self.where, **self._options)
         if not content:
             raise FileNotFoundError("no config.json")
         self._require_supported(content)
         refuse_code(content, f"{self.backbone} ({CONFIG})")
-        return getattr(transformers, f"{self.kind}Config").from_dict(content)
+        kind = self.kinds.get(str(content.get("model_type")), self.kind)
+        return kind, getattr(transformers, f"{kind}Config").from_dict(content)
 
-    def _fresh(self, config: Any) -> nn.Module:
-        model = getattr(self.import_transformers(), f"{self.kind}Model")(config).float().eval()
+    def _fresh(self, config: Any, kind: str) -> nn.Module:
+        model = getattr(self.import_transformers(), f"{kind}Model")(config).float().eval()
         if self.initialise is not None:
             self.initialise(model)
         return model
 
-    def _pretrained(self, transformers: Any, config: Any) -> nn.Module:
+    def _pretrained(self, transformers: Any, config: Any, kind: str) -> nn.Module:
         # Without ignore_mismatched_sizes the error does not name the weights.
         options = {"output_loading_info": True, "ignore_mismatched_sizes": True, **self._options}
-        loader = getattr(transformers, f"{self.kind}Model")
+        loader = getattr(transformers, f"{kind}Model")
         # By name, transformers would also ask the hub to convert weights that are not safetensors.
         folder = self.where if self.is_folder else cached_folder(self.where, CONFIG, cache_dir=self.cache_dir)
         model, report = loader.from_pretrained(folder, config=config, **options)

@@ -24,12 +24,14 @@ class CheckpointManager:
 
     Attributes:
         saved_step: step of the newest checkpoint; -1 where there is none.
+        best_step: step of the best checkpoint, which is kept; ``None`` where there is none.
     """
 
     def __init__(self, out: Path, options: RunConfig, *, rank: int = 0, processes: int = 1) -> None:
         self.out, self.options = out, options
         self.rank, self.processes = rank, processes
         self.saved_step = -1
+        self.best_step: int | None = None
         self._saved_at = time.monotonic()
 
     def restore(self, state: TrainState) -> bool:
@@ -70,7 +72,8 @@ class CheckpointManager:
 
         def write() -> None:
             assert checkpoint is not None
-            checkpoints.write_checkpoint(self.out, checkpoint, self.options.keep, protected=state.health.kept)
+            protected = [*state.health.kept, *([] if self.best_step is None else [self.best_step])]
+            checkpoints.write_checkpoint(self.out, checkpoint, self.options.keep, protected=protected)
 
         main_process_first(write, is_main=is_main)
         self.saved_step = state.step

@@ -4,6 +4,7 @@
         trained.safetensors     every trained tensor, named as in adapter.model.named_parameters()
         buffers.safetensors     buffers that training changed, such as those of batch normalisation
         teacher.safetensors     the moving average, with the EMA teacher
+        average.safetensors     the moving average of the trained weights, with run.weight_ema
         optimizer.safetensors   the optimizer's tensors: "exp_avg/NAME" and so on
         random.safetensors      RNG states of every process
         state.json              step, epoch, loader positions, gradient scaler, metrics and the rest of the state;
@@ -45,9 +46,9 @@ TUNED_FROM = "tuned_from"
 """Key of the state that identifies the run or LoRA which the backbone was tuned from before this run."""
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d{8,})")
-TRAINED, BUFFERS, TEACHER, OPTIMIZER, RANDOM, STATE = (
-    "trained.safetensors", "buffers.safetensors", "teacher.safetensors", "optimizer.safetensors", "random.safetensors",
-    "state.json",
+TRAINED, BUFFERS, TEACHER, AVERAGE, OPTIMIZER, RANDOM, STATE = (
+    "trained.safetensors", "buffers.safetensors", "teacher.safetensors", "average.safetensors", "optimizer.safetensors",
+    "random.safetensors", "state.json",
 )  # fmt: skip
 
 
@@ -57,19 +58,21 @@ class Checkpoint:
 
     Attributes:
         state: content of ``state.json``; ``state["step"]`` is the number of optimizer steps done.
-        trained, buffers, teacher, optimizer, random: named tensors.
+        trained, buffers, teacher, average, optimizer, random: named tensors.
     """
 
     state: dict[str, Any]
     trained: dict[str, Tensor] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     teacher: dict[str, Tensor] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     random: dict[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of each file, by file name."""
-        return {
+        """The tensors of each file, by file name; the file of the average exists only where there is one."""
+        average = {AVERAGE: self.average} if self.average else {}
+        return average | {
             TRAINED: self.trained,
             BUFFERS: self.buffers,
             TEACHER: self.teacher,
@@ -151,19 +154,22 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint, keep: int, *, protected:
     return final
 
 
-def read_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
+def read_checkpoint(run: Path, step: int | None = None, *, complete: bool = True) -> Checkpoint:
     """Read the checkpoint of a step, by default the newest, and verify its checksums.
 
     Checkpoints of releases up to 0.3 have no checksums; they are read without.
 
+    Args:
+        run: folder of the run.
+        step: step of the checkpoint; by default the newest.
+        complete: whether every field that resuming a run needs must be present.
+
     Raises:
         InputError: there is no such checkpoint, or one of its files is damaged.
     """
-    state = read_state(run, step, complete=True)
-    tensors = {
-        name.removesuffix(".safetensors"): _read_tensors(run, step, name, state)
-        for name in (TRAINED, BUFFERS, TEACHER, OPTIMIZER, RANDOM)
-    }
+    state = read_state(run, step, complete=complete)
+    names = [TRAINED, BUFFERS, TEACHER, OPTIMIZER, RANDOM, *_average_file(state)]
+    tensors = {name.removesuffix(".safetensors"): _read_tensors(run, step, name, state) for name in names}
     return Checkpoint({key: value for key, value in state.items() if key not in CHECKSUMS}, **tensors)
 
 
@@ -246,6 +252,11 @@ def _read_tensors(run: Path, step: int | None, name: str, state: Mapping[str, An
         if isinstance(error, InputError):
             raise
         raise InputError(f"the checkpoint file {file} cannot be read: {one_sentence(error)}; {_advice(run)}") from error
+
+
+def _average_file(state: Mapping[str, Any]) -> list[str]:
+    """The file of the moving average, where a checkpoint has one."""
+    return [AVERAGE] if AVERAGE in state.get(FILES, {}) else []
 
 
 def _delete(folder: Path) -> None:
@@ -343,9 +354,11 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
 
 def restore_backbone(
     run: Path,
-    step: int | None = None,
+    step: int | str | None = None,
     *,
     backbone: DenseAdapter | None = None,
+    lora_scale: float | None = None,
+    averaged: bool = True,
     options: Mapping[str, Any] | None = None,
     merge: bool = False,
 ) -> DenseAdapter:
@@ -353,8 +366,10 @@ def restore_backbone(
 
     Args:
         run: folder of the run.
-        step: step of the checkpoint; by default the newest.
+        step: step of the checkpoint, or ``"best"`` for the best by ``evaluation.best``; by default the newest.
         backbone: the untuned backbone, for a run that was started with an object instead of a name.
+        lora_scale: factor of LoRA; by default ``towers.lora_scale`` of the run.
+        averaged: whether to return the moving average of the weights if the run has one (``run.weight_ema``).
         options: options of the family that replace those of the run, such as its dense mode.
         merge: whether to merge LoRA into the weights, and to set ``requires_grad`` as before the run.
 
@@ -374,20 +389,26 @@ def restore_backbone(
         raise InputError(f"{run} is not the folder of a run: it has no config.yaml")
     config = TrainConfig.read(file)
     # Once, because a run that goes on writes newer ones.
-    folder = _folder(run, step)
+    folder = _folder(run, named_step(run, step))
     where, step = str(folder), int(folder.name.rpartition("-")[2])
     state = read_state(run, step)
+    scale = config.towers.lora_scale if lora_scale is None else lora_scale
     # Read before the backbone is built, so that a damaged file is found at once.
-    trained, buffers = (_read_tensors(run, step, name, state) for name in (TRAINED, BUFFERS))
-    sums = [state.get(FILES, {}).get(name) or file_sha256(folder / name) for name in (TRAINED, BUFFERS)]
-    digest = hashlib.sha256("".join(sums).encode())
+    files = [TRAINED, BUFFERS, *(_average_file(state) if averaged else [])]
+    tensors = [_read_tensors(run, step, name, state) for name in files]
+    sums = [state.get(FILES, {}).get(name) or file_sha256(folder / name) for name in files]
+    digest = hashlib.sha256("".join([*sums, f"{scale:g}" if scale != 1 else ""]).encode())
     config = _as_started(config, state, options or {})
     untuned = load_untuned(config) if backbone is None else backbone
     requires_grad = [(parameter, parameter.requires_grad) for parameter in untuned.model.parameters()]
-    adapter = build_backbone(config, untuned)
+    adapter = build_backbone(config, untuned, run=run)
     require_same_base(state, adapter, where)
-    load_tensors(adapter.model, trained, where)
-    load_tensors(adapter.model, buffers, where)
+    for one in tensors:
+        load_tensors(adapter.model, one, where)
+    if scale != 1:
+        from ttd_plugins.lora import scale_lora
+
+        scale_lora(adapter, scale)
     base = config.backbone.name or adapter.description.name
     adapter.tuned_from = TunedFrom("run", run.resolve().name, digest.hexdigest()[:16], step, base)
     if merge:
@@ -422,6 +443,23 @@ def require_same_base(state: Mapping[str, Any], adapter: DenseAdapter, where: st
         kind, name, digest = (str(stored.get(key, "")) for key in ("kind", "name", "sha256"))
         known = TunedFrom(kind, name, digest, stored.get("step"))
         raise InputError(f"{where} was tuned from {known}, and that is now {found}; restore its files")
+
+
+def named_step(run: Path, step: int | str | None) -> int | None:
+    """Return the step that a number, ``"best"`` or ``None`` (the newest) names.
+
+    Raises:
+        InputError: it is another text, or the run has no best checkpoint.
+    """
+    if not isinstance(step, str):
+        return step
+    from ttd_plugins.training.best_checkpoint import BEST, best_step
+
+    if step.isdecimal():
+        return int(step)
+    if step != BEST:
+        raise InputError(f"the step of a checkpoint is a number or {BEST}, not {step!r}")
+    return best_step(run, checkpoint_steps(run))
 
 
 def read_foreign_weights(file: Path) -> dict[str, Tensor]:

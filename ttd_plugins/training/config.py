@@ -15,6 +15,7 @@ from ttd_plugins.options import TTDOptions
 from ttd_plugins.utils import configuration as configurations
 from ttd_plugins.utils.configuration import MAX_SEED, Flag, Float, Int, Text, configuration, option
 
+Schedule = Literal["cosine", "linear", "constant"]
 TowerTuning = Literal["lora", "full", "frozen"]
 # YAML 1.1 reads a bare no as false.
 Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
@@ -96,11 +97,26 @@ class TowersConfig:
         ),
     ] = None
     logit_scale: Annotated[Flag, option("Train the scale and bias of the contrastive logits.")] = False
+    lora_from: Annotated[
+        Text | None,
+        option(
+            "Folder of a LoRA to start from, of peft or of `ttd export --form lora`; its towers, rank, alpha, dropout "
+            "and modules replace those given here."
+        ),
+    ] = None
+    lora_scale: Annotated[
+        Float,
+        option(
+            "Factor of LoRA in the backbone that the run yields, in its evaluations and its export: 1 is as trained, "
+            "less keeps more of the original model. Checkpoints store LoRA as trained.",
+            ge=0,
+        ),
+    ] = 1.0
 
 
 @configuration()
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101) with linear warm-up and a cosine schedule to zero."""
+    """AdamW (arXiv 1711.05101) with linear warm-up and a learning-rate schedule."""
 
     learning_rate: Annotated[Float, option("Peak learning rate.", flag="--lr", ge=0)] = 1e-4
     betas: Annotated[
@@ -114,6 +130,12 @@ class OptimizerConfig:
         0.01
     )
     warm_up: Annotated[Int, option("Steps of linear warm-up; a tenth of the training if it is no shorter.", ge=0)] = 100
+    schedule: Annotated[
+        Schedule,
+        option(
+            "Learning rate after the warm-up: a cosine to zero (cosine), a straight line to zero (linear) or constant."
+        ),
+    ] = "cosine"
     clip_norm: Annotated[Float | None, option("Largest global gradient norm; null means no clipping.", gt=0)] = 1.0
     batch_size: Annotated[
         Int, option("Pairs in a batch of one process; the contrastive loss sees those of all processes.", ge=1)
@@ -129,7 +151,11 @@ class EvaluationConfig:
 
     data: Annotated[
         Text | None,
-        option("Labelled set: scenes, scenes:N, coco_captions:FOLDER or cc3m_tagmask:FOLDER.", flag="--evaluate"),
+        option(
+            "Held-out set: scenes, scenes:N, pairs:SPEC, or NAME:FOLDER with a data set of ttd eval, such as "
+            "coco_captions:FOLDER.",
+            flag="--evaluate",
+        ),
     ] = None
     every: Annotated[
         Int, option("Steps between evaluations; 0 means none in between.", flag="--evaluate-every", ge=0)
@@ -139,6 +165,24 @@ class EvaluationConfig:
     preset: Annotated[Text, option("Preset of the protocols, as in ttd eval.", flag="--evaluate-preset")] = "fast"
     size: Annotated[
         Int | None, option("Input side in pixels; null means the preset's.", flag="--evaluate-size", ge=1)
+    ] = None
+    best: Annotated[
+        Text | None,
+        option("Metric of the evaluation, such as retrieval/r1, whose best checkpoint is kept.", flag="--best"),
+    ] = None
+    best_mode: Annotated[
+        Literal["max", "min"] | None,
+        option(
+            "Whether the best value is the largest or the smallest; null means the smallest for losses, mfpr and mfnr, "
+            "and else the largest.",
+            flag="--best-mode",
+        ),
+    ] = None
+    patience: Annotated[
+        Int | None,
+        option(
+            "Stop early after this many evaluations without a better value; null means never.", flag="--patience", ge=1
+        ),
     ] = None
 
 
@@ -156,6 +200,15 @@ class RunConfig:
     compile: Annotated[Flag, option("Compile the blocks of the image tower; pays on GPUs.")] = False
     cpu: Annotated[Flag, option("Use the CPU although there is an accelerator.")] = False
     sharded: Annotated[Flag, option("Shard weights, gradients and optimizer state over the processes (FSDP2).")] = False
+    weight_ema: Annotated[
+        Float | None,
+        option(
+            "Decay of a moving average of the trained weights, such as 0.999, which is evaluated and exported; null "
+            "means no average.",
+            gt=0,
+            lt=1,
+        ),
+    ] = None
     log_every: Annotated[Int, option("Steps between log lines, which average metrics over them.", ge=1)] = 10
     checkpoint_every: Annotated[Int, option("Steps between checkpoints; one is always written at the end.", ge=0)] = 500
     checkpoint_minutes: Annotated[Float, option("Minutes after which a checkpoint is written as well.", ge=0)] = 0.0
@@ -206,6 +259,14 @@ class TrainConfig:
                 raise InputError(f"{section}.options cannot have the key {reserved!r}; remove it")
         if {self.towers.image, self.towers.text} == {"frozen"} and not self.towers.logit_scale:
             raise InputError("nothing is trained: towers.image and towers.text are both frozen")
+        if "lora" not in (self.towers.image, self.towers.text):
+            for name, unused in (("lora_from", None), ("lora_scale", 1)):
+                if getattr(self.towers, name) != unused:
+                    raise InputError(f"towers.{name} needs LoRA, and neither towers.image nor towers.text is lora")
+        if self.evaluation.patience is not None and self.evaluation.best is None:
+            raise InputError(
+                "evaluation.patience needs the metric to watch; name it in evaluation.best (--best), as in retrieval/r1"
+            )
         if self.evaluation.every and self.evaluation.data is None:
             raise InputError(
                 "evaluation.every is set and evaluation.data is not; name a labelled set, such as scenes (--evaluate)"

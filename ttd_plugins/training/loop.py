@@ -36,12 +36,12 @@ def run_loop(
     callbacks: LoopCallbacks,
     signals: StopSignals,
 ) -> None:
-    """Take steps until ``state.total_steps`` are done.
+    """Take steps until ``state.total_steps`` are done, or ``state.ended``.
 
     Raises:
         StopRequested, LoaderFailedError, InputError: as :func:`~ttd_plugins.training.step.training_step`.
     """
-    while state.step < state.total_steps:
+    while state.step < state.total_steps and not state.ended:
         result = training_step(state, prefetcher, optimizer, signals)
         if result.problem is not None:
             callbacks.step_skipped(result)

@@ -1,4 +1,4 @@
-"""Evaluation during a run on a labelled set: generated scenes or annotated photographs."""
+"""Evaluation during a run: on generated scenes, annotated photographs, or held-out pairs without annotations."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ttd_plugins.embedded.scenes import Scene
 
 SCENES = "scenes"
+PAIRS = "pairs"
 SCENE_COUNT = 256
 FOLDER = "evaluation"
 
@@ -27,7 +28,8 @@ def open_evaluation(options: EvaluationConfig, out: Path) -> LabelledSet | None:
     """Open and check the labelled set that ``options`` name; returns ``None`` where they name none.
 
     Args:
-        options: ``data`` is ``"scenes"``, ``"scenes:N"``, or ``"NAME:FOLDER"`` with a reader of ``ttd eval``.
+        options: ``data`` is ``"scenes"``, ``"scenes:N"``, ``"pairs:SPEC"`` with pairs as ``ttd train --data`` accepts
+            them, or ``"NAME:FOLDER"`` with a reader of ``ttd eval``.
         out: folder of the run; the records and ``results.json`` of each step go into its subfolder ``evaluation``.
 
     Raises:
@@ -38,7 +40,19 @@ def open_evaluation(options: EvaluationConfig, out: Path) -> LabelledSet | None:
     if options.data is None:
         return None
     name, _, rest = options.data.partition(":")
-    return SceneSet(options, rest) if name == SCENES else CaptionedSet(options, name, rest, out / FOLDER)
+    if name == SCENES:
+        return SceneSet(options, rest)
+    from ttd_plugins.evaluation.datasets import CAPTIONS, LABELS, SEGMENTATION
+
+    known = [SCENES, PAIRS, *CAPTIONS, *SEGMENTATION, *LABELS]
+    if name not in known:
+        raise InputError(choices_sentence("labelled set of evaluation.data", name, known, 20))
+    if not rest:
+        what = "SPEC" if name == PAIRS else "FOLDER"
+        raise InputError(f"evaluation.data {options.data!r} must name a folder, as in {name}:{what}")
+    if name in CAPTIONS:
+        return CaptionedSet(options, name, rest, out / FOLDER)
+    return ProtocolSet(options, name, rest, out / FOLDER)
 
 
 class LabelledSet:
@@ -91,22 +105,14 @@ class SceneSet(LabelledSet):
         return _numbers(found, "scenes/")
 
 
-class CaptionedSet(LabelledSet):
-    """Annotated photographs, measured by the protocols of tag selection and text-level segmentation."""
+class FileSet(LabelledSet):
+    """A set in files; the results of each step go into a folder of the run.
 
-    def __init__(self, options: EvaluationConfig, name: str, root: str, folder: Path) -> None:
-        from ttd_plugins.evaluation.captioned_images import open_labelled, preset_protocols
-        from ttd_plugins.evaluation.datasets import CAPTIONS
+    Args:
+        folder: the folder of all steps.
+    """
 
-        if name not in CAPTIONS:
-            raise InputError(choices_sentence("labelled set of evaluation.data", name, [SCENES, *CAPTIONS]))
-        if not root:
-            raise InputError(f"evaluation.data {options.data!r} must name a folder, as in {name}:FOLDER")
-        self.tags, self.text = preset_protocols(options.preset)
-        if options.size is not None:
-            self.tags = replace(self.tags, dense=replace(self.tags.dense, size=options.size))
-            self.text = replace(self.text, dense=replace(self.text.dense, size=options.size))
-        self.reader = open_labelled(name, root, limit=options.limit, split=options.split)
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def delete_after(self, step: int) -> None:
@@ -114,6 +120,82 @@ class CaptionedSet(LabelledSet):
             number = folder.name.partition("-")[2]
             if number.isdecimal() and int(number) > step:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+class ProtocolSet(FileSet):
+    """Held-out pairs, masks or labels, measured by retrieval, segmentation or classification."""
+
+    def __init__(self, options: EvaluationConfig, name: str, root: str, folder: Path) -> None:
+        from ttd_plugins.evaluation.datasets import SEGMENTATION, open_named
+
+        super().__init__(folder)
+        self.kind = "pairs" if name == PAIRS else "segmentation" if name in SEGMENTATION else "labels"
+        spec = root if name == PAIRS else f"{name}:{root}"
+        self.reader = open_named(spec, kind=self.kind, split=options.split, limit=options.limit)  # type: ignore[arg-type]
+        self.reader.check()
+        self.reader.require_truth()
+        self.options = self._preset(options)
+
+    def _preset(self, options: EvaluationConfig) -> Any:
+        """Return the options of the protocol, with the size of the evaluation."""
+        from ttd_plugins.evaluation.protocols import CLASSIFY_PRESETS, RETRIEVAL_PRESETS, SEGMENT_PRESETS
+
+        of_kinds: dict[str, dict[str, Any]] = {
+            "pairs": {**RETRIEVAL_PRESETS},
+            "segmentation": {**SEGMENT_PRESETS},
+            "labels": {**CLASSIFY_PRESETS},
+        }
+        presets = of_kinds[self.kind]
+        if options.preset not in presets:
+            raise InputError(choices_sentence("preset", options.preset, presets))
+        chosen = presets[options.preset]
+        if options.size is None:
+            return chosen
+        if self.kind == "pairs":
+            return replace(chosen, size=options.size)
+        return replace(chosen, dense=replace(chosen.dense, size=options.size))
+
+    def measure(self, ttd: TTD, step: int, stage: Stage) -> dict[str, float]:
+        from ttd_plugins.evaluation.protocols import evaluate_classify, evaluate_retrieval, evaluate_segment
+
+        def named(name: str, steps: int) -> Any:
+            return stage(f"evaluate: {name.removesuffix(': images')}", steps)
+
+        out = self.folder / f"step-{step:08d}"
+        own = ttd.options
+        if self.kind == "pairs":
+            options = replace(self.options, losses=True, ttd=own)
+            found = evaluate_retrieval(ttd.backbone, self.reader, options, out=out, stage=named).metrics or {}
+            loss = found.pop("loss")
+            metrics = {f"loss/{name}": value for name, value in loss.items()}
+            metrics |= {f"retrieval/{name}": value for name, value in found.items()}
+        elif self.kind == "segmentation":
+            options = replace(self.options, calibration=own.calibration)
+            found = evaluate_segment(ttd.backbone, self.reader, options, out=out, stage=named).metrics or {}
+            metrics = {f"segment/{name}": value for name, value in found.items() if name != "classes"}
+        else:
+            options = replace(self.options, calibration=own.calibration)
+            found = evaluate_classify(ttd.backbone, self.reader, options, out=out, stage=named).metrics or {}
+            metrics = {f"labels/{name}": found["pixel"][name] for name in ("map", "f1", "class_f1")}
+            metrics |= {f"labels/{score}/map": found[score]["map"] for score in ("image", "combined")}
+        # The records have every embedding and are large; results.json has the metrics.
+        for records in out.glob("images-*.jsonl"):
+            records.unlink()
+        return _numbers(metrics)
+
+
+class CaptionedSet(FileSet):
+    """Annotated photographs, measured by the protocols of tag selection and text-level segmentation."""
+
+    def __init__(self, options: EvaluationConfig, name: str, root: str, folder: Path) -> None:
+        from ttd_plugins.evaluation.captioned_images import open_labelled, preset_protocols
+
+        super().__init__(folder)
+        self.tags, self.text = preset_protocols(options.preset)
+        if options.size is not None:
+            self.tags = replace(self.tags, dense=replace(self.tags.dense, size=options.size))
+            self.text = replace(self.text, dense=replace(self.text.dense, size=options.size))
+        self.reader = open_labelled(name, root, limit=options.limit, split=options.split)
 
     def measure(self, ttd: TTD, step: int, stage: Stage) -> dict[str, float]:
         from ttd_plugins.evaluation.captioned_images import as_trained

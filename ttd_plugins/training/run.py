@@ -6,9 +6,9 @@ import json
 import logging
 import math
 import signal
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,13 +19,15 @@ from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.data.images import read_image
 from ttd_plugins.engine import TTD, evaluation_mode
 from ttd_plugins.errors import InputError, TTDError, is_out_of_memory, one_sentence
+from ttd_plugins.lora import scale_lora, scaled_lora
 from ttd_plugins.training import checkpoints
+from ttd_plugins.training.best_checkpoint import Verdict, judge, stopped_early
 from ttd_plugins.training.checkpoint_manager import CheckpointManager
 from ttd_plugins.training.compiling import compile_image_blocks
-from ttd_plugins.training.config import EvaluationConfig, LoaderConfig, TrainConfig
-from ttd_plugins.training.jsonl_log import JsonlLog
+from ttd_plugins.training.config import TrainConfig
+from ttd_plugins.training.falling_loss import falling_loss_sentence
 from ttd_plugins.training.loop import run_loop
-from ttd_plugins.training.periodic_evaluation import LabelledSet, open_evaluation
+from ttd_plugins.training.periodic_evaluation import LabelledSet
 from ttd_plugins.training.prefetching import BatchPrefetcher, LoaderFailedError, PairBatches, StopRequested
 from ttd_plugins.training.processes import (
     main_process_first,
@@ -35,25 +37,24 @@ from ttd_plugins.training.processes import (
 )
 from ttd_plugins.training.reporting import Reporter
 from ttd_plugins.training.run_logger import RunLogger
+from ttd_plugins.training.run_setup import (
+    RUN_FOLDER,
+    check_extension,
+    open_loader,
+    prepare_folder,
+    total_steps,
+    write_settings,
+)
 from ttd_plugins.training.step import StepResult, warm_up_warning
 from ttd_plugins.training.stop_signals import StopSignals, TrainingStoppedError
 from ttd_plugins.training.strategies import ReplicatedStrategy, ShardedStrategy, Strategy
 from ttd_plugins.training.train_state import TrainState
 from ttd_plugins.training.trainable_parameters import build_backbone, train_mode
-from ttd_plugins.utils import configuration, distributed
+from ttd_plugins.utils import distributed
 from ttd_plugins.utils.deprecation import warn_renamed
 from ttd_plugins.utils.files import given_path, make_folder, write_atomic
-from ttd_plugins.utils.output_folder import FolderKind, output_folder
+from ttd_plugins.utils.output_folder import output_folder
 from ttd_plugins.utils.rng import get_rng_state, preserved_rng, seed_everything
-from ttd_plugins.utils.settings import first_difference
-
-RESUME_MUTABLE_KEYS = (
-    "data.max_skipped", "run.log_every", "run.checkpoint_every", "run.checkpoint_minutes", "run.keep",
-    "run.heatmap_every", "run.heatmap_samples", "run.evaluate_every", "run.trackers", "run.nonfinite",
-    "run.max_skipped_steps", "run.max_skipped_share", "run.sharded", "run.compile",
-    *(f"evaluation.{one.name}" for one in fields(EvaluationConfig)),
-)  # fmt: skip
-"""Options that a resumed run may change: they affect neither the data nor, except for rounding, the gradients."""
 
 LoaderFactory = Callable[[DenseAdapter, int, int], PairBatches]
 """Called with the backbone, the rank and the number of processes; returns this process' loader."""
@@ -66,10 +67,6 @@ Draw = Callable[[TTD, int, Path, list[Sample]], None]
 
 Evaluate = Callable[[TTD, int], Mapping[str, float]]
 """Called with the engine, in evaluation mode, and the step, on the main process; returns named metrics."""
-
-
-RUN_SECTIONS = {"backbone", "data", "towers", "optimizer", "ttd", "run"}
-"""Sections of the ``config.yaml`` of every release."""
 
 
 LEAST_SKIPPED = 3
@@ -93,6 +90,8 @@ class TrainResult:
         skipped_steps: steps that were skipped because they were not finite.
         warnings: sentences of the watch for collapse, including those of resumed runs.
         evaluations: (step, metrics) of every evaluation in the log, on the main process; empty on others.
+        notes: sentences on how the weights were chosen and on the end of the run, such as early stopping.
+        best: step of the best checkpoint by ``evaluation.best``; ``None`` without one.
         diverged: one sentence where the run diverged, so that its weights are most likely useless; ``None`` otherwise.
     """
 
@@ -105,6 +104,8 @@ class TrainResult:
     warnings: list[str] = field(default_factory=list)
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     diverged: str | None = None
+    notes: list[str] = field(default_factory=list)
+    best: int | None = None
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -169,6 +170,11 @@ class _Run:
 
         def prepare() -> None:
             self.labelled = prepare_folder(config, out, resume)
+            if config.evaluation.best and not self.labelled and not (evaluate and config.run.evaluate_every):
+                raise InputError(
+                    "evaluation.best names a metric, and nothing is evaluated; name a labelled set in evaluation.data "
+                    "(--evaluate), such as scenes"
+                )
 
         main_process_first(prepare, is_main=self.is_main)
         self.strategy, self.ttd = self._build_strategy(accelerator, backbone)
@@ -184,6 +190,7 @@ class _Run:
             {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad},
             {name: buffer.detach().clone() for name, buffer in model.named_buffers()},
             total_steps=total_steps(config, pairs, self.processes),
+            weight_ema=config.run.weight_ema,
         )
         warning = warm_up_warning(config.optimizer.warm_up, self.state.total_steps)
         if warning is not None and self.is_main:
@@ -207,7 +214,7 @@ class _Run:
         sharded = self.processes > 1 and sharding_is_requested(config)
         if config.run.compile and sharded:
             raise InputError("run.compile does not support sharded weights; remove one of the two options")
-        backbone = build_backbone(config, given)
+        backbone = build_backbone(config, given, run=self.out)
         backbone.to(accelerator.device)
         if config.run.gradient_checkpointing:
             backbone.set_grad_checkpointing()
@@ -233,6 +240,9 @@ class _Run:
     def _restore(self) -> None:
         restored = self.checkpoints.restore(self.state)
         step = self.state.step if restored else -1
+        message = check_extension(self.state, self.config.optimizer, self.out)
+        if message is not None:
+            self.logger.message(message)
         self.logger.truncate(step)
         if self.is_main and self.labelled is not None:
             self.labelled.delete_after(step)
@@ -250,7 +260,7 @@ class _Run:
         """Take all steps that are left, and return the result."""
         state = self.state
         # Not before the set-up is complete, so that a mistake in it leaves no run behind.
-        main_process_first(lambda: write_atomic(self.out / "config.yaml", self.config.yaml()), is_main=self.is_main)
+        main_process_first(lambda: write_settings(self.config, self.out), is_main=self.is_main)
         self.logger.start(state)
         self.checkpoints.start_clock()
         with self.signals:
@@ -260,6 +270,7 @@ class _Run:
                 if norm is not None:
                     state.health.weigh(norm, ())
             self._evaluate()
+            self._judge()
             try:
                 run_loop(state, self.prefetcher, self.config.optimizer, self, self.signals)
             except StopRequested as request:
@@ -275,8 +286,13 @@ class _Run:
                 raise self._out_of_memory(error) from error
             if self.checkpoints.saved_step != state.step:
                 self.checkpoints.save(state)
+        # Before the shards end, whose average is sharded too.
+        state.use_average()
         self.strategy.finish()
         self.ttd.eval()
+        notes = self._notes()
+        if self.config.towers.lora_scale != 1:
+            scale_lora(self.ttd.backbone, self.config.towers.lora_scale)
         return TrainResult(
             folder=self.out,
             backbone=self.ttd.backbone,
@@ -287,6 +303,8 @@ class _Run:
             warnings=state.warnings,
             evaluations=self.logger.evaluations() if self.is_main else [],
             diverged=self._divergence(),
+            notes=notes,
+            best=self.checkpoints.best_step,
         )
 
     def step_ended(self, result: StepResult) -> None:
@@ -302,7 +320,8 @@ class _Run:
         if self.checkpoints.is_due(state):
             self.checkpoints.save(state)
         # After the checkpoint, so that a run that is killed while it evaluates repeats nothing else.
-        self._evaluate()
+        if self._evaluate():
+            self._judge()
 
     def step_skipped(self, result: StepResult) -> None:
         """Write the keys of a step that was not finite; end the run where the configuration says so."""
@@ -407,8 +426,14 @@ class _Run:
             with evaluation_mode(self.ttd.backbone), torch.no_grad():
                 action()
 
-        with preserved_rng(), self.strategy.full_weights(self.is_main):
+        with preserved_rng(), self._final_weights(), self.strategy.full_weights(self.is_main):
             main_process_first(in_evaluation_mode, is_main=self.is_main)
+
+    @contextmanager
+    def _final_weights(self) -> Iterator[None]:
+        """Use the weights that the run would yield now: their average if there is one, and LoRA with its scale."""
+        with self.state.averaged_weights(), scaled_lora(self.ttd.backbone, self.config.towers.lora_scale):
+            yield
 
     def _draw_heatmaps(self) -> None:
         options, step, draw = self.config.run, self.state.step, self.draw
@@ -450,19 +475,23 @@ class _Run:
                 f"the fixed samples in {folder} cannot be read ({one_sentence(error)}); delete that folder"
             ) from error
 
-    def _evaluate(self) -> None:
-        """Evaluate on the labelled set and by the callback, where it is due and not in the log yet."""
+    def _evaluate(self) -> bool:
+        """Evaluate on the labelled set and by the callback, where it is due and not in the log yet. Collective.
+
+        Returns:
+            Whether it was evaluated.
+        """
         options, every, state = self.config.evaluation, self.config.run.evaluate_every, self.state
         by_set = options.data is not None and (
             state.step in (0, state.total_steps) or bool(options.every and state.step % options.every == 0)
         )
         by_callback = self.evaluate is not None and bool(every) and state.step % every == 0
         if not by_set and not by_callback:
-            return
+            return False
         if main_process_first(
             lambda: any(step == state.step for step, _ in self.logger.evaluations()), is_main=self.is_main
         ):
-            return
+            return False
 
         def action() -> None:
             found: list[dict[str, float]] = []
@@ -473,96 +502,51 @@ class _Run:
             self.logger.write_evaluation(state.step, found)
 
         self._without_side_effects(action)
+        return True
 
+    def _judge(self) -> None:
+        """Keep the best checkpoint by the named metric, and end the run where its patience is exhausted. Collective."""
+        options, state = self.config.evaluation, self.state
+        if options.best is None:
+            return
 
-# Set-up of a folder, a loader and the number of steps ----------------------------------------------------------------
+        def read(*more: int) -> Verdict | None:
+            existing = {*checkpoints.checkpoint_steps(self.out), *more}
+            return judge(self.logger.evaluations(), options, existing)
 
+        # As if this step had a checkpoint, which it gets if it is the best.
+        verdict = main_process_first(lambda: read(*([state.step] if state.step else [])), is_main=self.is_main)
+        if verdict is None:
+            return
+        self.checkpoints.best_step = verdict.step
+        if verdict.step == state.step and self.checkpoints.saved_step != state.step:
+            self.checkpoints.save(state)
+        if verdict.ends_run and state.step < state.total_steps:
+            state.ended = True
+            self.logger.message(f"{stopped_early(verdict, state.step)}; {verdict.sentence()}")
 
-def prepare_folder(config: TrainConfig, out: Path, resume: bool) -> LabelledSet | None:
-    """Make the folder of a run or check that the run in it may be resumed; returns the labelled set, if any.
-
-    Raises:
-        InputError: the folder has a run that is not to be resumed or has another configuration, or the labelled set
-            cannot be used.
-    """
-    file, log = out / "config.yaml", out / "log.jsonl"
-    if file.exists() and (checkpoints.checkpoint_steps(out) or (log.exists() and log.stat().st_size)):
-        if not resume:
-            raise InputError(f"{out} has a run already; continue it with --resume, or choose another --out")
-        difference = first_difference(TrainConfig.read(file).as_dict(), config.as_dict(), ignore=RESUME_MUTABLE_KEYS)
-        if difference is not None:
-            raise InputError(
-                f"{difference.name} differs from the configuration of the run in {out}; keep its value, or start "
-                "another run"
+    def _notes(self) -> list[str]:
+        """Sentences for the end of the run; on the main process only."""
+        if not self.is_main:
+            return []
+        config, state, notes = self.config, self.state, []
+        verdict = judge(self.logger.evaluations(), config.evaluation, checkpoints.checkpoint_steps(self.out))
+        if verdict is not None:
+            if state.ended:
+                notes.append(stopped_early(verdict, state.step))
+            notes.append(f"{verdict.sentence()}; export it with: ttd export {self.out} --step best --out FOLDER")
+        if config.run.weight_ema is not None:
+            notes.append(
+                f"the backbone, its evaluations and its export have the moving average of the trained weights "
+                f"(run.weight_ema={config.run.weight_ema:g})"
             )
-    # A wrong layout is found before anything is loaded or written.
-    labelled = open_evaluation(config.evaluation, out)
-    checkpoints.remove_unfinished(out)
-    return labelled
-
-
-def is_earlier_run(folder: Path) -> bool:
-    """Whether a folder is a run of a release that wrote no marker: its configuration, and a log or a checkpoint."""
-    try:
-        TrainConfig.read(folder / "config.yaml")
-        sections = configuration.read_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
-        lines = JsonlLog(folder / "log.jsonl").read()
-    except (TTDError, OSError):
-        return False
-    steps = checkpoints.checkpoint_steps(folder)
-    saved = [checkpoints.checkpoint_folder(folder, step) / checkpoints.STATE for step in steps]
-    return sections.keys() >= RUN_SECTIONS and (bool(lines) or any(file.is_file() for file in saved))
-
-
-RUN_FOLDER = FolderKind("run", "the folder of a run of ttd train", is_earlier_run)
-
-
-def total_steps(config: TrainConfig, loader: PairBatches, processes: int) -> int:
-    """Return the optimizer steps of a run.
-
-    Raises:
-        InputError: the number of batches in an epoch is not known, or there is none.
-    """
-    options = config.optimizer
-    if options.steps is not None:
-        return options.steps
-    batches = loader.batches_per_epoch()
-    if batches is None:
-        raise InputError(
-            "the number of pairs is not known before they are read; set the length of the training: optimizer.steps "
-            "(--steps)"
-        )
-    if batches < 1:
-        raise InputError(
-            f"the data does not fill one batch of {options.batch_size} in each of {processes} processes; lower "
-            "optimizer.batch_size (--batch-size)"
-        )
-    return max(1, math.ceil(options.epochs * batches / options.accumulation))
-
-
-def open_loader(config: TrainConfig, backbone: DenseAdapter, out: Path, rank: int, processes: int) -> PairBatches:
-    """Return the loader that the configuration names, for one process of several.
-
-    Raises:
-        InputError: no data is named, or the data cannot be used.
-    """
-    data = config.data
-    if data.source is None:
-        raise InputError("no data is named; set data.source (--data), for example a folder of name.jpg and name.txt")
-    from ttd_plugins.data import PairLoader, open_pairs
-
-    options = configuration.from_mapping(LoaderConfig, data.loader, "data.loader")
-    return PairLoader(
-        open_pairs(data.source, **data.options),
-        backbone.dense_transform(data.image_size),
-        batch_size=config.optimizer.batch_size,
-        seed=config.run.seed,
-        captions=data.captions,
-        workers=data.workers,
-        rank=rank,
-        world_size=processes,
-        skipped=out / "skipped.jsonl",
-        max_skipped=data.max_skipped,
-        pin_memory=backbone.device.type == "cuda",
-        **configuration.plain_values(options),
-    )
+        if config.towers.lora_scale != 1:
+            notes.append(
+                f"LoRA is scaled by {config.towers.lora_scale:g} in the backbone, its evaluations and its export "
+                "(towers.lora_scale); checkpoints store it as trained"
+            )
+        ttd = config.ttd
+        if ttd.contrastive_weight > 0 and (ttd.tag_weight > 0 or ttd.distill_weight > 0):
+            sentence = falling_loss_sentence(self.logger.values("contrastive"))
+            notes += [] if sentence is None else [sentence]
+        return notes

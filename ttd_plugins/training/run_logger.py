@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ttd_plugins.errors import TTDError, one_sentence
+from ttd_plugins.training.best_checkpoint import read_evaluations
 from ttd_plugins.training.collapse_watch import MetricAverager
 from ttd_plugins.training.config import TrainConfig
 from ttd_plugins.training.jsonl_log import JsonlLog
@@ -92,12 +93,11 @@ class RunLogger:
 
     def evaluations(self) -> list[tuple[int, dict[str, float]]]:
         """(step, metrics) of every evaluation in the log."""
-        found = [(line["step"], line.get("evaluation")) for line in self.log.read()]
-        return [
-            (step, {name: value for name, value in metrics.items() if isinstance(value, int | float)})
-            for step, metrics in found
-            if isinstance(metrics, dict)
-        ]
+        return read_evaluations(self.log)
+
+    def values(self, name: str) -> list[float]:
+        """Value of a metric in every line of the log that has it, in order."""
+        return [line[name] for line in self.log.read() if isinstance(line.get(name), int | float)]
 
     def message(self, sentence: str, level: int = logging.INFO) -> None:
         """Pass a sentence to the reporter and, on the main process, to :mod:`logging`."""

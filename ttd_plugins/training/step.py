@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from ttd_plugins.training.config import OptimizerConfig
+from ttd_plugins.errors import InputError, choices_sentence
+from ttd_plugins.training.config import OptimizerConfig, Schedule
 from ttd_plugins.training.prefetching import BatchPrefetcher
 from ttd_plugins.training.stop_signals import StopSignals
 from ttd_plugins.training.strategies import clip_limit
@@ -65,11 +66,22 @@ def warm_up_warning(warm_up: int, steps: int) -> str | None:
     )
 
 
-def learning_rate_factor(step: int, steps: int, warm_up: int) -> float:
-    """Factor of the peak learning rate at ``step`` (from 0): linear warm-up, then a cosine to zero at ``steps``."""
+def learning_rate_factor(step: int, steps: int, warm_up: int, schedule: Schedule = "cosine") -> float:
+    """Factor of the peak learning rate at ``step`` (from 0): linear warm-up, then the schedule.
+
+    ``"cosine"`` and ``"linear"`` fall from 1 after the warm-up to zero at ``steps``; ``"constant"`` stays at 1.
+
+    Raises:
+        InputError: the schedule is unknown.
+    """
+    if schedule not in get_args(Schedule):
+        raise InputError(choices_sentence("schedule", str(schedule), get_args(Schedule)))
     if step < warm_up:
         return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(steps - warm_up, 1)))
+    done = (step - warm_up) / max(steps - warm_up, 1)
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 1 - done if schedule == "linear" else 1.0
 
 
 def training_step(
@@ -82,7 +94,7 @@ def training_step(
     """
     strategy, optimizer = state.strategy, state.strategy.optimizer
     warm_up = effective_warm_up(adam.warm_up, state.total_steps)
-    factor = learning_rate_factor(state.step, state.total_steps, warm_up)
+    factor = learning_rate_factor(state.step, state.total_steps, warm_up, adam.schedule)
     result = StepResult(adam.learning_rate * factor)
     for group in optimizer.param_groups:
         group["lr"] = result.learning_rate
@@ -115,6 +127,7 @@ def training_step(
             state.updating = True
             optimizer.step()
             state.updating = False
+            state.update_average()
             result.gradient_norm = norm if math.isfinite(norm) else None
         else:
             result.problem = {"what": "gradient", "gradient_norm": norm, "loss": result.loss}

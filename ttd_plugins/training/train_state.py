@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +16,7 @@ from ttd_plugins.errors import InputError
 from ttd_plugins.training import checkpoints
 from ttd_plugins.training.collapse_watch import CollapseWatch, MetricAverager
 from ttd_plugins.training.divergence import DivergenceWatch
+from ttd_plugins.training.sharding import shard_like
 from ttd_plugins.training.strategies import Strategy
 from ttd_plugins.utils import distributed
 from ttd_plugins.utils.rng import get_rng_state, set_rng_state
@@ -46,6 +49,10 @@ class TrainState:
         metrics: last line of the log.
         trained: trained parameters by name.
         initial_buffers: buffers of the backbone before training; only those that changed are stored.
+        weight_ema: decay of the moving average of the trained weights; ``None`` without one.
+        average: that average by name, empty without one.
+        stored_steps: total steps that the restored checkpoint was written for; ``None`` in a new run.
+        ended: whether the run stops after this step, before ``total_steps``.
         updating: whether the optimizer is changing the parameters; an exception then leaves them half changed.
     """
 
@@ -63,15 +70,51 @@ class TrainState:
     warnings: list[str] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
     updating: bool = False
+    weight_ema: float | None = None
+    average: dict[str, Tensor] = field(default_factory=dict)
+    stored_steps: int | None = None
+    ended: bool = False
 
     def __post_init__(self) -> None:
         self.tuned_from = self.ttd.backbone.tuned_from
+        if self.weight_ema is not None:
+            self.average = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in self.trained.items()}
 
     def end_step(self, epoch: int, position: Any) -> None:
         """Count a step and store where the next one begins."""
         self.step += 1
         self.point = ResumePoint(epoch, position, get_rng_state())
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Move the average towards the trained weights, after the optimizer's step.
+
+        The decay of the first steps is smaller, ``min(decay, (1 + n) / (10 + n))`` after n steps, so that a short run
+        is not an average of its first weights.
+        """
+        if self.weight_ema is not None:
+            decay = min(self.weight_ema, (1 + self.step) / (10 + self.step))
+            for name, parameter in self.trained.items():
+                self.average[name].lerp_(parameter.detach(), 1 - decay)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Use the average within a ``with`` block, if there is one; afterwards the weights are bitwise as before."""
+        trained = {name: self.trained[name].detach().clone() for name in self.average}
+        try:
+            self.use_average()
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in trained.items():
+                    self.trained[name].copy_(value)
+
+    @torch.no_grad()
+    def use_average(self) -> None:
+        """Replace the trained weights by their average, if there is one."""
+        for name, value in self.average.items():
+            self.trained[name].copy_(value)
 
     def to_checkpoint(self, *, is_main: bool, processes: int) -> checkpoints.Checkpoint | None:
         """Return the checkpoint on the main process and ``None`` on the others. Collective."""
@@ -82,6 +125,7 @@ class TrainState:
         trained = self.strategy.gather(self.trained, is_main)
         moments = checkpoints.pack_optimizer(self.strategy.inner_optimizer, self._names)
         moments = self.strategy.gather(moments, is_main)
+        average = self.strategy.gather(self.average, is_main)
         if not is_main:
             return None
         rng_tensors, rng_values = checkpoints.pack_rng_states(rng_states)
@@ -109,6 +153,7 @@ class TrainState:
             trained=trained,
             buffers={name: value for name, value in buffers.items() if self._changed(name, value)},
             teacher={name: averages[name] for name in self.trained if name in averages},
+            average=average,
             optimizer=moments,
             random=rng_tensors,
         )
@@ -147,6 +192,13 @@ class TrainState:
             raise InputError(f"{where} has other tensors than this configuration trains; it is of another backbone")
         checkpoints.load_tensors(self.ttd.backbone.model, stored.trained, where)
         checkpoints.load_tensors(self.ttd.backbone.model, stored.buffers, where)
+        if set(stored.average) != set(self.average):
+            raise InputError(
+                f"{where} has {'no' if self.average else 'a'} moving average of the weights, and run.weight_ema is "
+                f"{self.weight_ema}; restore its average.safetensors, or start another run"
+            )
+        for name, value in stored.average.items():
+            self.average[name].copy_(shard_like(value, self.average[name]))
         if self._stored_teacher() is not None and not stored.teacher:
             raise InputError(
                 f"{where} has no moving average, and ttd.teacher=ema needs it to continue; restore its "
@@ -157,7 +209,7 @@ class TrainState:
         checkpoints.unpack_optimizer(self.strategy.inner_optimizer, stored.optimizer, self._names)
         if self.strategy.scaler is not None and state["scaler"] is not None:
             self.strategy.scaler.load_state_dict(state["scaler"])
-        self.step, self.skipped_steps = state["step"], state["skipped_steps"]
+        self.step, self.skipped_steps, self.stored_steps = state["step"], state["skipped_steps"], state["steps"]
         self.averager, self.watch = MetricAverager(**state["window"]), CollapseWatch(**state["watch"])
         # Checkpoints of releases up to 0.3 have no watch for divergence.
         self.health = DivergenceWatch(**(state.get("health") or {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,16 +10,23 @@ from torch import nn
 
 from ttd_plugins.adapter import TOWERS, DenseAdapter, named_tower_parameters
 from ttd_plugins.errors import InputError, TTDError
+from ttd_plugins.lora import load_lora
 from ttd_plugins.training.config import OptimizerConfig, TowersConfig, TrainConfig
 from ttd_plugins.utils.running_state import keep_frozen_norms_in_eval
 
+INITIAL_LORA = "initial_lora"
+"""Folder in a run with a copy of the LoRA that it started from."""
 
-def build_backbone(config: TrainConfig, backbone: DenseAdapter | None = None) -> DenseAdapter:
+
+def build_backbone(
+    config: TrainConfig, backbone: DenseAdapter | None = None, *, run: Path | None = None
+) -> DenseAdapter:
     """Return the backbone of a run before its first step; the seed decides fresh weights.
 
     Args:
         config: the configuration of the run.
         backbone: replaces the one that the configuration names; changed in place.
+        run: folder of the run, whose copy of the LoRA of ``towers.lora_from`` is used if it exists.
 
     Raises:
         InputError: there is neither an object nor a name.
@@ -27,7 +35,9 @@ def build_backbone(config: TrainConfig, backbone: DenseAdapter | None = None) ->
     backbone = load_untuned(config) if backbone is None else backbone
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        prepare_towers(backbone, config.towers)
+        start = config.towers.lora_from
+        copied = None if run is None or start is None else run / INITIAL_LORA
+        prepare_towers(backbone, config.towers, lora_from=copied if copied is not None and copied.is_dir() else start)
     return backbone
 
 
@@ -49,16 +59,31 @@ def load_untuned(config: TrainConfig) -> DenseAdapter:
         return load(config.backbone.name, **config.backbone.options)
 
 
-def prepare_towers(backbone: DenseAdapter, towers: TowersConfig) -> None:
+def prepare_towers(backbone: DenseAdapter, towers: TowersConfig, *, lora_from: Path | str | None = None) -> None:
     """Add LoRA and set ``requires_grad`` of every parameter, in place.
 
+    Args:
+        backbone: the backbone, without LoRA.
+        towers: what is trained of each tower.
+        lora_from: folder of a LoRA to start from.
+
     Raises:
-        TTDError: the backbone has LoRA already, a tower supports none, or half-precision weights would be trained.
+        TTDError: the backbone has LoRA already, a tower supports none, half-precision weights would be trained, or the
+            LoRA in ``lora_from`` cannot be loaded or adapts a tower that is not tuned by LoRA.
     """
     with_lora = [tower for tower in TOWERS if getattr(towers, tower) == "lora"]
     if backbone.has_lora:
         raise TTDError(f"{backbone.description.name} has LoRA already; merge() or unload() it first")
-    if with_lora:
+    if lora_from is not None:
+        load_lora(backbone, lora_from)
+        assert backbone._lora is not None
+        for tower in backbone._lora.towers:
+            if tower not in with_lora:
+                raise InputError(
+                    f"the LoRA in {lora_from} adapts the {tower} tower, and towers.{tower} is "
+                    f"{getattr(towers, tower)}; set towers.{tower}: lora"
+                )
+    elif with_lora:
         backbone.add_lora(
             towers.rank, alpha=towers.alpha, dropout=towers.dropout, towers=with_lora, modules=towers.modules
         )

@@ -83,7 +83,8 @@ class PerceptionEncoderAdapter(TimmViTAdapter):
             x = torch.cat([*extra, x], dim=1)
         if trunk.pos_embed is not None:
             prefix = int(trunk.num_prefix_tokens) if has_own_positions else 0
-            x = x + resampled_positions(trunk.pos_embed[0], self._grid, grid, prefix=prefix).to(x.dtype)
+            positions = resampled_positions(trunk.pos_embed[0], self._grid, grid, prefix=prefix, method=self.positions)
+            x = x + positions.to(x.dtype)
         if extra and not has_own_positions:
             x = torch.cat([*extra, x], dim=1)
         return trunk.norm_pre(trunk.pos_drop(x))

@@ -132,6 +132,23 @@ def read_indices(path: Path) -> NDArray[np.int64]:
     return values if values.ndim == 2 else values[..., 0] + 256 * values[..., 1] + 65536 * values[..., 2]
 
 
+def read_colours(path: Path) -> NDArray[np.int64]:
+    """Return the colours of a mask as ``R + 256 G + 65536 B``; those of its palette if it has one.
+
+    Returns:
+        int64 ``[height, width]``.
+
+    Raises:
+        DatasetError: the file is missing or not an image, or has neither colours nor grey values.
+    """
+    with _opened(path, "mask") as image:
+        if image.mode not in ("P", "L", "1", "RGB", "RGBA"):
+            raise DatasetError(f"the mask {str(path)!r} has mode {image.mode}; a mask of colours must be RGB")
+        # Not to_rgb, which would blend transparent pixels with white.
+        values = np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(np.int64)
+    return values[..., 0] + 256 * values[..., 1] + 65536 * values[..., 2]
+
+
 def lookup_table(known: Mapping[int, int]) -> NDArray[np.int16]:
     """Return a table from pixel values to class indices, int16 ``[65536]``; -1 for unknown values."""
     table = np.full(65536, -1, np.int16)

@@ -20,6 +20,9 @@ from ttd_plugins.evaluation.true_tags import label_candidates
 
 Progress = Callable[[int], None]
 
+UNKNOWN = -1
+"""Label of a class of which the annotations do not say whether the image shows it."""
+
 
 @dataclass(frozen=True)
 class ClassNames:
@@ -105,6 +108,78 @@ class SegmentationData(ABC):
     def describe(self) -> dict[str, Any]:
         """Return what identifies the data: the reader, its folder, its split and size."""
         return {"name": self.name, "reader": type(self).__name__, "root": str(self.root), "images": len(self)}
+
+
+class LabelData(ABC):
+    """Images with labels: for each class whether the image shows it.
+
+    Attributes:
+        name: name of the data set, for results.
+        root: its folder or file.
+        classes: the C classes in the order of their indices.
+    """
+
+    name: str
+    root: Path
+    classes: tuple[ClassNames, ...]
+
+    @abstractmethod
+    def keys(self) -> Sequence[str]:
+        """Return the distinct keys of the images, in a fixed order."""
+
+    @abstractmethod
+    def image_path(self, key: str) -> Path:
+        """Return the file of an image."""
+
+    @abstractmethod
+    def labels(self, key: str) -> NDArray[np.int8]:
+        """Return the labels of an image.
+
+        Returns:
+            int8 ``[C]``: 1 shown, 0 not shown, :data:`UNKNOWN` if the annotations do not say.
+
+        Raises:
+            DatasetError: the annotations cannot be read.
+        """
+
+    def check(self, keys: Iterable[str] | None = None, progress: Progress | None = None) -> None:
+        """Check that the images and labels of ``keys`` (all by default) can be read.
+
+        Raises:
+            DatasetError: a file is wrong; the message names the first one.
+        """
+        for key in self.keys() if keys is None else keys:
+            image_size(self.image_path(key))
+            self.labels(key)
+            if progress is not None:
+                progress(1)
+
+    def require_truth(self) -> None:
+        """Check that some image shows a class; it stops at the first one.
+
+        Raises:
+            DatasetError: there is none, so that nothing can be measured.
+        """
+        for key in self.keys():
+            if (self.labels(key) == 1).any():
+                return
+        raise DatasetError(
+            f"none of the {len(self)} images of {self.name} in {str(self.root)!r} has a label; check that labels and "
+            "images belong together"
+        )
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def describe(self) -> dict[str, Any]:
+        """Return what identifies the data: the reader, its folder, its size and number of classes."""
+        return {
+            "name": self.name,
+            "reader": type(self).__name__,
+            "root": str(self.root),
+            "images": len(self),
+            "class_count": len(self.classes),
+        }
 
 
 @dataclass(frozen=True)

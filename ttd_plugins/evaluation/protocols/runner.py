@@ -30,6 +30,7 @@ from ttd_plugins._version import __version__
 from ttd_plugins.adapter import Calibration, DenseAdapter
 from ttd_plugins.engine import evaluation_mode
 from ttd_plugins.errors import InputError, one_sentence
+from ttd_plugins.evaluation.dense_inference import resampling
 from ttd_plugins.utils.deprecation import RenamedAttribute
 from ttd_plugins.utils.files import given_path, write_atomic
 from ttd_plugins.utils.output_folder import LOCK, FolderKind, output_folder
@@ -44,7 +45,7 @@ class EvaluationResult:
     """Result of a protocol, with everything needed to repeat it.
 
     Attributes:
-        protocol: ``"tags"``, ``"text"`` or ``"segment"``.
+        protocol: ``"tags"``, ``"text"``, ``"segment"``, ``"classify"`` or ``"retrieval"``.
         settings: every option, the backbone with a hash of its weights, and the data set.
         metrics: the metrics by name, or ``None`` while other processes still have images to do.
         done, images: number of images with a record, and of all images.
@@ -107,16 +108,20 @@ def weights_hash(adapter: DenseAdapter) -> str:
 
 
 def describe_backbone(adapter: DenseAdapter) -> dict[str, Any]:
-    """Return what identifies a backbone: its name, the run or LoRA, dense mode, calibration, a hash of its weights."""
+    """Return what identifies a backbone: its name, the run or LoRA, dense mode, calibration, a hash of its weights.
+
+    The resampling of position embeddings is included if it is not the library's.
+    """
     description = adapter.description
     # Only where there is one, so that results of earlier releases stay comparable.
     source = {} if adapter.tuned_from is None else {"tuned_from": adapter.tuned_from.as_dict()}
-    return source | {
+    about = source | {
         "name": description.name,
         "dense_mode": description.dense_mode,
         "calibration": asdict(description.calibration),
         "weights_sha256": weights_hash(adapter),
     }
+    return about if description.positions == "library" else about | {"positions": description.positions}
 
 
 def run_settings(
@@ -127,15 +132,18 @@ def run_settings(
     Args:
         protocol: name of the protocol.
         adapter: the backbone.
-        options: the protocol's options, a dataclass.
+        options: the protocol's options, a dataclass; options of dense inference are its field ``dense``.
         calibration: the calibration in use.
         data: description of the data set.
     """
+    dense = getattr(options, "dense", None)
+    with resampling(adapter, None if dense is None else dense.positions):
+        backbone = describe_backbone(adapter)
     return {
         "protocol": protocol,
         "options": asdict(options),
         "calibration": asdict(calibration),
-        "backbone": describe_backbone(adapter),
+        "backbone": backbone,
         "data": data,
     }
 
