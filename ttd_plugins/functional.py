@@ -226,13 +226,19 @@ def ttd_loss(
         if anchor is not None:
             assert student.pooled is not None
             weights["anchor"] = options.anchor_weight
-            embeddings = [student.pooled, student.captions, anchor.pooled, anchor.captions]
+            own = student.pooled, student.captions
+            other = anchor.pooled, anchor.captions
             if torch.is_grad_enabled():
-                embeddings = [distributed.gather_rows(rows) for rows in embeddings]
-            scale, bias = anchor.logit_scale, anchor.logit_bias
-            form_of_anchor = {"scale": similarity.promote(scale) if isinstance(scale, Tensor) else scale, "bias": bias}
+                own = distributed.gather_rows(own[0]), distributed.gather_rows(own[1])
+                other = distributed.gather_rows(other[0]), distributed.gather_rows(other[1])
+            frozen = anchor.logit_scale
             parts["anchor"] = losses.anchor_distance(
-                *embeddings, kind=options.anchor, form=logits, **form_of_anchor
+                *own,
+                *other,
+                kind=options.anchor,
+                scale=similarity.promote(frozen) if isinstance(frozen, Tensor) else frozen,
+                bias=anchor.logit_bias,
+                form=logits,
             ).mean()
         loss = sum((weights[name] * part for name, part in parts.items()), maps.caption_maps.sum() * 0)
     assert isinstance(loss, Tensor)
