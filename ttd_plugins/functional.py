@@ -226,17 +226,17 @@ def ttd_loss(
         if anchor is not None:
             assert student.pooled is not None
             weights["anchor"] = options.anchor_weight
-            own = student.pooled, student.captions
-            other = anchor.pooled, anchor.captions
+            embeddings = student.pooled, student.captions
+            frozen = anchor.pooled, anchor.captions
             if torch.is_grad_enabled():
-                own = distributed.gather_rows(own[0]), distributed.gather_rows(own[1])
-                other = distributed.gather_rows(other[0]), distributed.gather_rows(other[1])
-            frozen = anchor.logit_scale
+                embeddings = distributed.gather_rows(embeddings[0]), distributed.gather_rows(embeddings[1])
+                frozen = distributed.gather_rows(frozen[0]), distributed.gather_rows(frozen[1])
+            scale = anchor.logit_scale
             parts["anchor"] = losses.anchor_distance(
-                *own,
-                *other,
+                *embeddings,
+                *frozen,
                 kind=options.anchor,
-                scale=similarity.promote(frozen) if isinstance(frozen, Tensor) else frozen,
+                scale=similarity.promote(scale) if isinstance(scale, Tensor) else scale,
                 bias=anchor.logit_bias,
                 form=logits,
             ).mean()
