@@ -67,7 +67,7 @@ def draw(report: Path, shots: dict[Path, str | None]) -> None:
 
 def save(shot: bytes, out: Path) -> None:
     """Write a screenshot as a JPEG, or as a PNG of 256 colours, by the suffix."""
-    with Image.open(io.BytesIO(shot)) as image:
+    with Image.open(io.BytesIO(shot), formats=("PNG",)) as image:
         buffer = io.BytesIO()
         if out.suffix == ".jpg":
             image.convert("RGB").save(buffer, "JPEG", quality=QUALITY, optimize=True)

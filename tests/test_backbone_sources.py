@@ -356,7 +356,7 @@ def test_a_comparison_is_not_continued_with_another_step(run: Path, tmp_path: Pa
     assert found.about["tuned_from"]["step"] == 20 and found.about["weights_sha256"] == weights_hash(load(run))
     assert again(str(run)).backbones[0].metrics == found.metrics
     add_step(run, tuned(9), 30)
-    with pytest.raises(TTDError, match=r"has changed since .* \(step 20, now 30\); name the step, as in .*run@20"):
+    with pytest.raises(TTDError, match=r"has changed since .* \(step 20, now 30\); name the step, as in "):
         again(str(run))
 
 

@@ -18,7 +18,7 @@ from ttd_plugins.errors import UnsupportedModelError
 
 FAMILIES = {"open_clip": OpenCLIPFamily, "eva_clip": EvaCLIPFamily, "siglip": SiglipFamily}
 REASONS = {
-    "open_clip": "without feature maps .*supports open_clip's native vision transformers and convolutional trunks",
+    "open_clip": "without feature maps .*supports open_clip's own vision transformers and ResNets",
     "eva_clip": "learned queries",
     "siglip": "built neither like transformers' SiglipModel nor like open_clip's SigLIP models",
 }

@@ -98,7 +98,7 @@ class TTD(nn.Module):
     """
 
     _keys_to_ignore_on_save: ClassVar[None] = None
-    """Trainer of transformers reads it if a checkpoint has only a part of the weights."""
+    """The library behind `Trainer` reads it if a checkpoint has only a part of the weights."""
 
     def __init__(
         self,

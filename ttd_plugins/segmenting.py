@@ -260,7 +260,7 @@ def segment(
 
     Example::
 
-        result = segment("open_clip:photo", "photo.jpg", "dog, grass, sky")
+        result = segment(load("family:model@weights"), "photo.jpg", "dog, grass, sky")
         result.mask("dog")                                        # bool [height, width]
         Image.fromarray(result.overlay()).save("overlay.png")
 

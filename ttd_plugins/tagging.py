@@ -206,7 +206,7 @@ def find_tags(
 
     Example::
 
-        find_tags("open_clip:photo", "photo.jpg", "coco_panoptic", top=5).tags
+        find_tags(load("family:model@weights"), "photo.jpg", "coco_panoptic", top=5).tags
 
     Args:
         backbone: an adapter, or a name for :func:`ttd_plugins.load`.

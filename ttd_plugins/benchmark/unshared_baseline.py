@@ -25,20 +25,27 @@ def full_context_texts(adapter: DenseAdapter, texts: Sequence[str]) -> Tensor:
     return adapter.encode_text(ids) if embeddings is None else embeddings
 
 
-def contrastive_term(adapter: DenseAdapter, image: Tensor, text: Tensor) -> Tensor:
+def contrastive_term(
+    adapter: DenseAdapter, image: Tensor, text: Tensor, captions: Sequence[str] | None = None
+) -> Tensor:
     """Return the backbone's own contrastive loss, InfoNCE or pairwise sigmoid, a scalar.
 
     Args:
         adapter: the backbone.
         image, text: embeddings ``[B, D]``.
+        captions: the texts; pairs with equal ones are not negatives of each other. By default all differ.
     """
     logits = adapter.logit_scale() * F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T
     bias = adapter.logit_bias()
     if bias is not None:
         logits = logits + bias
+    distinct = range(len(logits)) if captions is None else [" ".join(text.casefold().split()) for text in captions]
+    same = torch.tensor([[one == other for other in distinct] for one in distinct], device=logits.device)
+    ignored = same & ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
     if adapter.description.logits == "sigmoid":
         signs = 2 * torch.eye(len(logits), device=logits.device) - 1
-        return -F.logsigmoid(signs * logits).sum(-1).mean()
+        return -F.logsigmoid(signs * logits).masked_fill(ignored, 0).sum(-1).mean()
+    logits = logits.masked_fill(ignored, -torch.inf)
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
@@ -86,7 +93,7 @@ def unshared_losses(
     losses = {
         "tag": torch.cat(tag_distances).mean() if tag_distances else zero,
         "distill": _mean(torch.stack(caption_distances), torch.stack(usable)) if usable else zero,
-        "contrastive": contrastive_term(adapter, _pooled(features.pooled), texts[: len(captions)]),
+        "contrastive": contrastive_term(adapter, _pooled(features.pooled), texts[: len(captions)], captions),
     }
     losses["loss"] = (
         options.tag_weight * losses["tag"]

@@ -28,15 +28,13 @@ def command(
     compare` for one backbone and one seed. Prints a table and writes a report with heat maps. If it is stopped, the
     same command continues it.
     """
-    from ttd_plugins.backbone_sources import check_backbone
     from ttd_plugins.comparison.demo import demo_options, run_demo
     from ttd_plugins.comparison.photographs import AFTER, BEFORE
     from ttd_plugins.utils.progress import progress_bars
 
     rank = {"rank": 0} if full else {}
     options = demo_options(backbone, seed=seed, steps=steps, scenes=scenes, **rank)
-    check_backbone(backbone)
-    typer.echo(
+    plan = (
         f"1. photographs of the package: maps of {BEFORE} before and after TTD ({AFTER})\n"
         f"2. {scenes} generated scenes with exact truth: {backbone} is measured, trained for {steps} steps without TTD "
         "(control) and with TTD, and measured again\n"
@@ -44,7 +42,9 @@ def command(
         "same command continues it."
     )
     with progress_bars(width=40) as stage:
-        comparison = run_demo(out, options, stage=stage, command=command_line(context))
+        comparison = run_demo(
+            out, options, stage=stage, command=command_line(context), on_start=lambda: typer.echo(plan)
+        )
     print_summary(comparison, out)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from ttd_plugins.backbone_sources import check_backbone, load_tuned, open_backbo
 from ttd_plugins.comparison.data import open_data
 from ttd_plugins.comparison.experiment_record import ADVICE, ExperimentRecord, versions
 from ttd_plugins.comparison.options import CompareOptions
-from ttd_plugins.comparison.photographs import photograph_examples
+from ttd_plugins.comparison.photographs import BEFORE, photograph_examples
 from ttd_plugins.comparison.results import ARMS, Arm, Comparison, PhotographExamples
 from ttd_plugins.comparison.running import COMPARISON_FOLDER, RESULTS, run_comparison_in, write_outputs
 from ttd_plugins.comparison.scene_data import SceneData
@@ -43,7 +44,12 @@ def demo_options(
 
 
 def run_demo(
-    out: Path, options: CompareOptions, *, stage: Stage = no_progress, command: str | None = None
+    out: Path,
+    options: CompareOptions,
+    *,
+    stage: Stage = no_progress,
+    command: str | None = None,
+    on_start: Callable[[], None] = lambda: None,
 ) -> Comparison:
     """Run the demo: a comparison with photographs in its report, ``heatmaps/*.png`` and a short ``metrics.json``.
 
@@ -52,18 +58,20 @@ def run_demo(
         options: options from :func:`demo_options`.
         stage: progress callback.
         command: shell command that repeats the demo, for the report.
+        on_start: called once, when backbones, data and folder have been checked and before anything is computed.
 
     Raises:
         InputError: ``out`` cannot be written, or has the results of other options.
         TTDError: a backbone cannot be loaded, or a package that draws scenes is not installed.
     """
-    for name in options.backbones:
+    for name in (BEFORE, *options.backbones):
         check_backbone(name)
     data = open_data(options)
     with output_folder(out, COMPARISON_FOLDER):
         if (out / METRICS).exists() and not (out / RESULTS).exists():
             # A folder of version 0.1: same settings are run anew, and the results of other settings stay as they are.
             ExperimentRecord(out / METRICS, _settings(options))
+        on_start()
         # First, because they take seconds and the scenes take minutes.
         photographs = photograph_examples(options=options.ttd, stage=stage)
         comparison = run_comparison_in(out, options, data, stage=stage, command=command)
