@@ -300,3 +300,43 @@ def test_mistakes_are_one_sentence(changes: dict[str, Any], sentence: str) -> No
 
 def test_it_is_public() -> None:
     assert ttd_plugins.ttd_loss is ttd_loss
+
+
+# Options that need more tensors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["embeddings", "similarities"])
+@pytest.mark.parametrize("logits", ["softmax", "sigmoid"])
+def test_the_anchor_agrees_with_loops(kind: Any, logits: Any) -> None:
+    options = TTDOptions(anchor_weight=2.0, anchor=kind)
+    features, other = (
+        random_features([2, 0, 1]),
+        random_features([1, 1, 1], width=4 if kind == "similarities" else 5, seed=3),
+    )
+    assert features.pooled is not None and other.pooled is not None
+    frozen = functional.AnchorFeatures(other.pooled, other.captions, SCALE, -0.7 if logits == "sigmoid" else None)
+    found = ttd_loss(*features, options, logit_scale=SCALE, logits=logits, anchor_features=frozen)
+    expected = slow.anchor(
+        features.pooled.tolist(), features.captions.tolist(), other.pooled.tolist(), other.captions.tolist(),
+        kind=kind, scale=SCALE, bias=-0.7 if logits == "sigmoid" else 0.0, form=logits,
+    )  # fmt: skip
+    np.testing.assert_allclose(found.losses["anchor"].item(), expected, rtol=1e-9)
+    without = ttd_loss(*features, logit_scale=SCALE, logits=logits)
+    np.testing.assert_allclose(found.loss.item(), without.loss.item() + 2 * expected, rtol=1e-9)
+    with pytest.raises(InputError, match="the anchor needs pooled and anchor_features"):
+        ttd_loss(*features, options, logit_scale=SCALE)
+    with pytest.raises(InputError, match=r"anchor captions must have shape \[3, ., not \[3, 9\]|not \[3, 9\]"):
+        ttd_loss(*features, options, logit_scale=SCALE, anchor_features=(other.pooled, torch.ones(3, 9)))
+
+
+def test_equal_captions_of_different_images_are_no_negatives() -> None:
+    features = random_features([2, 0, 1])
+    ids = ["A dog", "a  DOG ", "cat"]
+    found = ttd_loss(*features, logit_scale=SCALE, caption_ids=ids)
+    assert_is(found, slow_loss(features, TTDOptions(), wording=["a dog", "a dog", "cat"]))
+    assert ttd_loss(*features, logit_scale=SCALE, caption_ids=torch.tensor([4, 4, 9])).loss == found.loss
+    plain = ttd_loss(*features, logit_scale=SCALE)
+    assert ttd_loss(*features, logit_scale=SCALE, caption_ids=["a", "b", "c"]).loss == plain.loss != found.loss
+    for wrong in (["a"], "abc", [["a"], ["b"], ["c"]]):
+        with pytest.raises(InputError, match="caption_ids must"):
+            ttd_loss(*features, logit_scale=SCALE, caption_ids=wrong)  # type: ignore[arg-type]

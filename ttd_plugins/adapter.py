@@ -33,7 +33,6 @@ from ttd_plugins.utils.contract_types import ExportedModel as ExportedModel
 from ttd_plugins.utils.contract_types import ImageFeatures as ImageFeatures
 from ttd_plugins.utils.contract_types import Tokens as Tokens
 from ttd_plugins.utils.contract_types import TunedFrom as TunedFrom
-from ttd_plugins.utils.contract_types import adapter_repr
 from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_keyword, renamed_names, warn_renamed
 from ttd_plugins.utils.running_state import WeightSnapshot
 from ttd_plugins.utils.sizes import Size as Size
@@ -144,8 +143,7 @@ class DenseAdapter(nn.Module, ABC):
             the modules. Unmerged LoRA then affects the features of this adapter only.
         library_reference: the library's own functions, for the conformance kit; an adapter sets it or makes it a
             property. ``None``: the kit looks for the names that libraries usually have.
-        positions: how position embeddings of the image tower are resampled at other sizes than the trained one; assign
-            one of :attr:`resamplings` to change it.
+        positions: how image position embeddings are resampled at untrained sizes; assign one of :attr:`resamplings`.
         resamplings: the values of :attr:`positions` that this adapter supports.
     """
 
@@ -398,7 +396,7 @@ class DenseAdapter(nn.Module, ABC):
             self._originals = WeightSnapshot(self.model, self.lora_parameters())
 
     remember_weights = _remember_weights
-    __repr__ = adapter_repr
+    __repr__ = wrapped_models.adapter_repr
 
     def lora_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters that :meth:`add_lora` added, in a stable order; empty without LoRA."""

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SourceKind = Literal["run", "lora", "comparison", "demo", "weights", "name"]
-RANDOM = "random"
+RANDOM, BEST = "random", "best"
 LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
 COMPARISON_RESULTS = "results.json"
 OLD_DEMO_WEIGHTS = Path("weights/after.safetensors")
@@ -117,8 +117,10 @@ def open_source(name: str, options: Mapping[str, Any]) -> DenseAdapter | None:
     return load_tuned(base, source, options=options, merge=True)
 
 
-def split_step(source: str | os.PathLike[str]) -> tuple[Path, int | None]:
+def split_step(source: str | os.PathLike[str]) -> tuple[Path, int | str | None]:
     """Split ``RUN@STEP``, or the folder of a checkpoint of a run, into the run and the step; ``None`` for the newest.
+
+    STEP is a number, or ``best`` for the best checkpoint by the metric of the run.
 
     Raises:
         InputError: RUN is a folder, and what follows ``@`` is no step.
@@ -127,8 +129,12 @@ def split_step(source: str | os.PathLike[str]) -> tuple[Path, int | None]:
     if not os.path.exists(source):
         run, at, step = source.rpartition("@")
         if at and os.path.isdir(run):
+            if step == BEST:
+                return Path(run), BEST
             if not _STEP.fullmatch(step):
-                raise InputError(f"{source!r}: after the run and '@', write the step of a checkpoint, as in RUN@200")
+                raise InputError(
+                    f"{source!r}: after the run and '@', write the step of a checkpoint, as in RUN@200, or {BEST}"
+                )
             return Path(run), int(step)
     path = Path(source)
     found = _CHECKPOINT.fullmatch(path.name)
@@ -347,6 +353,8 @@ def _stored_options(name: str, record: ExportRecord) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "dense" in known and record.dense_mode is not None:
         found["dense"] = record.dense_mode
+    if "positions" in known and record.positions is not None:
+        found["positions"] = record.positions
     if "calibration" in known and record.calibration is not None and len(record.calibration) == 2:
         found["calibration"] = Calibration(*record.calibration)
     return found
@@ -400,14 +408,15 @@ def _lora_rank(tensors: Mapping[str, Tensor]) -> int | None:
     return None
 
 
-def _run_name(run: Path, step: int | None = None) -> str | None:
-    from ttd_plugins.training.checkpoints import checkpoint_steps
+def _run_name(run: Path, step: int | str | None = None) -> str | None:
+    from ttd_plugins.training.checkpoints import checkpoint_steps, named_step
     from ttd_plugins.training.config import TrainConfig
 
     own = TrainConfig.read(run / "config.yaml").backbone.name
     steps = checkpoint_steps(run)
     if not steps:
         raise InputError(f"{run} has no checkpoint yet; wait for the first one, or name another run")
+    step = named_step(run, step)
     if step is not None and step not in steps:
         raise InputError(f"{run} has no checkpoint of step {step}; there are those of {', '.join(map(str, steps))}")
     return own

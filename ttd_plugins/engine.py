@@ -47,7 +47,7 @@ from ttd_plugins.engine_checks import (
 from ttd_plugins.engine_outputs import Alignment, Candidates, EncodedBatch, Targets, TTDOutput
 from ttd_plugins.engine_teacher import load_teacher, save_teacher, teacher_problem, update_average, without_teacher
 from ttd_plugins.errors import InputError, TTDError, UnsupportedModelError
-from ttd_plugins.functional import SimilarityMaps, TTDFeatures
+from ttd_plugins.functional import AnchorFeatures, SimilarityMaps, TTDFeatures
 from ttd_plugins.method import similarity
 from ttd_plugins.method.text_embeddings import TextEmbeddingCache
 from ttd_plugins.options import TTDOptions
@@ -272,9 +272,12 @@ class TTD(nn.Module):
             self.backbone, images, captions, candidates, pooled=need_pooled, tag_gradient=tag_gradient
         )
         teacher = self._teacher_features(images, captions, candidates)
-        anchor = self._anchor_features(images, captions, teacher) if options.anchor_weight > 0 else None
+        anchor = None
         with torch.autocast(images.device.type, enabled=False):
-            scale, bias = (self.backbone.logit_scale(), self.backbone.logit_bias()) if need_pooled else (None, None)
+            contrastive = options.contrastive_weight > 0
+            scale, bias = (self.backbone.logit_scale(), self.backbone.logit_bias()) if contrastive else (None, None)
+            if options.anchor_weight > 0:
+                anchor = self._anchor_features(images, captions, teacher)
         result = functional.ttd_loss(
             *encoded.features,
             options,
@@ -283,9 +286,9 @@ class TTD(nn.Module):
             logits=self.backbone.description.logits,
             calibration=self.calibration,
             groups=ids,
-            texts=captions,
-            anchor_features=anchor,
+            caption_ids=captions,
             teacher_features=teacher,
+            anchor_features=anchor,
             image_index=candidates.image_index,
             tag_index=candidates.tag_index,
             max_tags=candidates.max_tags,
@@ -402,24 +405,21 @@ class TTD(nn.Module):
         # The model's mode and not this module's: the caller's loop switches the model.
         if self._average is not None and self.backbone.model.training:
             update_average(teacher, self.backbone, self.options.ema_decay)
-        # The anchor needs the pooled embeddings of the frozen model too.
         return self._encode(teacher, images, captions, candidates, pooled=teacher in self._anchor).features
 
     @torch.no_grad()
-    def _anchor_features(
-        self, images: Tensor, captions: Sequence[str], teacher: functional.TTDFeatures | None
-    ) -> functional.AnchorFeatures:
-        """Pooled image and caption embeddings of the frozen model, each ``[B, D]``; a frozen teacher has them."""
+    def _anchor_features(self, images: Tensor, captions: Sequence[str], teacher: TTDFeatures | None) -> AnchorFeatures:
+        """Pooled image and caption embeddings of the frozen model; a frozen teacher has them."""
         (frozen,) = self._anchor
-        frozen.to(images.device)
+        logits = similarity.promote(frozen.logit_scale()), frozen.logit_bias()
         if frozen in self._teacher:
             assert teacher is not None
-            pooled, texts = teacher.pooled, teacher.captions
-        else:
-            pooled = image_features(frozen, images, pooled=True).pooled
-            texts = self._anchor_text_cache.encode(frozen, captions)[0]
+            assert teacher.pooled is not None
+            return AnchorFeatures(teacher.pooled, teacher.captions, *logits)
+        frozen.to(images.device)
+        pooled = image_features(frozen, images, pooled=True).pooled
         assert pooled is not None
-        return functional.AnchorFeatures(pooled, texts, frozen.logit_scale(), frozen.logit_bias())
+        return AnchorFeatures(pooled, self._anchor_text_cache.encode(frozen, captions)[0], *logits)
 
     @torch.no_grad()
     def targets(self, alignment: Alignment) -> Targets:

@@ -190,10 +190,11 @@ def export_run(
     # Before anything slow, so that a wrong path fails at once.
     require_new(given_path(out))
     folder, own_step = split_step(run)
-    if step is not None and own_step is not None and str(step) != str(own_step):
+    step = int(step) if isinstance(step, str) and step.isdecimal() else step
+    if step is not None and own_step not in (None, step):
         raise InputError(f"{str(run)!r} names the step {own_step}, and --step is {step}; give one of them")
-    chosen = own_step if step is None else step
-    adapter, card = read_run(folder, chosen, lora_scale=lora_scale, averaged=averaged)
+    step = own_step if step is None else step
+    adapter, card = read_run(folder, step, lora_scale=lora_scale, averaged=averaged)
     card = replace(card, licence=licence, repository=repository)
     return export_backbone(adapter, out, form=form, card=card)
 
@@ -204,6 +205,7 @@ def export_named(
     *,
     form: Form = "native",
     lora_scale: float | None = None,
+    averaged: bool = True,
     options: Mapping[str, Any] | None = None,
     licence: str | None = None,
     repository: str | None = None,
@@ -214,7 +216,8 @@ def export_named(
         name: the name.
         out: the folder to write.
         form: as in :func:`export_backbone`; ``"lora"`` needs a run or a folder of LoRA.
-        lora_scale: factor of LoRA; by default that of the run, and 1 for other sources.
+        lora_scale: factor of LoRA; by default that of the run, or 1.
+        averaged: as in :func:`export_run`.
         options: options of the family, such as its dense mode.
         licence, repository: as in :class:`ModelCard`.
 
@@ -224,19 +227,20 @@ def export_named(
     require_new(given_path(out))
     base, source = split_source(name)
     if source is None:
-        if lora_scale not in (None, 1):
+        if lora_scale is not None:
             raise InputError("--lora-scale needs a run or NAME+LORA, and a plain name has no LoRA; remove it")
         card = ModelCard(licence=licence, repository=repository)
         return export_backbone(load(name, **(options or {})), out, form=form, card=card)
     if base is None and source_kind(source) == "run" and not options:
-        return export_run(source, out, form=form, lora_scale=lora_scale, licence=licence, repository=repository)
+        return export_run(
+            source, out, form=form, lora_scale=lora_scale, averaged=averaged, licence=licence, repository=repository
+        )
     adapter = load_tuned(base, source, options=options)
     tuned_from = adapter.tuned_from
     assert tuned_from is not None
     settings = {"tuned_from": str(tuned_from)}
     card = ModelCard(tuned_from.base, settings=settings, licence=licence, repository=repository)
-    scale = 1.0 if lora_scale is None else lora_scale
-    return export_backbone(adapter, out, form=form, card=card, lora_scale=scale)
+    return export_backbone(adapter, out, form=form, card=card, lora_scale=1.0 if lora_scale is None else lora_scale)
 
 
 def _record_of(adapter: DenseAdapter, model: ExportedModel, form: Form, card: ModelCard) -> ExportRecord:
@@ -246,7 +250,9 @@ def _record_of(adapter: DenseAdapter, model: ExportedModel, form: Form, card: Mo
         base = description.name
     fitted = description.calibration
     calibration = (fitted.scale, fitted.shift) if description.calibrated else None
-    return ExportRecord(form, model.name if form == "native" else None, base, description.dense_mode, calibration)
+    positions = None if description.positions == "library" else description.positions
+    name = model.name if form == "native" else None
+    return ExportRecord(form, name, base, description.dense_mode, positions, calibration)
 
 
 # Writing -------------------------------------------------------------------------------------------------------------

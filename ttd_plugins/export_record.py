@@ -38,6 +38,7 @@ class ExportRecord:
             no name.
         base: name of the backbone that was fine-tuned; ``None`` if it has none, as an object of the caller.
         dense_mode: dense mode of the exported backbone, which no library stores.
+        positions: how position embeddings are resampled, if not as the library does.
         calibration: scale and shift of its map from cosine to probability, if it was fitted.
         sha256: SHA-256 of each file of weights, by its name.
         format: version of this record.
@@ -47,6 +48,7 @@ class ExportRecord:
     name: Text | None = None
     base: Text | None = None
     dense_mode: Text | None = None
+    positions: Text | None = None
     calibration: tuple[Annotated[float, pydantic.Field(allow_inf_nan=False)], ...] | None = None
     sha256: dict[Text, Text] | None = None
     format: Literal[1] = FORMAT

@@ -29,17 +29,15 @@ class TTDFeatures(NamedTuple):
 
 
 class AnchorFeatures(NamedTuple):
-    """Embeddings of the frozen model for the same images and captions, for the anchor.
+    """Global embeddings of the frozen model for the same images and captions, for the option ``anchor_weight``.
 
-    Attributes:
-        pooled, captions: pooled image embeddings and caption embeddings, each ``[B, D]``.
-        logit_scale, logit_bias: of the frozen model, for ``anchor="similarities"``; by default those of the student,
-            without gradient.
+    ``pooled`` and ``captions`` are ``[B, D]``, or of another width with ``anchor="similarities"``, which also needs
+    ``logit_scale`` and ``logit_bias`` of the frozen model's contrastive logits.
     """
 
     pooled: Tensor
     captions: Tensor
-    logit_scale: Tensor | float | None = None
+    logit_scale: Tensor | float = 1.0
     logit_bias: Tensor | float | None = None
 
 
@@ -99,9 +97,9 @@ def ttd_loss(
     logits: Literal["softmax", "sigmoid"] = "softmax",
     calibration: Calibration | None = None,
     groups: Sequence[Hashable] | Tensor | None = None,
-    texts: Sequence[str] | None = None,
-    anchor_features: AnchorFeatures | Sequence[Any] | None = None,
+    caption_ids: Sequence[Hashable] | Tensor | None = None,
     teacher_features: TTDFeatures | Sequence[Any] | None = None,
+    anchor_features: AnchorFeatures | Sequence[Any] | None = None,
     image_index: Tensor | None = None,
     tag_index: Tensor | None = None,
     max_tags: int | None = None,
@@ -125,7 +123,7 @@ def ttd_loss(
         tags: embeddings of the candidate tags of each caption: B tensors ``[T_b, D]``, of which each T_b may differ or
             be zero; or distinct embeddings ``[K, D]`` with ``image_index``.
         options: options of the method. The loss uses ``score``, ``rule``, ``threshold``, ``distance``,
-            ``activation``, the weights and ``calibration``; the others belong to the model.
+            ``activation``, the weights, ``anchor`` and ``calibration``; the others belong to the model.
         logit_scale: multiplier of the cosines in the contrastive term, exponentiated, with or without gradient; needed
             with ``contrastive_weight`` above 0.
         logit_bias: added to the contrastive logits; ``None`` for none.
@@ -133,11 +131,12 @@ def ttd_loss(
         calibration: map from cosine to probability, where ``options`` has none; by default ``Calibration()``.
         groups: the id of each pair's image, B hashable values or an integer tensor ``[B]``; pairs of one image are not
             negatives of each other.
-        texts: the B captions as strings; equal ones, up to case and white space, are not negatives of each other.
-        anchor_features: embeddings of the frozen model, pooled and captions; needed with ``anchor_weight`` above 0.
+        caption_ids: the captions themselves, or other ids; a caption that several images have is no negative of any of
+            them. Texts that differ by case or white space alone are equal. By default all captions differ.
         teacher_features: features of another model for the same images and texts, which then provides the targets:
             patches, pooled, captions and tags, without gradient. Needed with the options ``teacher="frozen"`` and
             ``"ema"``.
+        anchor_features: global embeddings of the frozen model, needed with ``anchor_weight`` above 0.
         image_index: int64 ``[N]``, ascending: the caption of each of N candidates, for ``tags`` of shape ``[K, D]``.
         tag_index: int64 ``[N]``: the row of ``tags`` of each candidate; by default candidate n has row n.
         max_tags: the largest number of candidates of one caption. With it, ``image_index`` and ``tag_index`` are
@@ -165,12 +164,14 @@ def ttd_loss(
             "or the option teacher='self'"
         )
     ids = None if groups is None else _group_numbers(groups, len(student.captions), student.captions.device)
-    if texts is not None and (isinstance(texts, str) or len(texts) != len(student.captions)):
-        raise InputError(f"texts must have the {len(student.captions)} captions as strings")
     contrastive = options.contrastive_weight > 0
-    anchor = _anchor(anchor_features, options, student, logit_scale, logit_bias) if options.anchor_weight > 0 else None
     if contrastive and student.pooled is None:
         raise InputError("the contrastive term needs pooled image embeddings; pass pooled, or contrastive_weight=0")
+    anchor = None
+    if options.anchor_weight > 0:
+        if student.pooled is None or anchor_features is None:
+            raise InputError("the anchor needs pooled and anchor_features; pass both, or anchor_weight=0")
+        anchor = _checked_anchor(AnchorFeatures(*anchor_features), student, options.anchor)
     if contrastive and logit_scale is None:
         raise InputError(
             "the contrastive term needs logit_scale, the multiplier of cosines, such as model.logit_scale.exp(); pass "
@@ -212,21 +213,33 @@ def ttd_loss(
             assert student.pooled is not None
             assert logit_scale is not None
             weights["contrastive"] = options.contrastive_weight
+            images, texts = student.pooled, student.captions
+            text_ids = None if caption_ids is None else _caption_numbers(caption_ids, batch, images.device)
+            if torch.is_grad_enabled():
+                images, texts = distributed.gather_rows(images), distributed.gather_rows(texts)
+                ids = None if ids is None else distributed.gather_rows(ids)
+                text_ids = None if text_ids is None else distributed.gather_rows(text_ids)
             scale = similarity.promote(logit_scale) if isinstance(logit_scale, Tensor) else logit_scale
-            parts["contrastive"] = _contrastive(
-                student.pooled, student.captions, ids, texts, scale=scale, bias=logit_bias, form=logits
+            parts["contrastive"] = losses.contrastive_loss(
+                images, texts, scale=scale, bias=logit_bias, form=logits, groups=ids, texts=text_ids
             )
         if anchor is not None:
             assert student.pooled is not None
             weights["anchor"] = options.anchor_weight
-            rows = [student.pooled, student.captions, anchor.pooled, anchor.captions]
+            embeddings = student.pooled, student.captions
+            frozen = anchor.pooled, anchor.captions
             if torch.is_grad_enabled():
-                rows = [distributed.gather_rows(one) for one in rows]
-            assert anchor.logit_scale is not None
-            distance = losses.anchor_distance(
-                *rows, kind=options.anchor, scale=anchor.logit_scale, bias=anchor.logit_bias, form=logits
-            )
-            parts["anchor"] = distance.mean()
+                embeddings = distributed.gather_rows(embeddings[0]), distributed.gather_rows(embeddings[1])
+                frozen = distributed.gather_rows(frozen[0]), distributed.gather_rows(frozen[1])
+            scale = anchor.logit_scale
+            parts["anchor"] = losses.anchor_distance(
+                *embeddings,
+                *frozen,
+                kind=options.anchor,
+                scale=similarity.promote(scale) if isinstance(scale, Tensor) else scale,
+                bias=anchor.logit_bias,
+                form=logits,
+            ).mean()
         loss = sum((weights[name] * part for name, part in parts.items()), maps.caption_maps.sum() * 0)
     assert isinstance(loss, Tensor)
     detached = {name: part.detach() for name, part in parts.items()}
@@ -283,31 +296,6 @@ def make_targets(
     return selected, targets, union, union.amax(-1) > 0
 
 
-def _contrastive(
-    images: Tensor,
-    captions: Tensor,
-    ids: Tensor | None,
-    texts: Sequence[str] | None,
-    *,
-    scale: Tensor | float,
-    bias: Tensor | float | None,
-    form: Literal["softmax", "sigmoid"],
-) -> Tensor:
-    """Contrastive loss of the joint batch; pairs of one image or one caption are not negatives of each other."""
-    joint = torch.is_grad_enabled() and distributed.process_count() > 1
-    numbers = None
-    if texts is not None:
-        same = [" ".join(text.casefold().split()) for text in texts]
-        # Another process may have the same caption.
-        if joint or len(set(same)) < len(same):
-            numbers = distributed.group_numbers(same, images.device)
-    if joint:
-        images, captions = distributed.gather_rows(images), distributed.gather_rows(captions)
-        ids = None if ids is None else distributed.gather_rows(ids)
-        numbers = None if numbers is None else distributed.gather_rows(numbers)
-    return losses.contrastive_loss(images, captions, scale=scale, bias=bias, form=form, groups=ids, texts=numbers)
-
-
 def _mean(total: Tensor, count: Tensor) -> Tensor:
     """Return ``total / count``: with gradients over the joint batch of all processes, otherwise over this one."""
     return distributed.joint_mean(total, count) if torch.is_grad_enabled() else total / count.clamp_min(1e-6)
@@ -324,36 +312,6 @@ def _options(options: TTDOptions | None, changes: dict[str, Any]) -> TTDOptions:
     if options is not None and not isinstance(options, TTDOptions):
         raise InputError(f"options of ttd_loss() is a TTDOptions, not {options!r}; pass single options by name")
     return replace(options or TTDOptions(), **changes) if changes or options is None else options
-
-
-def _anchor(
-    features: AnchorFeatures | Sequence[Any] | None,
-    options: TTDOptions,
-    student: TTDFeatures,
-    logit_scale: Tensor | float | None,
-    logit_bias: Tensor | float | None,
-) -> AnchorFeatures:
-    """Return the checked embeddings of the frozen model, with the scale and bias of its logits."""
-    if features is None:
-        raise InputError(
-            "anchor_weight needs the embeddings of the frozen model; pass anchor_features=AnchorFeatures(pooled, "
-            "captions), or anchor_weight=0"
-        )
-    if student.pooled is None:
-        raise InputError("the anchor needs pooled image embeddings; pass pooled, or anchor_weight=0")
-    pooled, captions, scale, bias = AnchorFeatures(*features)
-    batch, device = len(student.captions), student.captions.device
-    pooled = _checked(pooled, "anchor pooled", (2,), (batch, None), device)
-    captions = _checked(captions, "anchor captions", (2,), (batch, pooled.shape[1]), device)
-    if scale is None:
-        scale, bias = logit_scale, logit_bias
-    if scale is None:
-        if options.anchor == "similarities":
-            raise InputError("anchor='similarities' needs logit_scale, the multiplier of cosines; pass it")
-        scale = 1.0
-    scale = similarity.promote(scale.detach()) if isinstance(scale, Tensor) else scale
-    bias = bias.detach() if isinstance(bias, Tensor) else bias
-    return AnchorFeatures(pooled, captions, scale, bias)
 
 
 _Index = tuple[Tensor, Tensor, int | None]
@@ -379,8 +337,8 @@ def _prepared(
         shape = list(features.patches.shape)
         raise InputError(f"{whose}patches have shape {shape}; pass at least one patch of one image")
     captions = _checked(captions, f"{whose}captions", (2,), (batch, width), patches.device)
-    global_terms = options.contrastive_weight > 0 or options.anchor_weight > 0
-    needs_pooled = options.score == "image" or (global_terms and not whose)
+    compared = options.contrastive_weight > 0 or options.anchor_weight > 0
+    needs_pooled = options.score == "image" or (compared and not whose)
     if pooled is not None:
         pooled = _checked(pooled, f"{whose}pooled", (2,), (batch, width), patches.device)
     elif options.score == "image":
@@ -486,6 +444,29 @@ def _group_numbers(groups: Any, batch: int, device: torch.device) -> Tensor:
         return distributed.group_numbers([_hashable(one) for one in ids], device)
     except TypeError as error:
         raise InputError("groups must be hashable ids, such as strings or integers") from error
+
+
+def _caption_numbers(captions: Any, batch: int, device: torch.device) -> Tensor | None:
+    """Numbers of the captions' ids; ``None`` if no two are equal, in this batch and in those of other processes."""
+    if isinstance(captions, str | bytes) or not hasattr(captions, "__len__") or len(captions) != batch:
+        raise InputError(f"caption_ids must have one text or another hashable id for each of {batch} captions")
+    ids = captions.tolist() if hasattr(captions, "tolist") else list(captions)
+    try:
+        ids = [" ".join(one.casefold().split()) if isinstance(one, str) else _hashable(one) for one in ids]
+    except TypeError as error:
+        raise InputError("caption_ids must be texts or other hashable ids") from error
+    joint = torch.is_grad_enabled() and distributed.process_count() > 1
+    # Another process may have the same caption.
+    return distributed.group_numbers(ids, device) if joint or len(set(ids)) < len(ids) else None
+
+
+def _checked_anchor(anchor: AnchorFeatures, student: TTDFeatures, kind: str) -> AnchorFeatures:
+    """Return the embeddings of the frozen model after a check of their shapes."""
+    (batch, width), device = student.captions.shape, student.captions.device
+    # Similarities can be compared across joint spaces of other widths.
+    pooled = _checked(anchor.pooled, "anchor pooled", (2,), (batch, width if kind == "embeddings" else None), device)
+    captions = _checked(anchor.captions, "anchor captions", (2,), (batch, pooled.shape[1]), device)
+    return anchor._replace(pooled=pooled, captions=captions)
 
 
 def _hashable(one: Any) -> Hashable:

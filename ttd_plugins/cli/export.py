@@ -103,16 +103,22 @@ def command(
     if repository is not None:
         # Before anything slow, so that a missing token is reported at once.
         check_push(repository, private=private)
-    more: dict[str, Any] = {"form": form, "lora_scale": lora_scale, "licence": licence, "repository": repository}
-    if run is not None and lora_scale is None and not as_json:
-        print_lora_scale(run)
+    more: dict[str, Any] = {
+        "form": form,
+        "lora_scale": lora_scale,
+        "averaged": averaged,
+        "licence": licence,
+        "repository": repository,
+    }
     with nullcontext() if out is not None else TemporaryDirectory(prefix="ttd-export-") as temporary:
         folder = out if out is not None else Path(str(temporary)) / "export"
         if backbone is not None:
             done = export_named(backbone, folder, options=image_maps.parse_settings(backbone_option), **more)
         else:
             assert run is not None
-            done = export_run(run, folder, step=step, averaged=averaged, **more)
+            done = export_run(run, folder, step=step, **more)
+            if lora_scale is None and not as_json:
+                _say_scale(run)
         # Before the push, so that the folder is known if that fails.
         if out is not None and not as_json:
             print_export(done)
@@ -124,13 +130,12 @@ def command(
         print_pushed(pushed, done)
 
 
-def print_lora_scale(run: Path) -> None:
-    """Print the run's factor of LoRA if it is not 1."""
+def _say_scale(run: Path) -> None:
+    """Say by how much the run itself scales its LoRA."""
     from ttd_plugins.backbone_sources import split_step
     from ttd_plugins.training.config import TrainConfig
 
-    file = split_step(run)[0] / "config.yaml"
-    scale = TrainConfig.read(file).towers.lora_scale if file.is_file() else 1.0
+    scale = TrainConfig.read(split_step(run)[0] / "config.yaml").towers.lora_scale
     if scale != 1:
         typer.echo(f"LoRA is scaled by {scale:g}, as in the run; --lora-scale 1 exports it as trained")
 

@@ -225,10 +225,10 @@ class _ComparisonRun:
             "calibration": asdict(description.calibration),
             "weights_sha256": weights_hash(backbone),
         }
-        if description.positions != "library":
-            about["positions"] = description.positions
         if backbone.tuned_from is not None:
             about["tuned_from"] = backbone.tuned_from.as_dict()
+        if description.positions != "library":
+            about["positions"] = description.positions
         content = self._content(name)
         # Records of earlier releases do not name the run.
         if content["about"] and any(about.get(key) != value for key, value in content["about"].items()):

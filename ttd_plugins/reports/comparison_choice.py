@@ -73,15 +73,19 @@ def cost_chart(comparison: Comparison, choice: Choice | None = None, *, narrow: 
     metric, most = choice.metric, max(backbone.cost["memory_bytes"] for _, backbone, _, _ in points)
 
     def draw(axes: Axes) -> None:
-        from matplotlib.ticker import FuncFormatter, NullFormatter
+        from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
         speeds, values = [speed for *_, speed, _ in points], [value for *_, value in points]
         axes.set_xscale("log")
-        axes.set_xlim(min(speeds) / 1.6, max(speeds) * 1.6)
+        low, high = min(speeds) / 1.6, max(speeds) * 1.6
+        axes.set_xlim(low, high)
         margin = max(0.15 * (max(values) - min(values)), 0.01)
         axes.set_ylim(min(values) - margin, max(values) + margin)
+        # A range below a power of ten would have no label.
+        ticks = [float(f"{low * (high / low) ** (share / 10):.2g}") for share in (1, 3, 5, 7, 9)]
+        axes.xaxis.set_major_locator(FixedLocator(ticks))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
         named: dict[str, Any] = {"fontsize": 13, "fontweight": "bold", "color": light("ink")}
         better = "↑ better" if metric.better == "higher" else "↓ better"
         title = printable(f"{capitalised(metric.label)}, {better}")

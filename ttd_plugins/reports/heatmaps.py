@@ -92,9 +92,7 @@ def draw_maps(
     size = None if image is None else image.shape[:2]
     with drawing_style("maps"):
         if image is not None:
-            # First with small panels, since the resolution depends on the size of the whole.
-            small = _shrunk(image, 32)
-            dots = _resolution([_draw(replace(one, image=small), None, size) for one in several], image)
+            dots = _resolution([_layout(one, after, size) for one in several], image)
             shrunk = _shrunk(image, dots * _PANEL)
             several = [replace(one, image=shrunk) for one in several]
             after = after and replace(after, image=shrunk)
@@ -115,9 +113,9 @@ def maps_figure(maps: CaptionMaps, *, after: CaptionMaps | None = None) -> Figur
         return _draw(maps, after)
 
 
-def _resolution(figures: Sequence[Figure], image: NDArray[np.uint8]) -> float:
+def _resolution(layouts: Sequence[_Layout], image: NDArray[np.uint8]) -> float:
     """Dots per inch at which a panel has the pixels of the image, within :data:`MAX_PIXELS` of the whole PNG."""
-    inches = sum(float(np.prod(figure.get_size_inches())) for figure in figures)
+    inches = sum(layout.size[0] * layout.size[1] for layout in layouts)
     wanted = image.shape[1] / _PANEL
     return max(DOTS_PER_INCH, min(wanted, math.sqrt(MAX_PIXELS / inches)))
 
@@ -143,39 +141,70 @@ def _stacked(parts: Sequence[bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def _draw(maps: CaptionMaps, after: CaptionMaps | None, size: tuple[int, ...] | None = None) -> Figure:
-    """Draw one caption; ``size`` is (height, width) of the image where the panels have fewer pixels."""
-    from matplotlib.figure import Figure
+@dataclass(frozen=True)
+class _Layout:
+    """Where the parts of the drawing of one caption are, in inches.
 
+    Attributes:
+        shown: indices of the tags that are drawn.
+        lefts: left edges of the columns.
+        top: height above the rows.
+        panel_height: height of a panel without its title.
+        heading, footing: lines of text.
+        size: width and height of the whole.
+    """
+
+    shown: list[int]
+    lefts: list[float]
+    top: float
+    panel_height: float
+    heading: list[str]
+    footing: list[str]
+    size: tuple[float, float]
+
+    @property
+    def row_height(self) -> float:
+        return _TITLE + self.panel_height + _GAP
+
+
+def _layout(maps: CaptionMaps, after: CaptionMaps | None, size: tuple[int, ...] | None) -> _Layout:
+    """Place the parts; ``size`` is (height, width) of the image where it is not that of the maps."""
     shown = _tags_to_show(maps)
-    overview: list[_Panel | None] = [*_overview(maps, after, size)]
-    if after is not None:
-        overview.insert(1, None)
-    details: list[_Panel | None] = [*_tag_panels(maps, after, shown)]
     columns = 6 if after is not None else 5
     # Before and after of one map stand closer than two different maps.
     lefts = [_MARGIN + n * (_PANEL + _GAP) + (n // 2 * _PAIR_GAP if after is not None else 0) for n in range(columns)]
-    rows = [overview] + [details[start : start + columns] for start in range(0, len(details), columns)]
-
+    rows = 1 + math.ceil(len(shown) * (1 if after is None else 2) / columns)
     height, width = size or maps.image.shape[:2]
     panel_height = min(max(_PANEL * height / width, 0.3 * _PANEL), 2 * _PANEL)
     line_characters = round(columns * _PANEL * 10.5)
     heading = _wrap(printable(maps.caption) or "(empty caption)", line_characters, MAX_CAPTION_LINES)
     footing = _wrap(_remarks(maps, after, hidden=len(maps.tags) - len(shown)), round(line_characters * 1.25), 5)
-
-    row_height = _TITLE + panel_height + _GAP
     top = _MARGIN + 1.4 * _LINE * len(heading) + _GAP
     bottom = _MARGIN + _LINE * len(footing) + _BAR
-    inches = (lefts[-1] + _PANEL + _MARGIN, top + len(rows) * row_height + bottom)
-    figure = Figure(figsize=inches, dpi=DOTS_PER_INCH, facecolor="white")
-    _write(figure, _MARGIN, _MARGIN, "\n".join(heading), size=12, weight="bold", spacing=1.4)
+    whole = (lefts[-1] + _PANEL + _MARGIN, top + rows * (_TITLE + panel_height + _GAP) + bottom)
+    return _Layout(shown, lefts, top, panel_height, heading, footing, whole)
+
+
+def _draw(maps: CaptionMaps, after: CaptionMaps | None, size: tuple[int, ...] | None = None) -> Figure:
+    """Draw one caption; ``size`` is (height, width) of the image where the panels have fewer pixels."""
+    from matplotlib.figure import Figure
+
+    layout = _layout(maps, after, size)
+    overview: list[_Panel | None] = [*_overview(maps, after, size)]
+    if after is not None:
+        overview.insert(1, None)
+    details: list[_Panel | None] = [*_tag_panels(maps, after, layout.shown)]
+    columns = len(layout.lefts)
+    rows = [overview] + [details[start : start + columns] for start in range(0, len(details), columns)]
+    figure = Figure(figsize=layout.size, dpi=DOTS_PER_INCH, facecolor="white")
+    _write(figure, _MARGIN, _MARGIN, "\n".join(layout.heading), size=12, weight="bold", spacing=1.4)
     for number, row in enumerate(rows):
-        for left, panel in zip(lefts, row, strict=False):
+        for left, panel in zip(layout.lefts, row, strict=False):
             if panel is not None:
-                _draw_panel(figure, panel, left, top + number * row_height, panel_height)
-    below = top + len(rows) * row_height
+                _draw_panel(figure, panel, left, layout.top + number * layout.row_height, layout.panel_height)
+    below = layout.top + len(rows) * layout.row_height
     _draw_colour_bar(figure, below)
-    _write(figure, _MARGIN, below + _BAR, "\n".join(footing), size=8.5, colour=light("muted"))
+    _write(figure, _MARGIN, below + _BAR, "\n".join(layout.footing), size=8.5, colour=light("muted"))
     return figure
 
 

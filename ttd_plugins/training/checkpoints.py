@@ -397,7 +397,7 @@ def restore_backbone(
     files = [TRAINED, BUFFERS, *(_average_file(state) if averaged else [])]
     tensors = [_read_tensors(run, step, name, state) for name in files]
     sums = [state.get(FILES, {}).get(name) or file_sha256(folder / name) for name in files]
-    digest = hashlib.sha256("".join(sums).encode())
+    digest = hashlib.sha256("".join([*sums, f"{scale:g}" if scale != 1 else ""]).encode())
     config = _as_started(config, state, options or {})
     untuned = load_untuned(config) if backbone is None else backbone
     requires_grad = [(parameter, parameter.requires_grad) for parameter in untuned.model.parameters()]
@@ -416,23 +416,6 @@ def restore_backbone(
         for parameter, flag in requires_grad:
             parameter.requires_grad_(flag)
     return adapter.eval()
-
-
-def named_step(run: Path, step: int | str | None) -> int | None:
-    """Return the step that a number, ``"best"`` or ``None`` (the newest) names.
-
-    Raises:
-        InputError: it is another text, or the run has no best checkpoint.
-    """
-    if not isinstance(step, str):
-        return step
-    from ttd_plugins.training.best_checkpoint import BEST, best_step
-
-    if step.isdecimal():
-        return int(step)
-    if step != BEST:
-        raise InputError(f"the step of a checkpoint is a number or {BEST}, not {step!r}")
-    return best_step(run, checkpoint_steps(run))
 
 
 def _as_started(config: TrainConfig, state: Mapping[str, Any], options: Mapping[str, Any]) -> TrainConfig:
@@ -460,6 +443,23 @@ def require_same_base(state: Mapping[str, Any], adapter: DenseAdapter, where: st
         kind, name, digest = (str(stored.get(key, "")) for key in ("kind", "name", "sha256"))
         known = TunedFrom(kind, name, digest, stored.get("step"))
         raise InputError(f"{where} was tuned from {known}, and that is now {found}; restore its files")
+
+
+def named_step(run: Path, step: int | str | None) -> int | None:
+    """Return the step that a number, ``"best"`` or ``None`` (the newest) names.
+
+    Raises:
+        InputError: it is another text, or the run has no best checkpoint.
+    """
+    if not isinstance(step, str):
+        return step
+    from ttd_plugins.training.best_checkpoint import BEST, best_step
+
+    if step.isdecimal():
+        return int(step)
+    if step != BEST:
+        raise InputError(f"the step of a checkpoint is a number or {BEST}, not {step!r}")
+    return best_step(run, checkpoint_steps(run))
 
 
 def read_foreign_weights(file: Path) -> dict[str, Tensor]:

@@ -76,9 +76,9 @@ class TrainState:
     ended: bool = False
 
     def __post_init__(self) -> None:
+        self.tuned_from = self.ttd.backbone.tuned_from
         if self.weight_ema is not None:
             self.average = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
-        self.tuned_from = self.ttd.backbone.tuned_from
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in self.trained.items()}
 
     def end_step(self, epoch: int, position: Any) -> None:

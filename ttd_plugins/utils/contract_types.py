@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -95,15 +94,3 @@ class TunedFrom:
     def as_dict(self) -> dict[str, str | int]:
         """Return the attributes that are known, for JSON."""
         return {key: value for key, value in vars(self).items() if value is not None}
-
-
-def adapter_repr(adapter: Any) -> str:
-    """One line on an adapter: class, name, size, tuning and device; ``adapter.model`` prints its modules."""
-    try:
-        parts = [f"{sum(parameter.numel() for parameter in adapter.model.parameters()) / 1e6:.1f} M parameters"]
-        parts += [f"tuned from {adapter.tuned_from}"] * (adapter.tuned_from is not None)
-        parts += [f"LoRA of rank {adapter._lora.config.r}"] if adapter._lora is not None else []
-        return f"{type(adapter).__name__}({adapter.description.name}, {', '.join([*parts, str(adapter.device)])})"
-    # A debugger also prints an adapter that is only half built.
-    except Exception:
-        return f"{type(adapter).__name__}()"

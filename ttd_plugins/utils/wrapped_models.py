@@ -152,3 +152,15 @@ def advice_for_unclaimed(model: object, claimed: Callable[[object], bool]) -> st
 def class_name(model: object) -> str:
     """Full name of the class of an object."""
     return f"{type(model).__module__}.{type(model).__qualname__}"
+
+
+def adapter_repr(adapter: Any) -> str:
+    """One line on an adapter: class, name, size, tuning and device; ``adapter.model`` prints its modules."""
+    try:
+        parts = [f"{sum(parameter.numel() for parameter in adapter.model.parameters()) / 1e6:.1f} M parameters"]
+        parts += [f"tuned from {adapter.tuned_from}"] * (adapter.tuned_from is not None)
+        parts += [f"LoRA of rank {adapter._lora.config.r}"] if adapter._lora is not None else []
+        return f"{type(adapter).__name__}({adapter.description.name}, {', '.join([*parts, str(adapter.device)])})"
+    # A debugger also prints an adapter that is only half built.
+    except Exception:
+        return f"{type(adapter).__name__}()"
