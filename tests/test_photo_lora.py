@@ -80,8 +80,15 @@ def test_it_is_a_backbone_by_name_everywhere(after: Any) -> None:
     with torch.inference_mode():
         same = open_backbone(NAME).encode_image(image).pooled
         assert torch.equal(same, after.encode_image(image).pooled)
-    # New LoRA can be added to it.
-    assert load(NAME, lora=2).has_lora
+    # It can be tuned further, and unload() restores the weights after TTD.
+    further = load(NAME, lora=2)
+    assert further.has_lora
+    further.unload()
+    further.snapshot_weights()
+    with torch.no_grad():
+        further.model.logit_scale.add_(1)
+    further.unload()
+    assert all(torch.equal(v, after.model.state_dict()[k]) for k, v in further.model.state_dict().items())
 
 
 def test_unknown_weights_are_one_sentence_with_the_choices() -> None:

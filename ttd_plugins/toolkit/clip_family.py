@@ -134,6 +134,9 @@ class CLIPFamily(AdapterFamily):
             raise BackboneNameError(choices_sentence(f"weights of {self.name}:{model}", weights, known))
         module, function = self._embedded_module(model), self.embedded[model].partition(":")[2]
         built, own_tokenizer = getattr(module, function)(module.EMBEDDED_FOLDER, weights=weights != RANDOM)
+        if weights == AFTER_TTD:
+            # Through an adapter of its own, so that unload() of the returned one restores the merged weights.
+            load_lora(self._adapt(built, tokenizer=own_tokenizer), module.EMBEDDED_FOLDER / LORA_FOLDER).merge()
         settings = read_settings(module.EMBEDDED_FOLDER)
         adapter = self._adapt(
             built.to(dtype),
@@ -149,7 +152,4 @@ class CLIPFamily(AdapterFamily):
             if calibration is None and (weights == RANDOM or settings.trained_on is not None):
                 # The shipped calibration was fitted to the images of the training, and not to photographs.
                 adapter.calibrated = False
-        if weights == AFTER_TTD:
-            load_lora(adapter, module.EMBEDDED_FOLDER / LORA_FOLDER)
-            adapter.merge()
         return adapter
