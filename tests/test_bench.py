@@ -219,7 +219,7 @@ def test_the_yardstick_has_the_losses_of_the_engine_where_captions_have_no_tags_
     for name, value in ours.losses.items():
         torch.testing.assert_close(theirs[name].detach(), value, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(theirs["loss"], ours.loss, atol=1e-6, rtol=1e-5)
-    nothing = unshared_losses(backbone, images, [""] * 4, [[]] * 4)
+    nothing = unshared_losses(backbone, images, ["", "dog", "owl", "cat"], [[]] * 4)
     assert nothing["tag"].item() == nothing["distill"].item() == 0.0 < nothing["contrastive"].item()
 
 

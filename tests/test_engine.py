@@ -210,8 +210,8 @@ MUTANTS: list[tuple[Any, str, str, str]] = [
     (
         functional,
         "ttd_loss",
-        "student.pooled, student.captions, ids",
-        "student.pooled, student.captions.roll(1, 0), ids",
+        "texts = student.pooled, student.captions",
+        "texts = student.pooled, student.captions.roll(1, 0)",
     ),
     (TTD, "_encode", "self.options.template.format(tag)", "tag"),
 ]
@@ -330,7 +330,7 @@ def test_a_gradient_that_is_not_stopped_is_noticed(monkeypatch: pytest.MonkeyPat
     [
         ("maps.tag_maps, tag_targets", "maps.tag_maps.detach(), tag_targets"),
         ("maps.caption_maps, union", "maps.caption_maps.detach(), union"),
-        ("student.pooled, student.captions, ids", "student.pooled.detach(), student.captions, ids"),
+        ("images, texts = student.pooled, ", "images, texts = student.pooled.detach(), "),
     ],
 )
 def test_a_gradient_that_is_stopped_too_early_is_noticed(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:

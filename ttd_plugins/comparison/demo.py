@@ -64,7 +64,7 @@ def run_demo(
         InputError: ``out`` cannot be written, or has the results of other options.
         TTDError: a backbone cannot be loaded, or a package that draws scenes is not installed.
     """
-    for name in (BEFORE, *options.backbones):
+    for name in (*options.backbones, BEFORE):
         check_backbone(name)
     data = open_data(options)
     with output_folder(out, COMPARISON_FOLDER):
