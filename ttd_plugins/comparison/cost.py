@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 import time
-from pathlib import Path
+import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ttd_plugins.adapter import DenseAdapter, image_features
 from ttd_plugins.engine import evaluation_mode
@@ -59,16 +61,38 @@ def _peak_of_pass(backbone: DenseAdapter, pixels: Tensor) -> int:
         torch.cuda.reset_peak_memory_stats(backbone.device)
         image_features(backbone, pixels)
         return int(torch.cuda.max_memory_allocated(backbone.device)) - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    # Not torch.profiler, which prints errors about GPUs on machines without one.
+    with _Allocations([*backbone.model.parameters(), *backbone.model.buffers(), pixels]) as allocations:
         image_features(backbone, pixels)
-    with tempfile.TemporaryDirectory(prefix="ttd-cost-") as folder:
-        file = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(file))
-        events = json.loads(file.read_text(encoding="utf-8", errors="replace"))["traceEvents"]
-    changes = [event for event in events if event.get("name") == "[memory]"]
-    used = peak = 0
-    for event in sorted(changes, key=lambda one: one["ts"]):
-        used += int(event["args"]["Bytes"])
-        peak = max(peak, used)
-    return peak
+    return allocations.peak
+
+
+class _Allocations(TorchDispatchMode):
+    """Bytes of the storages that operations allocate within a ``with`` block, while they are alive.
+
+    Args:
+        existing: tensors that are not counted.
+    """
+
+    def __init__(self, existing: list[Tensor]) -> None:
+        super().__init__()
+        self.used = self.peak = 0
+        self._known = WeakIdKeyDictionary()
+        self._existing = [tensor.untyped_storage() for tensor in existing]
+        for storage in self._existing:
+            self._known[storage] = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if storage not in self._known:
+                    self._known[storage] = True
+                    self.used += storage.nbytes()
+                    self.peak = max(self.peak, self.used)
+                    weakref.finalize(storage, self._free, storage.nbytes()).atexit = False
+        return result
+
+    def _free(self, size: int) -> None:
+        self.used -= size
