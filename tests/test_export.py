@@ -589,11 +589,12 @@ def test_a_run_is_exported_by_its_folder_and_step(text: str, tmp_path: Path) -> 
     adapter = build_backbone(config)
     run.mkdir()
     (run / "config.yaml").write_text(config.yaml())
+    generator = torch.Generator().manual_seed(0)
     for step in (5, 9):
         with torch.no_grad():
             for parameter in adapter.model.parameters():
                 if parameter.requires_grad:
-                    parameter.add_(torch.randn(parameter.shape) * 0.02)
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
         trained = {name: p.detach().clone() for name, p in adapter.model.named_parameters() if p.requires_grad}
         write_checkpoint(run, Checkpoint({"step": step, "figures": {"loss": 1.5}}, trained), keep=3)
     for step, arguments in ((9, []), (5, ["--step", "5"])):
