@@ -1,4 +1,4 @@
-"""CaptionMaps.plot, save and load, and the short reprs of what users print."""
+"""CaptionMaps.plot, save and load, and short reprs."""
 
 from __future__ import annotations
 

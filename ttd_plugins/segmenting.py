@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -37,7 +36,7 @@ from ttd_plugins.utils.configuration import plain_values
 from ttd_plugins.utils.files import given_path, make_folder, write_atomic
 from ttd_plugins.utils.output_folder import FolderKind, output_folder
 from ttd_plugins.utils.progress import Stage, no_progress
-from ttd_plugins.utils.settings import first_difference
+from ttd_plugins.utils.settings import first_difference, settings_digest
 
 if TYPE_CHECKING:
     from ttd_plugins.adapter import DenseAdapter
@@ -332,7 +331,7 @@ def segment_folder(
     out = given_path(out)
     images, whole = find_images(source, outside=out), Path(source).is_dir()
     settings = segmenter.settings()
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    digest = settings_digest(settings)
     failed: dict[str, str] = {}
     with output_folder(out, SEGMENTS_FOLDER):
         _require_settings(out, settings, digest, whole)

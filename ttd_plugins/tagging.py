@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -35,6 +34,7 @@ from ttd_plugins.plugins import load
 from ttd_plugins.utils.files import atomic_path, given_path, write_atomic
 from ttd_plugins.utils.output_folder import locked
 from ttd_plugins.utils.progress import Stage, no_progress
+from ttd_plugins.utils.settings import settings_digest
 from ttd_plugins.utils.user_files import read_regular
 
 if TYPE_CHECKING:
@@ -271,7 +271,7 @@ def tag_folder(
     require_tags_file(file)
     images = find_images(source)
     settings = tagger.settings()
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    digest = settings_digest(settings)
     part = file.with_name(f"{file.name}.part")
     failed: dict[str, str] = {}
     with locked(file.with_name(f".{file.name}.lock"), f"the tags {file}"):

@@ -30,7 +30,7 @@ from ttd_plugins.app.request_guard import (
     split_host,
     uploaded_file,
 )
-from ttd_plugins.app.segment_tab import add_segment_tab
+from ttd_plugins.app.segment_tab import add_segment_tab, image_input
 from ttd_plugins.app.studio import MAX_STEPS, Studio, TuningStoppedError, error_sentence
 from ttd_plugins.embedded.photo_examples import photograph, photograph_credit
 from ttd_plugins.errors import InputError, MissingDependencyError, TTDError, one_sentence
@@ -164,18 +164,7 @@ def build_page(studio: Studio) -> Any:
         first_tab.enter_context(maps_tab)
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
-                image = gr.Image(
-                    type="filepath",
-                    image_mode=None,
-                    format="png",
-                    sources=["upload", "clipboard"],
-                    label="Image",
-                    height=280,
-                    buttons=[],
-                    elem_id="ttd-image",
-                )
-                # Gradio opens the file itself and fails without a sentence; read_image says what is wrong.
-                image.preprocess = uploaded_path
+                image = image_input(gr, "ttd-image", uploaded_path)
                 with gr.Row(elem_id="ttd-examples"):
                     examples = [
                         (gr.Button(f"{kind} {number + 1}", size="sm", min_width=64), draw, number)

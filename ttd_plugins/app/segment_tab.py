@@ -20,6 +20,29 @@ EXAMPLES = (
 """File name of a photograph of the package, and names to look for in it."""
 
 
+def image_input(gr: Any, element: str, uploaded_path: Callable[[Any], str | None]) -> Any:
+    """Return a component that takes an uploaded or pasted image.
+
+    Args:
+        gr: gradio.
+        element: id of its element.
+        uploaded_path: returns the path of an upload inside gradio's folder.
+    """
+    image = gr.Image(
+        type="filepath",
+        image_mode=None,
+        format="png",
+        sources=["upload", "clipboard"],
+        label="Image",
+        height=280,
+        buttons=[],
+        elem_id=element,
+    )
+    # Gradio opens the file itself and fails without a sentence; read_image says what is wrong.
+    image.preprocess = uploaded_path
+    return image
+
+
 def add_segment_tab(gr: Any, studio: Studio, uploaded_path: Callable[[Any], str | None]) -> None:
     """Add the components and listeners of the tab to the tab that is open.
 
@@ -43,17 +66,7 @@ def add_segment_tab(gr: Any, studio: Studio, uploaded_path: Callable[[Any], str 
     numbers = {file: number for number, (file, _) in enumerate(PHOTOGRAPHS)}
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=300):
-            image = gr.Image(
-                type="filepath",
-                image_mode=None,
-                format="png",
-                sources=["upload", "clipboard"],
-                label="Image",
-                height=280,
-                buttons=[],
-                elem_id="ttd-segment-image",
-            )
-            image.preprocess = uploaded_path
+            image = image_input(gr, "ttd-segment-image", uploaded_path)
             with gr.Row(elem_id="ttd-segment-examples"):
                 examples = [
                     (gr.Button(f"Photo {place + 1}", size="sm", min_width=64), numbers[file], names)

@@ -39,15 +39,23 @@ def contrastive_term(
     bias = adapter.logit_bias()
     if bias is not None:
         logits = logits + bias
-    distinct = range(len(logits)) if captions is None else [" ".join(text.casefold().split()) for text in captions]
-    same = torch.tensor([[one == other for other in distinct] for one in distinct], device=logits.device)
-    ignored = same & ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    # The contrastive step that is timed pays nothing for a comparison of texts.
+    ignored = None if captions is None else _equal_captions(captions, logits.device)
     if adapter.description.logits == "sigmoid":
         signs = 2 * torch.eye(len(logits), device=logits.device) - 1
-        return -F.logsigmoid(signs * logits).masked_fill(ignored, 0).sum(-1).mean()
-    logits = logits.masked_fill(ignored, -torch.inf)
+        terms = F.logsigmoid(signs * logits)
+        return -(terms if ignored is None else terms.masked_fill(ignored, 0)).sum(-1).mean()
+    if ignored is not None:
+        logits = logits.masked_fill(ignored, -torch.inf)
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def _equal_captions(captions: Sequence[str], device: torch.device) -> Tensor:
+    """Return bool ``[B, B]``: the pairs of different rows whose captions are equal."""
+    texts = [" ".join(text.casefold().split()) for text in captions]
+    same = torch.tensor([[one == other for other in texts] for one in texts], device=device)
+    return same & ~torch.eye(len(texts), dtype=torch.bool, device=device)
 
 
 def unshared_losses(

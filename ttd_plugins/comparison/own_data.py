@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,21 @@ def chosen_preset(presets: Mapping[str, Any], preset: str) -> Any:
     return presets[preset]
 
 
-class SegmentedData(CaptionedData):
+class ClassData(CaptionedData):
+    """Images with classes, which ``classes`` of the options may replace by others."""
+
+    def open_classes(self, presets: Mapping[str, Any], opened: Callable[..., Any]) -> Any:
+        """Choose the protocol's preset; open the data by ``opened`` and check them."""
+        options = self.options
+        self.protocol = replace(chosen_preset(presets, options.preset), calibration=options.ttd.calibration)
+        more: dict[str, Any] = {"limit": options.limit, "split": options.split, "classes": options.classes}
+        reader = opened(*self.place(), **{key: one for key, one in more.items() if one is not None})
+        reader.check()
+        reader.require_truth()
+        return reader
+
+
+class SegmentedData(ClassData):
     """A segmentation data set, measured by open-vocabulary segmentation.
 
     In the gallery the caption of an image lists the classes that it shows.
@@ -50,14 +64,7 @@ class SegmentedData(CaptionedData):
     def open_reader(self) -> Any:
         from ttd_plugins.evaluation.protocols import SEGMENT_PRESETS
 
-        options = self.options
-        preset = chosen_preset(SEGMENT_PRESETS, options.preset)
-        self.protocol = replace(preset, calibration=options.ttd.calibration)
-        more: dict[str, Any] = {"limit": options.limit, "split": options.split, "classes": options.classes}
-        reader = open_segmentation(*self.place(), **{key: one for key, one in more.items() if one is not None})
-        reader.check()
-        reader.require_truth()
-        return reader
+        return self.open_classes(SEGMENT_PRESETS, open_segmentation)
 
     def measure(self, backbone: DenseAdapter, folder: Path, stage: Stage) -> Measurement:
         from ttd_plugins.evaluation.protocols import evaluate_segment
@@ -81,7 +88,7 @@ class SegmentedData(CaptionedData):
                 yield _listing_sample(key, image, classes, masks, labels != IGNORE)
 
 
-class ImageLabelData(CaptionedData):
+class ImageLabelData(ClassData):
     """Images with labels, measured by multi-label classification; the gallery has no masks."""
 
     metrics = LABEL_METRICS
@@ -90,14 +97,7 @@ class ImageLabelData(CaptionedData):
     def open_reader(self) -> Any:
         from ttd_plugins.evaluation.protocols import CLASSIFY_PRESETS
 
-        options = self.options
-        preset = chosen_preset(CLASSIFY_PRESETS, options.preset)
-        self.protocol = replace(preset, calibration=options.ttd.calibration)
-        more: dict[str, Any] = {"limit": options.limit, "split": options.split, "classes": options.classes}
-        reader = open_labels(*self.place(), **{key: one for key, one in more.items() if one is not None})
-        reader.check()
-        reader.require_truth()
-        return reader
+        return self.open_classes(CLASSIFY_PRESETS, open_labels)
 
     def measure(self, backbone: DenseAdapter, folder: Path, stage: Stage) -> Measurement:
         from ttd_plugins.evaluation.protocols import evaluate_classify

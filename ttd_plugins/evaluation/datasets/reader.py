@@ -46,7 +46,34 @@ def class_names(key: str) -> tuple[ClassNames, ...]:
     return tuple(ClassNames(item["name"], tuple(item["texts"]), item.get("id")) for item in json.loads(text)[key])
 
 
-class SegmentationData(ABC):
+class AnnotatedImages(ABC):
+    """Images of a data set by their keys.
+
+    Attributes:
+        name: name of the data set, for results.
+        root: its folder or file.
+    """
+
+    name: str
+    root: Path
+
+    @abstractmethod
+    def keys(self) -> Sequence[str]:
+        """Return the distinct keys of the images, in a fixed order."""
+
+    @abstractmethod
+    def image_path(self, key: str) -> Path:
+        """Return the file of an image."""
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def describe(self) -> dict[str, Any]:
+        """Return what identifies the data: the reader, its folder and size."""
+        return {"name": self.name, "reader": type(self).__name__, "root": str(self.root), "images": len(self)}
+
+
+class SegmentationData(AnnotatedImages):
     """Images with a class for each pixel.
 
     Attributes:
@@ -56,18 +83,8 @@ class SegmentationData(ABC):
         background: index of the class for everything else, or ``None`` if there is no such class.
     """
 
-    name: str
-    root: Path
     classes: tuple[ClassNames, ...]
     background: int | None = None
-
-    @abstractmethod
-    def keys(self) -> Sequence[str]:
-        """Return the distinct keys of the images, in a fixed order."""
-
-    @abstractmethod
-    def image_path(self, key: str) -> Path:
-        """Return the file of an image."""
 
     @abstractmethod
     def labels(self, key: str) -> NDArray[np.uint8]:
@@ -102,15 +119,8 @@ class SegmentationData(ABC):
             "and images belong together"
         )
 
-    def __len__(self) -> int:
-        return len(self.keys())
 
-    def describe(self) -> dict[str, Any]:
-        """Return what identifies the data: the reader, its folder, its split and size."""
-        return {"name": self.name, "reader": type(self).__name__, "root": str(self.root), "images": len(self)}
-
-
-class LabelData(ABC):
+class LabelData(AnnotatedImages):
     """Images with labels: for each class whether the image shows it.
 
     Attributes:
@@ -119,17 +129,7 @@ class LabelData(ABC):
         classes: the C classes in the order of their indices.
     """
 
-    name: str
-    root: Path
     classes: tuple[ClassNames, ...]
-
-    @abstractmethod
-    def keys(self) -> Sequence[str]:
-        """Return the distinct keys of the images, in a fixed order."""
-
-    @abstractmethod
-    def image_path(self, key: str) -> Path:
-        """Return the file of an image."""
 
     @abstractmethod
     def labels(self, key: str) -> NDArray[np.int8]:
@@ -168,18 +168,9 @@ class LabelData(ABC):
             "images belong together"
         )
 
-    def __len__(self) -> int:
-        return len(self.keys())
-
     def describe(self) -> dict[str, Any]:
         """Return what identifies the data: the reader, its folder, its size and number of classes."""
-        return {
-            "name": self.name,
-            "reader": type(self).__name__,
-            "root": str(self.root),
-            "images": len(self),
-            "class_count": len(self.classes),
-        }
+        return super().describe() | {"class_count": len(self.classes)}
 
 
 @dataclass(frozen=True)
@@ -230,7 +221,7 @@ class CaptionedImage:
     shown: frozenset[str] = frozenset()
 
 
-class CaptionData(ABC):
+class CaptionData(AnnotatedImages):
     """Images with captions, the captions' true tags, and their masks.
 
     Attributes:
@@ -239,17 +230,7 @@ class CaptionData(ABC):
         classes: all classes with image-level labels; empty if there are none.
     """
 
-    name: str
-    root: Path
     classes: tuple[ClassNames, ...] = ()
-
-    @abstractmethod
-    def keys(self) -> Sequence[str]:
-        """Return the distinct keys of the images, in a fixed order."""
-
-    @abstractmethod
-    def image_path(self, key: str) -> Path:
-        """Return the file of an image."""
 
     @abstractmethod
     def read(self, key: str) -> CaptionedImage:
@@ -292,10 +273,3 @@ class CaptionData(ABC):
             f"no caption of the {len(self)} images of {self.name} in {str(self.root)!r} names anything that its image "
             "shows; check that annotations and images belong together, and that captions are English"
         )
-
-    def __len__(self) -> int:
-        return len(self.keys())
-
-    def describe(self) -> dict[str, Any]:
-        """Return what identifies the data: the reader, its folder and size."""
-        return {"name": self.name, "reader": type(self).__name__, "root": str(self.root), "images": len(self)}
