@@ -642,7 +642,7 @@ class NoWaiting(TorchDispatchMode):
     REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "is_nonzero", "equal")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert not any(name in str(func) for name in self.REFUSED), f"{func} synchronises with the device"
+        assert not any(name in str(func) for name in self.REFUSED), f"{func} waits for the device"
         return func(*args, **(kwargs or {}))
 
 
