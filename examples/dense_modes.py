@@ -78,7 +78,9 @@ def _bold_last(cell: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Measure the arms that the output lacks; return all rows of these settings."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backbone", default="open_clip:tiny", help="a vision transformer of a family with dense modes")
+    parser.add_argument(
+        "--backbone", default="open_clip:tiny", help="a vision transformer of a family with dense modes"
+    )
     parser.add_argument("--modes", default=",".join(PRESETS), help="dense modes, comma-separated")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, one per mode and arm")
     parser.add_argument("--steps", type=int, default=SceneTuning.steps)

@@ -158,7 +158,7 @@ def badges() -> dict[str, tuple[str, str, str]]:
 
 
 def badge(label: str, value: str, colour: str) -> str:
-    """A badge as SVG: white text on grey and on a colour, at fixed widths, so that the browser's font does not matter."""
+    """A badge as SVG: white text on grey and on a colour, of fixed width in any font."""
     widths = [round(font(11).getlength(text)) + 14 for text in (label, value)]
     whole = sum(widths)
     texts = "".join(

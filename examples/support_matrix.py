@@ -31,6 +31,9 @@ COLUMNS = {
 }
 """Embedded models and the headings of their columns."""
 
+NOTE = "¹"
+"""Refers to the sentence below the table."""
+
 
 def mark(supported: bool) -> str:
     """The cell of a feature."""
@@ -59,17 +62,17 @@ def takes_other_sizes(adapter: DenseAdapter) -> bool:
 
 
 def export_library(adapter: DenseAdapter) -> str:
-    """The library that loads an export, or a dash."""
+    """The library that loads an export; a note where the family exports models, but not its embedded one."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             return adapter.export(Path(folder)).library
         except UnsupportedModelError:
-            return "–"
+            return "–" if type(adapter).export is DenseAdapter.export else NOTE
 
 
 def modes(adapter: DenseAdapter) -> str:
-    """The dense modes that the adapter declares."""
-    return ", ".join(f"`{name}`" for name in adapter.description.dense_modes)
+    """The dense modes that the adapter declares, without their variants, which are written after a comma."""
+    return ", ".join(f"`{name}`" for name in adapter.description.dense_modes if "," not in name)
 
 
 ROWS: dict[str, Callable[[DenseAdapter], str]] = {
