@@ -31,7 +31,7 @@ COLUMNS = {
 }
 """Embedded models and the headings of their columns."""
 
-NOTE = "¹"
+NOTE = "see ¹"
 """Refers to the sentence below the table."""
 
 

@@ -29,7 +29,8 @@ TINY = dict.fromkeys(
 )
 SMALL_STEPS = "--steps 2 --batch-size 4"
 EXTRA = {
-    "train": f"{SMALL_STEPS} --set run.cpu=true --workers 0 --backbone open_clip:tiny --data pairs --size 64 --evaluate-limit 2",
+    "train": f"{SMALL_STEPS} --set run.cpu=true --workers 0 --backbone open_clip:tiny --data pairs --size 64"
+    " --evaluate-limit 2",
     "compare": "--limit 8 --steps 1 --batch-size 4 --seeds 1",
     "demo": "--steps 1 --scenes 4",
     "bench": "--repeats 1 --lora 4 --batch-size 4 --backbone open_clip:tiny",
