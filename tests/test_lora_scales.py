@@ -157,13 +157,13 @@ def test_factors_are_added_to_a_finished_comparison_from_its_weights(
     assert len(result.scaled["0.5"]) == 2
 
     # An independent measurement of the stored weights.
-    from ttd_plugins import TTD
-    from ttd_plugins.backbone_sources import open_backbone
+    from ttd_plugins import TTD, load
+    from ttd_plugins.backbone_sources import load_trained_weights
     from ttd_plugins.embedded.scenes import Scenes
     from ttd_plugins.evaluation.scene_protocol import measure_on_scenes
     from ttd_plugins.lora import scale_lora
 
-    tuned = open_backbone(f"open_clip:tiny+{tmp_path / after['weights']['after'][1]}")
+    tuned = load_trained_weights(load("open_clip:tiny"), tmp_path / after["weights"]["after"][1])
     scale_lora(tuned, 0.5)
     side = tuned.description.image_size[0]
     expected = measure_on_scenes(TTD(tuned), list(Scenes("test", 8, side=side))).as_dict()
