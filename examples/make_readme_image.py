@@ -1,4 +1,4 @@
-"""Draw the first picture of README: one photograph, its caption map before and after TTD, and the union of its tags.
+"""Draw the first image of README: one photograph, its caption map before and after TTD, and the union of its tags.
 
     python examples/make_readme_image.py
 
@@ -43,7 +43,7 @@ WIDE, NARROW = "readme-hero.jpg", "readme-hero-narrow.jpg"
 
 @dataclass(frozen=True)
 class Panel:
-    """A picture with a title, and the mean of its map inside the mask of each object."""
+    """An image with a title, and the mean of its map inside the mask of each object."""
 
     title: str
     note: str

@@ -1,4 +1,4 @@
-"""Write README's table of what each family supports, from what the adapters declare and do.
+"""Write README's table of families and features, from the adapters' declarations and behaviour.
 
     python examples/support_matrix.py          # writes the table between the marks of README.md
     python examples/support_matrix.py --print  # prints it
