@@ -107,7 +107,7 @@ def test_names_and_gains_stay_in_view_while_the_table_scrolls(page: Any, width: 
     """A phone, and letters so large that the table scrolls."""
     page.set_viewport_size({"width": width, "height": 844})
     table = page.locator(".scroll").first
-    table.evaluate("e => { e.querySelector('table').style.minWidth = '" + f"{width + 300}" + "px'; }")
+    table.evaluate("(e, wide) => { e.querySelector('table').style.minWidth = wide; }", f"{width + 300}px")
     for place in (0, 300, 10**4):
         table.evaluate("(e, x) => { e.scrollLeft = x; }", place)
         for selector in ("tr.row th", "tr.row td.gain", "thead th.gain", "tr.group span"):
