@@ -475,7 +475,9 @@ def bias_chart(key: str, name: str, bias: Mapping[str, Mapping[Arm, tuple[float,
         axes.set_ylim(len(arms) * group - 0.9, -0.7)
         axes.set_yticks(*zip(*ticks, strict=True), fontsize=11)
         axes.set_xticks([0, 0.5, 1])
-        axes.set_xlabel("Mean of the caption map", loc="right", fontsize=11, labelpad=2, color=light("muted"))
+        axes.set_xlabel(
+            "Mean of the caption map, equal bars are better", loc="right", fontsize=11, labelpad=2, color=light("muted")
+        )
         axes.grid(axis="y", visible=False)
         axes.tick_params(length=0, labelsize=11)
         axes.spines["bottom"].set_visible(False)

@@ -291,8 +291,9 @@ def _best_gain_sentence(tuned: Sequence[BackboneResult], metric: Metric) -> str:
     first, last = mean(backbone, found.baseline, metric.key), mean(backbone, "after", metric.key)
     if found.verdict != "better":
         return (
-            f"{capitalised(metric.label)}: no backbone gains {TIE} over {BASELINES[found.baseline]} and more than "
-            f"its spread; the best is {backbone.name} with {found.signed}."
+            f"{capitalised(metric.label)}: no backbone gains {TIE} over {BASELINES[found.baseline]}"
+            f"{'' if found.spread is None else ' and more than its spread'}; "
+            f"the best is {backbone.name} with {found.signed}."
         )
     who = f"{backbone.name} gains most" if len(changes) > 1 else f"{backbone.name} gains"
     values = ["n/a" if value is None else number(value) for value in (first, last)]
