@@ -16,6 +16,7 @@ from ttd_plugins.reports.comparison_choice import choice_view
 from ttd_plugins.reports.comparison_gallery import gallery_view
 from ttd_plugins.reports.comparison_metrics import metrics_view
 from ttd_plugins.reports.comparison_settings import backbones_view, settings_view, warnings_view
+from ttd_plugins.reports.lora_scale_charts import scale_view
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ SECTIONS = (
     Section("metrics", "Metrics", "Metrics", metrics_view, "comparison_metrics.html.j2"),
     Section("choice", "Choice", "Choice", choice_view, "comparison_choice.html.j2"),
     Section("trade-off", "Trade-off", "Trade-off", trade_off_view, "comparison_trade_off.html.j2"),
+    Section("lora-scale", "LoRA scale", "LoRA scale", scale_view, "comparison_lora_scales.html.j2"),
     Section("bias", "Bias", "Bias by kind of word", bias_view, "comparison_bias.html.j2"),
     Section("training", "Training", "Training", curves_view, "comparison_curves.html.j2"),
     Section("gallery", "Gallery", "Gallery", gallery_view, "comparison_gallery.html.j2"),
