@@ -57,7 +57,7 @@ def write(folder: Path, photographs: PhotographExamples) -> str:
 def test_photographs_come_before_every_table_of_metrics(tmp_path: Path) -> None:
     text = write(tmp_path, made_photographs())
     hero, row = text.index('<div class="hero"'), text.index('<div class="photo-row">')
-    assert hero < row < text.index('<table class="scores evidence">') < text.index('<table class="sortable">')
+    assert hero < row < text.index('<table class="scores evidence">') < text.index('<table class="metrics sortable">')
     page = Page(text)
     assert len(page.all("h1")) == len(page.all("main")) == 1
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
