@@ -98,7 +98,8 @@ def scale_sentences(comparison: Comparison) -> list[str]:
         ]
         cost = f", at {' and '.join(parts)}" if parts else ""
         sentences.append(
-            f"{backbone.name}: LoRA scaled by {half.scale:g} has a gain of {format_number(kept, sign=True)} in {raised.label} "
+            f"{backbone.name}: LoRA scaled by {half.scale:g} has a gain of "
+            f"{format_number(kept, sign=True)} in {raised.label} "
             f"({kept / total[0]:.0%} of {format_number(total[0], sign=True)}){cost}."
         )
     return sentences
