@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import ast
 import re
+from pathlib import Path
 from typing import Any
 
 from griffe import Alias, Attribute, Docstring, Expr, ExprSubscript, Extension, Module, Object
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 _ROLE = re.compile(r":(?:class|func|meth|mod|attr|data|exc|obj|py:\w+):`(~?)([\w.]+)`")
 _LITERAL_BLOCK = re.compile(
@@ -51,6 +54,19 @@ def with_fences(text: str) -> str:
     return _LITERAL_BLOCK.sub(fence, text if text.endswith("\n") else f"{text}\n").rstrip()
 
 
+def with_guides(text: str) -> str:
+    """Return a docstring whose mentions of pages (``docs/training.md``) link to them, as the reference needs it."""
+    return re.sub(
+        r"``docs/([\w-]+)\.md``",
+        lambda match: f'<a href="../{match[1]}.html"><code>{match[1]}</code></a>' if _is_page(match[1]) else match[0],
+        text,
+    )
+
+
+def _is_page(name: str) -> bool:
+    return (DOCS / f"{name}.md").is_file()
+
+
 def with_single_names(text: str) -> str:
     """Return a docstring whose entries for several arguments (``rank, world: ...``) have one entry for each."""
 
@@ -85,7 +101,8 @@ class PlainDocstrings(Extension):
             self._show_option(found)
         if found.docstring is not None:
             scope = found.path if found.is_class or found.is_module else found.parent.path if found.parent else ""
-            found.docstring.value = with_links(with_fences(with_single_names(found.docstring.value)), scope)
+            text = with_guides(with_fences(with_single_names(found.docstring.value)))
+            found.docstring.value = with_links(text, scope)
         for member in found.members.values():
             if not isinstance(member, Alias):
                 self._visit(member)
