@@ -37,6 +37,7 @@ from ttd_plugins.reports.comparison_findings import (
 from ttd_plugins.reports.comparison_gallery import gallery_view
 from ttd_plugins.reports.formatting import plural
 from ttd_plugins.reports.heat_overlay import HEAT_OPACITY, colour_gradient
+from ttd_plugins.reports.lora_scale_charts import scale_view
 from ttd_plugins.reports.palette import SERIES
 from ttd_plugins.reports.photographs import photographs_view
 from ttd_plugins.reports.templating import render, script, stylesheet
@@ -55,7 +56,7 @@ CURVE_NOTES = {
 
 
 def write_comparison_report(path: Path, comparison: Comparison) -> None:
-    """Write the page: finding, metrics, trade-off, bias, training curves, gallery, backbones, warnings, settings.
+    """Write the page: finding, metrics, trade-off, LoRA factors, bias, training curves, gallery, backbones, warnings.
 
     Photographs before and after TTD come first, if the comparison has any. With one backbone, tiles of its main
     metrics come before the table. The file contains its style, script, charts and
@@ -91,6 +92,7 @@ def write_comparison_report(path: Path, comparison: Comparison) -> None:
         rows=_metric_rows(comparison),
         choice=choice_view(comparison),
         trade_off=_trade_off(comparison),
+        lora_scales=scale_view(comparison),
         bias=_bias(comparison),
         curves=_curves(comparison),
         gallery=gallery_view(comparison) if comparison.gallery else None,
