@@ -125,7 +125,8 @@ class Runner:
             self.monkeypatch.setenv(*words.pop(0).split("=", 1))
         program, arguments = Path(words[0]).name, words[1:]
         runner: Callable[[list[str], str], None] | None = {
-            "ttd": self.ttd, "pip": check_pip, "python": self.python, "python3": self.python
+            "ttd": self.ttd, "pip": check_pip, "python": self.python, "python3": self.python, "cd": self.change_folder,
+            "pytest": ignore, "source": ignore,
         }.get(program)  # fmt: skip
         assert runner is not None, f"{where}: nothing runs {program}; mark the block"
         runner(arguments, where)
@@ -144,6 +145,11 @@ class Runner:
             raise result.exception
         assert result.exit_code == 0, f"{where}: ttd {shlex.join(arguments)}\n{result.output}"
 
+    def change_folder(self, arguments: list[str], where: str) -> None:
+        """Later commands of the page run there."""
+        assert Path(arguments[0]).is_dir(), f"{where}: no command of the page makes {arguments[0]}"
+        self.monkeypatch.chdir(arguments[0])
+
     def python(self, arguments: list[str], where: str) -> None:
         """``-m venv`` and ``-m pytest`` are the reader's own; a program of ``examples/`` must take its arguments."""
         if arguments[0] == "-m":
@@ -152,6 +158,10 @@ class Runner:
         path = ROOT / arguments[0]
         assert path.is_file() and path.parent.name == "examples", f"{where}: {arguments[0]} is no program of examples/"
         check_arguments(path.stem, arguments[1:], self.monkeypatch)
+
+
+def ignore(arguments: list[str], where: str) -> None:
+    """The reader's own tests, and their virtual environment."""
 
 
 def parse_only(arguments: list[str]) -> None:

@@ -146,13 +146,25 @@ def page_readme(runner: Runner) -> None:
     runner.elsewhere = {**OTHER_TESTS, "check-adapter my_clip": "tests/test_new_adapter.py"}
 
 
-def page_app(runner: Runner) -> None:
+def page_index(runner: Runner) -> None:
+    from ttd_plugins import TTD, wrap
+
+    model, _, tokenizer = tiny()
+    images, captions = loader()[0]
+    runner.names |= {"TTD": TTD, "wrap": wrap, "model": model, "tokenizer": tokenizer}
+    runner.names |= {"images": images, "captions": captions}
+
+
+def page_try(runner: Runner) -> None:
     """The app is built, and its page is not served."""
     from ttd_plugins.app import gradio_page
 
     pytest.importorskip("gradio", reason="the app needs the extra 'app'")
-    served: list[Any] = []
-    runner.monkeypatch.setattr(gradio_page, "serve", lambda studio, **options: served.append((studio, options)))
+    runner.monkeypatch.setattr(gradio_page, "serve", lambda studio, **options: None)
+
+
+def page_app(runner: Runner) -> None:
+    page_try(runner)
     page_training(runner)
     runner.ttd(["train", "--out", "runs/mine"], "setup")
     runner.extra = {}
@@ -312,12 +324,15 @@ RUNNERS = {
     "docs/evaluation.md": page_evaluation,
     "docs/export.md": page_export,
     "docs/functional.md": page_functional,
+    "docs/index.md": page_index,
     "docs/loading.md": page_loading,
     "docs/own-loop.md": page_own_loop,
     "docs/plugin-hooks.md": page_plugins,
     "docs/segmenting.md": page_segmenting,
     "docs/speed.md": page_speed,
     "docs/training.md": page_training,
+    "docs/try-it.md": page_try,
+    "docs/tune.md": page_readme,
 }
 
 

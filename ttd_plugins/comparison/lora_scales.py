@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ttd_plugins.comparison.results import TIE, BackboneResult, Comparison, Metric, mean_and_spread
+from ttd_plugins.utils.number_format import format_number
 
 COSTS = ("retrieval_r1", "zero_shot_top1", "label_map_image")
 """Keys of the metrics that TTD may lower: those of the pooled embeddings."""
@@ -90,13 +91,15 @@ def scale_sentences(comparison: Comparison) -> list[str]:
             continue
         kept = half.gains[raised.key][0]
         parts = [
-            f"{metric.label} {half.gains[metric.key][0]:+z.3f} instead of {full.gains[metric.key][0]:+z.3f}"
+            f"{metric.label} {format_number(half.gains[metric.key][0], sign=True)} instead of "
+            f"{format_number(full.gains[metric.key][0], sign=True)}"
             for metric in costs
             if metric.key in half.gains and metric.key in full.gains and full.gains[metric.key][0] < 0
         ]
         cost = f", at {' and '.join(parts)}" if parts else ""
         sentences.append(
-            f"{backbone.name}: LoRA scaled by {half.scale:g} has a gain of {kept:+z.3f} in {raised.label} "
-            f"({kept / total[0]:.0%} of {total[0]:+z.3f}){cost}."
+            f"{backbone.name}: LoRA scaled by {half.scale:g} has a gain of "
+            f"{format_number(kept, sign=True)} in {raised.label} "
+            f"({kept / total[0]:.0%} of {format_number(total[0], sign=True)}){cost}."
         )
     return sentences

@@ -207,6 +207,7 @@ class Comparison:
         attribution: authors of the images, or "".
         failures: name of each backbone that failed to the reason, in one sentence; it has no row.
         photographs: photographs that the report shows first; ``None`` in a comparison without them.
+        gallery_rule: how the images of the gallery were chosen, in sentences; "" if unknown.
     """
 
     settings: dict[str, Any]
@@ -217,6 +218,7 @@ class Comparison:
     attribution: str = ""
     failures: Mapping[str, str] = field(default_factory=dict)
     photographs: PhotographExamples | None = None
+    gallery_rule: str = ""
 
     figures = RenamedAttribute("metrics")
 

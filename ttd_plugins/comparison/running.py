@@ -28,7 +28,7 @@ from ttd_plugins.comparison.cost import measure_cost
 from ttd_plugins.comparison.data import open_data
 from ttd_plugins.comparison.data_interface import ComparisonData, Sample
 from ttd_plugins.comparison.experiment_record import ExperimentRecord, read_record, versions
-from ttd_plugins.comparison.gallery import CANDIDATES, choose_gallery, compute_view
+from ttd_plugins.comparison.gallery import CANDIDATES, choose_gallery, compute_view, gallery_rule
 from ttd_plugins.comparison.options import SCENES, CompareOptions
 from ttd_plugins.comparison.results import Arm, BackboneResult, Comparison, View
 from ttd_plugins.comparison.tables import summary, write_csv, write_markdown
@@ -375,7 +375,8 @@ class _ComparisonRun:
             samples = list(self.data.samples(CANDIDATES))
             self._attempt(lambda name: views.update({name: self._views(name, samples)}))
         names = [name for name in self.options.backbones if name not in self.failures]
-        gallery = choose_gallery(samples, {name: views[name] for name in names if name in views}, self.options.gallery)
+        seen = {name: views[name] for name in names if name in views}
+        gallery = choose_gallery(samples, seen, self.options.gallery)
         for name in names:
             self._content(name)["weights"] = self._weights(name)
         self.record.content["pictures"] = [{"key": one.key, "caption": one.caption, "why": one.why} for one in gallery]
@@ -387,6 +388,7 @@ class _ComparisonRun:
             trade_off=self.data.trade_off,
             attribution=self.data.attribution,
             failures=dict(self.failures),
+            gallery_rule=gallery_rule(samples, seen, self.options.gallery),
         )
         choice = choose(comparison)
         self.record.content["choice"] = None if choice is None else choice.as_dict()

@@ -13,6 +13,7 @@ from ttd_plugins.comparison.lora_scales import cost_metrics, raised_metric, scal
 from ttd_plugins.comparison.results import ARMS, BackboneResult, Comparison, Metric, mean_and_spread
 from ttd_plugins.utils.deprecation import renamed_names
 from ttd_plugins.utils.files import write_atomic
+from ttd_plugins.utils.number_format import format_spread
 
 FEW_STEPS = 100
 """A training of fewer steps is too short to judge TTD."""
@@ -47,7 +48,7 @@ def training_limits(comparison: Comparison) -> list[tuple[str, str]]:
         sentence = f"The training took only {words}: fewer than {FEW_STEPS} are too few to judge TTD. Train longer."
         limits.append((f"only {words}", sentence))
     if all(len(backbone.metrics["after"]) == 1 for backbone in trained):
-        sentence = "One seed was run, so the spread is unknown: small differences may be chance."
+        sentence = "One seed was run, so the spread is unknown: every verdict is tentative."
         limits.append(("one seed", sentence))
     return limits
 
@@ -65,9 +66,7 @@ def summary(backbone: BackboneResult, metrics: Sequence[Metric]) -> dict[str, An
 
 def format_number(mean: float | None, spread: float | None, *, sign: bool = False) -> str:
     """Return text such as ``0.512 ± 0.004``, or ``-`` if there is no mean."""
-    if mean is None:
-        return "-"
-    return f"{mean:{'+' if sign else ''}z.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+    return format_spread(mean, spread, sign=sign)
 
 
 def table_rows(comparison: Comparison) -> list[tuple[str, str, list[str]]]:

@@ -9,16 +9,16 @@ from ttd_plugins.reports.charts import write_chart_sheet
 from ttd_plugins.reports.comparison_charts import (
     bias_chart,
     bias_means,
+    curve_axis,
     curve_chart,
     curve_keys,
     curve_label,
     curve_lines,
-    gain_charts,
-    gains_heading,
     trade_off_chart,
 )
 from ttd_plugins.reports.comparison_choice import cost_chart
 from ttd_plugins.reports.formatting import shortened
+from ttd_plugins.reports.gain_charts import gain_charts, gains_heading
 from ttd_plugins.reports.lora_scale_charts import scale_charts, scale_sheet_heading
 
 _LOSSES = ("loss", "contrastive", "tag", "distill", "anchor")
@@ -58,7 +58,9 @@ def draw_comparison_plots(folder: Path, comparison: Comparison) -> list[Path]:
         write_chart_sheet(written[-1], gains, columns=3, heading=gains_heading(comparison))
     keys = [key for key in _LOSSES if key in curve_keys(comparison)]
     curves = [
-        curve_chart(f"curve-{n}-{key}", f"{shortened(backbone.name, 24)}: {curve_label(key).lower()}", lines)
+        curve_chart(
+            f"curve-{n}-{key}", f"{shortened(backbone.name, 24)}: {curve_label(key).lower()}", lines, curve_axis(key)
+        )
         for n, backbone in enumerate(comparison.backbones)
         for key in keys
         if (lines := curve_lines(backbone, key))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ttd_plugins.comparison.lora_scales import (
@@ -14,6 +15,7 @@ from ttd_plugins.comparison.lora_scales import (
 from ttd_plugins.comparison.results import Comparison, Metric
 from ttd_plugins.comparison.tables import scale_rows
 from ttd_plugins.reports.charts import Chart, chart_svg, mark
+from ttd_plugins.reports.comparison_charts import horizontal_label, vertical_label
 from ttd_plugins.reports.formatting import capitalised, printable, shortened, signed
 from ttd_plugins.reports.palette import light, series_role
 
@@ -74,10 +76,8 @@ def _scale_chart(raised: Metric, cost: Metric, lines: list[Line], *, narrow: boo
         for spine in axes.spines.values():
             spine.set_visible(False)
         named: dict[str, Any] = {"fontsize": 13, "fontweight": "bold", "color": light("ink")}
-        title = printable(f"Gain in {raised.label}, {'↑' if raised.better != 'lower' else '↓'} better")
-        axes.set_title(title, loc="left", x=-0.14, pad=12, **named)
-        below = printable(f"Gain in {cost.label}, {'→' if cost.better != 'lower' else '←'} better")
-        axes.set_xlabel(below, loc="right", labelpad=6, **named)
+        axes.set_title(vertical_label(_gain_metric(raised)), loc="left", x=-0.14, pad=12, **named)
+        axes.set_xlabel(horizontal_label(_gain_metric(cost)), loc="right", labelpad=6, **named)
 
     described = "; ".join(
         f"{name}: "
@@ -95,6 +95,11 @@ def _scale_chart(raised: Metric, cost: Metric, lines: list[Line], *, narrow: boo
         margins=(56, 34, 16, 46),
         draw=draw,
     )
+
+
+def _gain_metric(metric: Metric) -> Metric:
+    """The metric of an axis that shows gains."""
+    return replace(metric, label=f"Gain in {metric.label}")
 
 
 def scale_sheet_heading(comparison: Comparison) -> str:
