@@ -21,7 +21,7 @@ FAILED = 1
     ("Every check of one model", "ttd check-adapter open_clip:tiny"),
     (
         "Two checks of an architecture, with random weights",
-        "ttd check-adapter siglip:tiny@random --check dense_shapes --check finite",
+        "ttd check-adapter siglip:tiny@random --check logits --check joint_space",
     ),
     ("For a program", "ttd check-adapter openai_clip:tiny --json"),
 )

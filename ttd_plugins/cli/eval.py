@@ -32,7 +32,7 @@ MASK_SETS = (
     "voc", "coco_object", "context59", "context60", "ade20k", "cityscapes", "coco_stuff", "coco_panoptic", "folder",
 )  # fmt: skip
 LABEL_SETS = ("voc2007", "voc2012", "coco", "nus_wide", "table")
-PRESETS = ("paper", "fast")
+PRESETS = tuple({**TAG_PRESETS, **TEXT_PRESETS, **SEGMENT_PRESETS, **CLASSIFY_PRESETS, **RETRIEVAL_PRESETS})
 
 RootArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the data set.", show_default=False)]
 CaptionDataOption = Annotated[
@@ -83,8 +83,8 @@ PresetOption = Annotated[
     str,
     typer.Option(
         "--preset",
-        metavar="|".join(PRESETS),
-        help="Named settings; the flags below change single ones.",
+        metavar="NAME",
+        help="Named settings: paper or fast; for segment also tcl and naclip. Other flags change single ones.",
         rich_help_panel=EVALUATION,
         autocompletion=completion.one_of(PRESETS),
     ),

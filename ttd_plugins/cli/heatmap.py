@@ -18,7 +18,7 @@ from ttd_plugins.errors import InputError
     ("Draw the maps of a caption and of its words", 'ttd heatmap photo.jpg "a dog beside an umbrella" --out maps.png'),
     ("Two captions, one below the other", 'ttd heatmap photo.jpg "a dog" "a red umbrella" --out two.png'),
     (
-        "A pretrained backbone at a higher resolution; its weights are downloaded once",
+        "A pretrained backbone, whose weights are downloaded once",
         'ttd heatmap photo.jpg "a dog beside an umbrella" --size 448 \\\n'
         "    --backbone open_clip:ViT-B-16@laion2b_s34b_b88k --out maps.png",
     ),

@@ -108,7 +108,7 @@ class TagProtocol:
     retrieval: Annotated[Flag, option("Measure image-text retrieval with the captions.")] = True
     zero_shot: Annotated[
         TemplateSet | None,
-        option("Templates of class names for zero-shot classification; null skips it, as do data without classes."),
+        option("Templates of class names for zero-shot classification, where data have classes; null means none."),
     ] = "photo"
 
     def __post_init__(self) -> None:
