@@ -24,18 +24,18 @@
     });
   }
 
-  // A result replaces another: the chosen map stays chosen while the caption is the same.
-  function arrived(result) {
-    const text = result.querySelector(".ttd-caption")?.textContent ?? "";
-    const known = text === caption && result.querySelector(`button[data-map="${map}"]`);
-    caption = text;
-    choose(result, known ? map : "caption");
-    document.querySelectorAll("#ttd-live").forEach((live) => {
-      live.textContent = result.dataset.stage || "The result is complete.";
-    });
-    if (goToResult && window.innerWidth <= PHONE) {
-      result.closest(".block, .column")?.scrollIntoView({ behavior: "smooth" });
+  // Gradio patches the old result into the new one: the chosen map stays chosen while the caption is the same.
+  function settle(result) {
+    const heading = result.querySelector(".ttd-caption");
+    if (heading) {
+      const known = heading.textContent === caption && result.querySelector(`button[data-map="${map}"]`);
+      caption = heading.textContent;
+      choose(result, known ? map : "caption");
     }
+    if (!result.checkVisibility()) return;
+    const text = result.dataset.stage || "The result is complete.";
+    document.querySelectorAll("#ttd-live").forEach((live) => { if (live.textContent !== text) live.textContent = text; });
+    if (goToResult && window.innerWidth <= PHONE) result.closest(".column").scrollIntoView({ behavior: "smooth" });
     goToResult = false;
   }
 
@@ -62,15 +62,15 @@
       if (event.target.closest?.("#ttd-image, #ttd-segment-image")) release(event.target);
     }, true);
   }
-  new MutationObserver((changes) => {
-    for (const change of changes) {
-      for (const node of change.addedNodes) {
-        if (node.nodeType !== Node.ELEMENT_NODE) continue;
-        const result = node.matches(".ttd-result") ? node : node.querySelector(".ttd-result");
-        if (result) arrived(result);
-        const first = document.querySelector(".ttd-thumb:not([aria-pressed])");
-        if (first) press(first);
-      }
-    }
-  }).observe(document.documentElement, { childList: true, subtree: true });
+  const observer = new MutationObserver(() => {
+    document.querySelectorAll(".ttd-result").forEach(settle);
+    document.querySelectorAll(".ttd-gallery").forEach((gallery) => {
+      const first = gallery.querySelector(".ttd-thumb");
+      if (first && !first.hasAttribute("aria-pressed")) press(first);
+    });
+    observer.takeRecords();
+  });
+  observer.observe(document, {
+    childList: true, subtree: true, attributes: true, attributeFilter: ["data-stage", "hidden", "aria-pressed"],
+  });
 })();

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABCMeta
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,19 @@ def add_gallery(gr: Any, groups: Mapping[str, Sequence[Example]]) -> list[tuple[
     return buttons
 
 
-def own_text(text: str | None, examples: Iterable[Example]) -> str:
-    """``text``, or an empty one where it belongs to an example and so describes another image."""
-    given = text or ""
-    return "" if any(given == one.label for one in examples) else given
+def checked_upload(gr: Any, path: str | None, text: str, given: Collection[str]) -> tuple[Any, Any, UploadState]:
+    """What becomes of image and text when an image is chosen or removed.
+
+    Args:
+        gr: gradio.
+        path: the uploaded image, or ``None`` if it was removed.
+        text: caption or names in the page; dropped where it belongs to an example, and so describes another image.
+        given: texts of the examples that were answered.
+
+    Returns:
+        The image and the text for the page, each unchanged where possible, so that a visitor's input stays; and what
+        the page says of the image.
+    """
+    state = check_upload(path)
+    image = state.shown if state.shown is not None else gr.skip() if state.usable or path is None else None
+    return image, "" if text in given else gr.skip(), state

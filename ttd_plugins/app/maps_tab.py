@@ -6,16 +6,16 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ttd_plugins.app.components import (
     PRIVATE,
     LatestRequest,
     add_gallery,
-    check_upload,
+    checked_upload,
     example_note,
     image_input,
-    own_text,
     visitor,
     with_request,
 )
@@ -55,9 +55,9 @@ class MapsTab:
 class _Answers:
     """The listeners that answer with maps."""
 
-    def __init__(self, gr: Any, studio: Studio, examples: Sequence[Example], prepared: ExampleAnswers) -> None:
-        self.gr, self.studio, self.examples, self.prepared = gr, studio, examples, prepared
-        self.latest = LatestRequest()
+    def __init__(self, gr: Any, studio: Studio, prepared: ExampleAnswers) -> None:
+        self.gr, self.studio, self.prepared = gr, studio, prepared
+        self.latest, self.texts = LatestRequest(), set[str]()
 
     def pages(self, results: Callable[[], Iterator[AppResult]], who: str) -> Iterator[str]:
         """The result as HTML whenever a stage begins or ends, until the visitor asks for something else."""
@@ -75,26 +75,25 @@ class _Answers:
         """Answer to an image and a caption."""
         yield from self.pages(lambda: self.studio.watch(image, caption, names, who), who)
 
-    def example(self, one: Example, names: Sequence[str], who: str) -> Iterator[tuple[Any, ...]]:
-        """Fill in an example and answer it: image, caption, backbones, note and result."""
+    def fill(self, one: Example, names: Sequence[str]) -> tuple[Any, ...]:
+        """Image, caption, backbones and note of an example."""
         try:
             image, caption = one.open()
-        except Exception as error:
-            yield *(self.gr.skip(),) * 4, render_error(error_sentence(error, "opening an example"))
-            return
-        fitting = one.fitting(names)
-        chosen: tuple[Any, ...] = (image, caption, fitting, example_note(one))
-        for page in self.pages(lambda: self.prepared.watch(one, fitting, who), who):
-            yield *chosen, page
-            chosen = (self.gr.skip(),) * 4
+        except Exception:
+            # The answer that follows says why.
+            return (self.gr.skip(),) * 4
+        self.texts.add(caption)
+        return image, caption, one.fitting(names), example_note(one)
+
+    def example(self, one: Example, names: Sequence[str], who: str) -> Iterator[str]:
+        """Answer to an example."""
+        yield from self.pages(lambda: self.prepared.watch(one, one.fitting(names), who), who)
 
     def upload(self, path: str | None, caption: str, who: str) -> tuple[Any, ...]:
         """Check an image as soon as it is chosen or removed: image, caption, note and result."""
         self.latest.begin(who)
-        state = check_upload(path)
-        image = state.shown if state.shown is not None else self.gr.skip() if state.usable else None
-        hint = render_message("empty-caption" if state.usable else "empty")
-        return image, own_text(caption, self.examples), state.note, hint
+        image, text, state = checked_upload(self.gr, path, caption, self.texts)
+        return image, text, state.note, render_message("empty-caption" if state.usable else "empty")
 
     def tune(
         self, name: str, steps: int, image: str | None, caption: str, names: list[str], who: str
@@ -155,7 +154,7 @@ def add_maps_tab(
     """
     groups = caption_examples(studio)
     examples = [one for group in groups.values() for one in group]
-    answers = _Answers(gr, studio, examples, prepared)
+    answers = _Answers(gr, studio, prepared)
     buttons = add_gallery(gr, groups)
     thumbnails = gr.HTML(elem_id="ttd-scene-thumbnails", apply_default_css=False, padding=False)
     with gr.Row(equal_height=False, elem_classes="ttd-columns"):
@@ -191,14 +190,17 @@ def add_maps_tab(
                     begin = gr.Button("Fine-tune", elem_id="ttd-tune", min_width=100)
                     end = gr.Button("Stop", interactive=False, elem_id="ttd-stop", min_width=100)
                 progress = gr.HTML(elem_id="ttd-progress", apply_default_css=False, padding=False)
-    given, filled = [image, caption, names], [image, caption, names, note, result]
+    given = [image, caption, names]
 
-    def show(image, caption, names, request) -> Iterator[str]:  # type: ignore[no-untyped-def]
+    def show(image, caption, names, request) -> Iterator[Any]:  # type: ignore[no-untyped-def]
         yield from answers.show(image, caption, names, visitor(request))
+        # Gradio sends the last output again when a generator ends, which may be after a newer result.
+        yield gr.skip()
 
     def example(one: Example) -> Callable[..., Any]:
-        def listener(names, request) -> Iterator[tuple[Any, ...]]:  # type: ignore[no-untyped-def]
+        def listener(names, request) -> Iterator[Any]:  # type: ignore[no-untyped-def]
             yield from answers.example(one, names, visitor(request))
+            yield gr.skip()
 
         return with_request(gr, listener)
 
@@ -214,12 +216,15 @@ def add_maps_tab(
     many = {"concurrency_limit": 4, "trigger_mode": "multiple", **PRIVATE}
     for trigger in (run.click, caption.submit):
         trigger(with_request(gr, show), given, result, **many)
-    for button, one in buttons:
-        button.click(example(one), names, filled, **many)
-    page.load(example(examples[0]), names, filled, **many)
+    for trigger, one in [*((button.click, one) for button, one in buttons), (page.load, examples[0])]:
+        # In two steps, because Gradio merges what a generator yields for an image in a way that breaks it.
+        filled = trigger(partial(answers.fill, one), names, [image, caption, names, note], **PRIVATE)
+        filled.then(example(one), names, result, **many)
     page.load(lambda: scene_thumbnails(examples), None, thumbnails, **PRIVATE)
-    for changed in (image.upload, image.clear):
-        changed(with_request(gr, upload), [image, caption], [image, caption, note, result], **PRIVATE)
+    checked = [image, caption, note, result]
+    image.upload(with_request(gr, upload), [image, caption], checked, **PRIVATE)
+    # The event comes while the component still has its old value.
+    image.clear(with_request(gr, lambda text, request: upload(None, text, request)), caption, checked, **PRIVATE)
     begin.click(
         with_request(gr, tune),
         [target, steps, *given],

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from ttd_plugins.app.components import (
     PRIVATE,
     LatestRequest,
     add_gallery,
-    check_upload,
+    checked_upload,
     example_note,
     image_input,
-    own_text,
     visitor,
     with_request,
 )
@@ -33,7 +33,7 @@ def add_segment_tab(gr: Any, studio: Studio, uploaded_path: Callable[[Any], str 
     Returns:
         The examples of its gallery.
     """
-    latest = LatestRequest()
+    latest, texts, begun = LatestRequest(), set[str](), set[str]()
     groups = name_examples(studio)
     examples = [one for group in groups.values() for one in group]
 
@@ -51,33 +51,39 @@ def add_segment_tab(gr: Any, studio: Studio, uploaded_path: Callable[[Any], str 
             if current():
                 yield render_error(error_sentence(error, "segmenting this image"))
 
-    def show(image, names, backbone, background, request) -> Iterator[str]:  # type: ignore[no-untyped-def]
+    def show(image, names, backbone, background, request) -> Iterator[Any]:  # type: ignore[no-untyped-def]
         yield from segment(image, names, backbone, background, visitor(request))
+        # Gradio sends the last output again when a generator ends, which may be after a newer result.
+        yield gr.skip()
 
-    def answer(one: Example, backbone: str, background: bool, who: str) -> Iterator[tuple[Any, ...]]:
+    def fill(one: Example) -> tuple[Any, ...]:
         opened, names = one.open()
-        chosen: tuple[Any, ...] = (opened, names, example_note(one, captioned=False))
-        for page in segment(opened, names, backbone, background, who):
-            yield *chosen, page
-            chosen = (gr.skip(),) * 3
+        texts.add(names)
+        return opened, names, example_note(one, captioned=False)
+
+    def begin(image, names, request) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
+        if image is not None or names:
+            return (gr.skip(),) * 3
+        begun.add(visitor(request))
+        return fill(examples[0])
+
+    def first(backbone, background, request) -> Iterator[Any]:  # type: ignore[no-untyped-def]
+        if visitor(request) in begun:
+            begun.discard(visitor(request))
+            yield from segment(*examples[0].open(), backbone, background, visitor(request))
+        yield gr.skip()
 
     def example(one: Example) -> Callable[..., Any]:
-        def listener(backbone, background, request) -> Iterator[tuple[Any, ...]]:  # type: ignore[no-untyped-def]
-            yield from answer(one, backbone, background, visitor(request))
+        def listener(backbone, background, request) -> Iterator[Any]:  # type: ignore[no-untyped-def]
+            yield from segment(*one.open(), backbone, background, visitor(request))
+            yield gr.skip()
 
         return with_request(gr, listener)
 
-    def begin(image, names, backbone, background, request) -> Iterator[tuple[Any, ...]]:  # type: ignore[no-untyped-def]
-        if image is None and not names:
-            yield from answer(examples[0], backbone, background, visitor(request))
-        else:
-            yield (gr.skip(),) * 4
-
     def upload(path, names, request) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
         latest.begin(visitor(request))
-        state = check_upload(path)
-        shown = state.shown if state.shown is not None else gr.skip() if state.usable else None
-        return shown, own_text(names, examples), state.note, render_message("empty-segmentation")
+        shown, text, state = checked_upload(gr, path, names, texts)
+        return shown, text, state.note, render_message("empty-segmentation")
 
     buttons = add_gallery(gr, groups)
     with gr.Row(equal_height=False, elem_classes="ttd-columns"):
@@ -113,9 +119,14 @@ def add_segment_tab(gr: Any, studio: Studio, uploaded_path: Callable[[Any], str 
     given, shown = [image, names, backbone, background], [image, names, note, result]
     for trigger in (run.click, names.submit):
         trigger(with_request(gr, show), given, result, concurrency_limit=2, trigger_mode="multiple", **PRIVATE)
+    chosen = [image, names, note]
     for button, one in buttons:
-        button.click(example(one), [backbone, background], shown, trigger_mode="multiple", **PRIVATE)
-    tab.select(with_request(gr, begin), given, shown, **PRIVATE)
-    for changed in (image.upload, image.clear):
-        changed(with_request(gr, upload), [image, names], shown, **PRIVATE)
+        # In two steps, because Gradio merges what a generator yields for an image in a way that breaks it.
+        filled = button.click(partial(fill, one), None, chosen, **PRIVATE)
+        filled.then(example(one), [backbone, background], result, trigger_mode="multiple", **PRIVATE)
+    opened = tab.select(with_request(gr, begin), [image, names], chosen, **PRIVATE)
+    opened.then(with_request(gr, first), [backbone, background], result, **PRIVATE)
+    image.upload(with_request(gr, upload), [image, names], shown, **PRIVATE)
+    # The event comes while the component still has its old value.
+    image.clear(with_request(gr, lambda text, request: upload(None, text, request)), names, shown, **PRIVATE)
     return examples
