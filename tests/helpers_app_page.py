@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-WAIT = 20_000
+WAIT = 60_000
 COMPLETE = ".ttd-result[data-stage='']"
 """A result of which no stage is left."""
 

@@ -47,9 +47,16 @@ def violations(tab: Any) -> list[str]:
     return [f"{rule['id']}: {node['target']} {node['html']}" for rule in found["violations"] for node in rule["nodes"]]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1440, 390])
-def test_every_state_is_accessible(browser: Any, address: str, scheme: str, width: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (1440, "light"),
+        (390, "dark"),
+        pytest.param(1440, "dark", marks=pytest.mark.slow),
+        pytest.param(390, "light", marks=pytest.mark.slow),
+    ],
+)
+def test_every_state_is_accessible(browser: Any, address: str, width: int, scheme: str, tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
     visitor = Watched(browser, address, viewport={"width": width, "height": 900}, color_scheme=scheme)
     tab = visitor.tab
