@@ -82,7 +82,7 @@ def build_page(studio: Studio, prepared: ExampleAnswers | None = None) -> Any:
         gr.HTML(render_credits(list(credits.values())[::-1]), apply_default_css=False, padding=False)
 
         def forget(request) -> None:  # type: ignore[no-untyped-def]
-            maps.forget(visitor(request))
+            maps.leave(visitor(request))
             studio.forget(visitor(request))
 
         page.unload(with_request(gr, forget))

@@ -45,11 +45,11 @@ class MapsTab:
 
     Attributes:
         examples: those of its gallery; the first one is answered when the page is opened.
-        forget: drops what the page remembers of a visitor.
+        leave: frees what the page stores for a visitor.
     """
 
     examples: list[Example]
-    forget: Callable[[str], None]
+    leave: Callable[[str], None]
 
 
 class _Answers:

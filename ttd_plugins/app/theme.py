@@ -17,19 +17,19 @@ ROLES: dict[str, tuple[str, ...]] = {
     "card": (
         "background_fill_primary", "background_fill_secondary", "block_background_fill", "block_label_background_fill",
         "checkbox_background_color", "checkbox_label_background_fill", "checkbox_label_background_fill_selected",
-        "panel_background_fill", "button_secondary_background_fill",
+        "panel_background_fill",
     ),
     "ink": (
         "body_text_color", "block_title_text_color", "button_secondary_text_color", "button_secondary_text_color_hover",
         "checkbox_label_text_color", "checkbox_label_text_color_selected",
     ),
     "muted": ("body_text_color_subdued", "block_label_text_color", "block_info_text_color", "input_placeholder_color"),
-    "line": ("border_color_primary", "block_border_color", "block_label_border_color", "input_border_color"),
+    "line": ("button_secondary_background_fill_hover", "border_color_primary", "block_border_color", "block_label_border_color", "input_border_color"),
     "shade": (
         "checkbox_border_color", "checkbox_label_border_color", "button_secondary_border_color",
         "button_secondary_border_color_hover",
     ),
-    "same-soft": ("button_secondary_background_fill_hover",),
+    "same-soft": ("button_secondary_background_fill",),
     "after": (
         "border_color_accent", "button_primary_background_fill", "button_primary_background_fill_hover",
         "button_primary_border_color", "button_primary_border_color_hover", "checkbox_background_color_selected",
