@@ -24,7 +24,10 @@ ROLES: dict[str, tuple[str, ...]] = {
         "checkbox_label_text_color", "checkbox_label_text_color_selected",
     ),
     "muted": ("body_text_color_subdued", "block_label_text_color", "block_info_text_color", "input_placeholder_color"),
-    "line": ("button_secondary_background_fill_hover", "border_color_primary", "block_border_color", "block_label_border_color", "input_border_color"),
+    "line": (
+        "button_secondary_background_fill_hover", "border_color_primary", "block_border_color",
+        "block_label_border_color", "input_border_color",
+    ),
     "shade": (
         "checkbox_border_color", "checkbox_label_border_color", "button_secondary_border_color",
         "button_secondary_border_color_hover",
