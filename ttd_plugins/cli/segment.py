@@ -38,6 +38,8 @@ def command(
         typer.Option("--template", help="A prompt with {} for the name, instead of --templates; repeatable."),
     ] = None,
     device: image_maps.DeviceOption = None,
+    fast: image_maps.FastOption = False,
+    bfloat16: image_maps.BFloat16Option = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
     *,
     given: dict[str, Any],
@@ -57,11 +59,12 @@ def command(
     # Before anything slow, so that a wrong path and a wrong file of names are reported at once.
     find_images(image, outside=out)
     classes = read_vocabulary(names)
-    from ttd_plugins.plugins import load
+    adapter = image_maps.load_backbone(
+        backbone, image_maps.parse_settings(backbone_option), device=device, fast=fast, bfloat16=bfloat16
+    )
     from ttd_plugins.segmenting import Segmenter, default_size, segment_folder
     from ttd_plugins.utils.progress import progress_bars
 
-    adapter = load(backbone, device=device, **image_maps.parse_settings(backbone_option))
     if "dense.size" not in given:
         options = with_changes(options, {"size": default_size(adapter)})
     latest: list[Segmentation] = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +14,7 @@ from ttd_plugins.cli import image_maps
 from ttd_plugins.errors import InputError
 
 if TYPE_CHECKING:
+    from ttd_plugins.adapter import DenseAdapter
     from ttd_plugins.engine import CaptionMaps
     from ttd_plugins.tagging import VocabularyTags
 
@@ -53,6 +56,8 @@ def command(
         Path | None, typer.Option("--out", help="With --vocabulary: a .jsonl or .parquet file for the tags.")
     ] = None,
     device: image_maps.DeviceOption = None,
+    fast: image_maps.FastOption = False,
+    bfloat16: image_maps.BFloat16Option = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
 ) -> None:
     """Select the words of CAPTION, or the names of a vocabulary, that are in IMAGE.
@@ -65,9 +70,15 @@ def command(
         chosen: dict[str, Any] = {"rule": rule, "threshold": threshold, "top": top, "templates": _templates(template)}
         chosen = {name: value for name, value in chosen.items() if value is not None}
         chosen["size"] = image_maps.parse_size(size)
-        _tag_by_vocabulary(
-            image, vocabulary, out, backbone, image_maps.parse_settings(backbone_option), device, as_json, chosen
+        load_backbone = partial(
+            image_maps.load_backbone,
+            backbone,
+            image_maps.parse_settings(backbone_option),
+            device=device,
+            fast=fast,
+            bfloat16=bfloat16,
         )
+        _tag_by_vocabulary(image, vocabulary, out, load_backbone, backbone, as_json, chosen)
         return
     if caption is None:
         raise InputError("there is no CAPTION; describe the image, or name candidate tags with --vocabulary")
@@ -87,6 +98,8 @@ def command(
         rule=rule,
         threshold=threshold,
         device=device,
+        fast=fast,
+        bfloat16=bfloat16,
     )
 
 
@@ -163,9 +176,8 @@ def _tag_by_vocabulary(
     image: Path,
     vocabulary: str,
     out: Path | None,
+    load_backbone: Callable[[], DenseAdapter],
     backbone: str,
-    backbone_options: dict[str, Any],
-    device: str | None,
     as_json: bool,
     options: dict[str, Any],
 ) -> None:
@@ -178,13 +190,14 @@ def _tag_by_vocabulary(
     # Before anything slow, so that a wrong path and a wrong file of names are reported at once.
     pixels = None if folder else read_image(image)
     classes = read_vocabulary(vocabulary)
-    from ttd_plugins.plugins import load
-    from ttd_plugins.tagging import Tagger, require_tags_file, tag_folder
+    if out is not None:
+        from ttd_plugins.tagging import require_tags_file
+
+        require_tags_file(out)
+    adapter = load_backbone()
+    from ttd_plugins.tagging import Tagger, tag_folder
     from ttd_plugins.utils.progress import progress_bars
 
-    if out is not None:
-        require_tags_file(out)
-    adapter = load(backbone, device=device, **backbone_options)
     latest: list[VocabularyTags] = []
     with progress_bars(terminal_only=True) as stage:
         tagger = Tagger(adapter, classes, stage=stage, **options)
