@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ttd_plugins.errors import InputError, one_sentence
+from ttd_plugins.utils.quick_start import collection_paused
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,7 +55,7 @@ FastOption = Annotated[
 ]
 BFloat16Option = Annotated[
     bool,
-    typer.Option("--bfloat16", help="As --fast, and encode images in bfloat16; cosines change by about 0.01."),
+    typer.Option("--bfloat16", help="As --fast, and encode images in bfloat16; cosines change by up to 0.04."),
 ]
 
 
@@ -111,9 +112,7 @@ def load_backbone(
     Raises:
         TTDError: the backbone cannot be loaded, or not in this form.
     """
-    from ttd_plugins.utils.quick_start import collection_paused
-
-    with collection_paused(freeze=True):
+    with collection_paused():
         from ttd_plugins.plugins import load
 
         return load(name, device=device, fast=fast_precision(fast, bfloat16), **(options or {}))

@@ -11,6 +11,7 @@ from ttd_plugins.cli import image_maps
 from ttd_plugins.cli.config_flags import flags_of, nested, print_json, with_flags
 from ttd_plugins.evaluation.protocol_options import IMAGE_SEGMENT, with_changes, with_plane
 from ttd_plugins.utils.configuration import from_mapping, plain_values
+from ttd_plugins.utils.quick_start import collection_paused
 
 if TYPE_CHECKING:
     from ttd_plugins.segmenting import Segmentation
@@ -53,8 +54,9 @@ def command(
     values = plain_values(IMAGE_SEGMENT)
     values["dense"] |= changes.pop("dense", {})
     options = from_mapping(type(IMAGE_SEGMENT), values | changes, "the flags")
-    from ttd_plugins.data.image_folders import find_images
-    from ttd_plugins.evaluation.vocabulary import read_vocabulary
+    with collection_paused():
+        from ttd_plugins.data.image_folders import find_images
+        from ttd_plugins.evaluation.vocabulary import read_vocabulary
 
     # Before anything slow, so that a wrong path and a wrong file of names are reported at once.
     find_images(image, outside=out)

@@ -12,6 +12,7 @@ import typer
 
 from ttd_plugins.cli import image_maps
 from ttd_plugins.errors import InputError
+from ttd_plugins.utils.quick_start import collection_paused
 
 if TYPE_CHECKING:
     from ttd_plugins.adapter import DenseAdapter
@@ -184,8 +185,9 @@ def _tag_by_vocabulary(
     folder = image.is_dir()
     if folder and out is None:
         raise InputError(f"{str(image)!r} is a folder; name a file for its tags with --out, such as tags.jsonl")
-    from ttd_plugins.data.images import read_image
-    from ttd_plugins.evaluation.vocabulary import read_vocabulary
+    with collection_paused():
+        from ttd_plugins.data.images import read_image
+        from ttd_plugins.evaluation.vocabulary import read_vocabulary
 
     # Before anything slow, so that a wrong path and a wrong file of names are reported at once.
     pixels = None if folder else read_image(image)

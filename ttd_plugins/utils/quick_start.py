@@ -27,12 +27,10 @@ _resume = False
 
 
 @contextmanager
-def collection_paused(*, freeze: bool = False) -> Iterator[None]:
+def collection_paused() -> Iterator[None]:
     """Pause Python's garbage collector within a ``with`` block; it resumes only if it was on before.
 
-    Args:
-        freeze: whether the collector ignores all objects that exist at the end (``gc.freeze``), so that it does not
-            scan the modules of libraries later. For programs of our own only: garbage among these objects stays.
+    The objects that exist at the end count as old: only a full collection scans them, not the next small one.
     """
     global _pauses, _resume
     with _lock:
@@ -46,11 +44,12 @@ def collection_paused(*, freeze: bool = False) -> Iterator[None]:
     finally:
         with _lock:
             _pauses -= 1
-            if _pauses == 0:
-                if freeze:
+            if _pauses == 0 and _resume:
+                # Objects that the program froze itself stay frozen.
+                if gc.get_freeze_count() == 0:
                     gc.freeze()
-                if _resume:
-                    gc.enable()
+                    gc.unfreeze()
+                gc.enable()
 
 
 class _DeferredUtils(ModuleType):
