@@ -157,7 +157,7 @@ def measure_folder(images: list[Path], rounds: int) -> list[dict[str, Any]]:
         calls: dict[str, Any] = {
             "tags --vocabulary coco_panoptic": Tagger(adapter, "coco_panoptic"),
             "segment 'dog, grass, sky, person'": Segmenter(adapter, "dog, grass, sky, person"),
-            "the same, --scales 1 --no-flip --no-refine": Segmenter(
+            "the same, --scales 1 --no-flip --no-pamr": Segmenter(
                 adapter, "dog, grass, sky, person", scales=(1.0,), flip=False, refine=False
             ),
         }

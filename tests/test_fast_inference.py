@@ -316,7 +316,7 @@ def test_a_file_of_tags_is_not_continued_by_a_copy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["tags", "{image}", "--vocabulary", "dog, car, sky"], ["segment", "{image}", "dog, car", "--no-flip"]],
+    [["tags", "{image}", "--vocabulary", "dog, car, sky"], ["segment", "{image}", "dog, car", "--no-pamr"]],
     ids=lambda arguments: arguments[0],
 )
 def test_the_flag_keeps_the_results_of_commands(arguments: list[str], tmp_path: Path) -> None:
