@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import ttd_plugins
 PHOTOGRAPHS = Path(ttd_plugins.__file__).parent / "embedded" / "photographs" / "images"
 BACKBONE = "open_clip:photo"
 TABLES = ("start", "encode", "folder", "tags")
+STARTED = ("tags", "heatmap", "segment")
 NAME_COUNTS = (8, 64, 512)
 STEP_TAGS = (8, 64, 512)
 
@@ -51,20 +52,22 @@ main(arguments)
 """
 
 
-def measure_start(images: list[Path], rounds: int, fast: bool) -> list[dict[str, Any]]:
-    """Seconds from the start of the process to the first forward pass, and to its end, of three commands.
+def measure_start(
+    images: list[Path], rounds: int, fast: bool, commands: Sequence[str] = STARTED
+) -> list[dict[str, Any]]:
+    """Seconds from the start of the process to the first forward pass, and to its end, of commands.
 
     ``seconds`` are wall time, and ``cpu`` is the processor time of the process, which other programs influence less.
     """
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        commands = {
+        known = {
             "tags": ["tags", str(images[0]), "a dog on the grass"],
             "heatmap": ["heatmap", str(images[0]), "a dog on the grass", "--out", f"{folder}/maps.png"],
             "segment": ["segment", str(images[0]), "dog, grass", "--out", f"{folder}/segments"],
         }
-        for name, arguments in commands.items():
-            runs = []
+        for name in commands:
+            arguments, runs = known[name], []
             for _ in range(rounds):
                 start = time.monotonic()
                 call = [sys.executable, "-c", _STARTED, str(start), *arguments, *(["--fast"] if fast else [])]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ttd_plugins.cli import image_maps
+from ttd_plugins.cli.help_pages import OUTPUT, TAGS, examples
 from ttd_plugins.errors import InputError
 from ttd_plugins.utils.quick_start import collection_paused
 
@@ -20,18 +21,29 @@ if TYPE_CHECKING:
     from ttd_plugins.tagging import VocabularyTags
 
 
+@examples(
+    ("Which words of a caption the image shows", 'ttd tags photo.jpg "a dog beside an umbrella on the grass"'),
+    ("Which names of a list it shows", "ttd tags photo.jpg --vocabulary names.txt"),
+    ("A folder of images, for a program", "ttd tags photos/ --vocabulary coco_things --out tags.jsonl"),
+)
 def command(
     image: Annotated[
-        Path, typer.Argument(help="An image file; with --vocabulary also a folder of images.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="IMAGE", help="An image file; with --vocabulary also a folder of images.", show_default=False
+        ),
     ],
-    caption: Annotated[str | None, typer.Argument(help="Its caption, unless --vocabulary.", show_default=False)] = None,
+    caption: Annotated[
+        str | None, typer.Argument(metavar="CAPTION", help="Its caption, unless --vocabulary.", show_default=False)
+    ] = None,
     vocabulary: Annotated[
         str | None,
         typer.Option(
             "--vocabulary",
-            metavar="FILE|LIST",
+            metavar="FILE|NAMES",
+            rich_help_panel=TAGS,
             help="Candidate tags instead of a caption's: a file, names with commas, or a built-in list such as "
-            "coco_panoptic.",
+            "coco_panoptic.  [default: the words of CAPTION]",
         ),
     ] = None,
     backbone: image_maps.BackboneOption = image_maps.DEFAULT_BACKBONE,
@@ -43,25 +55,41 @@ def command(
     rule: image_maps.RuleOption = None,
     threshold: image_maps.ThresholdOption = None,
     top: Annotated[
-        int | None, typer.Option("--top", help="With --vocabulary: the most tags of an image.  [default: 10]")
+        int | None,
+        typer.Option(
+            "--top",
+            metavar="N",
+            help="With --vocabulary: the most tags of an image.  [default: 10]",
+            rich_help_panel=TAGS,
+        ),
     ] = None,
     template: Annotated[
         list[str] | None,
         typer.Option(
             "--template",
+            metavar="PROMPT",
+            rich_help_panel=TAGS,
             help="With --vocabulary: a prompt with {} for the name, repeatable, or imagenet, photo or none.  "
             "[default: photo]",
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="With --vocabulary: a .jsonl or .parquet file for the tags.")
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="With --vocabulary: a .jsonl or .parquet file for the tags.  [default: print them]",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     device: image_maps.DeviceOption = None,
     fast: image_maps.FastOption = False,
     bfloat16: image_maps.BFloat16Option = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
+    as_json: image_maps.JsonOption = False,
 ) -> None:
-    """Select the words of CAPTION, or the names of a vocabulary, that are in IMAGE.
+    """Select the words of CAPTION that IMAGE shows.
+
+    With --vocabulary, the names of a list instead of the words.
 
     Each candidate tag is scored by its nearest patch, and the selection rule decides.
     """

@@ -28,7 +28,7 @@ Precision = Literal["float32", "bfloat16"]
 TOLERANCE = 1e-3
 """Largest difference of the L2-normalised features of a float32 copy from those of the original, by element."""
 PIXELS_AT_ONCE = 448 * 448
-"""Most pixels of a batch that a CPU encodes in one pass: activations of more do not fit into its caches."""
+"""Most pixels of a batch that a CPU encodes in one pass: activations of more need new memory in every layer."""
 
 log = logging.getLogger(__name__)
 
