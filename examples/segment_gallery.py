@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -77,13 +78,13 @@ def block(
     return Image.fromarray(with_legend(np.asarray(row), entries))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write the drawing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("segmenting.jpg"))
     parser.add_argument("--backbone", default="open_clip:photo")
     parser.add_argument("--photographs", type=int, default=len(PHOTOGRAPHS), help="number of photographs")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     from ttd_plugins import load
 
     backbone = load(options.backbone)

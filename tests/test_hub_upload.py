@@ -1,4 +1,4 @@
-"""`ttd export --push-to-hub` against a hub on the loopback address."""
+"""The push of docs/export.md: `ttd export --push-to-hub` against a hub on the loopback address."""
 
 from __future__ import annotations
 

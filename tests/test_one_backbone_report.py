@@ -81,20 +81,21 @@ def write(tmp_path: Path, comparison: Comparison | None = None) -> str:
     ("control", "after", "headline"),
     [
         ({}, {"caption_iou": 0.66, "tag_balance": 0.54},
-         "TTD raises Caption IoU of open_clip:tiny by 0.080, at no clear cost in retrieval R@1"),
+         "TTD seems to raise Caption IoU of open_clip:tiny by 0.080, at no clear cost in retrieval R@1"),
         ({}, {"caption_iou": 0.66, "tag_balance": 0.54, "retrieval_r1": 0.94},
-         "TTD raises Caption IoU of open_clip:tiny by 0.080, at a cost in retrieval R@1"),
+         "TTD seems to raise Caption IoU of open_clip:tiny by 0.080, at a cost in retrieval R@1"),
         ({}, {}, "TTD makes no clear difference to Caption IoU here"),
         ({}, {"caption_iou": 0.583}, "TTD makes no clear difference to Caption IoU here"),
         ({"caption_iou": 0.66}, {"caption_iou": 0.66}, "TTD makes no clear difference to Caption IoU here"),
         ({}, {"caption_iou": 0.5, "tag_balance": 0.4},
-         "TTD does not help here: Caption IoU of open_clip:tiny worsens by 0.080"),
+         "TTD does not seem to help here: Caption IoU of open_clip:tiny worsens by 0.080"),
         ({"caption_iou": 0.7}, {"caption_iou": 0.62},
-         "TTD does not help here: Caption IoU of open_clip:tiny worsens by 0.080"),
+         "TTD does not seem to help here: Caption IoU of open_clip:tiny worsens by 0.080"),
         ({}, {"caption_iou": 0.66, "tag_balance": 0.4},
-         "TTD raises Caption IoU of open_clip:tiny by 0.080, at no clear cost in retrieval R@1, but it lowers tag "
-         "balance"),
-        ({}, {"tag_balance": 0.6}, "TTD makes no clear difference to Caption IoU here, but it raises tag balance"),
+         "TTD seems to raise Caption IoU of open_clip:tiny by 0.080, at no clear cost in retrieval R@1, but it seems "
+         "to lower tag balance"),
+        ({}, {"tag_balance": 0.6},
+         "TTD makes no clear difference to Caption IoU here, but it seems to raise tag balance"),
         ({}, {"caption_iou": float("nan"), "tag_balance": float("nan")},
          "The effect of TTD on Caption IoU could not be measured"),
     ],
@@ -183,20 +184,20 @@ def test_the_page_shows_everything(tmp_path: Path) -> None:
     text = write(tmp_path)
     page = Page(text)
     for words in (
-        "0.660", "▲ +0.085 better", "tag AP, image-blind", "What tag AP means.", "Contrastive loss",
+        "0.660", "△ +0.085 better, one seed", "tag AP, image-blind", "What tag AP means.", "Contrastive loss",
         "Distillation loss", "Spread of the caption map", "Selected tags per caption", "Bias by kind of word",
         "Image 3 of 3", "▲ Improved", "▼ Worse than the control", "Failure: IoU below 0.5", "No change",
         "open_clip:tiny", "0.0005", "torch", "OpenMoji, CC BY-SA 4.0", "arXiv 2404.00384", "Jo, Ryu, Kim, Yang, Kim",
         "True tags: dog, grass", "Control",
     ):  # fmt: skip
         assert words in page.text, words
-    headline = page.text.rindex("TTD raises Caption IoU of open_clip:tiny by 0.085")
+    headline = page.text.rindex("TTD seems to raise Caption IoU of open_clip:tiny by 0.085")
     assert headline < page.text.index("before 0.580, control 0.575") < page.text.index("Single tag bias")
     assert len(page.all("article")) == 3
     labels = [svg["aria-label"] or "" for svg in page.all("svg")]
     # Two sizes of the trade-off, the bias, and six curves.
     assert len(labels) == 2 + 1 + 6
-    assert any("Backgrounds (grass, snow …): Before 0.310, Control 0.310, After TTD 0.500" in one for one in labels)
+    assert any("After TTD: Backgrounds (grass, snow …) 0.500, Common things 0.550" in one for one in labels)
     assert any(one.startswith("Tag loss of open_clip:tiny") for one in labels)
     # Nothing to choose among: no curves, no backbones.
     assert not page.all("select") and "chooser" not in re.sub(
@@ -210,9 +211,9 @@ def test_the_tiles_are_the_main_metrics_with_their_gain(tmp_path: Path) -> None:
     assert tiles is not None
     words = [Page(f"<div>{tile}</div>").text for tile in re.findall(r"<li>(.*?)</li>", tiles[1], re.S)]
     assert words == [
-        "Caption IoU 0.660 ▲ +0.085 better before 0.580, control 0.575",
-        "Tag F1 0.990 ▲ +0.030 better before 0.840, control 0.960",
-        "Tag balance 0.540 ▲ +0.080 better before 0.460, control 0.460",
+        "Caption IoU 0.660 △ +0.085 better, one seed before 0.580, control 0.575",
+        "Tag F1 0.990 △ +0.030 better, one seed before 0.840, control 0.960",
+        "Tag balance 0.540 △ +0.080 better, one seed before 0.460, control 0.460",
         "Retrieval R@1 0.950 0.000 no change before 0.950, control 0.950",
     ]
 
@@ -239,7 +240,7 @@ def test_selections_are_told_right_from_wrong(tmp_path: Path) -> None:
     text = write(tmp_path, make_result(gallery=[replace(image, views={NAME: {"before": view}}, labels=labels)]))
     rows = re.findall(r"<tr data-tag=.*?</tr>", text, re.S)
     words = [" ".join(re.sub(r"<[^>]+>", " ", row).split()[2:]) for row in rows]
-    assert words == ["✓ selected", "✓ wrongly selected", "✗ rejected", "✗ wrongly rejected"]
+    assert words == ["✓ selected", "✗ wrongly selected", "✓ rejected", "✗ wrongly rejected"]
 
 
 @pytest.mark.parametrize("selected", [True, False])

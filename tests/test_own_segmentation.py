@@ -21,7 +21,7 @@ from ttd_plugins.evaluation.dense_inference import DenseOptions
 from ttd_plugins.evaluation.metrics import IGNORE
 from ttd_plugins.evaluation.protocols import SegmentProtocol, evaluate_segment
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "evaluation.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "own-data.md"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 HEIGHT, WIDTH = 4, 6
 VALUES = np.array([[0, 0, 1, 1, 2, 2]] * 3 + [[0, 0, 1, 1, 2, 255]], np.uint8)
@@ -60,7 +60,7 @@ def own_set(root: Path, names: tuple[str, ...] = ("one", "two"), listed: str = L
 def documented(heading: str) -> list[tuple[str, str]]:
     """Language and content of the code blocks of a section."""
     text = DOCS.read_text(encoding="utf-8")
-    section = re.split(r"^#{2,3} ", text.split(f"### {heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+    section = re.split(r"^#{2,3} ", text.split(f"## {heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
     return re.findall(r"^```(\w+)\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
 
 

@@ -118,6 +118,7 @@ def print_summary(comparison: Comparison, out: Path) -> None:
     from rich.table import Table
 
     from ttd_plugins.comparison.choice import choose
+    from ttd_plugins.comparison.lora_scales import scale_sentences
     from ttd_plugins.comparison.tables import table_rows, training_limits
 
     console, rows = Console(), table_rows(comparison)
@@ -143,6 +144,8 @@ def print_summary(comparison: Comparison, out: Path) -> None:
     lines += [sentence for _, sentence in training_limits(comparison)]
     choice = choose(comparison)
     lines += [] if choice is None else choice.sentences
+    scales = scale_sentences(comparison)
+    lines += [*scales, "`ttd train` and `ttd export` take --lora-scale."] if scales else []
     lines += [f"{name} failed: {reason}" for name, reason in comparison.failures.items()]
     lines += [
         f"report: {out / 'report.html'}   plots: {out / 'plots'}",

@@ -88,6 +88,7 @@ def print_summary(comparison: Comparison, out: Path) -> None:
 
     from ttd_plugins.comparison.results import ARMS
     from ttd_plugins.comparison.tables import table_rows, training_limits
+    from ttd_plugins.utils.number_format import format_number
 
     console = Console()
     if comparison.photographs is not None:
@@ -98,7 +99,7 @@ def print_summary(comparison: Comparison, out: Path) -> None:
             photographs.add_column(heading, justify="right" if heading else "left")
         for label, values in evidence.metrics.items():
             gain = values["after"] - values["control"]
-            photographs.add_row(label, *(f"{values[arm]:.3f}" for arm in ARMS), f"{gain:+z.3f}")
+            photographs.add_row(label, *(format_number(values[arm]) for arm in ARMS), format_number(gain, sign=True))
         console.print(photographs)
     scenes = comparison.settings["data"]["images"]
     rows = table_rows(comparison)

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from ttd_plugins.comparison.experiment_record import read_metadata, save_trained
 from ttd_plugins.comparison.options import CompareOptions
 from ttd_plugins.comparison.results import Arm
 from ttd_plugins.errors import InputError
+from ttd_plugins.lora import scaled_lora
 from ttd_plugins.utils.progress import Advance, Stage, no_progress
 
 TRAINING = "training"
@@ -41,6 +42,7 @@ class ArmJob:
         weights: file of the trained weights; not used by ``before``.
         folder: folder for unfinished work; deleted when the arm is complete.
         tuned_from: identifies the run or LoRA that the backbone was loaded from; ``None`` for a plain name.
+        scales: factors of LoRA at which the arm is measured; 1 is the arm as trained.
         curve_is_recorded: whether the record already has the training curve, as it does for weights files up to
             version 0.1, which lack a training summary.
     """
@@ -52,6 +54,7 @@ class ArmJob:
     folder: Path
     curve_is_recorded: bool = False
     tuned_from: str | None = None
+    scales: tuple[float, ...] = (1.0,)
 
     @property
     def label(self) -> str:
@@ -70,9 +73,9 @@ class Training:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """Metrics of an arm, how long measuring took, and its training unless the record already has that."""
+    """Metrics of an arm by factor of LoRA, how long measuring took, and its training unless the record has that."""
 
-    measurement: Measurement
+    measurements: Mapping[float, Measurement]
     seconds: float
     training: Training | None = None
 
@@ -83,9 +86,19 @@ def run_arm(job: ArmJob, options: CompareOptions, data: ComparisonData, stage: S
     def titled(name: str, steps: int) -> Advance:
         return stage(f"{job.backbone} {job.label}: {name}", steps)
 
+    def measure(scale: float) -> Measurement:
+        folder, step = ("measure", titled) if scale == 1 else (f"measure-{scale:g}", scaled_stage(titled, scale))
+        with scaled_lora(backbone, scale):
+            return data.measure(backbone, job.folder / folder, step)
+
     backbone, training = open_arm(job, options, data, titled)
-    measurement, seconds = timed(lambda: data.measure(backbone, job.folder / "measure", titled))
-    return ArmResult(measurement, seconds, training)
+    measurements, seconds = timed(lambda: {scale: measure(scale) for scale in job.scales})
+    return ArmResult(measurements, seconds, training)
+
+
+def scaled_stage(stage: Stage, scale: float) -> Stage:
+    """A progress callback whose titles name the factor of LoRA."""
+    return lambda name, steps: stage(f"{name}, LoRA x {scale:g}", steps)
 
 
 def open_arm(

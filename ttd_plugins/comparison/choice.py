@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ttd_plugins.comparison.results import TIE, Arm, BackboneResult, Comparison, Metric, mean_and_spread
+from ttd_plugins.utils.number_format import format_spread
 
 FASTER = 1.1
 """A cheaper backbone is chosen only if it encodes at least this many times as many images per second."""
@@ -79,8 +80,7 @@ def choose(comparison: Comparison) -> Choice | None:
 
 def quality_text(backbone: BackboneResult, arm: Arm, key: str) -> str:
     """Mean and spread of a metric, such as ``0.631 ± 0.004``."""
-    mean, spread = mean_and_spread(_values(backbone, arm, key))
-    return f"{mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+    return format_spread(*mean_and_spread(_values(backbone, arm, key)))
 
 
 def cost_text(cost: Mapping[str, float]) -> str:
@@ -120,7 +120,7 @@ def _is_clear(mean: float, spread: float | None) -> bool:
 
 
 def _gap(mean: float, spread: float | None) -> str:
-    return f"{mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+    return format_spread(mean, spread)
 
 
 def _choice_sentence(

@@ -40,7 +40,9 @@ def demo_options(
         scenes: test scenes that are measured.
         rank: rank of LoRA on both towers; 0 trains all weights.
     """
-    return CompareOptions((backbone,), seeds=1, first_seed=seed, steps=steps, limit=scenes, rank=rank)
+    return CompareOptions(
+        (backbone,), seeds=1, first_seed=seed, steps=steps, limit=scenes, rank=rank, lora_scales=(1.0,)
+    )
 
 
 def run_demo(

@@ -108,12 +108,12 @@ def _check_backbone_entry(name: str, entry: Any) -> None:
     """Raise ValueError unless the entry of a backbone has the types that a comparison continues from."""
     if not isinstance(entry, dict):
         raise ValueError(f"the entry of {name!r} is not an object")
-    for key in ("about", "figures", "bias", "curves", "seconds", "cost"):
+    for key in ("about", "figures", "bias", "curves", "seconds", "cost", "scaled"):
         if not isinstance(entry.get(key, {}), dict):
             raise ValueError(f"{key!r} of {name!r} is not an object")
     if not isinstance(entry.get("warnings", []), list):
         raise ValueError(f"'warnings' of {name!r} is not a list")
-    for key in ("figures", "bias", "curves"):
+    for key in ("figures", "bias", "curves", "scaled"):
         for arm, values in entry.get(key, {}).items():
             kind = list if key == "curves" else dict
             if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):

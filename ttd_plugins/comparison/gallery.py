@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from ttd_plugins.comparison.results import Arm, GalleryImage, TagView, View
 from ttd_plugins.engine import TTD
 from ttd_plugins.evaluation.metrics import mask_overlap, upsample_map
 from ttd_plugins.evaluation.scene_protocol import CAPTION_MAP_THRESHOLD
+from ttd_plugins.utils.number_format import format_number
 
 CANDIDATES = 96
 """Test images from which the gallery is chosen."""
@@ -65,16 +66,45 @@ def choose_gallery(samples: Sequence[Sample], views: Views, count: int) -> list[
         places = [len(ranking) - 1]
     arms = {arm for of_backbone in views.values() for by_arm in of_backbone for arm in by_arm}
     average = ", mean over backbones" if len(views) > 1 else ""
-    quantity = "Caption IoU"
-    if "after" in arms:
-        quantity = f"gain in Caption IoU (after TTD minus {'control' if 'control' in arms else 'before'})"
+    quantity = _quantity(arms)
     chosen = []
     for place in places:
         value, index = ranking[place]
         rank = "largest" if place == 0 else "smallest" if place == len(ranking) - 1 else f"rank {place + 1} by"
-        why = f"{rank} {quantity} of {len(ranking)} images: {value:+.3f}{average}"
+        why = f"{rank} {quantity} of {len(ranking)} images: {format_number(value, sign=True)}{average}"
         chosen.append(_gallery_image(samples[index], index, views, why))
     return chosen
+
+
+def gallery_rule(samples: Sequence[Sample], views: Views, count: int) -> str:
+    """Say how :func:`choose_gallery` chooses; "" if it chooses nothing."""
+    if not count or not views or not samples:
+        return ""
+    ranking = _ranking(samples, views)
+    if not ranking:
+        shown = min(count, len(samples))
+        return f"Shown are the first {shown} of {len(samples)} candidates; without masks, images are not ranked."
+    arms = {arm for of_backbone in views.values() for by_arm in of_backbone for arm in by_arm}
+    average = ", averaged over backbones" if len(views) > 1 else ""
+    seed = " of the first seed" if "after" in arms else ""
+    first, last = ("largest", "smallest") if "after" in arms else ("highest", "lowest")
+    shown = min(count, len(ranking))
+    chosen = (
+        f"Shown are {shown} evenly spaced ranks, from the {first} to the {last}, so that failures are included."
+        if shown > 1
+        else f"Shown is the {last}."
+    )
+    return (
+        f"Candidates are the {len(ranking)} images at the start of the test set whose caption names two or more things "
+        f"with known regions. They are ranked by the {_quantity(arms)}{seed}{average}. {chosen}"
+    )
+
+
+def _quantity(arms: Collection[Arm]) -> str:
+    """What images are ranked by."""
+    if "after" not in arms:
+        return "Caption IoU"
+    return f"gain in Caption IoU (after TTD minus {'control' if 'control' in arms else 'before'})"
 
 
 def _gallery_image(sample: Sample, index: int, views: Views, why: str) -> GalleryImage:

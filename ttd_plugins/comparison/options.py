@@ -5,6 +5,7 @@ This module imports neither torch nor numpy, so that the command line can build 
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import field, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ SCENES = "scenes"
 """Name of the generated scenes among the data sets."""
 PAIRS = "pairs"
 """Name of image-text pairs without annotations among the data sets."""
+DEFAULT_SCALES = (0.25, 0.5, 0.75)
+"""Factors of LoRA between the backbone before TTD (0) and after it (1)."""
 
 
 @configuration(section="Training")
@@ -75,6 +78,13 @@ class CompareOptions:
     steps: Annotated[Int, option("Training steps of each arm.", ge=1)] = 200
     batch_size: Annotated[Int, option("Pairs per step.", ge=2)] = 48
     rank: Annotated[Int, option("Rank of LoRA on both towers; 0 trains all weights.", ge=0)] = 16
+    lora_scales: Annotated[
+        tuple[Float, ...] | None,
+        option(
+            "Factors of LoRA at which backbones after TTD are measured too, for the frontier of gain and cost; 1 alone "
+            "measures no other; null means 0.25,0.5,0.75 with LoRA."
+        ),
+    ] = None
     learning_rate: Annotated[
         Float | None, option("Peak learning rate; null means 1e-3 on scenes and 1e-4 on pairs.", flag="--lr", gt=0)
     ] = None
@@ -103,11 +113,24 @@ class CompareOptions:
             raise InputError(f"jobs must be 1 (or more on scenes on the CPU), not {self.jobs}")
         if self.ttd.contrastive_weight <= 0 and self.tune:
             raise InputError("contrastive_weight must be above 0, since the control trains with that term alone")
+        for scale in self.lora_scales or ():
+            if not math.isfinite(scale) or scale <= 0:
+                raise InputError(f"lora_scales must be above 0 (0 is the backbone before TTD), not {scale:g}")
+        if self.scales and not self.rank:
+            raise InputError("lora_scales needs LoRA: set rank above 0, or leave lora_scales out")
 
     @property
     def arms(self) -> tuple[Arm, ...]:
         """The arms that are run."""
         return ARMS if self.tune else ("before",)
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """Factors of LoRA below or above 1 at which the arm ``after`` is measured too, in ascending order."""
+        if not self.tune:
+            return ()
+        default = DEFAULT_SCALES if self.rank else ()
+        return tuple(sorted(set(default if self.lora_scales is None else self.lora_scales) - {1.0}))
 
     @property
     def seed_numbers(self) -> range:

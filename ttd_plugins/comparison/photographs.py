@@ -27,6 +27,7 @@ from ttd_plugins.engine import TTD
 from ttd_plugins.errors import TTDError, one_sentence
 from ttd_plugins.evaluation.metrics import tag_balance, upsample_map
 from ttd_plugins.options import TTDOptions
+from ttd_plugins.utils.number_format import format_number
 from ttd_plugins.utils.progress import Stage, no_progress
 
 BEFORE, AFTER = "open_clip:photo", "open_clip:photo@ttd"
@@ -101,7 +102,7 @@ def _evenly_ranked(
         replace(
             ranking[place],
             why=f"rank {place + 1} of {len(ranking)} photographs by the change of tag balance: "
-            f"{change(ranking[place]):+.3f}",
+            f"{format_number(change(ranking[place]), sign=True)}",
         )
         for place in places
     ]
@@ -110,16 +111,16 @@ def _evenly_ranked(
 def _rule(images: Sequence[GalleryImage], balance: Mapping[str, Mapping[Arm, float]], count: int) -> str:
     """Say how the photographs were chosen, and what changes on all candidates."""
     ious = {arm: [image.views[BEFORE][arm].iou for image in images] for arm in ("before", "after")}
-    mean = {arm: np.mean([value for value in values if value is not None]) for arm, values in ious.items()}
-    even = {arm: np.mean([of_image[arm] for of_image in balance.values()]) for arm in ("before", "after")}
+    mean = {arm: float(np.mean([value for value in values if value is not None])) for arm, values in ious.items()}
+    even = {arm: float(np.mean([of_image[arm] for of_image in balance.values()])) for arm in ("before", "after")}
     return (
         f"Candidates are all {len(images)} photographs of the package that have a caption with two or more annotated "
         "things and no crowd, each with its first such caption. They are ranked by the change of tag balance, which "
         f"measures single tag bias. Shown are {min(count, len(images))} evenly spaced ranks, from the largest gain "
         "(first) to the largest loss (last). The training of the LoRA had none of these photographs; that of the "
         "backbone had crops of them without captions or labels. Means over all candidates: "
-        f"tag balance {even['before']:.3f} before and {even['after']:.3f} after TTD, Caption IoU {mean['before']:.3f} "
-        f"before and {mean['after']:.3f} after TTD."
+        f"tag balance {format_number(even['before'])} before and {format_number(even['after'])} after TTD, Caption IoU "
+        f"{format_number(mean['before'])} before and {format_number(mean['after'])} after TTD."
     )
 
 

@@ -54,6 +54,8 @@ class BackboneResult:
         bias: for each arm, one mapping per seed from a kind of word to the mean of the caption map inside tags of that
             kind (:attr:`SceneMetrics.caption_map_in_tag`), ``None`` if no such tag occurs. Empty on photographs.
         cost: ``images_per_second`` and ``memory_bytes`` of dense encoding; empty if it was not measured.
+        scaled: factor of LoRA as text, such as ``"0.5"``, to the metrics of ``after`` at that factor, one mapping per
+            seed; empty if only 1 was measured.
     """
 
     name: str
@@ -64,6 +66,7 @@ class BackboneResult:
     warnings: list[str] = field(default_factory=list)
     bias: dict[Arm, list[dict[str, float | None]]] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
+    scaled: dict[str, list[dict[str, float | None]]] = field(default_factory=dict)
 
     figures = RenamedAttribute("metrics")
 
@@ -204,6 +207,7 @@ class Comparison:
         attribution: authors of the images, or "".
         failures: name of each backbone that failed to the reason, in one sentence; it has no row.
         photographs: photographs that the report shows first; ``None`` in a comparison without them.
+        gallery_rule: how the images of the gallery were chosen, in sentences; "" if unknown.
     """
 
     settings: dict[str, Any]
@@ -214,6 +218,7 @@ class Comparison:
     attribution: str = ""
     failures: Mapping[str, str] = field(default_factory=dict)
     photographs: PhotographExamples | None = None
+    gallery_rule: str = ""
 
     figures = RenamedAttribute("metrics")
 

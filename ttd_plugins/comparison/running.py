@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from ttd_plugins.comparison.cost import measure_cost
 from ttd_plugins.comparison.data import open_data
 from ttd_plugins.comparison.data_interface import ComparisonData, Sample
 from ttd_plugins.comparison.experiment_record import ExperimentRecord, read_record, versions
-from ttd_plugins.comparison.gallery import CANDIDATES, choose_gallery, compute_view
+from ttd_plugins.comparison.gallery import CANDIDATES, choose_gallery, compute_view, gallery_rule
 from ttd_plugins.comparison.options import SCENES, CompareOptions
 from ttd_plugins.comparison.results import Arm, BackboneResult, Comparison, View
 from ttd_plugins.comparison.tables import summary, write_csv, write_markdown
@@ -189,8 +189,8 @@ class _ComparisonRun:
     def _settings(self) -> dict[str, Any]:
         """The settings that must not change when a run continues."""
         settings = asdict(self.options)
-        # The number of processes changes no result.
-        del settings["jobs"]
+        # Neither the number of processes nor further measurements change a result.
+        del settings["jobs"], settings["lora_scales"]
         # Records up to version 0.1 have no first seed, and earlier ones no list of classes.
         if not self.options.first_seed:
             del settings["first_seed"]
@@ -290,7 +290,7 @@ class _ComparisonRun:
                     continue
                 waiting[job] = outcome
                 for other in sorted(waiting, key=lambda one: one.seed or 0):
-                    if self._recorded(other) == self._index(other):
+                    if all(len(self._rows(other, scale)) == self._index(other) for scale in other.scales):
                         self._record(other, waiting.pop(other))
         self._check_that_one_is_left()
 
@@ -305,8 +305,11 @@ class _ComparisonRun:
         ]
         for seed, name, arm in arms:
             job = self._job(name, arm, seed)
-            if name not in self.failures and self._recorded(job) <= self._index(job):
-                yield job
+            # A comparison that is started again with other factors of LoRA measures the missing ones.
+            wanted = (1.0, *self.options.scales) if arm == "after" else job.scales
+            missing = tuple(scale for scale in wanted if len(self._rows(job, scale)) <= self._index(job))
+            if name not in self.failures and missing:
+                yield replace(job, scales=missing)
 
     def _job(self, name: str, arm: Arm, seed: int | None) -> ArmJob:
         key = f"{_slug(name)}-{arm}" + ("" if seed is None else f"-seed{seed}")
@@ -319,16 +322,24 @@ class _ComparisonRun:
     def _index(self, job: ArmJob) -> int:
         return 0 if job.seed is None else job.seed - self.options.first_seed
 
-    def _recorded(self, job: ArmJob) -> int:
-        """Number of seeds of the job's arm that are recorded."""
-        return len(self._content(job.backbone)["figures"].get(job.arm, []))
+    def _rows(self, job: ArmJob, scale: float) -> list[dict[str, float | None]]:
+        """The recorded metrics of the job's arm at a factor of LoRA, one mapping per seed."""
+        content = self._content(job.backbone)
+        rows: list[dict[str, float | None]]
+        if scale == 1:
+            rows = content["figures"].setdefault(job.arm, [])
+        else:
+            rows = content["scaled"].setdefault(f"{scale:g}", [])
+        return rows
 
     def _record(self, job: ArmJob, result: ArmResult) -> None:
         content, index = self._content(job.backbone), self._index(job)
-        content["figures"].setdefault(job.arm, []).append(result.measurement.metrics)
-        bias = content["bias"].setdefault(job.arm, [])
-        # Records up to version 0.1 have no bias.
-        bias += [{}] * (index - len(bias)) + [result.measurement.bias]
+        for scale, measurement in result.measurements.items():
+            self._rows(job, scale).append(measurement.metrics)
+            if scale == 1:
+                bias = content["bias"].setdefault(job.arm, [])
+                # Records up to version 0.1 have no bias.
+                bias += [{}] * (index - len(bias)) + [measurement.bias]
         content["seconds"][f"measure {job.label}"] = result.seconds
         if result.training is not None:
             content["curves"].setdefault(job.arm, [])[index:] = [result.training.curve]
@@ -343,7 +354,7 @@ class _ComparisonRun:
         content = self.record.content["backbones"].setdefault(name, {})
         empty: dict[str, Any] = {
             "about": {}, "figures": {}, "bias": {}, "curves": {}, "seconds": {}, "warnings": [],
-            "cost": {},
+            "cost": {}, "scaled": {},
         }  # fmt: skip
         for key, value in empty.items():
             content.setdefault(key, value)
@@ -351,7 +362,7 @@ class _ComparisonRun:
 
     def _result(self, name: str) -> BackboneResult:
         content = self._content(name)
-        parts = {key: content[key] for key in ("about", "curves", "seconds", "warnings", "bias", "cost")}
+        parts = {key: content[key] for key in ("about", "curves", "seconds", "warnings", "bias", "cost", "scaled")}
         return BackboneResult(name, metrics=content["figures"], **parts)
 
     # Result --------------------------------------------------------------------------------------------------------
@@ -364,7 +375,8 @@ class _ComparisonRun:
             samples = list(self.data.samples(CANDIDATES))
             self._attempt(lambda name: views.update({name: self._views(name, samples)}))
         names = [name for name in self.options.backbones if name not in self.failures]
-        gallery = choose_gallery(samples, {name: views[name] for name in names if name in views}, self.options.gallery)
+        seen = {name: views[name] for name in names if name in views}
+        gallery = choose_gallery(samples, seen, self.options.gallery)
         for name in names:
             self._content(name)["weights"] = self._weights(name)
         self.record.content["pictures"] = [{"key": one.key, "caption": one.caption, "why": one.why} for one in gallery]
@@ -376,6 +388,7 @@ class _ComparisonRun:
             trade_off=self.data.trade_off,
             attribution=self.data.attribution,
             failures=dict(self.failures),
+            gallery_rule=gallery_rule(samples, seen, self.options.gallery),
         )
         choice = choose(comparison)
         self.record.content["choice"] = None if choice is None else choice.as_dict()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ttd_plugins.comparison.choice import Choice, choose, measured, memory_text
+from ttd_plugins.comparison.lora_scales import cost_metrics, raised_metric, scaled_results
 from ttd_plugins.comparison.results import ARMS, BackboneResult, Comparison, Metric, mean_and_spread
 from ttd_plugins.utils.deprecation import renamed_names
 from ttd_plugins.utils.files import write_atomic
+from ttd_plugins.utils.number_format import format_spread
 
 FEW_STEPS = 100
 """A training of fewer steps is too short to judge TTD."""
@@ -46,7 +48,7 @@ def training_limits(comparison: Comparison) -> list[tuple[str, str]]:
         sentence = f"The training took only {words}: fewer than {FEW_STEPS} are too few to judge TTD. Train longer."
         limits.append((f"only {words}", sentence))
     if all(len(backbone.metrics["after"]) == 1 for backbone in trained):
-        sentence = "One seed was run, so the spread is unknown: small differences may be chance."
+        sentence = "One seed was run, so the spread is unknown: every verdict is tentative."
         limits.append(("one seed", sentence))
     return limits
 
@@ -64,9 +66,7 @@ def summary(backbone: BackboneResult, metrics: Sequence[Metric]) -> dict[str, An
 
 def format_number(mean: float | None, spread: float | None, *, sign: bool = False) -> str:
     """Return text such as ``0.512 ± 0.004``, or ``-`` if there is no mean."""
-    if mean is None:
-        return "-"
-    return f"{mean:{'+' if sign else ''}z.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+    return format_spread(mean, spread, sign=sign)
 
 
 def table_rows(comparison: Comparison) -> list[tuple[str, str, list[str]]]:
@@ -101,6 +101,7 @@ def markdown(comparison: Comparison) -> str:
         ),
     ]
     lines += [line for _, sentence in training_limits(comparison) for line in ("", sentence)]
+    lines += _scale_lines(comparison)
     choice = choose(comparison)
     if choice is not None:
         lines += ["", *(f"- {sentence}" for sentence in choice.sentences)]
@@ -110,6 +111,29 @@ def markdown(comparison: Comparison) -> str:
     if comparison.failures:
         lines += ["", "Failed:", "", *(f"- {name}: {reason}" for name, reason in comparison.failures.items())]
     return "\n".join(lines) + "\n"
+
+
+def scale_rows(comparison: Comparison) -> tuple[list[Metric], list[tuple[str, float, list[str]]]]:
+    """Return the columns of the table of LoRA factors, and backbone, factor and one gain per column for each row."""
+    raised = raised_metric(comparison)
+    columns = [*([] if raised is None else [raised]), *cost_metrics(comparison)]
+    rows = []
+    for backbone in comparison.backbones:
+        for one in scaled_results(backbone, comparison.metrics):
+            gains = [one.gains.get(metric.key) for metric in columns]
+            texts = ["-" if found is None else format_number(*found, sign=True) for found in gains]
+            rows.append((backbone.name, one.scale, texts))
+    return columns, rows
+
+
+def _scale_lines(comparison: Comparison) -> list[str]:
+    columns, rows = scale_rows(comparison)
+    if not rows:
+        return []
+    heads = ["backbone", "LoRA x", *(f"{metric.label}, gain" for metric in columns)]
+    lines = ["", "After TTD, LoRA scaled (0 is before, 1 as trained); gain over the control:", ""]
+    lines += [f"| {' | '.join(heads)} |", "|---|---:|" + "---:|" * len(columns)]
+    return lines + [f"| {name} | {scale:g} | {' | '.join(texts)} |" for name, scale, texts in rows]
 
 
 def _cost_row(backbone: BackboneResult, choice: Choice) -> str:
@@ -133,6 +157,8 @@ def write_markdown(path: Path, comparison: Comparison) -> None:
 def write_csv(path: Path, comparison: Comparison) -> None:
     """Write one row per backbone, arm and seed; the seed of ``before`` and undefined metrics are empty.
 
+    The arm ``after x 0.5`` is ``after`` with LoRA scaled by 0.5.
+
     Raises:
         InputError: the file cannot be written.
     """
@@ -144,9 +170,15 @@ def write_csv(path: Path, comparison: Comparison) -> None:
     for backbone in comparison.backbones:
         for arm in ARMS:
             for seed, values in enumerate(backbone.metrics.get(arm, []), start=first_seed):
-                cells = ["" if values.get(key) is None else repr(values[key]) for key in keys]
-                writer.writerow([backbone.name, arm, "" if arm == "before" else seed, *cells])
+                writer.writerow([backbone.name, arm, "" if arm == "before" else seed, *_cells(values, keys)])
+        for scale, rows in sorted(backbone.scaled.items(), key=lambda item: float(item[0])):
+            for seed, values in enumerate(rows, start=first_seed):
+                writer.writerow([backbone.name, f"after x {scale}", seed, *_cells(values, keys)])
     write_atomic(path, text.getvalue())
+
+
+def _cells(values: Mapping[str, float | None], keys: Sequence[str]) -> list[str]:
+    return ["" if values.get(key) is None else repr(values[key]) for key in keys]
 
 
 __getattr__ = renamed_names(__name__, {"number": "format_number"})

@@ -31,14 +31,18 @@ class LoRABackbone(Protocol):
     _lora: LoRAHandle | None
 
     @property
-    def description(self) -> Any: ...
+    def description(self) -> Any:
+        """Facts about the backbone."""
 
     @property
-    def has_lora(self) -> bool: ...
+    def has_lora(self) -> bool:
+        """Whether LoRA is attached."""
 
-    def lora_targets(self, tower: Tower) -> list[str]: ...
+    def lora_targets(self, tower: Tower) -> list[str]:
+        """Return the names of the modules of a tower that LoRA can wrap."""
 
-    def lora_layers(self) -> Mapping[type[nn.Module], type[nn.Module]]: ...
+    def lora_layers(self) -> Mapping[type[nn.Module], type[nn.Module]]:
+        """Return module classes with LoRA layers of their own."""
 
     def add_lora(
         self,
@@ -48,7 +52,8 @@ class LoRABackbone(Protocol):
         dropout: float = ...,
         towers: Sequence[Tower] = ...,
         modules: str | None = ...,
-    ) -> Any: ...
+    ) -> Any:
+        """Attach LoRA."""
 
 
 def attach_lora(

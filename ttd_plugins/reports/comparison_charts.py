@@ -1,4 +1,4 @@
-"""Charts of a comparison: trade-off, gains, training curves, and bias by kind of word."""
+"""Charts of a comparison: trade-off, training curves, and bias by kind of word; gains are in ``gain_charts.py``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from ttd_plugins.comparison.results import ARMS, Arm, BackboneResult, Comparison, Metric, mean_and_spread
 from ttd_plugins.reports.charts import Chart, mark, pixels, unit_coordinates
-from ttd_plugins.reports.comparison_findings import TIE, Change, change, mean
+from ttd_plugins.reports.comparison_findings import mean
 from ttd_plugins.reports.formatting import capitalised, number, printable, shortened
 from ttd_plugins.reports.palette import light, series_role
 
@@ -27,6 +27,7 @@ KIND_LABELS = {
     "rare": "Rare things",
 }
 """Kinds of words in scenes, from the most to the least frequent in captions."""
+KIND_ROWS = {"background": "Backgrounds", "common": "Common", "middle": "Less common", "rare": "Rare"}
 CURVE_LABELS = {
     "loss": "Total loss",
     "contrastive": "Contrastive loss",
@@ -36,6 +37,12 @@ CURVE_LABELS = {
     "caption_map_spread": "Spread of the caption map",
     "selected_per_caption": "Selected tags per caption",
 }
+CURVE_AXES = {
+    **dict.fromkeys(("loss", "contrastive", "tag", "distill", "anchor"), "lower is better ↓"),
+    "caption_map_spread": "near 0 is collapse",
+    "selected_per_caption": "tags per caption",
+}
+"""Labels of the vertical axes."""
 CURVE_POINTS, SEED_POINTS = 200, 80
 _DASHES: Any = (0, (4, 2.5))
 
@@ -170,8 +177,8 @@ def _trade_off_axes(
     for spine in axes.spines.values():
         spine.set_visible(False)
     named: dict[str, Any] = {"fontsize": 13, "fontweight": "bold", "color": light("ink")}
-    axes.set_title(_axis_label(up, "↑", "↓"), loc="left", x=-0.06 if axes.bbox.width > 400 else -0.14, pad=12, **named)
-    axes.set_xlabel(_axis_label(cost, "→", "←"), loc="right", labelpad=6, **named)
+    axes.set_title(vertical_label(up), loc="left", x=-0.06 if axes.bbox.width > 400 else -0.14, pad=12, **named)
+    axes.set_xlabel(horizontal_label(cost), loc="right", labelpad=6, **named)
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:
@@ -181,9 +188,18 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _axis_label(metric: Metric, more: str, less: str) -> str:
-    arrow = {"higher": f"{more} better", "lower": f"{less} better", None: more}[metric.better]
-    return printable(f"{capitalised(metric.label)}, {arrow}")
+def vertical_label(metric: Metric) -> str:
+    """The label of a vertical axis, which names the better direction."""
+    better = {"higher": ", higher is better ↑", "lower": ", lower is better ↓", None: ""}[metric.better]
+    return printable(capitalised(metric.label) + better)
+
+
+def horizontal_label(metric: Metric) -> str:
+    """The label of a horizontal axis, which names the better direction."""
+    label = printable(capitalised(metric.label))
+    if metric.better is None:
+        return label
+    return f"{label}, higher is better →" if metric.better == "higher" else f"← {label}, lower is better"
 
 
 def _draw_backbone(
@@ -278,63 +294,6 @@ def _trade_off_legend(arms: Sequence[Arm], *, dots: bool) -> list[Artist]:
     return list(handles)
 
 
-# Gains ----------------------------------------------------------------------------------------------------------------
-
-
-def gain_charts(comparison: Comparison) -> list[Chart]:
-    """For each metric with a better direction, the gain on every fine-tuned backbone, mean and spread over seeds."""
-    tuned = [(n, backbone) for n, backbone in enumerate(comparison.backbones) if backbone.metrics.get("after")]
-    charts = []
-    for metric in comparison.metrics:
-        changes = [change(backbone, metric) for _, backbone in tuned]
-        if metric.better is not None and any(changes):
-            charts.append(_gain_chart(metric, tuned, changes))
-    return charts
-
-
-def _gain_chart(metric: Metric, tuned: Sequence[tuple[int, BackboneResult]], changes: Sequence[Change | None]) -> Chart:
-    def draw(axes: Axes) -> None:
-        axes.axvline(0, color=light("muted"), linewidth=1)
-        for row, ((n, _), found) in enumerate(zip(tuned, changes, strict=True)):
-            if found is None:
-                axes.text(0, row, " n/a", va="center", fontsize=11, color=light("muted"))
-                continue
-            clear = found.verdict in ("better", "worse")
-            colour = light(series_role(n))
-            face = colour if clear else light("card")
-            bars = axes.barh(row, found.mean, height=0.62, color=face, edgecolor=colour, linewidth=1.5)
-            mark(bars[0], "bar", found.signed)
-            if found.spread is not None:
-                axes.errorbar(found.mean, row, xerr=found.spread, color=light("ink"), capsize=3, linewidth=1.2)
-        names = [f"{n + 1} {shortened(printable(backbone.name), 20)}" for n, backbone in tuned]
-        axes.set_yticks(range(len(tuned)), names, fontsize=11, color=light("ink"))
-        axes.set_ylim(len(tuned) - 0.4, -0.6)
-        axes.grid(axis="y", visible=False)
-        axes.tick_params(axis="y", length=0)
-        axes.locator_params(axis="x", nbins=4)
-
-    described = ", ".join(
-        f"{backbone.name} {'n/a' if found is None else found.signed}"
-        for (_, backbone), found in zip(tuned, changes, strict=True)
-    )
-    return Chart(
-        key=f"gain-{metric.key}",
-        title=f"{metric.label} ({metric.better} is better)",
-        description=described,
-        size=(380, 40 + 26 * len(tuned)),
-        margins=(165, 4, 14, 28),
-        draw=draw,
-    )
-
-
-def gains_heading(comparison: Comparison) -> str:
-    """What the gain charts show, and against which arm."""
-    found = [change(b, m) for b in comparison.backbones for m in comparison.metrics if b.metrics.get("after")]
-    arms = {one.baseline for one in found if one is not None}
-    against = "control" if arms == {"control"} else "before" if arms == {"before"} else "control, or before without one"
-    return f"After TTD minus {against}. Lines: spread over seeds. Open bars: within the spread, or below {TIE}."
-
-
 # Training curves ------------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +312,11 @@ def curve_label(key: str) -> str:
     return CURVE_LABELS.get(key, capitalised(key.replace("_", " ")))
 
 
+def curve_axis(key: str) -> str:
+    """Label of the vertical axis of a curve."""
+    return CURVE_AXES.get(key, "")
+
+
 def curve_lines(backbone: BackboneResult, key: str) -> dict[Arm, list[list[Point]]]:
     """For each arm and seed the (step, value) pairs; values that are not finite are left out."""
     found: dict[Arm, list[list[Point]]] = {}
@@ -366,8 +330,15 @@ def curve_lines(backbone: BackboneResult, key: str) -> dict[Arm, list[list[Point
     return found
 
 
-def curve_chart(key: str, title: str, lines: Mapping[Arm, Sequence[Sequence[Point]]]) -> Chart:
-    """Curves of one value of one backbone: seeds thin, the running mean of their mean thick."""
+def curve_chart(key: str, title: str, lines: Mapping[Arm, Sequence[Sequence[Point]]], axis: str = "") -> Chart:
+    """Curves of one value of one backbone: seeds thin, the running mean of their mean thick.
+
+    Args:
+        key: unique on a page.
+        title: what the chart shows.
+        lines: for each arm and seed the (step, value) pairs.
+        axis: label of the vertical axis; it names the better direction.
+    """
     order: tuple[Arm, ...] = ("after", "control")
     means = {arm: running_mean(thinned(mean_line(lines[arm]))) for arm in order if lines.get(arm)}
 
@@ -390,6 +361,7 @@ def curve_chart(key: str, title: str, lines: Mapping[Arm, Sequence[Sequence[Poin
         axes.grid(axis="x", visible=False)
         axes.locator_params(axis="y", nbins=4)
         axes.tick_params(length=0, labelsize=11)
+        axes.set_ylabel(axis, fontsize=10.5, color=light("muted"))
 
     described = ", ".join(
         f"{ARM_LABELS[arm]} from {line[0][1]:.4g} to {line[-1][1]:.4g}" for arm, line in means.items()
@@ -399,7 +371,7 @@ def curve_chart(key: str, title: str, lines: Mapping[Arm, Sequence[Sequence[Poin
         title=title,
         description=f"Over steps: {described}",
         size=(340, 180),
-        margins=(48, 8, 16, 24),
+        margins=(64, 8, 16, 24),
         draw=draw,
         legend=_curve_legend,
     )
@@ -459,50 +431,69 @@ def bias_means(backbone: BackboneResult) -> dict[str, dict[Arm, tuple[float, flo
     return found
 
 
+def bias_gap(bias: Mapping[str, Mapping[Arm, tuple[float, float | None]]], arm: Arm) -> float | None:
+    """Largest minus smallest mean over the kinds of words in an arm; ``None`` with fewer than two kinds."""
+    means = [found[arm][0] for found in bias.values() if arm in found]
+    return max(means) - min(means) if len(means) > 1 else None
+
+
 def bias_chart(key: str, name: str, bias: Mapping[str, Mapping[Arm, tuple[float, float | None]]]) -> Chart:
-    """Bars of one backbone: for each kind of word the mean of the caption map, before, in the control and after."""
+    """Bars of one backbone, grouped by arm: the mean of the caption map for each kind of word.
+
+    Within a group, bars of equal length mean no bias; a band marks the gap between the longest and the shortest.
+    """
     arms = [arm for arm in ARMS if any(arm in found for found in bias.values())]
-    group = len(arms) + 1.4
+    group = len(bias) + 1.7
+    gaps = {arm: bias_gap(bias, arm) for arm in arms}
 
     def draw(axes: Axes) -> None:
-        for place, (kind, found) in enumerate(bias.items()):
+        ticks = []
+        for place, arm in enumerate(arms):
             title = place * group
-            axes.text(0, title, printable(KIND_LABELS.get(kind, kind)), fontsize=12, fontweight="bold", va="center")
-            for row, arm in enumerate(arms, start=1):
+            words = ARM_LABELS[arm] if (gap := gaps[arm]) is None else f"{ARM_LABELS[arm]}: gap {number(gap)}"
+            axes.text(0, title, words, fontsize=12, fontweight="bold", va="center")
+            means = [found[arm][0] for found in bias.values() if arm in found]
+            if gaps[arm] is not None:
+                band = axes.fill_betweenx(
+                    [title + 0.5, title + len(bias) + 0.5], min(means), max(means), color=light("shade"), alpha=0.5,
+                    linewidth=0, zorder=0.5,
+                )  # fmt: skip
+                mark(band, f"gap {arm}", words)
+            for row, (kind, found) in enumerate(bias.items(), start=1):
+                ticks.append((title + row, shortened(printable(KIND_ROWS.get(kind, kind)), 14)))
                 if arm not in found:
-                    axes.text(0, title + row, "n/a", fontsize=11, va="center", color=light("muted"))
+                    axes.text(0, title + row, " n/a", fontsize=11, va="center", color=light("muted"))
                     continue
                 value, spread = found[arm]
-                bars = axes.barh(title + row, min(max(value, 0), 1), height=0.8, color=light(arm))
-                mark(bars[0], f"bar {arm}", f"{ARM_LABELS[arm]}: {number(value)}")
+                bars = axes.barh(title + row, min(max(value, 0), 1), height=0.72, color=light(arm))
+                label = KIND_LABELS.get(kind, kind)
+                mark(bars[0], f"bar {arm}", f"{ARM_LABELS[arm]}, {label}: {number(value)}")
                 if spread is not None:
                     axes.errorbar(value, title + row, xerr=spread, color=light("ink"), capsize=2, linewidth=1)
                 axes.text(1.02, title + row, number(value), fontsize=11, va="center", color=light("ink"))
         axes.set_xlim(0, 1)
-        axes.set_ylim(len(bias) * group - 0.7, -0.7)
-        axes.set_yticks([])
+        axes.set_ylim(len(arms) * group - 0.9, -0.7)
+        axes.set_yticks(*zip(*ticks, strict=True), fontsize=11)
         axes.set_xticks([0, 0.5, 1])
+        axes.set_xlabel(
+            "Mean of the caption map, equal bars are better", loc="right", fontsize=11, labelpad=2, color=light("muted")
+        )
+        axes.grid(axis="y", visible=False)
         axes.tick_params(length=0, labelsize=11)
         axes.spines["bottom"].set_visible(False)
 
     described = "; ".join(
-        f"{KIND_LABELS.get(kind, kind)}: "
-        + ", ".join(f"{ARM_LABELS[arm]} {number(v)}" for arm, (v, _) in found.items())
-        for kind, found in bias.items()
+        f"{ARM_LABELS[arm]}: "
+        + ", ".join(
+            f"{KIND_LABELS.get(kind, kind)} {number(found[arm][0])}" for kind, found in bias.items() if arm in found
+        )
+        for arm in arms
     )
     return Chart(
         key=key,
         title=f"Bias of {name} by kind of word",
         description=f"Mean of the caption map inside the tags. {described}",
-        size=(360, 34 + 18 * group * len(bias)),
-        margins=(16, 6, 52, 26),
+        size=(360, 50 + 19 * group * len(arms)),
+        margins=(98, 4, 46, 40),
         draw=draw,
-        legend=lambda: _bias_legend(arms),
-        legend_columns=3,
     )
-
-
-def _bias_legend(arms: Sequence[Arm]) -> list[Artist]:
-    from matplotlib.patches import Patch
-
-    return [Patch(facecolor=light(arm), label=ARM_LABELS[arm]) for arm in arms]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ttd_plugins.comparison.choice import Choice, choose, memory_text, quality_text, speed_text
 from ttd_plugins.comparison.results import BackboneResult, Comparison
 from ttd_plugins.reports.charts import Chart, chart_svg, mark, pixels, unit_coordinates
-from ttd_plugins.reports.comparison_charts import Box, place_labels
+from ttd_plugins.reports.comparison_charts import Box, place_labels, vertical_label
 from ttd_plugins.reports.comparison_findings import mean
 from ttd_plugins.reports.formatting import capitalised, number, printable, shortened
 from ttd_plugins.reports.palette import light, series_role
@@ -87,10 +87,8 @@ def cost_chart(comparison: Comparison, choice: Choice | None = None, *, narrow: 
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         named: dict[str, Any] = {"fontsize": 13, "fontweight": "bold", "color": light("ink")}
-        better = "↑ better" if metric.better == "higher" else "↓ better"
-        title = printable(f"{capitalised(metric.label)}, {better}")
-        axes.set_title(title, loc="left", x=-0.06 if axes.bbox.width > 400 else -0.14, pad=12, **named)
-        axes.set_xlabel("Images/s, → better", loc="right", labelpad=6, **named)
+        axes.set_title(vertical_label(metric), loc="left", x=-0.06 if axes.bbox.width > 400 else -0.14, pad=12, **named)
+        axes.set_xlabel("Images/s, higher is better →", loc="right", labelpad=6, **named)
         places, sides = [], []
         for n, backbone, speed, value in points:
             colour = light(series_role(n))

@@ -53,6 +53,16 @@ class Change:
     verdict: Verdict
 
     @property
+    def tentative(self) -> bool:
+        """Whether one seed alone says better or worse, so that the difference may be chance."""
+        return self.spread is None and self.verdict in ("better", "worse")
+
+    @property
+    def words(self) -> str:
+        """The verdict in words, such as ``better`` or ``worse, one seed``."""
+        return VERDICT_WORDS[self.verdict] + (", one seed" if self.tentative else "")
+
+    @property
     def signed(self) -> str:
         """``+0.094 ± 0.003``."""
         return signed(self.mean) + ("" if self.spread is None else f" ± {number(self.spread)}")
@@ -150,15 +160,17 @@ def _headline(tuned: Sequence[BackboneResult], lead: Metric, cost: Metric | None
     if not changes:
         return f"The effect of TTD on {lead.label} could not be measured"
     helped = [name for name, found in changes.items() if found.verdict == "better"]
+    tentative = all(found.tentative for found in changes.values() if found.verdict in ("better", "worse"))
     if not helped:
+        no_help = f"TTD does not {'seem to ' if tentative else ''}help here"
         hurt = [name for name, found in changes.items() if found.verdict == "worse"]
         if hurt and len(tuned) == 1:
-            return f"TTD does not help here: {lead.label} of {hurt[0]} worsens by {number(abs(changes[hurt[0]].mean))}"
+            return f"{no_help}: {lead.label} of {hurt[0]} worsens by {number(abs(changes[hurt[0]].mean))}"
         if hurt:
-            return f"TTD does not help here: {lead.label} worsens on {_share(len(hurt), len(tuned))}"
+            return f"{no_help}: {lead.label} worsens on {_share(len(hurt), len(tuned))}"
         return f"TTD makes no clear difference to {lead.label} here"
     best = max(helped, key=lambda name: _towards_better(changes[name], lead))
-    verb = "raises" if lead.better == "higher" else "lowers"
+    verb = _effect("raise" if lead.better == "higher" else "lower", tentative=tentative)
     if len(tuned) == 1:
         words = f"TTD {verb} {lead.label} of {best} by {number(abs(changes[best].mean))}"
     else:
@@ -179,9 +191,15 @@ def _balance_words(backbone: BackboneResult, lead: Metric, balance: Metric | Non
     first = change(backbone, lead)
     if balance is None or found is None or first is None or found.verdict == first.verdict:
         return ""
-    if found.verdict == "better":
-        return f", but it raises {balance.label}"
-    return f", but it lowers {balance.label}" if found.verdict == "worse" else ""
+    if found.verdict not in ("better", "worse"):
+        return ""
+    verb = _effect("raise" if found.verdict == "better" else "lower", tentative=found.tentative)
+    return f", but it {verb} {balance.label}"
+
+
+def _effect(verb: str, *, tentative: bool) -> str:
+    """``raises``, or ``seems to raise`` where one seed alone says so."""
+    return f"seems to {verb}" if tentative else f"{verb}s"
 
 
 def _share(count: int, total: int) -> str:
@@ -273,8 +291,9 @@ def _best_gain_sentence(tuned: Sequence[BackboneResult], metric: Metric) -> str:
     first, last = mean(backbone, found.baseline, metric.key), mean(backbone, "after", metric.key)
     if found.verdict != "better":
         return (
-            f"{capitalised(metric.label)}: no backbone gains {TIE} over {BASELINES[found.baseline]} and more than "
-            f"its spread; the best is {backbone.name} with {found.signed}."
+            f"{capitalised(metric.label)}: no backbone gains {TIE} over {BASELINES[found.baseline]}"
+            f"{'' if found.spread is None else ' and more than its spread'}; "
+            f"the best is {backbone.name} with {found.signed}."
         )
     who = f"{backbone.name} gains most" if len(changes) > 1 else f"{backbone.name} gains"
     values = ["n/a" if value is None else number(value) for value in (first, last)]
@@ -308,7 +327,7 @@ def _each(names: Sequence[str], changes: Mapping[str, Change]) -> str:
 
 def _no_help_sentences(tuned: Sequence[BackboneResult], lead: Metric) -> list[str]:
     rest = {name: found for name, found in _changes(tuned, lead).items() if found.verdict != "better"}
-    words = [f"{name} ({found.signed}, {VERDICT_WORDS[found.verdict]})" for name, found in rest.items()]
+    words = [f"{name} ({found.signed}, {found.words})" for name, found in rest.items()]
     return [f"TTD does not help {lead.label} on {', '.join(words)}."] if words else []
 
 

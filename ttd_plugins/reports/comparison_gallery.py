@@ -19,6 +19,8 @@ from ttd_plugins.reports.heat_overlay import heat_layer_uri, image_uri, png_data
 IMAGE_SIDE = 480
 OUTLINE_SIDE = 200
 OUTLINE_SCALE = 2
+SCENE_BACKBONES = 4
+"""Backbones whose maps stand below the tiles; the gallery shows all."""
 POOR_IOU = 0.5
 """Below this Caption IoU an image counts as a failure."""
 KINDS = {True: "true", False: "absent", None: "other"}
@@ -44,6 +46,32 @@ def gallery_view(comparison: Comparison) -> dict[str, Any]:
             view.calibrated for one in comparison.gallery for views in one.views.values() for view in views.values()
         ),
         "has_control": {"control", "after"} <= arms,
+        "rule": comparison.gallery_rule,
+    }
+
+
+def scene_view(gallery: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The image that stands below the tiles: the middle one of the gallery, neither its best nor its worst.
+
+    With several backbones the first :data:`SCENE_BACKBONES` are shown, before and after TTD.
+
+    Args:
+        gallery: the result of :func:`gallery_view`.
+    """
+    images = [image for image in gallery["images"] if image["cards"]] if gallery else []
+    if not images:
+        return None
+    image = images[(len(images) - 1) // 2]
+    several = len(image["cards"]) > 1
+    return {
+        "image": image,
+        "cards": [
+            {**card, "frames": [frame for frame in card["frames"] if not several or frame["arm"] != "control"]}
+            for card in image["cards"][:SCENE_BACKBONES]
+        ],
+        "left_out": max(len(image["cards"]) - SCENE_BACKBONES, 0),
+        "middle": len(images) > 2,
+        "ranked": bool(image["why"]),
     }
 
 

@@ -9,22 +9,23 @@ from ttd_plugins.reports.charts import write_chart_sheet
 from ttd_plugins.reports.comparison_charts import (
     bias_chart,
     bias_means,
+    curve_axis,
     curve_chart,
     curve_keys,
     curve_label,
     curve_lines,
-    gain_charts,
-    gains_heading,
     trade_off_chart,
 )
 from ttd_plugins.reports.comparison_choice import cost_chart
 from ttd_plugins.reports.formatting import shortened
+from ttd_plugins.reports.gain_charts import gain_charts, gains_heading
+from ttd_plugins.reports.lora_scale_charts import scale_charts, scale_sheet_heading
 
 _LOSSES = ("loss", "contrastive", "tag", "distill", "anchor")
 
 
 def draw_comparison_plots(folder: Path, comparison: Comparison) -> list[Path]:
-    """Draw the trade-off, quality against cost, gains, curves and bias; a chart without data is left out.
+    """Draw trade-off, factors of LoRA, quality against cost, gains, curves and bias; charts without data are left out.
 
     The trade-off has an arrow from before, a dashed one from the control, and a dot for each seed. Gains are after
     minus control (minus before if no control was run), mean and sample standard deviation over seeds.
@@ -41,6 +42,12 @@ def draw_comparison_plots(folder: Path, comparison: Comparison) -> list[Path]:
     if trade_off is not None:
         written.append(folder / "trade-off.png")
         write_chart_sheet(written[-1], [trade_off], titles=False)
+    scales = scale_charts(comparison)
+    if scales:
+        written.append(folder / "lora-scale.png")
+        write_chart_sheet(
+            written[-1], scales, columns=len(scales), titles=False, heading=scale_sheet_heading(comparison)
+        )
     cost = cost_chart(comparison)
     if cost is not None:
         written.append(folder / "cost.png")
@@ -51,7 +58,9 @@ def draw_comparison_plots(folder: Path, comparison: Comparison) -> list[Path]:
         write_chart_sheet(written[-1], gains, columns=3, heading=gains_heading(comparison))
     keys = [key for key in _LOSSES if key in curve_keys(comparison)]
     curves = [
-        curve_chart(f"curve-{n}-{key}", f"{shortened(backbone.name, 24)}: {curve_label(key).lower()}", lines)
+        curve_chart(
+            f"curve-{n}-{key}", f"{shortened(backbone.name, 24)}: {curve_label(key).lower()}", lines, curve_axis(key)
+        )
         for n, backbone in enumerate(comparison.backbones)
         for key in keys
         if (lines := curve_lines(backbone, key))

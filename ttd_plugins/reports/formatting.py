@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import unicodedata
+
+from ttd_plugins.utils.number_format import MINUS, format_number
 
 
 def number(value: float) -> str:
     """Three decimals with a true minus sign, or ``n/a``."""
-    return f"{value:.3f}".replace("-", "−") if math.isfinite(value) else "n/a"
+    return format_number(value, minus=MINUS)
 
 
 def signed(value: float) -> str:
     """A difference with its sign; zero has none."""
-    shown = f"{value:+z.3f}".replace("-", "−") if math.isfinite(value) else "n/a"
+    shown = format_number(value, sign=True, minus=MINUS)
     return "0.000" if shown == "+0.000" else shown
 
 

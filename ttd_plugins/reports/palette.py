@@ -16,6 +16,8 @@ PALETTE: dict[str, tuple[str, str]] = {
     "better-soft": ("#e1f3e6", "#17331f"),
     "worse": ("#ae1f1f", "#ff9d95"),
     "worse-soft": ("#fbe6e4", "#43201d"),
+    "tentative": ("#74550a", "#e6c46a"),
+    "tentative-soft": ("#f8efd6", "#3b3118"),
     "same-soft": ("#efebe5", "#322d28"),
     "series-0": ("#0b62a4", "#77b0ee"),
     "series-1": ("#a8480a", "#ffa063"),

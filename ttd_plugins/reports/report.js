@@ -3,40 +3,47 @@ const root = document.documentElement;
 root.classList.add("js");
 const all = (selector, within = document) => [...within.querySelectorAll(selector)];
 
-// Headings sort: best first, then worst first, then in the original order.
+// Headings sort the backbones within each metric: best first, then worst first, then in the original order.
 for (const table of all("table.sortable")) {
-  const body = table.tBodies[0];
-  const original = [...body.rows];
   const heads = all("thead th", table);
-  const value = (row, column, kind) => {
-    const stored = row.cells[column].dataset.sort;
-    return kind === "text" ? stored : stored === "" ? null : Number(stored);
-  };
+  const groups = [...table.tBodies].map((body) => ({ body, rows: all("tr.row", body) }));
+  // Of a metric with a better direction the best comes first; of other metrics the largest, and of names A.
+  const sign = (body, kind) => (kind === "text" || body.dataset.better === "lower" ? 1 : -1);
   heads.forEach((head, column) => {
     head.querySelector("button").addEventListener("click", () => {
-      const first = head.dataset.first;
-      const second = first === "ascending" ? "descending" : "ascending";
-      const now = head.getAttribute("aria-sort");
-      const next = now === "none" ? first : now === first ? second : "none";
-      heads.forEach((other) => other.setAttribute("aria-sort", other === head ? next : "none"));
-      table.classList.toggle("sorted", next !== "none");
-      const rows = [...original];
-      if (next !== "none") {
-        const sign = next === "ascending" ? 1 : -1;
-        rows.sort((one, two) => {
-          const a = value(one, column, head.dataset.kind);
-          const b = value(two, column, head.dataset.kind);
-          // Unknown values come last in both directions.
-          if (a === null || b === null) return (a === null) - (b === null);
-          return sign * (head.dataset.kind === "text" ? a.localeCompare(b) : a - b);
-        });
+      const text = head.dataset.kind === "text";
+      const states = text ? ["first", "last"] : ["best", "worst"];
+      const now = states.indexOf(table.dataset.order === head.dataset.label ? table.dataset.state : "");
+      const next = states[now + 1] ?? "none";
+      table.dataset.order = head.dataset.label;
+      table.dataset.state = next;
+      heads.forEach((other) => other.setAttribute("aria-sort", other !== head || next === "none" ? "none"
+        : text ? (next === "first" ? "ascending" : "descending") : "other"));
+      heads.forEach((other) => { other.dataset.state = other === head ? next : "none"; });
+      for (const { body, rows } of groups) {
+        const sorted = [...rows];
+        const turn = sign(body, head.dataset.kind) * (next === states[0] ? 1 : -1);
+        const value = (row) => row.cells[column].dataset.sort;
+        if (next !== "none") {
+          sorted.sort((one, two) => {
+            const a = value(one), b = value(two);
+            // Unknown values come last in both directions.
+            if (a === "" || b === "") return (a === "") - (b === "");
+            return turn * (text ? a.localeCompare(b) : a - b);
+          });
+        }
+        body.append(...sorted);
       }
-      body.append(...rows);
-      document.getElementById("sorted").textContent =
-        next === "none" ? "In the original order" : `Sorted by ${head.dataset.label}, ${next}`;
+      document.getElementById("sorted").textContent = next === "none" ? "In the original order"
+        : text ? `Sorted by ${head.dataset.label}, ${next === "first" ? "A" : "Z"} first`
+        : `Sorted by ${head.dataset.label} within each metric, ${next} first`;
     });
   });
 }
+
+// On paper nothing unfolds.
+addEventListener("beforeprint", () => all("details:not([open])").forEach((one) => { one.open = one.dataset.unfolded = true; }));
+addEventListener("afterprint", () => all("details[data-unfolded]").forEach((one) => { one.open = false; delete one.dataset.unfolded; }));
 
 // One training curve at a time.
 const curve = document.getElementById("curve");
