@@ -224,6 +224,8 @@ slow = pytest.mark.slow
     ],
 )
 def test_a_command_works_with_its_extra_alone(extras: str, arguments: list[str], folder: Path) -> None:
+    if "tensorboard" in extras:
+        pytest.importorskip("tensorboard")
     done = ttd_with(extras, arguments, folder)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -248,4 +250,4 @@ def test_a_missing_library_is_one_sentence_that_names_the_extra(
 def test_listings_need_no_extra(folder: Path) -> None:
     for arguments in (["plugins"], ["backbones", "siglip"]):
         done = ttd_with("", arguments, folder)
-        assert (done.returncode, "error" in done.stdout) == (0, False), done.stderr
+        assert (done.returncode, "cannot be imported" in done.stdout) == (0, False), done.stderr

@@ -24,10 +24,12 @@ from ttd_plugins.engine import TTD, CaptionMaps, TTDOptions
 from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.plugins import RANDOM_WEIGHTS, explain, families, load, make_tag_extractor, parse_name
 from ttd_plugins.toolkit.clip_family import AFTER_TTD
+from ttd_plugins.toolkit.fast_inference import faster_copy
 from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_names
 
 if TYPE_CHECKING:
     from ttd_plugins.segmenting import Segmentation
+    from ttd_plugins.toolkit.fast_inference import Precision
     from ttd_plugins.training.loop import StepReport
 
 log = logging.getLogger(__name__)
@@ -156,6 +158,8 @@ class Studio:
         tuned: for some names, the path of a fine-tuned backbone; see :func:`ttd_plugins.backbone_sources.load_tuned`.
         options: options of the engine.
         device: device of the models.
+        fast: whether the page shows faster copies of the backbones, as :func:`ttd_plugins.load` makes them; those that
+            visitors tune are as they are.
 
     Raises:
         InputError: ``backbones`` is empty, or a path in ``tuned`` does not exist or belongs to no backbone.
@@ -169,13 +173,14 @@ class Studio:
         *,
         options: TTDOptions | None = None,
         device: str | None = None,
+        fast: bool | Precision = False,
     ) -> None:
         from ttd_plugins.backbone_sources import check_backbone, untuned_name
 
         self.backbones = list(dict.fromkeys(backbones))
         self.tuned = dict(tuned or {})
         self.options = options or TTDOptions()
-        self.device = device
+        self.device, self.fast = device, fast
         if not self.backbones:
             raise InputError("no backbone is named; name one that `ttd backbones` lists")
         for name in self.backbones:
@@ -303,10 +308,10 @@ class Studio:
         words = [one.name for one in classes]
         if loaded.adapter is None:
             yield SegmentationStage(shown, words, backbone, f"loading {backbone}")
-            with self._using(loaded, lambda: load(backbone, device=self.device)):
+            with self._using(loaded, lambda: load(backbone, device=self.device, fast=self.fast)):
                 pass
         yield SegmentationStage(shown, words, backbone, "comparing each pixel with the names")
-        with self._using(loaded, lambda: load(backbone, device=self.device)) as adapter:
+        with self._using(loaded, lambda: load(backbone, device=self.device, fast=self.fast)) as adapter:
             found = Segmenter(adapter, classes, background=background)(opened)
         yield found
 
@@ -341,10 +346,10 @@ class Studio:
         try:
             if loaded.adapter is None:
                 yield replace(view, stage=f"loading {name}")
-                with self._using(loaded, lambda: load(name, device=self.device)):
+                with self._using(loaded, lambda: load(name, device=self.device, fast=self.fast)):
                     pass
             yield replace(view, stage="computing the maps before TTD" if tuned else "computing the maps")
-            with self._using(loaded, lambda: load(name, device=self.device)) as adapter:
+            with self._using(loaded, lambda: load(name, device=self.device, fast=self.fast)) as adapter:
                 before = TTD(adapter, self.options).maps(image, caption, tags=tags)
                 view = replace(view, before=before, notes=tuple(_notes(adapter, before)))
         except Exception as error:
@@ -369,7 +374,8 @@ class Studio:
     def _load_tuned(self, name: str) -> DenseAdapter:
         from ttd_plugins.backbone_sources import load_tuned
 
-        return load_tuned(name, self.tuned[name], device=self.device)
+        adapter = load_tuned(name, self.tuned[name], device=self.device)
+        return faster_copy(adapter, self.fast)
 
     @contextmanager
     def _using(self, loaded: _Loaded, make: Callable[[], DenseAdapter]) -> Iterator[DenseAdapter]:

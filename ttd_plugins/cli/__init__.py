@@ -50,6 +50,7 @@ from ttd_plugins.cli.help_pages import (
     examples_text,
 )
 from ttd_plugins.errors import InputWarning, PluginWarning, TTDError, is_out_of_memory, one_sentence, printable
+from ttd_plugins.utils.allocator import keep_freed_memory
 
 USER_ERROR = 2
 DENY = "TTD_PLUGINS_DENY"
@@ -250,6 +251,7 @@ def _deny(context: typer.Context, names: list[str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``ttd`` and end the process: status 0, 2 after an error that users can cause, 130 after Ctrl-C."""
+    keep_freed_memory()
     try:
         with completion.colons_joined():
             app(args=arguments, prog_name="ttd")

@@ -69,6 +69,8 @@ def command(
     rule: image_maps.RuleOption = None,
     threshold: image_maps.ThresholdOption = None,
     device: image_maps.DeviceOption = None,
+    fast: image_maps.FastOption = False,
+    bfloat16: image_maps.BFloat16Option = False,
 ) -> None:
     """Open a local web page for your own images.
 
@@ -102,7 +104,8 @@ def command(
     if names is None:
         names = list(sources) or sorted(embedded_backbones(), key=lambda name: name != image_maps.DEFAULT_BACKBONE)
     names = list(dict.fromkeys([*names, *sources]))
-    studio = Studio(names, shipped_tuning(names) | sources, options=options, device=device)
+    precision = image_maps.fast_precision(fast, bfloat16)
+    studio = Studio(names, shipped_tuning(names) | sources, options=options, device=device, fast=precision)
     serve(studio, host=host, port=port, browser=not no_browser, allow_hosts=allow_host or (), announce=typer.echo)
 
 

@@ -148,6 +148,8 @@ def tags(
     rank: RankOption = None,
     world: WorldOption = None,
     device: image_maps.DeviceOption = None,
+    fast: image_maps.FastOption = False,
+    bfloat16: image_maps.BFloat16Option = False,
     as_json: JsonOption = False,
     *,
     given: dict[str, Any],
@@ -163,7 +165,7 @@ def tags(
     reader = open_captions(data, root, **_without_none(split=split, limit=limit))
     _run(
         lambda adapter, **more: evaluate_tags(adapter, reader, options, **more),
-        backbone, backbone_option, device, out, rank, world, as_json, preset,
+        backbone, backbone_option, device, out, rank, world, as_json, preset, fast, bfloat16,
     )  # fmt: skip
 
 
@@ -184,6 +186,8 @@ def text(
     rank: RankOption = None,
     world: WorldOption = None,
     device: image_maps.DeviceOption = None,
+    fast: image_maps.FastOption = False,
+    bfloat16: image_maps.BFloat16Option = False,
     as_json: JsonOption = False,
     *,
     given: dict[str, Any],
@@ -199,7 +203,7 @@ def text(
     reader = open_captions(data, root, **_without_none(split=split, limit=limit))
     _run(
         lambda adapter, **more: evaluate_text(adapter, reader, options, **more),
-        backbone, backbone_option, device, out, rank, world, as_json, preset,
+        backbone, backbone_option, device, out, rank, world, as_json, preset, fast, bfloat16,
     )  # fmt: skip
 
 
@@ -235,6 +239,8 @@ def segment(
     rank: RankOption = None,
     world: WorldOption = None,
     device: image_maps.DeviceOption = None,
+    fast: image_maps.FastOption = False,
+    bfloat16: image_maps.BFloat16Option = False,
     as_json: JsonOption = False,
     *,
     given: dict[str, Any],
@@ -250,7 +256,7 @@ def segment(
     reader = open_segmentation(data, root, **_without_none(split=split, limit=limit, classes=classes, ignore=ignore))
     _run(
         lambda adapter, **more: evaluate_segment(adapter, reader, options, **more),
-        backbone, backbone_option, device, out, rank, world, as_json, preset,
+        backbone, backbone_option, device, out, rank, world, as_json, preset, fast, bfloat16,
     )  # fmt: skip
 
 
@@ -317,6 +323,8 @@ def classify(
     rank: RankOption = None,
     world: WorldOption = None,
     device: image_maps.DeviceOption = None,
+    fast: image_maps.FastOption = False,
+    bfloat16: image_maps.BFloat16Option = False,
     as_json: JsonOption = False,
     *,
     given: dict[str, Any],
@@ -335,7 +343,7 @@ def classify(
     reader = open_labels(data, root, **_without_none(split=split, limit=limit, classes=classes), **of_table)
     _run(
         lambda adapter, **more: evaluate_classify(adapter, reader, options, **more),
-        backbone, backbone_option, device, out, rank, world, as_json, preset,
+        backbone, backbone_option, device, out, rank, world, as_json, preset, fast, bfloat16,
     )  # fmt: skip
 
 
@@ -372,6 +380,8 @@ def retrieval(
     world: WorldOption = None,
     allow_pipe: image_maps.AllowPipeOption = False,
     device: image_maps.DeviceOption = None,
+    fast: image_maps.FastOption = False,
+    bfloat16: image_maps.BFloat16Option = False,
     as_json: JsonOption = False,
     *,
     given: dict[str, Any],
@@ -391,7 +401,7 @@ def retrieval(
         reader = PlainPairs(pairs, **_without_none(split=split, limit=limit), **more)
     _run(
         lambda adapter, **more: evaluate_retrieval(adapter, reader, options, **more),
-        backbone, backbone_option, device, out, rank, world, as_json, preset,
+        backbone, backbone_option, device, out, rank, world, as_json, preset, fast, bfloat16,
     )  # fmt: skip
 
 
@@ -429,14 +439,16 @@ def _run(
     world: int | None,
     as_json: bool,
     preset: str,
+    fast: bool,
+    bfloat16: bool,
 ) -> None:
     from ttd_plugins.caption_maps import backbone_notes
     from ttd_plugins.evaluation.protocols import process_place
-    from ttd_plugins.plugins import load
     from ttd_plugins.utils.progress import progress_bars
 
     own_rank, own_world = process_place()
-    adapter = load(backbone, device=device, **image_maps.parse_settings(backbone_option))
+    settings = image_maps.parse_settings(backbone_option)
+    adapter = image_maps.load_backbone(backbone, settings, device=device, fast=fast, bfloat16=bfloat16)
     # Labelled data sets are photographs.
     image_maps.warn_of(backbone_notes(adapter.description))
     with progress_bars(width=18) as stage:

@@ -43,6 +43,8 @@ def command(
     rule: image_maps.RuleOption = None,
     threshold: image_maps.ThresholdOption = None,
     device: image_maps.DeviceOption = None,
+    fast: image_maps.FastOption = False,
+    bfloat16: image_maps.BFloat16Option = False,
 ) -> None:
     """Draw the maps of CAPTION and its tags over IMAGE.
 
@@ -62,6 +64,8 @@ def command(
         rule=rule,
         threshold=threshold,
         device=device,
+        fast=fast,
+        bfloat16=bfloat16,
     )
     import numpy as np
 

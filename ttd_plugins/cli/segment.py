@@ -12,6 +12,7 @@ from ttd_plugins.cli.config_flags import flags_of, nested, print_json, with_flag
 from ttd_plugins.cli.help_pages import EVALUATION, OUTPUT, examples
 from ttd_plugins.evaluation.protocol_options import IMAGE_SEGMENT, with_changes, with_plane
 from ttd_plugins.utils.configuration import from_mapping, plain_values
+from ttd_plugins.utils.quick_start import collection_paused
 
 if TYPE_CHECKING:
     from ttd_plugins.segmenting import Segmentation
@@ -59,6 +60,8 @@ def command(
         ),
     ] = None,
     device: image_maps.DeviceOption = None,
+    fast: image_maps.FastOption = False,
+    bfloat16: image_maps.BFloat16Option = False,
     as_json: image_maps.JsonOption = False,
     *,
     given: dict[str, Any],
@@ -72,17 +75,19 @@ def command(
     values = plain_values(IMAGE_SEGMENT)
     values["dense"] |= changes.pop("dense", {})
     options = from_mapping(type(IMAGE_SEGMENT), values | changes, "the flags")
-    from ttd_plugins.data.image_folders import find_images
-    from ttd_plugins.evaluation.vocabulary import read_vocabulary
+    with collection_paused():
+        from ttd_plugins.data.image_folders import find_images
+        from ttd_plugins.evaluation.vocabulary import read_vocabulary
 
     # Before anything slow, so that a wrong path and a wrong file of names are reported at once.
     find_images(image, outside=out)
     classes = read_vocabulary(names)
-    from ttd_plugins.plugins import load
+    adapter = image_maps.load_backbone(
+        backbone, image_maps.parse_settings(backbone_option), device=device, fast=fast, bfloat16=bfloat16
+    )
     from ttd_plugins.segmenting import Segmenter, default_size, segment_folder
     from ttd_plugins.utils.progress import progress_bars
 
-    adapter = load(backbone, device=device, **image_maps.parse_settings(backbone_option))
     if "dense.size" not in given:
         options = with_changes(options, {"size": default_size(adapter)})
     latest: list[Segmentation] = []
