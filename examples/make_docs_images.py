@@ -66,6 +66,8 @@ def draw(report: Path, shots: dict[Path, str | None]) -> None:
         browser = driver.chromium.launch(executable_path=find_browser(), args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
         page.goto(report.resolve().as_uri())
+        # The bar of controls follows the reader, and would cover the element that is drawn.
+        page.add_style_tag(content=".controls { position: static !important; }")
         for out, selector in shots.items():
             target: Any = page
             if selector is not None:

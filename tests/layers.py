@@ -32,6 +32,7 @@ LAYERS = [
             "data.images",
             "library_reference",
             "adapter",
+            "packed_texts",
         ),
         "what plugins implement: adapters and tag extractors; LoRA",
     ),

@@ -1,15 +1,14 @@
-"""The page of `ttd app` in a real browser, driven as a visitor would."""
+"""The page of `ttd app` in a real browser, driven as a visitor would: fine-tuning, files that fail, phone and dark."""
 
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
+from helpers_app_page import COMPLETE, Watched, contrast
 from helpers_browser import BROWSER, NEEDS_BROWSER, SWITCHES
 from PIL import Image
 
@@ -23,7 +22,6 @@ from ttd_plugins.app.studio import Studio
 pytestmark = NEEDS_BROWSER
 
 FIRST, SECOND = "open_clip:tiny", "eva_clip:tiny"
-WAIT = 60_000
 
 
 class QuickStudio(Studio):
@@ -48,46 +46,6 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
-class Watched:
-    """A visitor's tab, and what went wrong or away in it."""
-
-    def __init__(self, browser: Any, address: str, **options: Any) -> None:
-        self.context = browser.new_context(**options)
-        self.tab = self.context.new_page()
-        self.tab.set_default_timeout(WAIT)
-        self.troubles: list[str] = []
-        self.requests: list[str] = []
-        self.tab.on("console", lambda said: self.troubles.append(said.text) if said.type == "error" else None)
-        self.tab.on("pageerror", lambda error: self.troubles.append(str(error)))
-        self.tab.on("request", lambda request: self.requests.append(request.url))
-        self.tab.goto(address)
-        self.tab.wait_for_selector("#ttd-run")
-
-    def close(self, address: str) -> None:
-        hosts = {urlsplit(url).netloc for url in self.requests if url.startswith(("http", "ws"))}
-        assert hosts == {urlsplit(address).netloc}
-        assert self.troubles == []
-        self.context.close()
-
-    def upload(self, file: Path) -> None:
-        self.tab.locator("#ttd-image input[type=file]").set_input_files(file)
-        self.tab.wait_for_selector("#ttd-image img")
-
-    def set_slider(self, name: str, value: str) -> None:
-        """Type a number, again where Gradio mounts the slider only then and puts its first value back."""
-        number, slider = (self.tab.locator(f"{name} input[type={kind}]") for kind in ("number", "range"))
-        deadline = time.monotonic() + WAIT / 1000
-        while slider.input_value() != value:
-            assert time.monotonic() < deadline, f"{name} does not take {value}"
-            number.fill(value)
-            number.press("Enter")
-            self.tab.wait_for_timeout(300)
-
-    def error(self) -> str:
-        self.tab.locator("#ttd-run").click()
-        return str(self.tab.locator("#ttd-output .ttd-error").first.inner_text())
-
-
 def shown_map(tab: Any) -> set[str]:
     return set(
         tab.evaluate(
@@ -97,24 +55,32 @@ def shown_map(tab: Any) -> set[str]:
 
 
 def test_a_visitor_sees_tags_and_maps_before_and_after(browser: Any, address: str, tmp_path: Path) -> None:
-    picture, caption = Studio.example(0)
+    picture, caption = Studio.example(1)
     picture.resize((256, 256)).save(tmp_path / "photo.png")
     visitor = Watched(browser, address, viewport={"width": 1280, "height": 900})
     tab = visitor.tab
     assert tab.title() == "ttd app"
-    assert "no image yet" in visitor.error()
-    visitor.upload(tmp_path / "photo.png")
-    tab.wait_for_timeout(300)
-    tab.locator("#ttd-run").click()
-    tab.locator(".ttd-error", has_text="the caption is empty").wait_for()
-    tab.locator("#ttd-caption textarea").fill(caption)
+    visitor.remove()
+    visitor.show()
+    tab.locator(".ttd-error", has_text="There is no image yet").wait_for()
+    tab.locator("#ttd-image input[type=file]").set_input_files(tmp_path / "photo.png")
+    tab.locator("#ttd-note", has_text="photo.png, 256 × 256 pixels").wait_for()
+    # The caption of the example left with its image.
+    tab.locator("#ttd-output .ttd-empty", has_text="Now write a caption").wait_for()
+    assert tab.locator("#ttd-caption textarea").input_value() == ""
+    assert tab.locator(".ttd-thumb[aria-pressed=true]:visible").count() == 0
+    visitor.show()
+    tab.locator(".ttd-error", has_text="The caption is empty").wait_for()
     tab.get_by_label(SECOND).check()
-    tab.locator("#ttd-run").click()
-    tab.wait_for_selector(".ttd-result")
+    tab.locator("#ttd-caption textarea").fill(caption)
+    tab.locator("#ttd-caption textarea").press("Enter")
+    tab.wait_for_selector(COMPLETE)
     assert tab.locator(".ttd-backbone").count() == 2
     words = tab.locator(".ttd-backbone").first.locator("tbody .ttd-tag").all_inner_texts()
     assert words == Studio([FIRST]).view(picture, caption, [FIRST]).tags
     assert tab.locator(".ttd-tags td b", has_text="selected").count() >= 2
+    headings = tab.locator(".ttd-backbone").first.locator("thead th").all_inner_texts()
+    assert headings == ["Tag", "Score", "Selection"]
     assert tab.locator(".ttd-after").count() == 0
     assert tab.evaluate("[...document.querySelectorAll('.ttd-heat')].every(e => e.complete && e.naturalWidth)")
     box = tab.locator(".ttd-frame").first.bounding_box()
@@ -128,38 +94,49 @@ def test_a_visitor_sees_tags_and_maps_before_and_after(browser: Any, address: st
     assert pressed != other
     tab.locator(".ttd-chip", has_text=re.compile(f"^{words[1]}$")).click()
     assert shown_map(tab) == {"tag-1"}
-    assert tab.locator('button[aria-pressed="true"]').count() == 3  # the chip, and the tag of both tables
+    assert tab.locator('.ttd-result button[aria-pressed="true"]').count() == 3  # the chip, and the tag of both tables
 
     opacity = "+getComputedStyle(document.querySelector('.ttd-heat')).opacity"
     assert tab.evaluate(opacity) == pytest.approx(0.65)
-    visitor.set_slider("#ttd-opacity", "20")
-    tab.wait_for_function(f"Math.abs({opacity} - 0.2) < 1e-3")
+    tab.locator("#ttd-opacity input").fill("20")
+    assert tab.evaluate(opacity) == pytest.approx(0.2) and "20 %" in tab.locator("#ttd-opacity").inner_text()
 
     tab.get_by_text("Fine-tune here").click()
     visitor.set_slider("#ttd-steps", "2")
     tab.locator("#ttd-tune").click()
-    tab.wait_for_selector(".ttd-after")
+    tab.wait_for_selector(f"{COMPLETE} .ttd-after .ttd-heat", state="attached")
     first = tab.locator(".ttd-backbone").first
     assert "2 steps of TTD on scenes" in first.locator(".ttd-after figcaption").inner_text()
+    headings = first.locator("thead th").all_inner_texts()
+    assert headings == ["Tag", "Before", "After", "Score", "Selection", "Score", "Selection"]
     source = "e => e.querySelector('[data-map=caption]').src"
     assert first.locator(".ttd-before").evaluate(source) != first.locator(".ttd-after").evaluate(source)
-    assert tab.evaluate(opacity) == pytest.approx(0.2)
+    # The choice of a map and of the opacity stays.
+    assert tab.evaluate(opacity) == pytest.approx(0.2) and shown_map(tab) == {"tag-1"}
     curve = tab.locator("#ttd-progress svg.chart")
     assert curve.is_visible() and "Total loss" in curve.get_attribute("aria-label")
     visitor.close(address)
 
 
-def test_a_broken_picture_is_a_sentence_and_a_stopped_fine_tuning_too(
+def test_a_broken_image_is_reported_at_once_and_a_stopped_fine_tuning_too(
     browser: Any, address: str, tmp_path: Path
 ) -> None:
     Image.new("RGB", (64, 48), "teal").save(tmp_path / "whole.jpg")
     (tmp_path / "broken.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:60] + b"nothing")
+    (tmp_path / "text.png").write_text("no image")
+    Image.new("RGB", (64, 48), "teal").save(tmp_path / "scan.tiff")
     visitor = Watched(browser, address)
     tab = visitor.tab
-    visitor.upload(tmp_path / "broken.jpg")
-    tab.locator("#ttd-caption textarea").fill("a dog")
-    tab.wait_for_timeout(300)
-    assert "broken.jpg" in visitor.error()
+    visitor.remove()
+    for name in ("broken.jpg", "text.png"):
+        tab.locator("#ttd-image input[type=file]").set_input_files(tmp_path / name)
+        said = tab.locator("#ttd-note [role=alert]", has_text=name).inner_text()
+        assert "choose another file" in said and str(tmp_path) not in said and said.count("\n") == 0
+        tab.wait_for_selector("#ttd-image input[type=file]", state="attached")
+    # A browser shows no TIFF, so the page converts it.
+    tab.locator("#ttd-image input[type=file]").set_input_files(tmp_path / "scan.tiff")
+    tab.locator("#ttd-note", has_text="scan.tiff, 64 × 48 pixels").wait_for()
+    tab.wait_for_function("document.querySelector('#ttd-image img')?.naturalWidth === 64")
     tab.get_by_text("Fine-tune here").click()
     tab.locator("#ttd-tune").click()
     tab.locator("#ttd-progress", has_text="step 1").wait_for()
@@ -169,30 +146,32 @@ def test_a_broken_picture_is_a_sentence_and_a_stopped_fine_tuning_too(
     visitor.close(address)
 
 
-def luminance(colour: str) -> float:
-    parts = [float(part) for part in re.findall(r"[\d.]+", colour)[:3]]
-    if "srgb" not in colour:
-        parts = [part / 255 for part in parts]
-    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_on_a_phone_and_in_the_dark(browser: Any, address: str, scheme: str) -> None:
     visitor = Watched(browser, address, viewport={"width": 390, "height": 844}, color_scheme=scheme)
     tab = visitor.tab
-    tab.get_by_role("button", name="Scene 2").click()
-    tab.wait_for_function("document.querySelector('#ttd-caption textarea').value")
-    tab.locator("#ttd-run").click()
-    tab.wait_for_selector(".ttd-result")
+    # The maps of the first example begin on the first screen.
+    assert tab.locator(".ttd-frame").first.bounding_box()["y"] < 844
+    tab.get_by_role("button", name="Generated scene 2").click()
+    caption = Studio.example(1)[1]
+    tab.locator(f"{COMPLETE} .ttd-caption", has_text=caption).wait_for()
+    assert tab.locator("#ttd-caption textarea").input_value() == caption
     assert tab.evaluate("document.documentElement.scrollWidth") == 390
-    wide = "[...document.querySelectorAll('.ttd-result *')].filter(e => e.getBoundingClientRect().right > 391).length"
+    wide = "[...document.querySelectorAll('.ttd-result *')].filter(e => e.getBoundingClientRect().right > 380).length"
     assert tab.evaluate(wide) == 0
-    # The result comes into sight by itself, below the controls.
-    tab.wait_for_function("document.querySelector('#ttd-opacity').getBoundingClientRect().top < innerHeight / 2")
+    # The result comes into sight by itself, above the inputs.
+    tab.locator("#ttd-run").scroll_into_view_if_needed()
+    visitor.show()
+    tab.wait_for_function(
+        "(top => top > -50 && top < innerHeight / 2)(document.querySelector('#ttd-output').getBoundingClientRect().top)"
+    )
     for selector in (".ttd-caption", ".ttd-tag", ".ttd-tags .selected b", ".ttd-score", ".ttd-backbone h3"):
-        ink = luminance(tab.locator(selector).first.evaluate("e => getComputedStyle(e).color"))
-        paper = luminance(tab.locator(".ttd-backbone").first.evaluate("e => getComputedStyle(e).backgroundColor"))
-        assert (paper < 0.1) == (scheme == "dark")
-        assert (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) > 4.5, selector
+        assert contrast(tab, selector, ".ttd-backbone") > 4.5, selector
+    assert (contrast(tab, "body", ".ttd-backbone") > 10) and tab.locator("body.dark").count() == (scheme == "dark")
+    tab.get_by_text("Fine-tune here").click()
+    for selector in ("#ttd-run", "#ttd-tune", "#ttd-stop", ".ttd-chip[aria-pressed=true]", ".ttd-chip"):
+        assert contrast(tab, selector) > 4.5, selector
+    tab.locator("#ttd-run").hover()
+    tab.wait_for_timeout(300)
+    assert contrast(tab, "#ttd-run") > 4.5
     visitor.close(address)

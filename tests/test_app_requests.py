@@ -282,6 +282,26 @@ def test_routes_that_the_page_does_not_use_are_closed(page: Page) -> None:
     assert page.ask("PUT", "/")[0] == page.ask("DELETE", "/gradio_api/upload")[0] == 404
 
 
+def test_an_example_leaves_the_checks_of_the_visitor_in_place(page: Page) -> None:
+    # Gradio makes a component anew for a visitor to whom it was updated.
+    sound, broken = (
+        {"path": page.upload(name, content)[1][0], "meta": META}
+        for name, content in (("sound.png", None), ("broken.jpg", b"\xff\xd8\xff\xe0 no image"))
+    )
+    session = uuid.uuid4().hex
+    config = json.loads(page.ask("GET", "/config")[1])
+    ids = {part["props"].get("elem_id"): part["id"] for part in config["components"]}
+    check = next(one for one in config["dependencies"] if [ids["ttd-image"], "upload"] in one["targets"])
+    for image, name in ((sound, "sound.png"), (broken, "broken.jpg")):
+        # The first of these updates the image, the second one is read by the component of the visitor.
+        body = {"data": [image, ""], "fn_index": check["id"], "session_hash": session}
+        assert page.ask("POST", "/gradio_api/queue/join", json.dumps(body).encode(), JSON)[0] == 200
+        assert name in page.result(session)
+    assert page.join(broken, session_hash=session)[0] == 200
+    said = page.result(session)
+    assert "cannot be decoded" in said
+
+
 def test_a_body_that_is_no_object_is_refused(page: Page) -> None:
     for body in (b"[1]", b"{", b'"path"', b"\xff\xfe", b"[" * 100_000, b'{"a":' * 50_000):
         assert page.ask("POST", "/gradio_api/queue/join", body, JSON)[0] == 400, body[:10]

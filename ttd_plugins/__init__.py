@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ttd_plugins.plugins import load, wrap
     from ttd_plugins.segmenting import segment
     from ttd_plugins.tagging import find_tags
+    from ttd_plugins.toolkit.fast_inference import optimize_for_inference
     from ttd_plugins.training.checkpoints import restore_backbone
 
 # Imported on first use, so that importing the package costs nothing but the names that are used.
@@ -41,6 +42,7 @@ _MODULES = {
     "hookimpl": "ttd_plugins.hookspecs",
     "load": "ttd_plugins.plugins",
     "load_lora": "ttd_plugins.lora",
+    "optimize_for_inference": "ttd_plugins.toolkit.fast_inference",
     "restore_backbone": "ttd_plugins.training.checkpoints",
     "save_lora": "ttd_plugins.lora",
     "segment": "ttd_plugins.segmenting",
@@ -62,6 +64,7 @@ __all__ = [
     "hookimpl",
     "load",
     "load_lora",
+    "optimize_for_inference",
     "restore_backbone",
     "save_lora",
     "segment",

@@ -526,7 +526,7 @@ def image_pixels(adapter: DenseAdapter, image: Image, size: Size | None = None) 
     # First, since an adapter's own transform may not check the size.
     adapter.patch_grid(*expected)
     pixels = adapter.dense_transform(None if size is None else expected)(image)
-    _require(adapter, "dense_transform", pixels, (3, *expected))
+    require_shape(adapter, "dense_transform", pixels, (3, *expected))
     return pixels
 
 
@@ -539,11 +539,10 @@ def image_features(adapter: DenseAdapter, pixels: Tensor, *, pooled: bool = True
     features = adapter.encode_image(pixels, pooled=pooled)
     if not isinstance(features, ImageFeatures):
         raise _broken(adapter, f"encode_image returns a {type(features).__name__}, not ImageFeatures")
-    width = adapter.description.embedding_width
-    grid = adapter.patch_grid(*pixels.shape[-2:])
-    _require(adapter, "encode_image", features.patches, (len(pixels), *grid, width), "patches")
+    width, grid = adapter.description.embedding_width, adapter.patch_grid(*pixels.shape[-2:])
+    require_shape(adapter, "encode_image", features.patches, (len(pixels), *grid, width), "patches")
     if pooled:
-        _require(adapter, "encode_image", features.pooled, (len(pixels), width), "pooled")
+        require_shape(adapter, "encode_image", features.pooled, (len(pixels), width), "pooled")
     return features
 
 
@@ -568,7 +567,7 @@ def text_tokens(adapter: DenseAdapter, texts: Sequence[str]) -> Tokens:
     tokens = adapter.tokenize(texts)
     if not isinstance(tokens, Tokens):
         raise _broken(adapter, f"tokenize returns a {type(tokens).__name__}, not Tokens")
-    _require(adapter, "tokenize", tokens.ids, (len(texts), adapter.description.context_length), "ids")
+    require_shape(adapter, "tokenize", tokens.ids, (len(texts), adapter.description.context_length), "ids")
     return tokens
 
 
@@ -579,16 +578,17 @@ def text_embeddings(adapter: DenseAdapter, ids: Tensor) -> Tensor:
         PluginError: the shape differs from that of the description.
     """
     embeddings = adapter.encode_text(ids)
-    _require(adapter, "encode_text", embeddings, (len(ids), adapter.description.embedding_width))
+    require_shape(adapter, "encode_text", embeddings, (len(ids), adapter.description.embedding_width))
     return embeddings
 
 
-def _require(
+def require_shape(
     adapter: DenseAdapter, method: str, found: object, expected: tuple[int, ...], part: str = "a tensor"
 ) -> None:
+    """Raise PluginError if what ``method`` returned is no tensor of the expected shape."""
     if not isinstance(found, Tensor):
         raise _broken(adapter, f"{method} returns a {type(found).__name__}, not {part} of shape {expected}")
-    if tuple(found.shape) != expected:
+    if found.shape != expected:
         raise _broken(adapter, f"{method} returns {part} of shape {tuple(found.shape)}, not {expected}")
 
 

@@ -61,7 +61,8 @@ class Calibration:
         "caption_weight": "distill_weight",
         "remembered_texts": "text_cache_size",
         "recompute_texts": "text_activation_checkpointing",
-    }
+    },
+    section="Objective",
 )
 class TTDOptions:
     """Every choice of the method (arXiv 2404.00384). Choices that the paper leaves unknown say so.
@@ -78,7 +79,9 @@ class TTDOptions:
     extractor_options: Annotated[dict[str, Any], option("Options of the tag extractor.", flag="--tags-option")] = field(
         default_factory=dict
     )
-    template: Annotated[Text, option("Prompt around a tag, with {} for the tag (unknown; the bare word).")] = "{}"
+    template: Annotated[
+        Text, option("Prompt around a tag, with {} for the tag (unknown; the bare word).", metavar="PROMPT")
+    ] = "{}"
     score: Annotated[Score, option("Score of a tag; pixel is the paper's, image and text are its baselines.")] = "pixel"
     rule: Annotated[Rule, option("Rule that turns scores into a selection (unknown).")] = "minmax"
     threshold: Annotated[
@@ -131,7 +134,7 @@ class TTDOptions:
     text_activation_checkpointing: Annotated[
         Flag | None,
         option(
-            "Whether to use activation checkpointing in the text tower; null turns it on where texts cannot be trimmed "
+            "Whether to use activation checkpointing in the text tower; null means only where texts cannot be trimmed "
             "to their length and the tower names its blocks."
         ),
     ] = None

@@ -7,14 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttd_openai_clip.adapter import OpenAICLIPAdapter
 from ttd_openai_clip.original_export import export_original
 from ttd_plugins.adapter import ExportedModel, ImageFeatures, Tower
+from ttd_plugins.packed_texts import PackedTexts
 from ttd_plugins.toolkit.attention import call_checkpointed, is_plain_attention, opaque_attention_reason
 from ttd_plugins.toolkit.dense_modes import DenseMode
-from ttd_plugins.toolkit.last_block import BlockCalls, last_block, last_block_at, last_block_with_mask
+from ttd_plugins.toolkit.last_block import (
+    BlockCalls,
+    last_block,
+    last_block_at,
+    last_block_of_packed_texts,
+    last_block_with_mask,
+)
+from ttd_plugins.toolkit.lora_targets import base_layer
 from ttd_plugins.toolkit.modified_resnet import ModifiedResNetAdapter
 from ttd_plugins.toolkit.position_embeddings import embedded_patches, with_class_token
 from ttd_plugins.toolkit.residual_blocks import block_parts, feed_forward, residual_block_targets, runs_in_parts
@@ -78,8 +87,27 @@ class OriginalCLIPAdapter(OpenAICLIPAdapter):
         mask = _text_mask(last, x)
         in_parts = runs_in_parts(last) and (mask is None or mask.ndim == 2)
         run = _run_last_block if in_parts else _run_last_block_as_module
-        pooled = call_checkpointed(model.transformer, run, last, x, mask, ids.argmax(dim=-1))
-        return model.ln_final(pooled).to(self._dtype) @ model.text_projection
+        return self._project_text(call_checkpointed(model.transformer, run, last, x, mask, ids.argmax(dim=-1)))
+
+    def _project_text(self, pooled: Tensor) -> Tensor:
+        return self.model.ln_final(pooled).to(self._dtype) @ self.model.text_projection
+
+    def pooling_positions(self, ids: Tensor) -> Tensor | None:
+        """The pooled position of each row; ``None`` if the text tower is not causal."""
+        attention = base_layer(self._text_blocks[-1].attn)
+        packs = not self._text_needs_full_context and hasattr(attention, "num_heads")
+        return self._end_positions(ids) if packs else None
+
+    def encode_packed_texts(self, packed: PackedTexts) -> Tensor:
+        """Text embeddings ``[N, D]`` of packed texts, not L2-normalised."""
+        model = self.model
+        positions = F.embedding(packed.positions, model.positional_embedding)
+        x = (model.token_embedding(packed.ids).to(self._dtype) + positions.to(self._dtype)).transpose(0, 1)
+        *blocks, last = self._text_blocks
+        mask = packed.additive_mask(x.dtype, int(base_layer(last.attn).num_heads))  # type: ignore[arg-type]
+        for block in blocks:
+            x = call_checkpointed(model.transformer, _run_block, block, x, mask)
+        return self._project_text(call_checkpointed(model.transformer, _run_last_block_packed, last, x, mask, packed))
 
     def _text_targets(self) -> list[str]:
         return residual_block_targets(self._text_blocks, "transformer.resblocks", _wraps_whole)
@@ -182,7 +210,7 @@ class OriginalResNetAdapter(ModifiedResNetAdapter, OriginalCLIPAdapter):
 
 
 def _run_block(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
-    """Output of a block of the original package for ``x`` ``[L, N, W]``, with a mask ``[L, L]``."""
+    """Output of a block of the package for ``x`` ``[L, N, W]``; a mask is ``[L, L]`` or ``[N * heads, L, L]``."""
     normed = block.ln_1(x)
     x = x + block.attn(normed, normed, normed, need_weights=False, attn_mask=mask)[0]
     return x + block.mlp(block.ln_2(x))
@@ -197,6 +225,14 @@ def _text_mask(block: Any, x: Tensor) -> Tensor | None:
 def _run_last_block(block: Any, x: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
     """Output tokens ``[N, W]`` of a block for ``x`` ``[L, N, W]``, at one position per row."""
     return last_block_at(block_parts(block), x.transpose(0, 1), positions, mask)
+
+
+def _run_last_block_packed(block: Any, x: Tensor, mask: Tensor, packed: PackedTexts) -> Tensor:
+    """Output tokens ``[N, W]`` of a block for ``x`` ``[L, R, W]``, with a mask ``[R * heads, L, L]``."""
+    if not runs_in_parts(block):
+        return packed.pooled(_run_block(block, x, mask).transpose(0, 1))
+    heads = len(mask) // x.shape[1]
+    return last_block_of_packed_texts(block_parts(block), x.transpose(0, 1), packed, mask[::heads])
 
 
 def _run_last_block_as_module(block: Any, x: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from ttd_openai_clip.adapter import OpenAICLIPAdapter
 from ttd_openai_clip.recognition import import_transformers, model_type
 from ttd_plugins.adapter import ImageFeatures, Tower
 from ttd_plugins.errors import UnsupportedModelError
+from ttd_plugins.packed_texts import PackedTexts
 from ttd_plugins.toolkit.attention import call_checkpointed, has_hooks, is_checkpointed
 from ttd_plugins.toolkit.dense_modes import QUERIES_AND_KEYS, DenseMode
-from ttd_plugins.toolkit.last_block import last_block, last_block_at
+from ttd_plugins.toolkit.last_block import BlockParts, last_block, last_block_at, last_block_of_packed_texts
 from ttd_plugins.toolkit.lora_targets import base_layer
 from ttd_plugins.toolkit.position_embeddings import embedded_patches
 from ttd_plugins.toolkit.transformers_adapter import TransformersModelAdapter
@@ -119,20 +121,40 @@ class TransformersCLIPAdapter(OpenAICLIPAdapter, TransformersModelAdapter):
 
     def _encode_text(self, ids: Tensor) -> Tensor:
         text = self._text
-        *layers, last = text.encoder.layers
-        if not layer_runs_in_parts(last) or has_hooks(text, text.encoder) or _attention_kind(text) not in MASKABLE:
+        if not self._text_runs_in_parts():
             return self._library_text(ids)
         x = text.embeddings(input_ids=ids)
         length = ids.shape[1]
         mask = torch.full((length, length), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
-        for layer in layers:
-            x = call_layer(text.encoder, layer, x, mask)
         # Where there is no end token the library pools the first position.
         positions = self._end_positions(ids).clamp_min(0)
-        switch = _checkpoint_switch(text.encoder, last)
-        pooled = call_checkpointed(switch, last_block_at, layer_parts(last), x, positions, mask)
-        project = self.model.text_projection
-        return project(text.final_layer_norm(pooled))
+        return self._run_text(x, mask, lambda parts, tokens: last_block_at(parts, tokens, positions, mask))
+
+    def _text_runs_in_parts(self) -> bool:
+        text = self._text
+        hooked = has_hooks(text, text.encoder)
+        return layer_runs_in_parts(text.encoder.layers[-1]) and not hooked and _attention_kind(text) in MASKABLE
+
+    def _run_text(self, x: Tensor, mask: Tensor, run_last: Callable[[BlockParts, Tensor], Tensor]) -> Tensor:
+        """Embeddings ``[N, D]`` from embedded tokens; ``run_last`` returns the pooled tokens of the last layer."""
+        text = self._text
+        *layers, last = text.encoder.layers
+        for layer in layers:
+            x = call_layer(text.encoder, layer, x, mask)
+        pooled = call_checkpointed(_checkpoint_switch(text.encoder, last), run_last, layer_parts(last), x)
+        return self.model.text_projection(text.final_layer_norm(pooled))
+
+    def pooling_positions(self, ids: Tensor) -> Tensor | None:
+        """The pooled position of each row; ``None`` if the text tower runs through the library."""
+        return self._end_positions(ids).clamp_min(0) if self._text_runs_in_parts() else None
+
+    def encode_packed_texts(self, packed: PackedTexts) -> Tensor:
+        """Text embeddings ``[N, D]`` of packed texts, not L2-normalised."""
+        # One token a row, since the library refuses rows that are longer than a text.
+        ids, positions = packed.ids.reshape(-1, 1), packed.positions.reshape(-1, 1)
+        x = self._text.embeddings(input_ids=ids, position_ids=positions).view(*packed.ids.shape, -1)
+        mask = packed.additive_mask(x.dtype)
+        return self._run_text(x, mask, lambda parts, tokens: last_block_of_packed_texts(parts, tokens, packed, mask))
 
     def _library_text(self, ids: Tensor) -> Tensor:
         out = self.model.get_text_features(input_ids=ids)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ttd_plugins.app.studio import AppResult, BackboneView
+import numpy as np
+from numpy.typing import NDArray
+
+from ttd_plugins.app.studio import AppResult, BackboneView, SegmentationStage
 from ttd_plugins.embedded.photo_examples import Credit
 from ttd_plugins.engine import CaptionMaps
 from ttd_plugins.reports.charts import chart_svg
 from ttd_plugins.reports.comparison_charts import curve_chart
-from ttd_plugins.reports.heat_overlay import colour_gradient, heat_layer_uri, image_uri
+from ttd_plugins.reports.formatting import capitalised
+from ttd_plugins.reports.heat_overlay import HEAT_OPACITY, colour_gradient, heat_layer_uri, image_uri
 from ttd_plugins.reports.label_overlay import class_colours
 from ttd_plugins.reports.templating import render
 
@@ -22,22 +26,46 @@ IMAGE_SIDE = 720
 
 
 def render_message(kind: str) -> str:
-    """A fixed text of the page: its ``title``, or a hint: ``empty`` or ``empty-segmentation``."""
+    """A fixed text of the page: its ``title``, or a hint: ``empty``, ``empty-caption`` or ``empty-segmentation``."""
     return render("app_message.html.j2", kind=kind)
 
 
-def render_credit(credit: Credit, button: str = "Show maps", *, captioned: bool = True) -> str:
-    """Author and licence of an example, and the button to press next."""
-    return render("app_message.html.j2", kind="credit", credit=credit, button=button, captioned=captioned)
+def render_opacity() -> str:
+    """The slider of the opacity of all maps, and the key of their colours."""
+    percent = round(100 * HEAT_OPACITY)
+    return render("app_message.html.j2", kind="opacity", percent=percent, gradient=colour_gradient())
+
+
+def render_group(title: str) -> str:
+    """The title of a group of examples."""
+    return render("app_message.html.j2", kind="group", text=title)
+
+
+def render_credits(credits: Sequence[tuple[str, Credit]]) -> str:
+    """Authors and licences of all photographs of a gallery; each with what it shows."""
+    return render("app_message.html.j2", kind="credits", credits=credits)
+
+
+def render_credit(credit: Credit, *, captioned: bool = True) -> str:
+    """Author and licence of the example that is chosen."""
+    return render("app_message.html.j2", kind="image", credit=credit, captioned=captioned)
+
+
+def render_image_note(text: str) -> str:
+    """A sentence about the image that is chosen."""
+    return render("app_message.html.j2", kind="image", credit=None, text=text)
 
 
 def render_error(sentence: str) -> str:
     """One sentence about an error."""
-    return render("app_message.html.j2", kind="error", text=sentence, chart="")
+    word = sentence.split(maxsplit=1)[0] if sentence.strip() else ""
+    # The name of a backbone or of a file keeps its case.
+    text = capitalised(sentence) if word.isalpha() else sentence
+    return render("app_message.html.j2", kind="error", text=text, chart="")
 
 
 def render_progress(text: str, done: int, total: int) -> str:
-    """A progress bar and its text."""
+    """A progress bar and its text; the bar has no end where ``total`` is 0."""
     return render("app_message.html.j2", kind="progress", text=text, done=done, total=total, chart="")
 
 
@@ -51,23 +79,26 @@ def render_note(sentence: str, reports: Sequence[StepReport] = ()) -> str:
 
 
 def render_result(result: AppResult) -> str:
-    """The whole result; every text in it is escaped. The page's script chooses the map.
+    """The result, complete or not; every text in it is escaped. The page's script chooses the map.
+
+    A stage that is not complete has the layout of the complete result, so that nothing moves on the page.
 
     Raises:
         MissingDependencyError: matplotlib, whose colour map is used, is not installed.
     """
-    height, width = result.image.shape[:2]
     tags = [(f"tag-{number}", tag) for number, tag in enumerate(result.tags)]
+    calibrated = any(
+        maps is not None and maps.calibrated for view in result.views for maps in (view.before, view.after)
+    )
     return render(
         "app_result.html.j2",
         result=result,
-        image=image_uri(result.image, IMAGE_SIDE),
-        width=width,
-        height=height,
-        narrow=f"{min(1.0, width / height):.4f}",
         maps=[("caption", "Caption"), *tags, ("union", "Union")],
         views=[_backbone_view(view) for view in result.views],
-        gradient=colour_gradient(),
+        stage=next((f"{view.name}: {view.stage}" for view in result.views if view.stage), ""),
+        calibrated=calibrated,
+        columns=2 + calibrated,
+        **_image_view(result.image),
     )
 
 
@@ -85,25 +116,55 @@ def render_segmentation(found: Segmentation) -> str:
     ]
     return render(
         "app_segmentation.html.j2",
-        image=image_uri(found.overlay(legend=False), IMAGE_SIDE),
+        stage="",
         rows=rows,
         absent=[one.name for one in found.classes if one.index and not one.pixels],
         calibrated=found.calibrated,
         backbone=found.backbone,
         notes=found.notes,
+        **_image_view(found.overlay(legend=False)),
     )
 
 
+def render_segmentation_stage(stage: SegmentationStage) -> str:
+    """The layout of a segmentation that is being computed."""
+    rows = [{"name": name, "colour": "", "share": "…", "probability": ""} for name in stage.names]
+    return render(
+        "app_segmentation.html.j2",
+        stage=stage.stage,
+        rows=rows,
+        absent=[],
+        calibrated=False,
+        backbone=stage.backbone,
+        notes=[],
+        **_image_view(stage.image),
+    )
+
+
+def _image_view(image: NDArray[np.uint8]) -> dict[str, Any]:
+    height, width = image.shape[:2]
+    return {
+        "image": image_uri(image, IMAGE_SIDE),
+        "width": width,
+        "height": height,
+        "narrow": f"{min(1.0, width / height):.4f}",
+    }
+
+
 def _backbone_view(view: BackboneView) -> dict[str, Any]:
-    arms = [("before", "before", view.before), ("after", view.after_title or "after", view.after)]
+    arms: list[tuple[str, str, CaptionMaps | None]] = []
+    if view.before is not None or view.stage:
+        arms.append(("before", "before TTD" if view.after_title else "as loaded", view.before))
+    if view.after is not None or (view.stage and view.after_title):
+        arms.append(("after", view.after_title or "after", view.after))
     return {
         "name": view.name,
+        "stage": view.stage,
         "error": view.error,
         "notes": view.notes,
         "arms": [
-            {"key": key, "title": title, "layers": _layers(maps), "cells": _cells(maps)}
+            {"key": key, "title": title, "layers": _layers(maps) if maps else [], "cells": _cells(maps) if maps else []}
             for key, title, maps in arms
-            if maps is not None
         ],
     }
 

@@ -2,77 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from ttd_plugins.app.rendering import render_credit, render_error, render_message, render_segmentation
-from ttd_plugins.app.studio import Studio, error_sentence
-from ttd_plugins.embedded.photo_examples import EXAMPLES as PHOTOGRAPHS
-from ttd_plugins.embedded.photo_examples import photograph, photograph_credit
-
-EXAMPLES = (
-    ("000000078499.jpg", "horse, grass, mountain, water, sky"),
-    ("000000121647.jpg", "pizza, wine glass, book, table"),
-    ("000000252639.jpg", "bus, car, road, sky, tree"),
-    ("000000358083.jpg", "cat, mirror, wall"),
+from ttd_plugins.app.components import (
+    PRIVATE,
+    LatestRequest,
+    add_gallery,
+    checked_upload,
+    example_note,
+    image_input,
+    visitor,
+    with_request,
 )
-"""File name of a photograph of the package, and names to look for in it."""
+from ttd_plugins.app.examples import Example, name_examples
+from ttd_plugins.app.rendering import render_error, render_message, render_segmentation, render_segmentation_stage
+from ttd_plugins.app.studio import SegmentationStage, Studio, error_sentence
 
 
-def image_input(gr: Any, element: str, uploaded_path: Callable[[Any], str | None]) -> Any:
-    """Return a component that takes an uploaded or pasted image.
-
-    Args:
-        gr: gradio.
-        element: id of its element.
-        uploaded_path: returns the path of an upload inside gradio's folder.
-    """
-    image = gr.Image(
-        type="filepath",
-        image_mode=None,
-        format="png",
-        sources=["upload", "clipboard"],
-        label="Image",
-        height=280,
-        buttons=[],
-        elem_id=element,
-    )
-    # Gradio opens the file itself and fails without a sentence; read_image says what is wrong.
-    image.preprocess = uploaded_path
-    return image
-
-
-def add_segment_tab(gr: Any, studio: Studio, uploaded_path: Callable[[Any], str | None]) -> None:
+def add_segment_tab(gr: Any, studio: Studio, uploaded_path: Callable[[Any], str | None], tab: Any) -> list[Example]:
     """Add the components and listeners of the tab to the tab that is open.
 
     Args:
         gr: gradio.
         studio: the backbones of the page.
         uploaded_path: returns the path of an upload inside gradio's folder.
+        tab: the tab; its first example is answered when it is opened.
+
+    Returns:
+        The examples of its gallery.
     """
+    latest, texts, begun = LatestRequest(), set[str](), set[str]()
+    groups = name_examples(studio)
+    examples = [one for group in groups.values() for one in group]
 
-    def show(image: str | None, names: str, backbone: str, background: bool) -> str:
+    def segment(image: Any, names: str, backbone: str, background: bool, who: str) -> Iterator[str]:
+        current = latest.begin(who)
         try:
-            found = studio.segment(image, names, str(backbone or ""), "words" if background else "none")
-            return render_segmentation(found)
+            for found in studio.watch_segmentation(
+                image, names, str(backbone or ""), "words" if background else "none"
+            ):
+                if not current():
+                    return
+                stage = isinstance(found, SegmentationStage)
+                yield render_segmentation_stage(found) if stage else render_segmentation(found)  # type: ignore[arg-type]
         except Exception as error:
-            return render_error(error_sentence(error, "segmenting this image"))
+            if current():
+                yield render_error(error_sentence(error, "segmenting this image"))
 
-    def example(number: int, names: str) -> tuple[Any, Any, str]:
-        credit = render_credit(photograph_credit(number), "Segment", captioned=False)
-        return photograph(number)[0], names, credit
+    def show(image, names, backbone, background, request) -> Iterator[Any]:  # type: ignore[no-untyped-def]
+        yield from segment(image, names, backbone, background, visitor(request))
+        # Gradio sends the last output again when a generator ends, which may be after a newer result.
+        yield gr.skip()
 
-    numbers = {file: number for number, (file, _) in enumerate(PHOTOGRAPHS)}
-    with gr.Row(equal_height=False):
+    def fill(one: Example) -> tuple[Any, ...]:
+        opened, names = one.open()
+        texts.add(names)
+        return opened, names, example_note(one, captioned=False)
+
+    def begin(image, names, request) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
+        if image is not None or names:
+            return (gr.skip(),) * 3
+        begun.add(visitor(request))
+        return fill(examples[0])
+
+    def first(backbone, background, request) -> Iterator[Any]:  # type: ignore[no-untyped-def]
+        if visitor(request) in begun:
+            begun.discard(visitor(request))
+            yield from segment(*examples[0].open(), backbone, background, visitor(request))
+        yield gr.skip()
+
+    def example(one: Example) -> Callable[..., Any]:
+        def listener(backbone, background, request) -> Iterator[Any]:  # type: ignore[no-untyped-def]
+            yield from segment(*one.open(), backbone, background, visitor(request))
+            yield gr.skip()
+
+        return with_request(gr, listener)
+
+    def upload(path, names, request) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
+        latest.begin(visitor(request))
+        shown, text, state = checked_upload(gr, path, names, texts)
+        return shown, text, state.note, render_message("empty-segmentation")
+
+    buttons = add_gallery(gr, groups)
+    with gr.Row(equal_height=False, elem_classes="ttd-columns"):
+        with gr.Column(scale=7, min_width=300):
+            result = gr.HTML(
+                render_message("empty-segmentation"),
+                elem_id="ttd-segment-output",
+                apply_default_css=False,
+                padding=False,
+            )
         with gr.Column(scale=4, min_width=300):
             image = image_input(gr, "ttd-segment-image", uploaded_path)
-            with gr.Row(elem_id="ttd-segment-examples"):
-                examples = [
-                    (gr.Button(f"Photo {place + 1}", size="sm", min_width=64), numbers[file], names)
-                    for place, (file, names) in enumerate(EXAMPLES)
-                ]
-            names = gr.Textbox(label="Names", placeholder="dog, grass, sky", lines=2, elem_id="ttd-segment-names")
+            note = gr.HTML(
+                elem_id="ttd-segment-note", elem_classes="ttd-image-note", apply_default_css=False, padding=False
+            )
+            names = gr.Textbox(
+                label="Names, separated by commas",
+                placeholder="dog, grass, sky",
+                max_lines=4,
+                elem_id="ttd-segment-names",
+            )
             backbone = gr.Dropdown(
                 studio.backbones,
                 value=studio.backbones[0],
@@ -84,12 +116,17 @@ def add_segment_tab(gr: Any, studio: Studio, uploaded_path: Callable[[Any], str 
                 value=True, label="Leave out what no name describes", elem_id="ttd-segment-background"
             )
             run = gr.Button("Segment", variant="primary", elem_id="ttd-segment-run")
-        with gr.Column(scale=7, min_width=300):
-            result = gr.HTML(
-                render_message("empty-segmentation"), elem_id="ttd-segment-output", apply_default_css=False
-            )
-    hidden = {"api_visibility": "private"}
+    given, shown = [image, names, backbone, background], [image, names, note, result]
     for trigger in (run.click, names.submit):
-        trigger(show, [image, names, backbone, background], result, concurrency_limit=2, **hidden)
-    for button, number, text in examples:
-        button.click(partial(example, number, text), None, [image, names, result], **hidden)
+        trigger(with_request(gr, show), given, result, concurrency_limit=2, trigger_mode="multiple", **PRIVATE)
+    chosen = [image, names, note]
+    for button, one in buttons:
+        # In two steps, because Gradio merges what a generator yields for an image in a way that breaks it.
+        filled = button.click(partial(fill, one), None, chosen, **PRIVATE)
+        filled.then(example(one), [backbone, background], result, trigger_mode="multiple", **PRIVATE)
+    opened = tab.select(with_request(gr, begin), [image, names], chosen, **PRIVATE)
+    opened.then(with_request(gr, first), [backbone, background], result, **PRIVATE)
+    image.upload(with_request(gr, upload), [image, names], shown, **PRIVATE)
+    # The event comes while the component still has its old value.
+    image.clear(with_request(gr, lambda text, request: upload(None, text, request)), names, shown, **PRIVATE)
+    return examples

@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,12 @@ from ttd_plugins.engine import TTD, CaptionMaps, TTDOptions
 from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.plugins import RANDOM_WEIGHTS, explain, families, load, make_tag_extractor, parse_name
 from ttd_plugins.toolkit.clip_family import AFTER_TTD
+from ttd_plugins.toolkit.fast_inference import faster_copy
 from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_names
 
 if TYPE_CHECKING:
     from ttd_plugins.segmenting import Segmentation
+    from ttd_plugins.toolkit.fast_inference import Precision
     from ttd_plugins.training.loop import StepReport
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ class BackboneView:
         before: maps of the backbone as loaded; ``None`` if it failed.
         after: maps of the fine-tuned backbone; ``None`` if there is none.
         after_title: where the fine-tuned backbone comes from.
+        stage: what is being done now, such as "loading open_clip:photo"; empty when the view is complete.
         notes: sentences that the reader should know.
         error: why the backbone, or the fine-tuned one, failed, in one sentence.
     """
@@ -57,6 +60,7 @@ class BackboneView:
     before: CaptionMaps | None = None
     after: CaptionMaps | None = None
     after_title: str | None = None
+    stage: str = ""
     notes: tuple[str, ...] = ()
     error: str | None = None
 
@@ -78,6 +82,23 @@ class AppResult:
     views: list[BackboneView]
 
     picture = RenamedAttribute("image")
+
+
+@dataclass(frozen=True)
+class SegmentationStage:
+    """What is being done for a segmentation.
+
+    Attributes:
+        image: uint8 ``[height, width, 3]``, the upright image, its longer side at most :data:`IMAGE_SIDE`.
+        names: the names to look for.
+        backbone: name of the backbone.
+        stage: what is being done now, such as "loading open_clip:photo".
+    """
+
+    image: NDArray[np.uint8]
+    names: list[str]
+    backbone: str
+    stage: str
 
 
 class TuningStoppedError(TTDError):
@@ -137,6 +158,8 @@ class Studio:
         tuned: for some names, the path of a fine-tuned backbone; see :func:`ttd_plugins.backbone_sources.load_tuned`.
         options: options of the engine.
         device: device of the models.
+        fast: whether the page shows faster copies of the backbones, as :func:`ttd_plugins.load` makes them; those that
+            visitors tune are as they are.
 
     Raises:
         InputError: ``backbones`` is empty, or a path in ``tuned`` does not exist or belongs to no backbone.
@@ -150,13 +173,14 @@ class Studio:
         *,
         options: TTDOptions | None = None,
         device: str | None = None,
+        fast: bool | Precision = False,
     ) -> None:
         from ttd_plugins.backbone_sources import check_backbone, untuned_name
 
         self.backbones = list(dict.fromkeys(backbones))
         self.tuned = dict(tuned or {})
         self.options = options or TTDOptions()
-        self.device = device
+        self.device, self.fast = device, fast
         if not self.backbones:
             raise InputError("no backbone is named; name one that `ttd backbones` lists")
         for name in self.backbones:
@@ -183,6 +207,13 @@ class Studio:
     def view(
         self, image: str | Path | bytes | Image.Image | None, caption: str, names: Sequence[str], visitor: str = ""
     ) -> AppResult:
+        """The complete result of :meth:`watch`, with its arguments and errors."""
+        *_, result = self.watch(image, caption, names, visitor)
+        return result
+
+    def watch(
+        self, image: str | Path | bytes | Image.Image | None, caption: str, names: Sequence[str], visitor: str = ""
+    ) -> Iterator[AppResult]:
         """Maps of an image and its caption by each of ``names``, before and, if there is a fine-tuned backbone, after.
 
         A view states the error of a backbone that fails; the other backbones are shown.
@@ -192,6 +223,9 @@ class Studio:
             caption: what the image shows.
             names: some of :attr:`backbones`.
             visitor: id of the visitor, whose own fine-tuned backbones are "after".
+
+        Yields:
+            The result whenever a stage begins or ends, first without maps; the last one is complete.
 
         Raises:
             InputError: the image, the caption, its candidate tags or ``names`` are missing or cannot be used.
@@ -220,12 +254,24 @@ class Studio:
         opened = self._open_image(image)
         shown = opened.copy()
         shown.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
-        views = [self._view(opened, caption, tags, name, visitor) for name in dict.fromkeys(names)]
-        return AppResult(np.asarray(shown), caption, tags, views)
+        order = list(dict.fromkeys(names))
+        views = [self._waiting(name, visitor) for name in order]
+        for number, name in enumerate(order):
+            for view in self._view(opened, caption, tags, name, visitor):
+                views[number] = view
+                yield AppResult(np.asarray(shown), caption, tags, list(views))
 
     def segment(
         self, image: str | Path | bytes | Image.Image | None, names: str, backbone: str, background: str = "words"
     ) -> Segmentation:
+        """The segmentation of :meth:`watch_segmentation`, with its arguments and errors."""
+        *_, found = self.watch_segmentation(image, names, backbone, background)
+        assert not isinstance(found, SegmentationStage)
+        return found
+
+    def watch_segmentation(
+        self, image: str | Path | bytes | Image.Image | None, names: str, backbone: str, background: str = "words"
+    ) -> Iterator[SegmentationStage | Segmentation]:
         """Segment an image by names, as ``ttd segment`` does, without reading files that the names could denote.
 
         Args:
@@ -234,6 +280,9 @@ class Studio:
             backbone: one of :attr:`backbones`.
             background: ``"words"`` or ``"none"``; see
                 :class:`~ttd_plugins.evaluation.protocol_options.SegmentProtocol`.
+
+        Yields:
+            Each stage when it begins, and last the segmentation.
 
         Raises:
             InputError: the image, the names or the backbone are missing or cannot be used.
@@ -255,8 +304,16 @@ class Studio:
             raise InputError(f"{backbone!r} is none of the backbones of this page: {', '.join(self.backbones)}")
         opened = self._open_image(image)
         opened.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
-        with self._using(self._before[backbone], lambda: load(backbone, device=self.device)) as adapter:
-            return Segmenter(adapter, classes, background=background)(opened)
+        shown, loaded = np.asarray(opened), self._before[backbone]
+        words = [one.name for one in classes]
+        if loaded.adapter is None:
+            yield SegmentationStage(shown, words, backbone, f"loading {backbone}")
+            with self._using(loaded, lambda: load(backbone, device=self.device, fast=self.fast)):
+                pass
+        yield SegmentationStage(shown, words, backbone, "comparing each pixel with the names")
+        with self._using(loaded, lambda: load(backbone, device=self.device, fast=self.fast)) as adapter:
+            found = Segmenter(adapter, classes, background=background)(opened)
+        yield found
 
     def _open_image(self, image: str | Path | bytes | Image.Image) -> Image.Image:
         if isinstance(image, Image.Image):
@@ -266,29 +323,59 @@ class Studio:
         # The full path is one of a temporary folder, which means nothing to a visitor.
         return read_image(image, "the image" if isinstance(image, bytes) else Path(image).name)
 
-    def _view(self, image: Image.Image, caption: str, tags: list[str], name: str, visitor: str) -> BackboneView:
-        notes: list[str] = []
-        try:
-            with self._using(self._before[name], lambda: load(name, device=self.device)) as adapter:
-                before = TTD(adapter, self.options).maps(image, caption, tags=tags)
-                notes += _notes(adapter, before)
-        except Exception as error:
-            return BackboneView(name, error=error_sentence(error, name))
+    def has_own(self, visitor: str) -> bool:
+        """Whether the visitor has fine-tuned a backbone in the page."""
         with self._guard:
-            loaded = self._own.get((visitor, name)) or self._after.get(name)
-        if loaded is None:
-            return BackboneView(name, before, notes=tuple(notes))
+            return any(owner == visitor for owner, _ in self._own)
+
+    def _tuned_for(self, name: str, visitor: str) -> _Loaded | None:
+        with self._guard:
+            return self._own.get((visitor, name)) or self._after.get(name)
+
+    def _waiting(self, name: str, visitor: str) -> BackboneView:
+        tuned = self._tuned_for(name, visitor)
+        return BackboneView(name, after_title=None if tuned is None else tuned.title, stage="waiting")
+
+    def _view(
+        self, image: Image.Image, caption: str, tags: list[str], name: str, visitor: str
+    ) -> Iterator[BackboneView]:
+        """The view of one backbone when a stage begins, and the complete view. No lock is held while it waits."""
+        tuned, loaded = self._tuned_for(name, visitor), self._before[name]
+        title = None if tuned is None else tuned.title
+        view = BackboneView(name, after_title=title)
         try:
-            with self._using(loaded, lambda: self._load_tuned(name)) as adapter:
+            if loaded.adapter is None:
+                yield replace(view, stage=f"loading {name}")
+                with self._using(loaded, lambda: load(name, device=self.device, fast=self.fast)):
+                    pass
+            yield replace(view, stage="computing the maps before TTD" if tuned else "computing the maps")
+            with self._using(loaded, lambda: load(name, device=self.device, fast=self.fast)) as adapter:
+                before = TTD(adapter, self.options).maps(image, caption, tags=tags)
+                view = replace(view, before=before, notes=tuple(_notes(adapter, before)))
+        except Exception as error:
+            yield BackboneView(name, error=error_sentence(error, name))
+            return
+        if tuned is None:
+            yield view
+            return
+        try:
+            if tuned.adapter is None:
+                yield replace(view, stage=f"loading {name} after TTD")
+                with self._using(tuned, lambda: self._load_tuned(name)):
+                    pass
+            yield replace(view, stage="computing the maps after TTD")
+            with self._using(tuned, lambda: self._load_tuned(name)) as adapter:
                 after = TTD(adapter, self.options).maps(image, caption, tags=tags)
         except Exception as error:
-            return BackboneView(name, before, notes=tuple(notes), error=error_sentence(error, f"the tuned {name}"))
-        return BackboneView(name, before, after, loaded.title, tuple(notes))
+            yield replace(view, after_title=None, error=error_sentence(error, f"the tuned {name}"))
+            return
+        yield replace(view, after=after)
 
     def _load_tuned(self, name: str) -> DenseAdapter:
         from ttd_plugins.backbone_sources import load_tuned
 
-        return load_tuned(name, self.tuned[name], device=self.device)
+        adapter = load_tuned(name, self.tuned[name], device=self.device)
+        return faster_copy(adapter, self.fast)
 
     @contextmanager
     def _using(self, loaded: _Loaded, make: Callable[[], DenseAdapter]) -> Iterator[DenseAdapter]:

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from ttd_plugins._version import __version__
 from ttd_plugins.cli import app as page
@@ -25,6 +24,7 @@ from ttd_plugins.cli import (
     calibrate,
     check_adapter,
     compare,
+    completion,
     demo,
     eval,
     export,
@@ -37,35 +37,52 @@ from ttd_plugins.cli import (
     train,
 )
 from ttd_plugins.cli.command_line import ARGUMENTS, refuse_empty_values
+from ttd_plugins.cli.help_pages import (
+    COMPARE,
+    EVALUATE,
+    EXTEND,
+    TRAIN,
+    TRY,
+    Command,
+    Group,
+    examples,
+    examples_of,
+    examples_text,
+)
 from ttd_plugins.errors import InputWarning, PluginWarning, TTDError, is_out_of_memory, one_sentence, printable
+from ttd_plugins.utils.allocator import keep_freed_memory
 
 USER_ERROR = 2
 DENY = "TTD_PLUGINS_DENY"
 INTERRUPTED = 130
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "demo": demo.command,
-    "train": train.command,
-    "export": export.command,
-    "compare": compare.command,
-    "tags": tags.command,
-    "heatmap": heatmap.command,
-    "segment": segment.command,
-    "app": page.command,
-    "backbones": backbones.command,
-    "plugins": plugins.command,
-    "calibrate": calibrate.command,
-    "prune": prune.command,
-    "bench": bench.command,
-    "check-adapter": check_adapter.command,
-    "new-adapter": new_adapter.command,
+BY_PURPOSE: dict[str, dict[str, Callable[..., None]]] = {
+    TRY: {
+        "demo": demo.command,
+        "tags": tags.command,
+        "heatmap": heatmap.command,
+        "segment": segment.command,
+        "app": page.command,
+    },
+    TRAIN: {"train": train.command, "prune": prune.command, "export": export.command},
+    EVALUATE: {"calibrate": calibrate.command},
+    COMPARE: {"compare": compare.command, "bench": bench.command},
+    EXTEND: {
+        "backbones": backbones.command,
+        "plugins": plugins.command,
+        "new-adapter": new_adapter.command,
+        "check-adapter": check_adapter.command,
+    },
 }
-"""Every command, in the order of ``ttd --help``; its help is the docstring."""
+"""Every command by its purpose, in the order of ``ttd --help``; its help is the docstring."""
 
-GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
-    "eval": ("Measure a backbone by the paper's protocols, classification and retrieval.", eval.COMMANDS),
+COMMANDS = {name: command for group in BY_PURPOSE.values() for name, command in group.items()}
+"""Every command that is not in a group."""
+
+GROUPS: dict[str, tuple[str, str, dict[str, Callable[..., None]]]] = {
+    "eval": ("Measure tags, masks, labels and retrieval.", EVALUATE, eval.COMMANDS),
 }
-"""Groups of commands: the help of the group, and its commands."""
+"""Groups of commands: the help of the group, its purpose, and its commands."""
 
 
 class _MessageHandler(logging.Handler):
@@ -95,8 +112,11 @@ def _messages_on_stderr() -> Iterator[None]:
         logger.setLevel(level)
 
 
-class _Group(TyperGroup):
+class _Group(Group):
     """Prints errors that users can cause as one sentence and sets the exit status; a bug keeps its traceback."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=lambda name: name not in GROUPS)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta[ARGUMENTS] = list(args)
@@ -162,18 +182,25 @@ def _one_line(message: object) -> str:
 app = typer.Typer(
     name="ttd",
     cls=_Group,
-    no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
-for _name, (_help, _commands) in GROUPS.items():
-    _group = typer.Typer(help=_help, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def _add(group: typer.Typer, name: str, command: Callable[..., None], purpose: str | None = None) -> None:
+    epilog = examples_text(examples_of(command))
+    group.command(name, cls=Command, epilog=epilog, rich_help_panel=purpose)(command)
+
+
+for _name, (_help, _purpose, _commands) in GROUPS.items():
+    _group = typer.Typer(cls=Group, help=_help, rich_markup_mode=None, pretty_exceptions_enable=False)
     for _own, _command in _commands.items():
-        _group.command(_own)(_command)
-    app.add_typer(_group, name=_name)
+        _add(_group, _own, _command)
+    app.add_typer(_group, name=_name, rich_help_panel=_purpose)
+for _purpose, _commands in BY_PURPOSE.items():
+    for _name, _command in _commands.items():
+        _add(app, _name, _command, _purpose)
 
 
 def _print_version(wanted: bool) -> None:
@@ -183,6 +210,11 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
+@examples(
+    ("See what TTD does", "ttd demo"),
+    ("Try it on your own photograph", 'ttd tags photo.jpg "a dog beside an umbrella on the grass"'),
+    ("Help of a command, with examples", "ttd train -h"),
+)
 def _ttd(
     context: typer.Context,
     deny_plugin: Annotated[
@@ -191,6 +223,7 @@ def _ttd(
             "--deny-plugin",
             metavar="NAME",
             help="Do not load this plugin or distribution, as TTD_PLUGINS_DENY does; repeatable.",
+            autocompletion=completion.plugin_names,
         ),
     ] = None,
     version: Annotated[
@@ -218,8 +251,10 @@ def _deny(context: typer.Context, names: list[str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``ttd`` and end the process: status 0, 2 after an error that users can cause, 130 after Ctrl-C."""
+    keep_freed_memory()
     try:
-        app(args=arguments, prog_name="ttd")
+        with completion.colons_joined():
+            app(args=arguments, prog_name="ttd")
     except SystemExit as ended:
         if "ttd_plugins.utils.distributed" in sys.modules and isinstance(ended.code, int | None):
             from ttd_plugins.utils.distributed import end_process

@@ -6,16 +6,25 @@ from typing import Annotated
 
 import typer
 
-from ttd_plugins.cli import image_maps
+from ttd_plugins.cli import completion, image_maps
+from ttd_plugins.cli.help_pages import MODEL, PAGE, examples
 from ttd_plugins.errors import InputError
 
 
+@examples(
+    ("Open the page with the embedded backbones", "ttd app"),
+    ("Only two backbones, on another port", "ttd app --backbones open_clip:photo,siglip:tiny --port 8080"),
+    ("A run of your own as after TTD", "ttd app --tuned open_clip:tiny=runs/mine"),
+)
 def command(
     backbones: Annotated[
         str | None,
         typer.Option(
             "--backbones",
             "--backbone",
+            metavar="NAME,NAME,...",
+            rich_help_panel=MODEL,
+            autocompletion=completion.backbone_list,
             help="Comma-separated names, folders of runs or exports, or NAME+LORA.  [default: the embedded ones]",
         ),
     ] = None,
@@ -24,25 +33,44 @@ def command(
         typer.Option(
             "--tuned",
             metavar="NAME=PATH",
+            rich_help_panel=MODEL,
             help="A tuned backbone to show beside NAME: a run, an export, a demo or a file of weights; repeatable.",
         ),
     ] = None,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for the network.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option("--port", help="Port.  [default: the first free one from 7860]")] = None,
+    host: Annotated[
+        str,
+        typer.Option(
+            "--host",
+            metavar="ADDRESS",
+            help="Address to listen on; 0.0.0.0 for the network.",
+            rich_help_panel=PAGE,
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None,
+        typer.Option(
+            "--port", metavar="N", help="Port.  [default: the first free one from 7860]", rich_help_panel=PAGE
+        ),
+    ] = None,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
             "--allow-host",
             metavar="NAME",
+            rich_help_panel=PAGE,
             help="A further host name under which the page may be opened, such as a proxy's; repeatable.",
         ),
     ] = None,
-    no_browser: Annotated[bool, typer.Option("--no-browser", help="Do not open the browser.")] = False,
+    no_browser: Annotated[
+        bool, typer.Option("--no-browser", help="Do not open the browser.", rich_help_panel=PAGE)
+    ] = False,
     tags: image_maps.TagsOption = "words",
     tags_option: image_maps.TagsSettings = None,
     rule: image_maps.RuleOption = None,
     threshold: image_maps.ThresholdOption = None,
     device: image_maps.DeviceOption = None,
+    fast: image_maps.FastOption = False,
+    bfloat16: image_maps.BFloat16Option = False,
 ) -> None:
     """Open a local web page for your own images.
 
@@ -76,7 +104,8 @@ def command(
     if names is None:
         names = list(sources) or sorted(embedded_backbones(), key=lambda name: name != image_maps.DEFAULT_BACKBONE)
     names = list(dict.fromkeys([*names, *sources]))
-    studio = Studio(names, shipped_tuning(names) | sources, options=options, device=device)
+    precision = image_maps.fast_precision(fast, bfloat16)
+    studio = Studio(names, shipped_tuning(names) | sources, options=options, device=device, fast=precision)
     serve(studio, host=host, port=port, browser=not no_browser, allow_hosts=allow_host or (), announce=typer.echo)
 
 

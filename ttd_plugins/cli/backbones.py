@@ -8,15 +8,35 @@ from typing import Annotated
 
 import typer
 
+from ttd_plugins.cli import completion, image_maps
+from ttd_plugins.cli.help_pages import examples
 from ttd_plugins.errors import printable
 
 
+@examples(
+    ("Every family", "ttd backbones"),
+    ("Models of one family", "ttd backbones open_clip"),
+    ("Only names with a text, or that match a pattern", 'ttd backbones --filter "*B-16*"'),
+)
 def command(
-    family: Annotated[str | None, typer.Argument(help="Only this family.")] = None,
-    pattern: Annotated[
-        str | None, typer.Option("--filter", help="Only names that contain this text, or match it where it has * or ?.")
+    family: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="FAMILY",
+            help="Only this family.  [default: all]",
+            show_default=False,
+            autocompletion=completion.families,
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead.")] = False,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            "--filter",
+            metavar="PATTERN",
+            help="Only names that contain this text, or match it where it has * or ?.  [default: all]",
+        ),
+    ] = None,
+    as_json: image_maps.JsonOption = False,
 ) -> None:
     """List backbones: families, models and weights.
 

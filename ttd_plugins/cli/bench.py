@@ -7,45 +7,115 @@ from typing import Annotated, Any
 
 import typer
 
-from ttd_plugins.cli import image_maps
+from ttd_plugins.cli import completion, image_maps
+from ttd_plugins.cli.help_pages import DATA, MODEL, RUN, TRAINING, examples
 
 GIGA, TERA, MEBI = 1e9, 1e12, 2**20
 
 
+@examples(
+    (
+        "A quick measurement on this machine",
+        "ttd bench --backbone open_clip:tiny --batch-size 4 --repeats 1 --no-memory",
+    ),
+    ("LoRA on both towers, as a JSON object", "ttd bench --backbone open_clip:ViT-B-16 --lora 16 --json"),
+    (
+        "How the cost grows on a GPU",
+        "ttd bench --backbone open_clip:ViT-B-16 --device cuda \\\n    --precision bfloat16 --growth",
+    ),
+)
 def command(
     backbone: Annotated[
-        str, typer.Option("--backbone", help="family:model, or with @weights; random weights where none are named.")
+        str,
+        typer.Option(
+            "--backbone",
+            metavar="NAME",
+            help="family:model, or with @weights; random weights where none are named.",
+            rich_help_panel=MODEL,
+            autocompletion=completion.backbones,
+        ),
     ] = image_maps.DEFAULT_BACKBONE,
     backbone_option: image_maps.BackboneSettings = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Pairs in a step.")] = 16,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", metavar="N", help="Pairs in a step.", rich_help_panel=DATA)
+    ] = 16,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="Captions: a file in COCO's format, or its folder.  [default: built-in ones]"),
+        typer.Option(
+            "--data",
+            metavar="FILE|FOLDER",
+            help="Captions: a file in COCO's format, or its folder.  [default: built-in ones]",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option("--image-size", help="Side of the input in pixels.  [default: the backbone's]")
+        int | None,
+        typer.Option(
+            "--image-size",
+            metavar="N",
+            help="Side of the input in pixels.  [default: the backbone's]",
+            rich_help_panel=DATA,
+        ),
     ] = None,
-    lora: Annotated[int, typer.Option("--lora", help="LoRA rank on both towers; 0 trains all weights.")] = 0,
-    compile_blocks: Annotated[bool, typer.Option("--compile", help="Compile the image tower; for GPUs.")] = False,
-    precision: Annotated[str, typer.Option("--precision", help="float32, or bfloat16 for autocast.")] = "float32",
-    repeats: Annotated[int, typer.Option("--repeats", help="Rounds; each measures every variant once.")] = 5,
+    lora: Annotated[
+        int,
+        typer.Option(
+            "--lora",
+            metavar="RANK",
+            help="LoRA rank on both towers; 0 trains all weights.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = 0,
+    compile_blocks: Annotated[
+        bool, typer.Option("--compile", help="Compile the image tower; for GPUs.", rich_help_panel=RUN)
+    ] = False,
+    precision: Annotated[
+        str,
+        typer.Option(
+            "--precision",
+            metavar="float32|bfloat16",
+            help="float32, or bfloat16 for autocast.",
+            rich_help_panel=RUN,
+            autocompletion=completion.one_of(("float32", "bfloat16")),
+        ),
+    ] = "float32",
+    repeats: Annotated[
+        int,
+        typer.Option("--repeats", metavar="N", help="Rounds; each measures every variant once.", rich_help_panel=RUN),
+    ] = 5,
     growth: Annotated[
-        bool, typer.Option("--growth", help="Also measure growth with batch size, image size and tags per caption.")
+        bool,
+        typer.Option(
+            "--growth",
+            help="Also measure growth with batch size, image size and tags per caption.",
+            rich_help_panel=RUN,
+        ),
     ] = False,
     memory: Annotated[
-        bool, typer.Option("--memory/--no-memory", help="Measure peak memory, each variant in its own process.")
+        bool,
+        typer.Option(
+            "--memory/--no-memory",
+            help="Measure peak memory, each variant in its own process.",
+            rich_help_panel=RUN,
+        ),
     ] = True,
     peak_tflops: Annotated[
         float | None,
-        typer.Option("--peak-tflops", help="Peak of the device from its datasheet.  [default: measured]"),
+        typer.Option(
+            "--peak-tflops",
+            metavar="NUMBER",
+            help="Peak of the device from its datasheet.  [default: measured]",
+            rich_help_panel=RUN,
+        ),
     ] = None,
     device: image_maps.DeviceOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
+    as_json: image_maps.JsonOption = False,
 ) -> None:
-    """Measure the cost of a TTD step next to a contrastive step.
+    """Measure the cost of a TTD step.
 
-    Variants take turns in one run: contrastive steps with full and with trimmed texts; the TTD step with and without
-    the contrastive term; a TTD step that shares nothing; dense features and the library's own image encoding.
+    Contrastive steps are measured next to it. Variants take turns in one run: contrastive steps with full and with
+    trimmed texts; the TTD step with and without the contrastive term; a TTD step that shares nothing; dense features
+    and the library's own image encoding.
     """
     from ttd_plugins.benchmark.step_variants import BenchOptions
 

@@ -10,6 +10,7 @@ import typer
 
 from ttd_plugins.cli import image_maps
 from ttd_plugins.cli.config_flags import with_flags
+from ttd_plugins.cli.help_pages import DATA, examples
 from ttd_plugins.cli.train import PAIR_COLUMNS
 from ttd_plugins.errors import InputError
 
@@ -17,33 +18,52 @@ DEFAULT_COUNT = 400
 """Scenes or pairs of a fit."""
 
 
+@examples(
+    ("On generated scenes", "ttd calibrate open_clip:tiny --scenes 40"),
+    ("On pairs of your own", "ttd calibrate open_clip:photo --data pairs/ --limit 100"),
+    ("A pretrained backbone", "ttd calibrate siglip:ViT-B-16-SigLIP@webli --data pairs/"),
+)
 @with_flags(PAIR_COLUMNS)
 def command(
-    name: Annotated[str, typer.Argument(help=image_maps.BACKBONE_FORMS, show_default=False)],
+    name: image_maps.BackboneArgument,
     backbone_option: image_maps.BackboneSettings = None,
     data: Annotated[
         str | None,
         typer.Option(
             "--data",
             metavar="PAIRS",
-            help="Image-text pairs of your own, as `ttd train --data` accepts them, instead of scenes.",
+            help="Image-text pairs of your own, as `ttd train --data` accepts them.  [default: scenes]",
+            rich_help_panel=DATA,
         ),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option("--limit", help=f"Most pairs of --data, drawn at random.  [default: {DEFAULT_COUNT}]"),
+        typer.Option(
+            "--limit",
+            metavar="N",
+            help=f"Most pairs of --data, drawn at random.  [default: {DEFAULT_COUNT}]",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     size: image_maps.SizeOption = None,
     scenes: Annotated[
         int | None,
         typer.Option(
-            "--scenes", help=f"Validation scenes without --data; a quarter is held out.  [default: {DEFAULT_COUNT}]"
+            "--scenes",
+            metavar="N",
+            help=f"Validation scenes without --data; a quarter is held out.  [default: {DEFAULT_COUNT}]",
+            rich_help_panel=DATA,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Decides the held-out set and the borrowed words.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            "--seed", metavar="N", help="Decides the held-out set and the borrowed words.", rich_help_panel=DATA
+        ),
+    ] = 0,
     allow_pipe: image_maps.AllowPipeOption = False,
     device: image_maps.DeviceOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
+    as_json: image_maps.JsonOption = False,
     *,
     given: dict[str, Any],
 ) -> None:

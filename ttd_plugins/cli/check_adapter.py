@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ttd_plugins.cli import image_maps
+from ttd_plugins.cli.help_pages import RUN, examples
 
 if TYPE_CHECKING:
     from ttd_plugins.adapter import DenseAdapter
@@ -16,14 +17,28 @@ if TYPE_CHECKING:
 FAILED = 1
 
 
+@examples(
+    ("Every check of one model", "ttd check-adapter open_clip:tiny"),
+    (
+        "Two checks of an architecture, with random weights",
+        "ttd check-adapter siglip:tiny@random --check logits --check joint_space",
+    ),
+    ("For a program", "ttd check-adapter openai_clip:tiny --json"),
+)
 def command(
-    name: Annotated[str, typer.Argument(help="family:model@weights, see `ttd backbones`.", show_default=False)],
+    name: image_maps.BackboneArgument,
     backbone_option: image_maps.BackboneSettings = None,
     check: Annotated[
-        list[str] | None, typer.Option("--check", help="Only this check and those that it needs; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--check",
+            metavar="CHECK",
+            help="Only this check and those that it needs; repeatable.  [default: all]",
+            rich_help_panel=RUN,
+        ),
     ] = None,
     device: image_maps.DeviceOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
+    as_json: image_maps.JsonOption = False,
 ) -> None:
     """Check the adapter of a backbone against the contract.
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ttd_plugins.cli import image_maps
+from ttd_plugins.cli import completion, image_maps
 from ttd_plugins.cli.command_line import command_line
 from ttd_plugins.cli.config_flags import flags_of, nested, with_flags
+from ttd_plugins.cli.help_pages import MODEL, OBJECTIVE, OUTPUT, RUN, TRAINING, examples
 from ttd_plugins.comparison.options import CompareOptions, default_jobs
 from ttd_plugins.options import TTDOptions
 
@@ -24,6 +25,22 @@ SOME_FAILED = 1
 FLAGS = flags_of(CompareOptions, skip=("backbones", "jobs"))
 
 
+@examples(
+    (
+        "Two embedded backbones on generated scenes, without a network",
+        "ttd compare --backbones openai_clip:tiny,siglip:tiny --seeds 1 --steps 20",
+    ),
+    (
+        "Pretrained backbones as they are, on COCO captions with masks",
+        "ttd compare --data coco_captions:coco/ --no-tune --out runs/before \\\n"
+        "    --backbones open_clip:ViT-B-16@openai,siglip:ViT-B-16-SigLIP@webli",
+    ),
+    (
+        "Train each on your own pairs, and measure held-out ones",
+        "ttd compare --backbones open_clip:photo,open_clip:tiny --pairs pairs/ \\\n"
+        "    --data pairs:heldout/ --seeds 1 --steps 2 --batch-size 4 --out runs/own",
+    ),
+)
 @with_flags(FLAGS)
 def command(
     context: typer.Context,
@@ -31,22 +48,39 @@ def command(
         str,
         typer.Option(
             "--backbones",
-            metavar="A,B,...",
+            metavar="NAME,NAME,...",
+            rich_help_panel=MODEL,
+            autocompletion=completion.backbone_list,
             help="Comma-separated: family:model@weights; the folder of a run (RUN or RUN@STEP), an export or a demo; "
             "or NAME+PATH, where PATH is LoRA, a run, an export, a demo or a file of weights.",
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("comparison"),
-    full: Annotated[bool, typer.Option("--full", help="Train all weights instead of LoRA, as --rank 0.")] = False,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Folder for the results.", rich_help_panel=OUTPUT)
+    ] = Path("comparison"),
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Train all weights instead of LoRA, as --rank 0.", rich_help_panel=TRAINING),
+    ] = False,
     jobs: Annotated[
         int | None,
-        typer.Option("--jobs", help="Arms trained at once on scenes.  [default: one per core, at most 4, on the CPU]"),
+        typer.Option(
+            "--jobs",
+            metavar="N",
+            help="Arms trained at once on scenes.  [default: one per core, at most 4, on the CPU]",
+            rich_help_panel=RUN,
+        ),
     ] = None,
     allow_pipe: image_maps.AllowPipeOption = False,
     option: Annotated[
         list[str] | None,
-        typer.Option("--ttd", metavar="KEY=VALUE", help="An option of TTD, as distill_weight=5; repeatable."),
+        typer.Option(
+            "--ttd",
+            metavar="KEY=VALUE",
+            help="An option of TTD, as distill_weight=5; repeatable.",
+            rich_help_panel=OBJECTIVE,
+        ),
     ] = None,
     *,
     given: dict[str, Any],

@@ -12,10 +12,21 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import typer
 
+from ttd_plugins.cli import completion
 from ttd_plugins.cli.image_maps import parse_settings, parse_size
 from ttd_plugins.errors import InputError
-from ttd_plugins.utils.configuration import field_information, section_of
+from ttd_plugins.utils.configuration import field_information, help_section, section_of
 from ttd_plugins.utils.deprecation import warn_renamed
+
+METAVARS = {
+    "int": "N", "float": "NUMBER", "number": "N|SHARE", "numbers": "N,N,...", "size": "N|HxW", "settings": "KEY=VALUE",
+    "list": "NAME", "text": "NAME",
+}  # fmt: skip
+"""What stands for the value of a flag in help texts, by the form of its field."""
+
+COMPLETERS = {"backbone.name": completion.backbones, "extractor": completion.TAG_EXTRACTORS,
+              "ttd.extractor": completion.TAG_EXTRACTORS}  # fmt: skip
+"""Shell completion of values that are names, by the path of the field."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +38,8 @@ class ConfigFlag:
         name: the flag, such as ``--lr``.
         hint: type of the field.
         help: description of the field with its default.
+        metavar: its value in help texts, where the type does not say it.
+        section: section of the help.
         hidden_for: the current flag, where this is its old name.
     """
 
@@ -34,6 +47,8 @@ class ConfigFlag:
     name: str
     hint: Any
     help: str
+    metavar: str | None = None
+    section: str | None = None
     hidden_for: str | None = None
 
     @property
@@ -43,14 +58,16 @@ class ConfigFlag:
 
     def annotation(self) -> Any:
         """The typer annotation of the parameter."""
-        kind = _flag_type(self.hint)
-        metavar = {"literal": "|".join(map(str, _literals(self.hint))), "size": "N|HxW", "numbers": "N,N,..."}
+        kind, form = _flag_type(self.hint), _form(self.hint)
         options: dict[str, Any] = {"help": self.help, "show_default": False, "hidden": self.hidden_for is not None}
-        form = _form(self.hint)
-        if form == "settings":
-            options["metavar"] = "KEY=VALUE"
-        elif form in metavar:
-            options["metavar"] = metavar[form]
+        options["rich_help_panel"] = self.section
+        if form == "literal":
+            choices = [str(one) for one in _literals(self.hint)]
+            options |= {"metavar": "|".join(choices), "autocompletion": completion.one_of(choices)}
+        elif form != "bool":
+            options["metavar"] = self.metavar or METAVARS[form]
+        if self.path in COMPLETERS:
+            options["autocompletion"] = COMPLETERS[self.path]
         names = [f"{self.name}/--no-{self.name.removeprefix('--')}"] if form == "bool" else [self.name]
         return Annotated[kind | None, typer.Option(*names, **options)]
 
@@ -109,10 +126,17 @@ def flags_of(
         if section is not None:
             continue  # an optional object, such as a calibration, has no flag; --set takes it
         extra = information.json_schema_extra
-        named = extra.get("flag") if isinstance(extra, dict) else None
-        flag = str(named) if named else f"--{name.replace('_', '-')}"
-        text = str(information.description) + _default_text(default, default_note)
-        found.append(ConfigFlag(path, flag, hints[name], text))
+        named: Any = extra if isinstance(extra, dict) else {}
+        found.append(
+            ConfigFlag(
+                path,
+                named.get("flag") or f"--{name.replace('_', '-')}",
+                hints[name],
+                _help(_repeatable(str(information.description), hints[name]), default, default_note),
+                named.get("metavar"),
+                named.get("section") or help_section(kind),
+            )
+        )
     return found
 
 
@@ -181,14 +205,30 @@ def _default_of(kind: type[Any], name: str) -> Any:
     return one.default_factory() if one.default_factory is not dataclasses.MISSING else None
 
 
-def _default_text(default: Any, note: str) -> str:
+def _help(description: str, default: Any, note: str) -> str:
+    """Return the help of a flag: the description, in which null is no value of a flag, and the default."""
+    # "null where" is about Python, where an object is passed instead of a name.
+    text, null, meaning = description.removesuffix(".").partition("; null ")
+    if null and not meaning.startswith(("means ", "where ")):
+        text, meaning = description.removesuffix("."), ""
+    if default is None and meaning.startswith("where "):
+        return f"{text}.  [required here or in the YAML file]"
+    if default is None and meaning.startswith("means "):
+        return f"{text}.  [default{note}: {meaning.removeprefix('means ')}]"
     if default is None or default == {} or default == ():
-        return ""
+        return f"{text}."
     if isinstance(default, bool):
-        text = "on" if default else "off"
+        shown = "on" if default else "off"
     else:
-        text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-    return f"  [default{note}: {text}]"
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    return f"{text}.  [default{note}: {shown}]"
+
+
+def _repeatable(description: str, hint: Any) -> str:
+    """Say that a flag may be given several times, where it may."""
+    if _form(hint) not in ("settings", "list") or "repeatable" in description:
+        return description
+    return f"{description.removesuffix('.')}; repeatable."
 
 
 def _flag_type(hint: Any) -> Any:

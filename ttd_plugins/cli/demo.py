@@ -7,22 +7,54 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ttd_plugins.cli import completion
 from ttd_plugins.cli.command_line import command_line
+from ttd_plugins.cli.help_pages import DATA, MODEL, OUTPUT, TRAINING, examples
 
 if TYPE_CHECKING:
     from ttd_plugins.comparison.results import Comparison
 
 
+@examples(
+    ("Photographs and scenes, in about five minutes on two cores", "ttd demo"),
+    ("Another backbone and fewer steps", "ttd demo --backbone siglip:tiny --steps 50 --out demo-siglip"),
+    ("A first look: few steps on few scenes show little gain", "ttd demo --steps 2 --scenes 16 --out look"),
+)
 def command(
     context: typer.Context,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("demo"),
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the training scenes and of new weights.")] = 0,
-    backbone: Annotated[str, typer.Option("--backbone", help="An embedded backbone.")] = "open_clip:tiny",
-    steps: Annotated[int, typer.Option("--steps", help="Training steps of each arm.")] = 200,
-    scenes: Annotated[int, typer.Option("--scenes", help="Test scenes that are measured.")] = 512,
-    full: Annotated[bool, typer.Option("--full", help="Train all weights instead of LoRA.")] = False,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Folder for the results.", rich_help_panel=OUTPUT)
+    ] = Path("demo"),
+    seed: Annotated[
+        int,
+        typer.Option(
+            "--seed",
+            metavar="N",
+            help="Seed of the training scenes and of new weights.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = 0,
+    backbone: Annotated[
+        str,
+        typer.Option(
+            "--backbone",
+            metavar="NAME",
+            help="An embedded backbone.",
+            rich_help_panel=MODEL,
+            autocompletion=completion.backbones,
+        ),
+    ] = "open_clip:tiny",
+    steps: Annotated[
+        int, typer.Option("--steps", metavar="N", help="Training steps of each arm.", rich_help_panel=TRAINING)
+    ] = 200,
+    scenes: Annotated[
+        int, typer.Option("--scenes", metavar="N", help="Test scenes that are measured.", rich_help_panel=DATA)
+    ] = 512,
+    full: Annotated[
+        bool, typer.Option("--full", help="Train all weights instead of LoRA.", rich_help_panel=TRAINING)
+    ] = False,
 ) -> None:
-    """Show photographs before and after TTD, then train a small backbone on scenes.
+    """Show TTD on photographs and train a small backbone.
 
     Runs offline. Photographs: `open_clip:photo` and its weights after TTD, which ship with the package. Scenes: `ttd
     compare` for one backbone and one seed. Prints a table and writes a report with heat maps. If it is stopped, the

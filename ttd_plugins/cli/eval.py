@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ttd_plugins.cli import image_maps
+from ttd_plugins.cli import completion, image_maps
 from ttd_plugins.cli.config_flags import ConfigFlag, flags_of, nested, print_json, with_flags
+from ttd_plugins.cli.help_pages import DATA, EVALUATION, OUTPUT, RUN, examples
 from ttd_plugins.cli.train import PAIR_COLUMNS
 from ttd_plugins.errors import InputError, choices_sentence
 from ttd_plugins.evaluation.protocol_options import (
@@ -26,47 +27,99 @@ from ttd_plugins.utils.settings import flatten
 if TYPE_CHECKING:
     from ttd_plugins.evaluation.protocols import EvaluationResult
 
-RootArgument = Annotated[Path, typer.Argument(help="Folder of the data set.", show_default=False)]
-CaptionDataOption = Annotated[str, typer.Option("--data", help="coco_captions or cc3m_tagmask.")]
+CAPTION_SETS = ("coco_captions", "cc3m_tagmask")
+MASK_SETS = (
+    "voc", "coco_object", "context59", "context60", "ade20k", "cityscapes", "coco_stuff", "coco_panoptic", "folder",
+)  # fmt: skip
+LABEL_SETS = ("voc2007", "voc2012", "coco", "nus_wide", "table")
+PRESETS = tuple({**TAG_PRESETS, **TEXT_PRESETS, **SEGMENT_PRESETS, **CLASSIFY_PRESETS, **RETRIEVAL_PRESETS})
+
+RootArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the data set.", show_default=False)]
+CaptionDataOption = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="|".join(CAPTION_SETS),
+        help="The data set: images with captions and masks.",
+        rich_help_panel=DATA,
+        autocompletion=completion.one_of(CAPTION_SETS),
+    ),
+]
 SegmentationDataOption = Annotated[
     str,
     typer.Option(
         "--data",
+        metavar="NAME",
         help="voc, coco_object, context59, context60, ade20k, cityscapes, coco_stuff or coco_panoptic; or folder: "
         "images, masks and a list of classes of your own.",
         show_default=False,
+        rich_help_panel=DATA,
+        autocompletion=completion.one_of(MASK_SETS),
     ),
 ]
 LabelDataOption = Annotated[
     str,
     typer.Option(
         "--data",
+        metavar="NAME",
         help="voc2007, voc2012, coco or nus_wide; or table: images and labels of your own; or any data set of "
         "`ttd eval segment`, whose masks show which classes an image has.",
         show_default=False,
+        rich_help_panel=DATA,
+        autocompletion=completion.one_of((*LABEL_SETS, *MASK_SETS)),
     ),
 ]
 ClassesOption = Annotated[
     str | None,
     typer.Option(
         "--classes",
-        metavar="NAME or FILE",
+        metavar="NAME|FILE",
         help="Other classes, drawn from the data set's own: a known list, such as voc or coco_things, or a file; see "
-        "docs/evaluation.md.",
+        "docs/evaluation.md.  [default: the data set's own]",
+        rich_help_panel=DATA,
     ),
 ]
-PresetOption = Annotated[str, typer.Option("--preset", help="Named settings; the flags below change single ones.")]
+PresetOption = Annotated[
+    str,
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        help="Named settings: paper or fast; for segment also tcl and naclip. Other flags change single ones.",
+        rich_help_panel=EVALUATION,
+        autocompletion=completion.one_of(PRESETS),
+    ),
+]
 OutOption = Annotated[
     Path | None,
-    typer.Option("--out", help="Folder for records and results.json; the same command continues an interrupted one."),
+    typer.Option(
+        "--out",
+        metavar="FOLDER",
+        help="Folder for records and results.json; the same command continues an interrupted one.  [default: only "
+        "print]",
+        rich_help_panel=OUTPUT,
+    ),
 ]
-SplitOption = Annotated[str | None, typer.Option("--split", help="val or train.  [default: val]")]
-LimitOption = Annotated[int | None, typer.Option("--limit", help="Only the first images.")]
-RankOption = Annotated[int | None, typer.Option("--rank", help="Number of this process.  [default: RANK or 0]")]
+SplitOption = Annotated[
+    str | None, typer.Option("--split", metavar="NAME", help="val or train.  [default: val]", rich_help_panel=DATA)
+]
+LimitOption = Annotated[
+    int | None,
+    typer.Option("--limit", metavar="N", help="Only the first images.  [default: all]", rich_help_panel=DATA),
+]
+RankOption = Annotated[
+    int | None,
+    typer.Option("--rank", metavar="N", help="Number of this process.  [default: RANK or 0]", rich_help_panel=RUN),
+]
 WorldOption = Annotated[
-    int | None, typer.Option("--world", help="Processes that share --out.  [default: WORLD_SIZE or 1]")
+    int | None,
+    typer.Option(
+        "--world",
+        metavar="N",
+        help="Processes that share --out.  [default: WORLD_SIZE or 1]",
+        rich_help_panel=RUN,
+    ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")]
+JsonOption = image_maps.JsonOption
 
 
 def _flags(presets: dict[str, Any]) -> list[ConfigFlag]:
@@ -74,6 +127,14 @@ def _flags(presets: dict[str, Any]) -> list[ConfigFlag]:
     return flags_of(type(paper), defaults=paper, default_note=" in the preset paper")
 
 
+@examples(
+    ("COCO's validation images, with the paper's settings", "ttd eval tags coco/ --out runs/tags"),
+    (
+        "A pretrained backbone on a hundred images, quickly",
+        "ttd eval tags coco/ --backbone open_clip:ViT-B-16@openai \\\n    --preset fast --limit 100",
+    ),
+    ("A run of your own", "ttd eval tags coco/ --backbone runs/mine --preset fast --limit 100"),
+)
 @with_flags(_flags(TAG_PRESETS))
 def tags(
     root: RootArgument,
@@ -87,6 +148,8 @@ def tags(
     rank: RankOption = None,
     world: WorldOption = None,
     device: image_maps.DeviceOption = None,
+    fast: image_maps.FastOption = False,
+    bfloat16: image_maps.BFloat16Option = False,
     as_json: JsonOption = False,
     *,
     given: dict[str, Any],
@@ -102,10 +165,14 @@ def tags(
     reader = open_captions(data, root, **_without_none(split=split, limit=limit))
     _run(
         lambda adapter, **more: evaluate_tags(adapter, reader, options, **more),
-        backbone, backbone_option, device, out, rank, world, as_json, preset,
+        backbone, backbone_option, device, out, rank, world, as_json, preset, fast, bfloat16,
     )  # fmt: skip
 
 
+@examples(
+    ("COCO's validation images, with the paper's settings", "ttd eval text coco/ --out runs/text"),
+    ("Without test-time augmentation", "ttd eval text coco/ --preset fast --limit 100"),
+)
 @with_flags(_flags(TEXT_PRESETS))
 def text(
     root: RootArgument,
@@ -119,6 +186,8 @@ def text(
     rank: RankOption = None,
     world: WorldOption = None,
     device: image_maps.DeviceOption = None,
+    fast: image_maps.FastOption = False,
+    bfloat16: image_maps.BFloat16Option = False,
     as_json: JsonOption = False,
     *,
     given: dict[str, Any],
@@ -134,10 +203,19 @@ def text(
     reader = open_captions(data, root, **_without_none(split=split, limit=limit))
     _run(
         lambda adapter, **more: evaluate_text(adapter, reader, options, **more),
-        backbone, backbone_option, device, out, rank, world, as_json, preset,
+        backbone, backbone_option, device, out, rank, world, as_json, preset, fast, bfloat16,
     )  # fmt: skip
 
 
+@examples(
+    ("Images, masks and classes of your own", "ttd eval segment my_set/ --data folder --preset fast --out masks"),
+    ("Pascal VOC, as in the paper", "ttd eval segment VOCdevkit/VOC2012 --data voc --out runs/voc"),
+    (
+        "ADE20K on two GPUs",
+        "torchrun --nproc-per-node 2 -m ttd_plugins.cli eval segment ade20k/ \\\n"
+        "    --data ade20k --backbone open_clip:ViT-B-16@openai --out runs/ade20k",
+    ),
+)
 @with_flags(_flags(SEGMENT_PRESETS))
 def segment(
     root: RootArgument,
@@ -150,11 +228,19 @@ def segment(
     limit: LimitOption = None,
     classes: ClassesOption = None,
     ignore: Annotated[
-        int | None, typer.Option("--ignore", help="Mask value without a label, for --data folder.  [default: 255]")
+        int | None,
+        typer.Option(
+            "--ignore",
+            metavar="N",
+            help="Mask value without a label, for --data folder.  [default: 255]",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     rank: RankOption = None,
     world: WorldOption = None,
     device: image_maps.DeviceOption = None,
+    fast: image_maps.FastOption = False,
+    bfloat16: image_maps.BFloat16Option = False,
     as_json: JsonOption = False,
     *,
     given: dict[str, Any],
@@ -170,13 +256,21 @@ def segment(
     reader = open_segmentation(data, root, **_without_none(split=split, limit=limit, classes=classes, ignore=ignore))
     _run(
         lambda adapter, **more: evaluate_segment(adapter, reader, options, **more),
-        backbone, backbone_option, device, out, rank, world, as_json, preset,
+        backbone, backbone_option, device, out, rank, world, as_json, preset, fast, bfloat16,
     )  # fmt: skip
 
 
+@examples(
+    ("A table of images and labels", "ttd eval classify labels.csv --data table --preset fast --out labels"),
+    ("The masks of your own set as labels", "ttd eval classify my_set/ --data folder --preset fast"),
+    ("Pascal VOC 2007, as in TagCLIP", "ttd eval classify VOCdevkit/VOC2007 --data voc2007 --out runs/voc2007"),
+)
 @with_flags(_flags(CLASSIFY_PRESETS))
 def classify(
-    root: Annotated[Path, typer.Argument(help="Folder of the data set, or the table.", show_default=False)],
+    root: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER|FILE", help="Folder of the data set, or the table.", show_default=False),
+    ],
     data: LabelDataOption,
     backbone: image_maps.BackboneOption = image_maps.DEFAULT_BACKBONE,
     backbone_option: image_maps.BackboneSettings = None,
@@ -184,23 +278,53 @@ def classify(
     out: OutOption = None,
     split: Annotated[
         str | None,
-        typer.Option("--split", help="Split of the data set; for a table a value of its column split."),
+        typer.Option(
+            "--split",
+            metavar="NAME",
+            help="Split of the data set; for a table a value of its column split.  [default: the data set's]",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     limit: LimitOption = None,
     classes: ClassesOption = None,
     images: Annotated[
-        Path | None, typer.Option("--images", help="Folder that relative paths of a table start from.")
+        Path | None,
+        typer.Option(
+            "--images",
+            metavar="FOLDER",
+            help="Folder that relative paths of a table start from.  [default: the table's]",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     image_column: Annotated[
-        str | None, typer.Option("--image-column", help="Column of image paths of a table.")
+        str | None,
+        typer.Option(
+            "--image-column",
+            metavar="NAME",
+            help="Column of image paths of a table.  [default: by its name]",
+            rich_help_panel=DATA,
+        ),
     ] = None,
-    label_column: Annotated[str | None, typer.Option("--label-column", help="Column of labels of a table.")] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(
+            "--label-column",
+            metavar="NAME",
+            help="Column of labels of a table.  [default: by its name]",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Leave out images of nus_wide or a table that are missing.")
+        bool,
+        typer.Option(
+            "--skip-missing", help="Leave out images of nus_wide or a table that are missing.", rich_help_panel=DATA
+        ),
     ] = False,
     rank: RankOption = None,
     world: WorldOption = None,
     device: image_maps.DeviceOption = None,
+    fast: image_maps.FastOption = False,
+    bfloat16: image_maps.BFloat16Option = False,
     as_json: JsonOption = False,
     *,
     given: dict[str, Any],
@@ -219,23 +343,45 @@ def classify(
     reader = open_labels(data, root, **_without_none(split=split, limit=limit, classes=classes), **of_table)
     _run(
         lambda adapter, **more: evaluate_classify(adapter, reader, options, **more),
-        backbone, backbone_option, device, out, rank, world, as_json, preset,
+        backbone, backbone_option, device, out, rank, world, as_json, preset, fast, bfloat16,
     )  # fmt: skip
 
 
+@examples(
+    ("Held-out pairs of your own", "ttd eval retrieval heldout/ --out runs/retrieval"),
+    ("Also the losses of TTD on them", "ttd eval retrieval heldout/ --losses --json"),
+    (
+        "Karpathy's test split of COCO",
+        "ttd eval retrieval dataset_coco.json --split test --images coco/ \\\n"
+        "    --backbone siglip:ViT-B-16-SigLIP@webli",
+    ),
+)
 @with_flags([*_flags(RETRIEVAL_PRESETS), *PAIR_COLUMNS])
 def retrieval(
-    pairs: Annotated[str, typer.Argument(help="Folder, table, COCO JSON, shards or hf:NAME.", show_default=False)],
+    pairs: Annotated[
+        str,
+        typer.Argument(metavar="PAIRS", help="Folder, table, COCO JSON, shards or hf:NAME.", show_default=False),
+    ],
     backbone: image_maps.BackboneOption = image_maps.DEFAULT_BACKBONE,
     backbone_option: image_maps.BackboneSettings = None,
     preset: PresetOption = "paper",
     out: OutOption = None,
-    split: Annotated[str | None, typer.Option("--split", help="Split of the pairs, if their layout has some.")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            "--split",
+            metavar="NAME",
+            help="Split of the pairs, if their layout has some.  [default: the layout's]",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     limit: LimitOption = None,
     rank: RankOption = None,
     world: WorldOption = None,
     allow_pipe: image_maps.AllowPipeOption = False,
     device: image_maps.DeviceOption = None,
+    fast: image_maps.FastOption = False,
+    bfloat16: image_maps.BFloat16Option = False,
     as_json: JsonOption = False,
     *,
     given: dict[str, Any],
@@ -255,7 +401,7 @@ def retrieval(
         reader = PlainPairs(pairs, **_without_none(split=split, limit=limit), **more)
     _run(
         lambda adapter, **more: evaluate_retrieval(adapter, reader, options, **more),
-        backbone, backbone_option, device, out, rank, world, as_json, preset,
+        backbone, backbone_option, device, out, rank, world, as_json, preset, fast, bfloat16,
     )  # fmt: skip
 
 
@@ -293,14 +439,16 @@ def _run(
     world: int | None,
     as_json: bool,
     preset: str,
+    fast: bool,
+    bfloat16: bool,
 ) -> None:
     from ttd_plugins.caption_maps import backbone_notes
     from ttd_plugins.evaluation.protocols import process_place
-    from ttd_plugins.plugins import load
     from ttd_plugins.utils.progress import progress_bars
 
     own_rank, own_world = process_place()
-    adapter = load(backbone, device=device, **image_maps.parse_settings(backbone_option))
+    settings = image_maps.parse_settings(backbone_option)
+    adapter = image_maps.load_backbone(backbone, settings, device=device, fast=fast, bfloat16=bfloat16)
     # Labelled data sets are photographs.
     image_maps.warn_of(backbone_notes(adapter.description))
     with progress_bars(width=18) as stage:

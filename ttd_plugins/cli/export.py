@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ttd_plugins.cli import image_maps
+from ttd_plugins.cli import completion, image_maps
+from ttd_plugins.cli.help_pages import MODEL, OUTPUT, examples
 from ttd_plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,18 +20,36 @@ if TYPE_CHECKING:
     from ttd_plugins.hub_upload import Pushed
 
 
+FORM_NAMES = ("native", "lora", "weights")
+"""Those of ttd_plugins.export, which imports torch."""
+
+
+@examples(
+    ("For the library of the backbone", "ttd export runs/mine --out tuned"),
+    ("Only the LoRA, in the format of peft", "ttd export runs/mine --form lora --out tuned-lora"),
+    ("To the Hugging Face hub", "ttd export runs/mine --push-to-hub USER/NAME --private"),
+)
 def command(
     run: Annotated[
-        Path | None, typer.Argument(help="Folder of a run of `ttd train`, or RUN@STEP.", show_default=False)
+        Path | None,
+        typer.Argument(metavar="RUN", help="Folder of a run of `ttd train`, or RUN@STEP.", show_default=False),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder to write; new, or empty. Not needed with --push-to-hub."),
+        typer.Option(
+            "--out",
+            metavar="FOLDER",
+            help="Folder to write; new, or empty. Required without --push-to-hub.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     form: Annotated[
         str,
         typer.Option(
             "--form",
+            metavar="|".join(FORM_NAMES),
+            rich_help_panel=OUTPUT,
+            autocompletion=completion.one_of(FORM_NAMES),
             help="native: what the backbone's own library loads; lora: the small LoRA alone, for peft; weights: the "
             "state dict alone.",
         ),
@@ -40,6 +59,7 @@ def command(
         typer.Option(
             "--step",
             metavar="STEP",
+            rich_help_panel=MODEL,
             help="Step of the checkpoint, or best: the best by the run's --best.  [default: the last]",
         ),
     ] = None,
@@ -47,6 +67,8 @@ def command(
         float | None,
         typer.Option(
             "--lora-scale",
+            metavar="NUMBER",
+            rich_help_panel=MODEL,
             help="Factor of LoRA: 1 is as trained; less keeps more of the original model, 0 all of it.  [default: the "
             "run's --lora-scale]",
         ),
@@ -55,12 +77,19 @@ def command(
         bool,
         typer.Option(
             "--averaged/--not-averaged",
+            rich_help_panel=MODEL,
             help="Export the moving average of the weights, where the run has --weight-ema.",
         ),
     ] = True,
     backbone: Annotated[
         str | None,
-        typer.Option("--backbone", help=f"Instead of a run, a backbone as it is: {image_maps.BACKBONE_FORMS}"),
+        typer.Option(
+            "--backbone",
+            metavar="NAME",
+            help=f"Instead of a run, a backbone as it is: {image_maps.BACKBONE_FORMS}  [default: RUN]",
+            rich_help_panel=MODEL,
+            autocompletion=completion.backbones,
+        ),
     ] = None,
     backbone_option: image_maps.BackboneSettings = None,
     repository: Annotated[
@@ -68,17 +97,24 @@ def command(
         typer.Option(
             "--push-to-hub",
             metavar="USER/NAME",
-            help="Push the export to this repository of the Hugging Face hub; `hf auth login` or HF_TOKEN logs in.",
+            rich_help_panel=OUTPUT,
+            help="Push the export to this repository of the Hugging Face hub; `hf auth login` or HF_TOKEN logs in.  "
+            "[default: no push]",
         ),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Create a private repository.", rich_help_panel=OUTPUT)
+    ] = False,
     licence: Annotated[
         str | None,
         typer.Option(
-            "--licence", help="Licence in the model card, such as apache-2.0.  [default: a note on the base's]"
+            "--licence",
+            metavar="NAME",
+            help="Licence in the model card, such as apache-2.0.  [default: a note on the base's]",
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
+    as_json: image_maps.JsonOption = False,
 ) -> None:
     """Write a tuned backbone for its own library.
 

@@ -10,13 +10,30 @@ from typing import Annotated
 import typer
 
 from ttd_plugins.cli import image_maps
+from ttd_plugins.cli.help_pages import OUTPUT, examples
 from ttd_plugins.errors import InputError
 
 
+@examples(
+    ("Draw the maps of a caption and of its words", 'ttd heatmap photo.jpg "a dog beside an umbrella" --out maps.png'),
+    ("Two captions, one below the other", 'ttd heatmap photo.jpg "a dog" "a red umbrella" --out two.png'),
+    (
+        "A pretrained backbone, whose weights are downloaded once",
+        'ttd heatmap photo.jpg "a dog beside an umbrella" --size 448 \\\n'
+        "    --backbone open_clip:ViT-B-16@laion2b_s34b_b88k --out maps.png",
+    ),
+)
 def command(
     image: image_maps.ImageArgument,
-    caption: Annotated[list[str], typer.Argument(help="Its caption, or several.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", help="The PNG file to write.", show_default=False)],
+    caption: Annotated[
+        list[str], typer.Argument(metavar="CAPTION...", help="Its caption, or several.", show_default=False)
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="FILE", help="The PNG file to write.", show_default=False, rich_help_panel=OUTPUT
+        ),
+    ],
     backbone: image_maps.BackboneOption = image_maps.DEFAULT_BACKBONE,
     backbone_option: image_maps.BackboneSettings = None,
     tags: image_maps.TagsOption = "words",
@@ -26,6 +43,8 @@ def command(
     rule: image_maps.RuleOption = None,
     threshold: image_maps.ThresholdOption = None,
     device: image_maps.DeviceOption = None,
+    fast: image_maps.FastOption = False,
+    bfloat16: image_maps.BFloat16Option = False,
 ) -> None:
     """Draw the maps of CAPTION and its tags over IMAGE.
 
@@ -45,6 +64,8 @@ def command(
         rule=rule,
         threshold=threshold,
         device=device,
+        fast=fast,
+        bfloat16=bfloat16,
     )
     import numpy as np
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ttd_plugins.cli.help_pages import examples
+
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
@@ -18,12 +20,20 @@ SUFFIX = ".in"
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
+@examples(
+    ("Write the project ./ttd-my-clip", "ttd new-adapter my_clip"),
+    ("Into another folder", "ttd new-adapter my_clip --out projects"),
+)
 def command(
     name: Annotated[
-        str, typer.Argument(help="Name of the family: lower-case letters, digits and _.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="NAME", help="Name of the family: lower-case letters, digits and _.", show_default=False
+        ),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder to write.  [default: ./ttd-NAME]", show_default=False)
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="Folder to write.  [default: ./ttd-NAME]", show_default=False),
     ] = None,
 ) -> None:
     """Write a project for an adapter of your own.

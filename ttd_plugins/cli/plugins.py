@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Annotated
 
 import typer
 
+from ttd_plugins.cli import image_maps
+from ttd_plugins.cli.help_pages import examples
 from ttd_plugins.errors import printable
 
 
+@examples(
+    ("Installed plugins, and why one is not loaded", "ttd plugins"),
+    ("The same for a program", "ttd plugins --json"),
+    ("Without one of them", "ttd --deny-plugin stanza plugins"),
+)
 def command(
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead.")] = False,
+    as_json: image_maps.JsonOption = False,
 ) -> None:
     """List plugins and their problems.
 

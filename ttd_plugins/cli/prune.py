@@ -9,6 +9,7 @@ import typer
 
 from ttd_plugins.cli import image_maps
 from ttd_plugins.cli.config_flags import flags_of, nested, print_json, with_flags
+from ttd_plugins.cli.help_pages import DATA, OUTPUT, examples
 from ttd_plugins.cli.train import PAIR_COLUMNS
 from ttd_plugins.training.config import BackboneConfig, DataConfig
 
@@ -24,14 +25,41 @@ FLAGS = [
 ]
 
 
+@examples(
+    ("Score the pairs of a folder", "ttd prune pairs/ --out scores.jsonl"),
+    (
+        "Train without the worst tenth of them",
+        "ttd train --backbone open_clip:tiny --data pairs/ --steps 2 --batch-size 4 \\\n"
+        "    --data-option keep=scores.jsonl --data-option quantile=0.1 \\\n"
+        "    --out runs/pruned",
+    ),
+    (
+        "As the paper does, on shards of CC12M",
+        "ttd prune cc12m/ --backbone open_clip:ViT-B-16@openai --workers 8 \\\n    --out scores.parquet",
+    ),
+)
 @with_flags(FLAGS)
 def command(
-    spec: Annotated[str, typer.Argument(help="Folder, table, COCO JSON, shards or hf:NAME.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", help="File for the scores, .jsonl or .parquet.", show_default=False)],
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Pairs in a batch.")] = 64,
+    spec: Annotated[
+        str,
+        typer.Argument(metavar="PAIRS", help="Folder, table, COCO JSON, shards or hf:NAME.", show_default=False),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="File for the scores, .jsonl or .parquet.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ],
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", metavar="N", help="Pairs in a batch.", rich_help_panel=DATA)
+    ] = 64,
     allow_pipe: image_maps.AllowPipeOption = False,
     device: image_maps.DeviceOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
+    as_json: image_maps.JsonOption = False,
     *,
     given: dict[str, Any],
 ) -> None:

@@ -9,8 +9,10 @@ import typer
 
 from ttd_plugins.cli import image_maps
 from ttd_plugins.cli.config_flags import flags_of, nested, print_json, with_flags
+from ttd_plugins.cli.help_pages import EVALUATION, OUTPUT, examples
 from ttd_plugins.evaluation.protocol_options import IMAGE_SEGMENT, with_changes, with_plane
 from ttd_plugins.utils.configuration import from_mapping, plain_values
+from ttd_plugins.utils.quick_start import collection_paused
 
 if TYPE_CHECKING:
     from ttd_plugins.segmenting import Segmentation
@@ -19,26 +21,48 @@ MAX_ROWS = 20
 DEFAULT_OUT = Path("segments")
 
 
+@examples(
+    ("Which pixels show which of these names", 'ttd segment photo.jpg "dog|puppy, grass, sky"'),
+    ("Every photograph of a folder, by a list of names", "ttd segment photos/ names.txt --out segmented"),
+    (
+        "Faster: one scale, no mirrored image, no refinement",
+        "ttd segment photo.jpg coco_things --scales 1 --no-flip --no-pamr --out quick",
+    ),
+)
 @with_flags(flags_of(type(IMAGE_SEGMENT), defaults=IMAGE_SEGMENT))
 def command(
-    image: Annotated[Path, typer.Argument(help="An image file, or a folder of images.", show_default=False)],
+    image: Annotated[
+        Path,
+        typer.Argument(metavar="IMAGE", help="An image file, or a folder of images.", show_default=False),
+    ],
     names: Annotated[
         str,
         typer.Argument(
+            metavar="NAMES",
             help="Names with commas, as in 'dog|puppy, grass'; a file of names; or a built-in list such as "
             "coco_panoptic.",
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for masks, overlays and results.")] = DEFAULT_OUT,
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="FOLDER", help="Folder for masks, overlays and results.", rich_help_panel=OUTPUT),
+    ] = DEFAULT_OUT,
     backbone: image_maps.BackboneOption = image_maps.DEFAULT_BACKBONE,
     backbone_option: image_maps.BackboneSettings = None,
     template: Annotated[
         list[str] | None,
-        typer.Option("--template", help="A prompt with {} for the name, instead of --templates; repeatable."),
+        typer.Option(
+            "--template",
+            metavar="PROMPT",
+            help="A prompt with {} for the name, instead of --templates; repeatable.",
+            rich_help_panel=EVALUATION,
+        ),
     ] = None,
     device: image_maps.DeviceOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
+    fast: image_maps.FastOption = False,
+    bfloat16: image_maps.BFloat16Option = False,
+    as_json: image_maps.JsonOption = False,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -51,17 +75,19 @@ def command(
     values = plain_values(IMAGE_SEGMENT)
     values["dense"] |= changes.pop("dense", {})
     options = from_mapping(type(IMAGE_SEGMENT), values | changes, "the flags")
-    from ttd_plugins.data.image_folders import find_images
-    from ttd_plugins.evaluation.vocabulary import read_vocabulary
+    with collection_paused():
+        from ttd_plugins.data.image_folders import find_images
+        from ttd_plugins.evaluation.vocabulary import read_vocabulary
 
     # Before anything slow, so that a wrong path and a wrong file of names are reported at once.
     find_images(image, outside=out)
     classes = read_vocabulary(names)
-    from ttd_plugins.plugins import load
+    adapter = image_maps.load_backbone(
+        backbone, image_maps.parse_settings(backbone_option), device=device, fast=fast, bfloat16=bfloat16
+    )
     from ttd_plugins.segmenting import Segmenter, default_size, segment_folder
     from ttd_plugins.utils.progress import progress_bars
 
-    adapter = load(backbone, device=device, **image_maps.parse_settings(backbone_option))
     if "dense.size" not in given:
         options = with_changes(options, {"size": default_size(adapter)})
     latest: list[Segmentation] = []

@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ttd_plugins.cli import image_maps
+from ttd_plugins.cli.help_pages import OUTPUT, TAGS, examples
 from ttd_plugins.errors import InputError
+from ttd_plugins.utils.quick_start import collection_paused
 
 if TYPE_CHECKING:
+    from ttd_plugins.adapter import DenseAdapter
     from ttd_plugins.engine import CaptionMaps
     from ttd_plugins.tagging import VocabularyTags
 
 
+@examples(
+    ("Which words of a caption the image shows", 'ttd tags photo.jpg "a dog beside an umbrella on the grass"'),
+    ("Which names of a list it shows", "ttd tags photo.jpg --vocabulary names.txt"),
+    ("A folder of images, for a program", "ttd tags photos/ --vocabulary coco_things --out tags.jsonl"),
+)
 def command(
     image: Annotated[
-        Path, typer.Argument(help="An image file; with --vocabulary also a folder of images.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="IMAGE", help="An image file; with --vocabulary also a folder of images.", show_default=False
+        ),
     ],
-    caption: Annotated[str | None, typer.Argument(help="Its caption, unless --vocabulary.", show_default=False)] = None,
+    caption: Annotated[
+        str | None, typer.Argument(metavar="CAPTION", help="Its caption, unless --vocabulary.", show_default=False)
+    ] = None,
     vocabulary: Annotated[
         str | None,
         typer.Option(
             "--vocabulary",
-            metavar="FILE|LIST",
+            metavar="FILE|NAMES",
+            rich_help_panel=TAGS,
             help="Candidate tags instead of a caption's: a file, names with commas, or a built-in list such as "
-            "coco_panoptic.",
+            "coco_panoptic.  [default: the words of CAPTION]",
         ),
     ] = None,
     backbone: image_maps.BackboneOption = image_maps.DEFAULT_BACKBONE,
@@ -39,23 +55,41 @@ def command(
     rule: image_maps.RuleOption = None,
     threshold: image_maps.ThresholdOption = None,
     top: Annotated[
-        int | None, typer.Option("--top", help="With --vocabulary: the most tags of an image.  [default: 10]")
+        int | None,
+        typer.Option(
+            "--top",
+            metavar="N",
+            help="With --vocabulary: the most tags of an image.  [default: 10]",
+            rich_help_panel=TAGS,
+        ),
     ] = None,
     template: Annotated[
         list[str] | None,
         typer.Option(
             "--template",
+            metavar="PROMPT",
+            rich_help_panel=TAGS,
             help="With --vocabulary: a prompt with {} for the name, repeatable, or imagenet, photo or none.  "
             "[default: photo]",
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="With --vocabulary: a .jsonl or .parquet file for the tags.")
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="With --vocabulary: a .jsonl or .parquet file for the tags.  [default: print them]",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     device: image_maps.DeviceOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead.")] = False,
+    fast: image_maps.FastOption = False,
+    bfloat16: image_maps.BFloat16Option = False,
+    as_json: image_maps.JsonOption = False,
 ) -> None:
-    """Select the words of CAPTION, or the names of a vocabulary, that are in IMAGE.
+    """Select the words of CAPTION that IMAGE shows.
+
+    With --vocabulary, the names of a list instead of the words.
 
     Each candidate tag is scored by its nearest patch, and the selection rule decides.
     """
@@ -65,9 +99,15 @@ def command(
         chosen: dict[str, Any] = {"rule": rule, "threshold": threshold, "top": top, "templates": _templates(template)}
         chosen = {name: value for name, value in chosen.items() if value is not None}
         chosen["size"] = image_maps.parse_size(size)
-        _tag_by_vocabulary(
-            image, vocabulary, out, backbone, image_maps.parse_settings(backbone_option), device, as_json, chosen
+        load_backbone = partial(
+            image_maps.load_backbone,
+            backbone,
+            image_maps.parse_settings(backbone_option),
+            device=device,
+            fast=fast,
+            bfloat16=bfloat16,
         )
+        _tag_by_vocabulary(image, vocabulary, out, load_backbone, backbone, as_json, chosen)
         return
     if caption is None:
         raise InputError("there is no CAPTION; describe the image, or name candidate tags with --vocabulary")
@@ -87,6 +127,8 @@ def command(
         rule=rule,
         threshold=threshold,
         device=device,
+        fast=fast,
+        bfloat16=bfloat16,
     )
 
 
@@ -163,28 +205,29 @@ def _tag_by_vocabulary(
     image: Path,
     vocabulary: str,
     out: Path | None,
+    load_backbone: Callable[[], DenseAdapter],
     backbone: str,
-    backbone_options: dict[str, Any],
-    device: str | None,
     as_json: bool,
     options: dict[str, Any],
 ) -> None:
     folder = image.is_dir()
     if folder and out is None:
         raise InputError(f"{str(image)!r} is a folder; name a file for its tags with --out, such as tags.jsonl")
-    from ttd_plugins.data.images import read_image
-    from ttd_plugins.evaluation.vocabulary import read_vocabulary
+    with collection_paused():
+        from ttd_plugins.data.images import read_image
+        from ttd_plugins.evaluation.vocabulary import read_vocabulary
 
     # Before anything slow, so that a wrong path and a wrong file of names are reported at once.
     pixels = None if folder else read_image(image)
     classes = read_vocabulary(vocabulary)
-    from ttd_plugins.plugins import load
-    from ttd_plugins.tagging import Tagger, require_tags_file, tag_folder
+    if out is not None:
+        from ttd_plugins.tagging import require_tags_file
+
+        require_tags_file(out)
+    adapter = load_backbone()
+    from ttd_plugins.tagging import Tagger, tag_folder
     from ttd_plugins.utils.progress import progress_bars
 
-    if out is not None:
-        require_tags_file(out)
-    adapter = load(backbone, device=device, **backbone_options)
     latest: list[VocabularyTags] = []
     with progress_bars(terminal_only=True) as stage:
         tagger = Tagger(adapter, classes, stage=stage, **options)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ttd_plugins.cli.config_flags import ConfigFlag, flags_of, old_flags, print_json, with_flags
+from ttd_plugins.cli.help_pages import DATA, OUTPUT, RUN, examples
 from ttd_plugins.cli.image_maps import AllowPipeOption
 from ttd_plugins.errors import InputError
 from ttd_plugins.training.config import TrainConfig
@@ -16,9 +17,28 @@ if TYPE_CHECKING:
     from ttd_plugins.training.run import TrainResult
 
 PAIR_COLUMNS = (
-    ConfigFlag("data.options.images", "--images", str, "Folder that relative paths start from."),
-    ConfigFlag("data.options.image_column", "--image-column", str, "Column of image paths or images."),
-    ConfigFlag("data.options.caption_column", "--caption-column", str, "Column or field of captions."),
+    ConfigFlag(
+        "data.options.images",
+        "--images",
+        str,
+        "Folder that relative paths start from.  [default: the table's, or one near it]",
+        "FOLDER",
+        DATA,
+    ),
+    ConfigFlag(
+        "data.options.image_column",
+        "--image-column",
+        str,
+        "Column of image paths or images.  [default: by its name]",
+        section=DATA,
+    ),
+    ConfigFlag(
+        "data.options.caption_column",
+        "--caption-column",
+        str,
+        "Column or field of captions.  [default: by its name]",
+        section=DATA,
+    ),
 )
 """Options of ``open_pairs`` that have a flag of their own wherever pairs are read."""
 
@@ -28,19 +48,46 @@ DIVERGED = 1
 OLD_FLAGS = old_flags(FLAGS, {"--evaluate-most": "--evaluate-limit"})
 
 
+@examples(
+    (
+        "Tune on a folder of images and captions",
+        "ttd train --backbone open_clip:tiny --data pairs/ --steps 100 \\\n    --batch-size 8 --out runs/mine",
+    ),
+    ("Continue it where it stopped", "ttd train --out runs/mine --resume"),
+    ("From a YAML file, with one option changed", "ttd train train.yaml --set run.seed=1 --out runs/yaml"),
+    (
+        "A pretrained backbone on shards, in bfloat16, with held-out pairs",
+        "ttd train --backbone open_clip:ViT-B-16@openai --data cc12m/ --steps 2000 \\\n"
+        "    --precision bf16 --evaluate pairs:heldout/ --evaluate-every 500 \\\n"
+        "    --out runs/cc12m",
+    ),
+)
 @with_flags([*FLAGS, *OLD_FLAGS])
 def command(
     config: Annotated[
-        Path | None, typer.Argument(help="YAML file of options; see docs/training.md.", show_default=False)
+        Path | None,
+        typer.Argument(metavar="FILE", help="YAML file of options; see docs/training.md.", show_default=False),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("run"),
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out where it stopped.")] = False,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Folder of the run.", rich_help_panel=OUTPUT)
+    ] = Path("run"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --out where it stopped.", rich_help_panel=OUTPUT)
+    ] = False,
     change: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any option, as section.key=value; repeatable."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any option, as section.key=value; repeatable.",
+            rich_help_panel=RUN,
+        ),
     ] = None,
     allow_pipe: AllowPipeOption = False,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the YAML file and stop.")] = False,
+    schema: Annotated[
+        bool,
+        typer.Option("--schema", help="Print the JSON schema of the YAML file and stop.", rich_help_panel=OUTPUT),
+    ] = False,
     *,
     given: dict[str, Any],
 ) -> None:

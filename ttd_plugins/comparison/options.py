@@ -26,7 +26,7 @@ DEFAULT_SCALES = (0.25, 0.5, 0.75)
 """Factors of LoRA between the backbone before TTD (0) and after it (1)."""
 
 
-@configuration()
+@configuration(section="Training")
 class CompareOptions:
     """What is compared, on which data, and how backbones are fine-tuned.
 
@@ -41,16 +41,36 @@ class CompareOptions:
         Text,
         option(
             "Data: scenes; a data set of `ttd eval tags`, segment or classify, such as coco_captions, folder or table; "
-            "or pairs. NAME:FOLDER names the folder too."
+            "or pairs. NAME:FOLDER names the folder too.",
+            section="Data",
         ),
     ] = SCENES
-    root: Annotated[Path | None, option("Folder of the data set; for pairs the held-out pairs.")] = None
-    split: Annotated[Text | None, option("Split of the data set; null means the data set's default.")] = None
+    root: Annotated[
+        Path | None,
+        option(
+            "Folder of the data set; for pairs the held-out pairs; null means the folder in the name of the data.",
+            metavar="FOLDER",
+            section="Data",
+        ),
+    ] = None
+    split: Annotated[
+        Text | None, option("Split of the data set; null means the data set's default.", section="Data")
+    ] = None
     classes: Annotated[
-        Text | None, option("List of classes drawn from those of a data set, as `ttd eval segment --classes`.")
+        Text | None,
+        option(
+            "List of classes drawn from those of a data set, as `ttd eval segment --classes`; null means all.",
+            metavar="NAME|FILE",
+            section="Data",
+        ),
     ] = None
     pairs: Annotated[
-        Text | None, option("Image-text pairs to train on beside a data set, as `ttd train --data` accepts them.")
+        Text | None,
+        option(
+            "Image-text pairs to train on, as `ttd train --data` accepts them; scenes need none; null means none.",
+            metavar="PAIRS",
+            section="Data",
+        ),
     ] = None
     tune: Annotated[Flag, option("Whether to fine-tune; otherwise backbones are measured as loaded.")] = True
     seeds: Annotated[Int, option("Number of seeds.", ge=1)] = 3
@@ -68,13 +88,20 @@ class CompareOptions:
     learning_rate: Annotated[
         Float | None, option("Peak learning rate; null means 1e-3 on scenes and 1e-4 on pairs.", flag="--lr", gt=0)
     ] = None
-    limit: Annotated[Int | None, option("Images measured; null means 512 scenes or the whole data set.", ge=2)] = None
-    gallery: Annotated[Int, option("Images in the report.", ge=0)] = 12
-    preset: Annotated[Text, option("Settings of the protocols on a data set: fast or paper.")] = "fast"
-    workers: Annotated[Int, option("Processes that decode pairs.", ge=0)] = 0
+    limit: Annotated[
+        Int | None, option("Images measured; null means 512 scenes or the whole data set.", section="Data", ge=2)
+    ] = None
+    gallery: Annotated[Int, option("Images in the report.", section="Output", ge=0)] = 12
+    preset: Annotated[Text, option("Settings of the protocols on a data set: fast or paper.", section="Evaluation")] = (
+        "fast"
+    )
+    workers: Annotated[Int, option("Processes that decode pairs.", section="Run", ge=0)] = 0
     # Two processes of one core outperform one process of two cores; results are equal up to the order of float sums.
     jobs: Annotated[Int, option("Arms trained at the same time, on scenes on the CPU.", ge=1)] = 1
-    device: Annotated[Text | None, option("Device, such as cpu or cuda.")] = None
+    device: Annotated[
+        Text | None,
+        option("Device, such as cpu or cuda; null means the family's choice.", metavar="DEVICE", section="Run"),
+    ] = None
     ttd: Annotated[TTDOptions, option("Options of TTD; without a calibration each backbone uses its own.")] = field(
         default_factory=TTDOptions
     )

@@ -46,8 +46,17 @@ class Credit:
 def photograph(number: int) -> tuple[Image.Image, str]:
     """Return image and caption of an example; numbers from 0 repeat after the last."""
     name, caption = EXAMPLES[number % len(EXAMPLES)]
+    return open_photograph(name), caption
+
+
+def open_photograph(name: str) -> Image.Image:
+    """Return a photograph of the package as an RGB image.
+
+    Args:
+        name: its file name, such as that of a :class:`Credit`.
+    """
     with Image.open(PHOTOGRAPHS_FOLDER / "images" / name, formats=("JPEG",)) as image:
-        return image.convert("RGB"), caption
+        return image.convert("RGB")
 
 
 def photograph_credit(number: int) -> Credit:

@@ -16,6 +16,8 @@ from torch import Tensor
 from ttd_plugins.evaluation.protocol_options import PAMR_DILATIONS, PAMR_ITERATIONS
 from ttd_plugins.utils.deprecation import renamed_keyword
 
+CACHED_VALUES = 1 << 18
+"""Values of the score planes that are refined at a time on a CPU."""
 _RING = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0))
 
 
@@ -91,12 +93,18 @@ def pamr(
     if weights is None:
         weights = affinity(image.float(), dilations, sharpness)
     refined = planes.float()
+    height, width = planes.shape[-2:]
+    reach = max(dilations)
+    corners = [(reach + dilation * y, reach + dilation * x) for dilation in dilations for y, x in _RING]
+    # A CPU sums all neighbours of a few rows while they are in its cache; the order of the sums stays the same.
+    rows = max(CACHED_VALUES // max(len(planes) * width, 1), 1) if planes.device.type == "cpu" else height
     for _ in range(iterations):
+        padded = F.pad(refined[None], [reach] * 4, mode="replicate")[0]
         result = torch.zeros_like(refined)
-        index = 0
-        for dilation in dilations:
-            for neighbour in _shifted(refined, dilation):
-                result.addcmul_(neighbour, weights[index])
-                index += 1
+        for top in range(0, height, rows):
+            bottom = min(top + rows, height)
+            part, factors = result[:, top:bottom], weights[:, top:bottom]
+            for factor, (y, x) in zip(factors, corners, strict=True):
+                part.addcmul_(padded[:, top + y : bottom + y, x : x + width], factor)
         refined = result
     return refined

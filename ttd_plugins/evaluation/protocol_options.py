@@ -38,7 +38,7 @@ Positive = Annotated[Int, option("A positive number.", ge=1)]
 Scale = Annotated[Float, option("A scale.", gt=0)]
 
 
-@configuration()
+@configuration(section="Inference")
 class DenseOptions:
     """Views of one image in dense inference: size, scales, flip, sliding windows and refinement."""
 
@@ -84,7 +84,7 @@ def _paper_dense() -> DenseOptions:
     return DenseOptions(size=448, scales=PAPER_SCALES, flip=True, positions="dino", refine=True)
 
 
-@configuration()
+@configuration(section="Evaluation")
 class TagProtocol:
     """How tags are scored and selected; the score of a tag is the maximum of its map, averaged over views."""
 
@@ -95,7 +95,7 @@ class TagProtocol:
     extractor_options: Annotated[dict[str, Any], option("Options of the tag extractor.", flag="--tags-option")] = field(
         default_factory=dict
     )
-    template: Annotated[Text, option("Prompt around a tag, with {} for the tag.")] = "{}"
+    template: Annotated[Text, option("Prompt around a tag, with {} for the tag.", metavar="PROMPT")] = "{}"
     rule: Annotated[Rule, option("Selection rule, for every score.")] = "minmax"
     threshold: Annotated[Float, option("Threshold of the selection rule.")] = 0.5
     calibration: Annotated[
@@ -108,14 +108,14 @@ class TagProtocol:
     retrieval: Annotated[Flag, option("Measure image-text retrieval with the captions.")] = True
     zero_shot: Annotated[
         TemplateSet | None,
-        option("Templates of class names for zero-shot classification; null skips it, as do data without classes."),
+        option("Templates of class names for zero-shot classification, where data have classes; null means none."),
     ] = "photo"
 
     def __post_init__(self) -> None:
         check_threshold(self.rule, self.threshold)
 
 
-@configuration()
+@configuration(section="Evaluation")
 class TextProtocol:
     """How a caption's map is computed and thresholded."""
 
@@ -132,7 +132,7 @@ class TextProtocol:
     ] = None
 
 
-@configuration()
+@configuration(section="Evaluation")
 class SegmentProtocol:
     """How each pixel is assigned a class.
 
@@ -157,7 +157,7 @@ class SegmentProtocol:
     ] = None
 
 
-@configuration()
+@configuration(section="Evaluation")
 class ClassifyProtocol:
     """How the classes of an image are scored and selected in multi-label classification.
 
@@ -185,7 +185,7 @@ class ClassifyProtocol:
     ] = None
 
 
-@configuration()
+@configuration(section="Evaluation")
 class RetrievalProtocol:
     """How images and captions are embedded for retrieval, and which losses of held-out pairs are measured."""
 
@@ -193,7 +193,9 @@ class RetrievalProtocol:
         Int | None,
         option("Side in pixels of the whole image; null means the backbone's own evaluation preprocessing.", ge=1),
     ] = None
-    template: Annotated[Text, option("Prompt around a caption, with {} for it.", flag="--caption-template")] = "{}"
+    template: Annotated[
+        Text, option("Prompt around a caption, with {} for it.", flag="--caption-template", metavar="PROMPT")
+    ] = "{}"
     losses: Annotated[Flag, option("Measure the losses of TTD on the pairs too.")] = False
     batch: Annotated[
         Int, option("Pairs in a batch of the contrastive loss, whose value depends on it.", flag="--loss-batch", ge=2)

@@ -1,8 +1,11 @@
-"""Text embeddings of a batch: each distinct text is encoded once, in chunks of texts of similar length.
+"""Text embeddings of a batch: each distinct text is encoded once, and as few tokens as possible.
 
-The cost of a text tower is proportional to its tokens. A tag has about 3 tokens, a caption 12, the context 77. So texts
-are sorted by length into a few chunks, each trimmed to its longest text, if the backbone allows it
-(``text_needs_full_context``). The number of chunks balances tokens against the cost of a call of the tower.
+The cost of a text tower is proportional to its tokens. A tag has about 3 tokens, a caption 12, the context 77.
+
+- A causal tower whose adapter packs texts (:mod:`ttd_plugins.packed_texts`) encodes all texts in one call, and tokens
+  that texts have in common at their start once.
+- Otherwise texts are sorted by length into a few chunks, each trimmed to its longest text, if the backbone allows it
+  (``text_needs_full_context``). The number of chunks balances tokens against the cost of a call of the tower.
 """
 
 from __future__ import annotations
@@ -17,8 +20,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ttd_plugins.adapter import DenseAdapter, Tokens, named_tower_parameters, text_embeddings, text_tokens
+from ttd_plugins.adapter import (
+    DenseAdapter,
+    Tokens,
+    named_tower_parameters,
+    require_shape,
+    text_embeddings,
+    text_tokens,
+)
 from ttd_plugins.method.similarity import normalize
+from ttd_plugins.packed_texts import (
+    PackedTextEncoder,
+    PackedTexts,
+    on_device,
+    pack_texts,
+    packed_text_encoder,
+    rounded_count,
+    sorted_texts,
+)
 from ttd_plugins.utils.deprecation import renamed_keyword, renamed_names
 
 if not TYPE_CHECKING:
@@ -40,13 +59,6 @@ which takes about 10 ms; an H200 does this much work in that time."""
 
 MAX_POSITIONS = 32_768
 """Text positions whose activations a step stores; with more, the tower runs again in the backward pass, in chunks."""
-
-
-def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on ``device``; a copy from the CPU to a GPU needs no host synchronisation."""
-    if device.type != "cuda" or values.device.type != "cpu":
-        return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)
 
 
 def plan_chunks(lengths: Sequence[int], call_cost: int) -> list[list[int]]:
@@ -112,8 +124,7 @@ def _padded_shape(count: int, length: int, context: int, device: torch.device) -
     """
     if device.type == "cpu":
         return count, length
-    step = max(2 ** (count.bit_length() - 4), 1)
-    return -(-count // step) * step, min(-(-length // 8) * 8, context)
+    return rounded_count(count), min(-(-length // 8) * 8, context)
 
 
 def _are_checkpointed(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
@@ -204,9 +215,10 @@ def encode_texts(
 ) -> tuple[Tensor, list[bool]]:
     """Encode texts: L2-normalised embeddings ``[N, D]`` in at least float32.
 
-    Equal texts are encoded once. Positions after the last end token of a chunk are trimmed if the backbone allows it.
-    Lengths come from tokens on the CPU, without host synchronisation. With gradients, more than :data:`MAX_POSITIONS`
-    positions are encoded in chunks with activation checkpointing of the whole tower.
+    Equal texts are encoded once: packed if the backbone can do it, or else in chunks whose positions after the last end
+    token are trimmed if the backbone allows it. Lengths come from tokens on the CPU, without host synchronisation. With
+    gradients, more than :data:`MAX_POSITIONS` positions are encoded in parts with activation checkpointing of the whole
+    tower.
 
     Args:
         adapter: the backbone.
@@ -223,10 +235,59 @@ def encode_texts(
         return torch.zeros(0, width, device=adapter.device), []
     distinct = list(dict.fromkeys(texts))
     tokens = text_tokens(adapter, distinct) if token_cache is None else token_cache.tokenize(adapter, distinct)
+    encoder = packed_text_encoder(adapter)
+    pooled = None if encoder is None else encoder.pooling_positions(tokens.ids)
+    if encoder is None or pooled is None:
+        found, order = _encode_in_chunks(adapter, tokens, activation_checkpointing)
+    else:
+        found, order = _encode_packed(adapter, encoder, tokens.ids, pooled, activation_checkpointing)
+    embeddings = normalize(found)
+    place = {distinct[number]: row for row, number in enumerate(order)}
+    rows = [place[text] for text in texts]
+    if rows != list(range(len(distinct))):
+        embeddings = embeddings.index_select(0, on_device(torch.tensor(rows), adapter.device))
+    truncated = dict(zip(distinct, tokens.truncated, strict=True))
+    return embeddings, [truncated[text] for text in texts]
+
+
+def _packed_embeddings(adapter: DenseAdapter, encoder: PackedTextEncoder, packed: PackedTexts) -> Tensor:
+    embeddings = encoder.encode_packed_texts(packed)
+    require_shape(adapter, "encode_packed_texts", embeddings, (len(packed), adapter.description.embedding_width))
+    return embeddings
+
+
+def _encode_packed(
+    adapter: DenseAdapter, encoder: PackedTextEncoder, ids: Tensor, pooled: Tensor, activation_checkpointing: bool
+) -> tuple[Tensor, list[int]]:
+    """Encode packed texts; returns embeddings, and the number of the text of each row."""
+    texts = sorted_texts(ids, pooled)
+    positions = sum(len(text) for _, text in texts)
+    large = positions > MAX_POSITIONS
+    checkpointed = large and torch.is_grad_enabled()
+    parts = [texts]
+    if large:
+        step = max(len(texts) * MAX_POSITIONS // (4 * positions), 1)
+        parts = [texts[start : start + step] for start in range(0, len(texts), step)]
+    found = []
+    checkpointing = activation_checkpointing and torch.is_grad_enabled() and not large
+    with checkpointed_text_blocks(adapter) if checkpointing else nullcontext():
+        for part in parts:
+            renumbered = [(number, text) for number, (_, text) in enumerate(part)]
+            packed = pack_texts(renumbered, few_shapes=adapter.device.type != "cpu").to(adapter.device)
+            call = partial(_packed_embeddings, adapter, encoder)
+            embeddings = checkpoint(call, packed, use_reentrant=False) if checkpointed else call(packed)
+            found.append(embeddings[: len(part)])
+    return torch.cat(found) if len(found) > 1 else found[0], [number for number, _ in texts]
+
+
+def _encode_in_chunks(
+    adapter: DenseAdapter, tokens: Tokens, activation_checkpointing: bool
+) -> tuple[Tensor, list[int]]:
+    """Encode chunks of texts of similar length; returns embeddings, and the number of the text of each row."""
     device = adapter.device
     if adapter.description.text_needs_full_context:
-        lengths = [tokens.ids.shape[1]] * len(distinct)
-        chunks = [list(range(len(distinct)))]
+        lengths = [tokens.ids.shape[1]] * len(tokens.ids)
+        chunks = [list(range(len(tokens.ids)))]
     else:
         lengths = tokens.lengths.tolist()
         chunks = plan_chunks(lengths, _call_cost(adapter))
@@ -245,13 +306,7 @@ def encode_texts(
             call = partial(text_embeddings, adapter)
             found = checkpoint(call, ids, use_reentrant=False) if large else call(ids)
             parts.append(found[: len(chunk)])
-    embeddings = normalize(torch.cat(parts) if len(parts) > 1 else parts[0])
-    place = {distinct[number]: row for row, number in enumerate(number for chunk in chunks for number in chunk)}
-    rows = [place[text] for text in texts]
-    if rows != list(range(len(distinct))):
-        embeddings = embeddings.index_select(0, on_device(torch.tensor(rows), device))
-    truncated = dict(zip(distinct, tokens.truncated, strict=True))
-    return embeddings, [truncated[text] for text in texts]
+    return torch.cat(parts) if len(parts) > 1 else parts[0], [number for chunk in chunks for number in chunk]
 
 
 class TextEmbeddingCache:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ttd_plugins.packed_texts import PackedTexts
 from ttd_plugins.toolkit.dense_modes import DenseMode, diagonal_mask, gaussian_window
 
 
@@ -127,6 +128,27 @@ def last_block_at(parts: BlockParts, x: Tensor, positions: Tensor, mask: Tensor 
     mask_rows = None if mask is None else mask[positions][:, None, None].to(q.dtype)
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_rows, dropout_p=parts.dropout)
     out = x[rows, positions] + parts.finish(mixed.transpose(1, 2).flatten(2), query_tokens)[:, 0]
+    return out + parts.feed_forward(out)
+
+
+def last_block_of_packed_texts(parts: BlockParts, x: Tensor, packed: PackedTexts, mask: Tensor) -> Tensor:
+    """Output tokens ``[N, W]`` at the pooled token of each text, as :func:`last_block_at`.
+
+    Args:
+        parts: the block.
+        x: tokens ``[R, L, W]``.
+        packed: the texts in these rows.
+        mask: additive ``[R, L, L]``.
+    """
+    normed = parts.norm(x)
+    query_tokens = packed.pooled(normed)[None]
+    q, k, v = parts.project(query_tokens, normed)
+    # Queries of the texts of a row, [R, heads, M, W / heads]; unused slots are dropped below.
+    q = q[0].index_select(1, packed.slot_text.flatten()).unflatten(1, packed.slot_text.shape).transpose(0, 1)
+    mask_rows = mask.flatten(0, 1).index_select(0, packed.slot_token.flatten()).unflatten(0, packed.slot_text.shape)
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_rows[:, None].to(q.dtype), dropout_p=parts.dropout)
+    mixed = mixed.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, packed.text_slot)[None]
+    out = packed.pooled(x) + parts.finish(mixed, query_tokens)[0]
     return out + parts.feed_forward(out)
 
 

@@ -120,9 +120,17 @@ def resnet_layers(visual: Any) -> list[Any]:
 
 def _batch_norm(norm: Any, x: Tensor) -> Tensor:
     """Batch norm with its running statistics; computed in the dtype of the norm, returned in the dtype of ``x``."""
-    out = F.batch_norm(
-        x.to(norm.weight.dtype), norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
-    )
+    if isinstance(norm, nn.Identity):
+        # It was folded into the convolution.
+        return x
+    given = x.to(norm.weight.dtype)
+    if not norm.training:
+        # As a module, so that hooks see the call.
+        out = norm(given)
+    else:
+        out = F.batch_norm(
+            given, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
+        )
     return out.to(x.dtype)
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ttd_plugins.adapter import ExportedModel, ImageTransform, Tokens, Tower
+from ttd_plugins.packed_texts import PackedTexts
 from ttd_plugins.toolkit import text_tower
 from ttd_plugins.toolkit.clip_adapter import CLIPAdapter
 from ttd_plugins.toolkit.open_clip_export import export_open_clip
@@ -78,6 +79,14 @@ class OpenCLIPModelAdapter(CLIPAdapter):
             InputError: L is longer than the context, or shorter where the full context is needed.
         """
         return text_tower.encode_text(self.model, ids)
+
+    def pooling_positions(self, ids: Tensor) -> Tensor | None:
+        """The pooled position of each row; ``None`` if the text tower is not native or not causal."""
+        return text_tower.pooling_positions(self.model, ids)
+
+    def encode_packed_texts(self, packed: PackedTexts) -> Tensor:
+        """Text embeddings ``[N, D]`` of packed texts, not L2-normalised."""
+        return text_tower.encode_packed_texts(self.model, packed)
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Tokenise with the caller's tokenizer at the model's context length.

@@ -8,6 +8,7 @@ from typing import Any
 
 from ttd_plugins.errors import MissingDependencyError, one_sentence
 from ttd_plugins.utils.loading_lock import LOADING_LOCK
+from ttd_plugins.utils.quick_start import collection_paused, compiler_deferred
 
 
 def import_library(
@@ -26,7 +27,7 @@ def import_library(
         MissingDependencyError: the module, or something that it imports, is absent or broken.
     """
     try:
-        with LOADING_LOCK:
+        with LOADING_LOCK, collection_paused(), compiler_deferred():
             library = importlib.import_module(module)
             for attribute in attributes:
                 getattr(library, attribute)

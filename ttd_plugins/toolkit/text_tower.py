@@ -5,6 +5,7 @@ and ``ln_final``, in the model itself or under ``model.text``.
 
 - A causal tower pooled at its end token never attends to later positions, so rows may be cut after the end token. The
   parts of the tower run with sliced positions and mask, since the library's own ``encode_text`` needs the full context.
+- Texts of a causal tower may also be packed into few rows (:mod:`ttd_plugins.packed_texts`).
 - A tower that pools at the last position runs at the full context.
 - In both, the last block is computed at the pooled position only.
 - Every other tower (an appended class token, masked padding, not native) runs through the library's ``encode_text``.
@@ -16,11 +17,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttd_plugins.errors import InputError
+from ttd_plugins.packed_texts import PackedTexts
 from ttd_plugins.toolkit.attention import call_checkpointed, is_plain_attention
-from ttd_plugins.toolkit.last_block import last_block_at
+from ttd_plugins.toolkit.last_block import last_block_at, last_block_of_packed_texts
 from ttd_plugins.toolkit.lora_targets import base_layer, linear_layers_of_blocks
 from ttd_plugins.toolkit.residual_blocks import block_parts, residual_block_targets, runs_in_parts
 from ttd_plugins.utils.deprecation import renamed_keyword, renamed_names
@@ -118,6 +121,29 @@ def encode_text(model: Any, ids: Tensor) -> Tensor:
     return _first(model.encode_text(ids, normalize=False))
 
 
+def pooling_positions(model: Any, ids: Tensor) -> Tensor | None:
+    """The pooled position of each row, int64 ``[N]``; ``None`` if the tower cannot encode packed texts.
+
+    It can if it is native and causal, and if the attention of its blocks states its number of heads.
+    """
+    if not can_trim(model) or not hasattr(base_layer(text_module(model).transformer.resblocks[-1].attn), "num_heads"):
+        return None
+    return _positions(model, ids)
+
+
+def encode_packed_texts(model: Any, packed: PackedTexts) -> Tensor:
+    """Text embeddings ``[N, D]`` of packed texts, not L2-normalised; see :func:`pooling_positions`."""
+    text = text_module(model)
+    dtype = text.transformer.get_cast_dtype()
+    x = text.token_embedding(packed.ids).to(dtype) + F.embedding(packed.positions, text.positional_embedding).to(dtype)
+    *blocks, last = text.transformer.resblocks
+    heads = int(base_layer(last.attn).num_heads)  # type: ignore[arg-type]
+    mask = packed.additive_mask(x.dtype, heads)
+    for block in blocks:
+        x = call_checkpointed(text.transformer, _run_block, block, x, mask)
+    return _projected(text, call_checkpointed(text.transformer, _run_last_block_packed, last, x, mask, packed))
+
+
 def unpooled_reason(model: Any) -> str | None:
     """Why a text tower has no pooled embedding, as the end of a sentence; ``None`` where it has one."""
     text = text_module(model)
@@ -171,7 +197,12 @@ def _encode_in_parts(model: Any, ids: Tensor) -> Tensor:
     *blocks, last = text.transformer.resblocks
     for block in blocks:
         x = call_checkpointed(text.transformer, _run_block, block, x, mask)
-    pooled = text.ln_final(call_checkpointed(text.transformer, _run_last_block, last, x, mask, _positions(model, ids)))
+    return _projected(text, call_checkpointed(text.transformer, _run_last_block, last, x, mask, _positions(model, ids)))
+
+
+def _projected(text: Any, pooled: Tensor) -> Tensor:
+    """Embeddings ``[N, D]`` of pooled tokens ``[N, W]``: final norm and projection."""
+    pooled = text.ln_final(pooled)
     projection = text.text_projection
     if projection is None:
         return pooled
@@ -194,9 +225,21 @@ def _run_block(block: Any, x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _run_last_block(block: Any, x: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
     """Output tokens ``[N, W]`` of the last block at one position per row."""
-    if not all(hasattr(block, name) for name in BLOCK_PARTS) or not runs_in_parts(block):
+    if not _has_parts(block):
         return _run_block(block, x, mask)[torch.arange(len(x), device=x.device), positions]
     return last_block_at(block_parts(block), x, positions, mask)
+
+
+def _run_last_block_packed(block: Any, x: Tensor, mask: Tensor, packed: PackedTexts) -> Tensor:
+    """Output tokens ``[N, W]`` of the last block at the pooled tokens; ``mask`` is ``[R * heads, L, L]``."""
+    if not _has_parts(block):
+        return packed.pooled(_run_block(block, x, mask))
+    heads = len(mask) // len(x)
+    return last_block_of_packed_texts(block_parts(block), x, packed, mask[::heads])
+
+
+def _has_parts(block: Any) -> bool:
+    return all(hasattr(block, name) for name in BLOCK_PARTS) and runs_in_parts(block)
 
 
 @renamed_keyword("is_whole", "is_plain")

@@ -49,9 +49,10 @@ def call_layer(encoder: Any, layer: Any, x: Tensor, mask: Tensor | None = None) 
         encoder: the layer's encoder, which checkpoints the layers in version 4 of transformers.
         layer: the layer; from version 5 on it checkpoints its own calls.
         x: tokens ``[B, L, W]``.
-        mask: additive ``[L, L]``, or ``None``.
+        mask: additive ``[L, L]`` or ``[B, L, L]``, or ``None``.
     """
-    mask = None if mask is None else mask[None, None]
+    if mask is not None:
+        mask = mask[None, None] if mask.ndim == 2 else mask[:, None]
     if hasattr(layer, "gradient_checkpointing"):
         return _call(layer, x, mask)
     return call_checkpointed(encoder, _call, layer, x, mask)

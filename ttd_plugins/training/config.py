@@ -21,7 +21,7 @@ TowerTuning = Literal["lora", "full", "frozen"]
 Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
 
 
-@configuration()
+@configuration(section="Model")
 class BackboneConfig:
     """The backbone that is tuned."""
 
@@ -37,13 +37,17 @@ class BackboneConfig:
     )
 
 
-@configuration()
+@configuration(section="Data")
 class DataConfig:
     """The image-text pairs, and how they are read."""
 
     source: Annotated[
         Text | None,
-        option("Folder, table, COCO JSON, shards or dataset; null where a loader is passed.", flag="--data"),
+        option(
+            "Folder, table, COCO JSON, shards or dataset; null where a loader is passed.",
+            flag="--data",
+            metavar="PAIRS",
+        ),
     ] = None
     options: Annotated[
         dict[str, Any],
@@ -62,7 +66,11 @@ class DataConfig:
     workers: Annotated[Int, option("Processes that decode images, for each training process.", ge=0)] = 0
     max_skipped: Annotated[
         Int | Float | None,
-        option("Stop past this many unusable samples (a whole number) or this share of them (a fraction).", ge=0),
+        option(
+            "Stop past this many unusable samples (a whole number) or this share of them (a fraction); null means "
+            "never.",
+            ge=0,
+        ),
     ] = None
     loader: Annotated[
         dict[str, Any],
@@ -79,7 +87,7 @@ class LoaderConfig:
     buffer: Annotated[Int, option("Undecoded samples in the shuffle buffer of a stream.", ge=1)] = 1000
 
 
-@configuration()
+@configuration(section="Model")
 class TowersConfig:
     """What is trained of each tower: LoRA, all weights (``"full"``) or nothing (``"frozen"``)."""
 
@@ -94,6 +102,7 @@ class TowersConfig:
             "Regular expression: of the modules that LoRA can wrap, only those in whose names it is found; null means "
             "all.",
             flag="--lora-modules",
+            metavar="REGEX",
         ),
     ] = None
     logit_scale: Annotated[Flag, option("Train the scale and bias of the contrastive logits.")] = False
@@ -101,7 +110,8 @@ class TowersConfig:
         Text | None,
         option(
             "Folder of a LoRA to start from, of peft or of `ttd export --form lora`; its towers, rank, alpha, dropout "
-            "and modules replace those given here."
+            "and modules replace those given here; null means new LoRA.",
+            metavar="FOLDER",
         ),
     ] = None
     lora_scale: Annotated[
@@ -114,7 +124,7 @@ class TowersConfig:
     ] = 1.0
 
 
-@configuration()
+@configuration(section="Optimizer")
 class OptimizerConfig:
     """AdamW (arXiv 1711.05101) with linear warm-up and a learning-rate schedule."""
 
@@ -145,7 +155,7 @@ class OptimizerConfig:
     epochs: Annotated[Int, option("Passes over the data, where steps is not set.", ge=1)] = 1
 
 
-@configuration(renamed={"most": "limit"})
+@configuration(renamed={"most": "limit"}, section="Evaluation")
 class EvaluationConfig:
     """The labelled set on which a run is evaluated: before its first step, after its last, and in between."""
 
@@ -153,22 +163,29 @@ class EvaluationConfig:
         Text | None,
         option(
             "Held-out set: scenes, scenes:N, pairs:SPEC, or NAME:FOLDER with a data set of ttd eval, such as "
-            "coco_captions:FOLDER.",
+            "coco_captions:FOLDER; null means no evaluation.",
             flag="--evaluate",
+            metavar="SET",
         ),
     ] = None
     every: Annotated[
         Int, option("Steps between evaluations; 0 means none in between.", flag="--evaluate-every", ge=0)
     ] = 0
-    limit: Annotated[Int | None, option("Only the first images.", flag="--evaluate-limit", ge=1)] = None
-    split: Annotated[Text | None, option("Split of the labelled set.", flag="--evaluate-split")] = None
+    limit: Annotated[Int | None, option("Only the first images; null means all.", flag="--evaluate-limit", ge=1)] = None
+    split: Annotated[
+        Text | None, option("Split of the set; null means the set's default.", flag="--evaluate-split")
+    ] = None
     preset: Annotated[Text, option("Preset of the protocols, as in ttd eval.", flag="--evaluate-preset")] = "fast"
     size: Annotated[
         Int | None, option("Input side in pixels; null means the preset's.", flag="--evaluate-size", ge=1)
     ] = None
     best: Annotated[
         Text | None,
-        option("Metric of the evaluation, such as retrieval/r1, whose best checkpoint is kept.", flag="--best"),
+        option(
+            "Metric of the evaluation, such as retrieval/r1, whose best checkpoint is kept; null means none.",
+            flag="--best",
+            metavar="METRIC",
+        ),
     ] = None
     best_mode: Annotated[
         Literal["max", "min"] | None,
@@ -186,7 +203,7 @@ class EvaluationConfig:
     ] = None
 
 
-@configuration(renamed={"picture_every": "heatmap_every", "pictures": "heatmap_samples"})
+@configuration(renamed={"picture_every": "heatmap_every", "pictures": "heatmap_samples"}, section="Run")
 class RunConfig:
     """How the run is carried out and watched. Intervals are in optimizer steps; 0 means never."""
 
@@ -209,17 +226,26 @@ class RunConfig:
             lt=1,
         ),
     ] = None
-    log_every: Annotated[Int, option("Steps between log lines, which average metrics over them.", ge=1)] = 10
-    checkpoint_every: Annotated[Int, option("Steps between checkpoints; one is always written at the end.", ge=0)] = 500
-    checkpoint_minutes: Annotated[Float, option("Minutes after which a checkpoint is written as well.", ge=0)] = 0.0
-    keep: Annotated[Int, option("How many of the newest checkpoints are kept.", ge=1)] = 3
-    heatmap_every: Annotated[Int, option("Steps between heat maps of fixed samples.", ge=0)] = 0
-    heatmap_samples: Annotated[Int, option("How many fixed samples.", ge=0)] = 4
+    log_every: Annotated[
+        Int, option("Steps between log lines, which average metrics over them.", ge=1, section="Output")
+    ] = 10
+    checkpoint_every: Annotated[
+        Int, option("Steps between checkpoints; one is always written at the end.", ge=0, section="Output")
+    ] = 500
+    checkpoint_minutes: Annotated[
+        Float, option("Minutes after which a checkpoint is written as well.", ge=0, section="Output")
+    ] = 0.0
+    keep: Annotated[Int, option("How many of the newest checkpoints are kept.", ge=1, section="Output")] = 3
+    heatmap_every: Annotated[Int, option("Steps between heat maps of fixed samples.", ge=0, section="Output")] = 0
+    heatmap_samples: Annotated[Int, option("How many fixed samples.", ge=0, section="Output")] = 4
     evaluate_every: Annotated[
         Int, option("Steps between calls of the callback that evaluates.", flag="--callback-every", ge=0)
     ] = 0
     trackers: Annotated[
-        tuple[Text, ...], option("Trackers of accelerate, such as tensorboard and wandb.", flag="--tracker")
+        tuple[Text, ...],
+        option(
+            "Trackers of accelerate, such as tensorboard and wandb; repeatable.", flag="--tracker", section="Output"
+        ),
     ] = ()
     nonfinite: Annotated[
         Literal["skip", "fatal"],

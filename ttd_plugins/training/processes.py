@@ -59,7 +59,8 @@ def start_accelerate(config: TrainConfig, out: Path) -> Any:
         ) from error
     for tracker in config.run.trackers:
         if importlib.util.find_spec(tracker) is None:
-            raise MissingDependencyError(f"the tracker {tracker!r} is not installed; run: pip install {tracker}")
+            package = "'ttd-plugins[tensorboard]'" if tracker == "tensorboard" else tracker
+            raise MissingDependencyError(f"the tracker {tracker!r} is not installed; run: pip install {package}")
     options: dict[str, Any] = {
         "mixed_precision": config.run.mixed_precision,
         "log_with": list(config.run.trackers) or None,

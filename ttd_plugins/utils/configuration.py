@@ -42,20 +42,33 @@ MAX_SEED = 2**63 - 1
 _C = TypeVar("_C")
 
 
-def option(description: str, *, flag: str | None = None, **constraints: Any) -> Any:
+def option(
+    description: str,
+    *,
+    flag: str | None = None,
+    metavar: str | None = None,
+    section: str | None = None,
+    **constraints: Any,
+) -> Any:
     """Return the metadata of a field, for ``Annotated``.
 
     Args:
-        description: one sentence for help texts, the JSON schema and the documentation.
+        description: one sentence for help texts, the JSON schema and the documentation; where ``None`` is a value, it
+            ends with "; null means" and what it means.
         flag: flag on the command line where it is not ``--`` and the field's name.
+        metavar: the flag's value in help texts, where the type does not say it, such as ``"FOLDER"``.
+        section: section of the flag in help texts, where it is not that of the class.
         **constraints: of :func:`pydantic.Field`, such as ``ge`` and ``lt``.
     """
-    extra: Any = {"flag": flag} if flag is not None else None
+    named = {"flag": flag, "metavar": metavar, "section": section}
+    extra: Any = {name: value for name, value in named.items() if value is not None} or None
     return Field(description=description, json_schema_extra=extra, **constraints)
 
 
 @dataclass_transform(frozen_default=True)
-def configuration(*, renamed: Mapping[str, str] | None = None) -> Callable[[type[_C]], type[_C]]:
+def configuration(
+    *, renamed: Mapping[str, str] | None = None, section: str | None = None
+) -> Callable[[type[_C]], type[_C]]:
     """Class decorator: a frozen dataclass that validates its fields and refuses unknown ones.
 
     A mistake raises :class:`~ttd_plugins.errors.InputError`, one sentence that names the field.
@@ -63,11 +76,13 @@ def configuration(*, renamed: Mapping[str, str] | None = None) -> Callable[[type
 
     Args:
         renamed: old field name to new field name; old names are accepted with a ``FutureWarning``.
+        section: section of the flags in help texts, such as ``"Data"``.
     """
 
     def decorate(cls: type[_C]) -> type[_C]:
         built: Any = pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid"))(cls)
         built.__renamed_fields__ = dict(renamed or {})
+        built.__help_section__ = section
         validate = built.__init__
 
         @wraps(validate)
@@ -107,6 +122,11 @@ def field_information(kind: type[Any]) -> dict[str, FieldInfo]:
 def renamed_fields(kind: type[Any]) -> dict[str, str]:
     """Return the old names of a configuration class's fields, mapped to the new ones."""
     return dict(getattr(kind, "__renamed_fields__", {}))
+
+
+def help_section(kind: type[Any]) -> str | None:
+    """Return the section of a configuration class's flags in help texts."""
+    return getattr(kind, "__help_section__", None)
 
 
 def section_of(hint: Any) -> type[Any] | None:

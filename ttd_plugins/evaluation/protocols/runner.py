@@ -31,6 +31,7 @@ from ttd_plugins.adapter import Calibration, DenseAdapter
 from ttd_plugins.engine import evaluation_mode
 from ttd_plugins.errors import InputError, one_sentence
 from ttd_plugins.evaluation.dense_inference import resampling
+from ttd_plugins.toolkit.fast_inference import inference_settings
 from ttd_plugins.utils.deprecation import RenamedAttribute
 from ttd_plugins.utils.files import given_path, write_atomic
 from ttd_plugins.utils.output_folder import LOCK, FolderKind, output_folder
@@ -101,7 +102,11 @@ def process_place() -> tuple[int, int]:
 def weights_hash(adapter: DenseAdapter) -> str:
     """Return the first 16 hexadecimal digits of the SHA-256 of all parameters and buffers."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(adapter.model.state_dict().items()):
+    model = adapter.model
+    # The state dict of a copy for inference is refused, since nothing may load it.
+    is_copy = inference_settings(adapter) is not None
+    tensors = dict([*model.named_parameters(), *model.named_buffers()]) if is_copy else model.state_dict()
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -110,7 +115,7 @@ def weights_hash(adapter: DenseAdapter) -> str:
 def describe_backbone(adapter: DenseAdapter) -> dict[str, Any]:
     """Return what identifies a backbone: its name, the run or LoRA, dense mode, calibration, a hash of its weights.
 
-    The resampling of position embeddings is included if it is not the library's.
+    The resampling of position embeddings is included if it is not the library's, and ``inference`` for a faster copy.
     """
     description = adapter.description
     # Only where there is one, so that results of earlier releases stay comparable.
@@ -121,6 +126,8 @@ def describe_backbone(adapter: DenseAdapter) -> dict[str, Any]:
         "calibration": asdict(description.calibration),
         "weights_sha256": weights_hash(adapter),
     }
+    inference = inference_settings(adapter)
+    about |= {} if inference is None else {"inference": inference}
     return about if description.positions == "library" else about | {"positions": description.positions}
 
 
