@@ -1,4 +1,4 @@
-"""``benchmarks/gpu.py``: its rows, resuming, what does not fit into memory, and the bars of its table."""
+"""``benchmarks/gpu.py`` of docs/speed.md: rows, resuming, what does not fit into memory, and bars of the table."""
 
 from __future__ import annotations
 
