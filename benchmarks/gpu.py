@@ -257,7 +257,7 @@ def measure_row(row: Row, plan: Plan, out: Path, report: Report) -> Record:
     Returns:
         A record for JSON: the description of the setup; seconds, ratios and operations as in ``ttd bench``;
         ``images_per_second`` of each variant; ``model_flops_utilisation``; ``memory`` in bytes; ``train``; and
-        ``out_of_memory``, the names of what does not fit into the device's memory.
+        ``out_of_memory``, the variants that do not fit into the device's memory.
 
     Raises:
         TTDError: the backbone cannot be loaded, compiled or trained for another reason.

@@ -33,6 +33,8 @@ COMMANDS_INTRODUCTION = f"""# Commands
 
 {NOTICE}
 
+<!-- all blocks run by tests/test_command_help.py -->
+
 Every command of `ttd`, as `ttd COMMAND --help` prints it. An option that takes `KEY=VALUE` may be repeated. The exit
 status is 0 after success, 2 after a mistake in arguments or files, and 130 after Ctrl-C; a command that has another one
 says so. With `--json`, results are one JSON object on standard output, and messages go to standard error.
