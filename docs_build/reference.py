@@ -115,7 +115,8 @@ TABLES = (
     Table(
         TTDOptions,
         "TTDOptions",
-        'In Python `TTD(backbone, rule="absolute")` or `TTD(backbone, TTDOptions(rule="absolute"))`; in YAML and after '
+        'In Python `TTD(backbone, rule="absolute", threshold=0.25)`, or `TTD(backbone, options)` with '
+        '`options = TTDOptions(rule="absolute", threshold=0.25)`; in YAML and after '
         "`--set` as `ttd.rule`; flags of `ttd train` and `ttd compare`. [Settings and their evidence](choices.md) has "
         "measured results.",
     ),
