@@ -1,4 +1,7 @@
-"""Help of the commands: examples that work, sections, defaults, readable values and summaries that are not cut."""
+"""Help of the commands: examples that work, sections, defaults, readable values and summaries that are not cut.
+
+The examples are those of docs/commands.md too, which is generated from the commands.
+"""
 
 from __future__ import annotations
 
@@ -189,7 +192,7 @@ def arguments_of(one: help_pages.Example) -> list[str]:
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that the examples name."""
     folder = tmp_path_factory.mktemp("examples")
-    photographs = sorted(PHOTOGRAPHS.glob("*.jpg"))[:8]
+    photographs = sorted(PHOTOGRAPHS.glob("*.jpg"))[:20]
     for name in ("photos", "pairs", "heldout", "my_set/images", "my_set/masks", "projects"):
         (folder / name).mkdir(parents=True)
     (folder / "projects").rmdir()
@@ -221,7 +224,24 @@ def test_most_examples_run_without_a_network() -> None:
     assert len(LOCAL) > 0.6 * len(EXAMPLES)
 
 
-@pytest.mark.parametrize(("words", "one"), LOCAL, ids=[one.command.splitlines()[0][4:60] for _, one in LOCAL])
+SLOW = re.compile(
+    r"ttd (demo$|demo --backbone|compare --backbones open_clip:photo|check-adapter open_clip:tiny|check-adapter.*--json)"
+)
+"""Seconds each, and another example of the same command is quick."""
+
+
+@pytest.mark.parametrize(
+    ("words", "one"),
+    [
+        pytest.param(
+            words,
+            one,
+            id=one.command.splitlines()[0][4:60],
+            marks=pytest.mark.slow if SLOW.match(one.command) else (),
+        )
+        for words, one in LOCAL
+    ],
+)
 def test_an_example_runs(
     words: tuple[str, ...], one: help_pages.Example, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
