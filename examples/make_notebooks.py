@@ -71,7 +71,7 @@ def clean(notebook: Any) -> Any:
 
 def smaller_png(encoded: str) -> str:
     """Return a PNG in base64, scaled down to the width limit and with a palette."""
-    with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
+    with Image.open(io.BytesIO(base64.b64decode(encoded)), formats=("PNG",)) as image:
         image = image.convert("RGB")
         if image.width > MAX_WIDTH:
             image = image.resize((MAX_WIDTH, round(image.height * MAX_WIDTH / image.width)), Image.Resampling.LANCZOS)

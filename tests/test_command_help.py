@@ -1,6 +1,6 @@
 """Help of the commands: examples that work, sections, defaults, readable values and summaries that are not cut.
 
-The examples are those of docs/commands.md too, which is generated from the commands.
+``docs/commands.md`` has the same examples.
 """
 
 from __future__ import annotations
@@ -193,19 +193,20 @@ def arguments_of(one: help_pages.Example) -> list[str]:
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that the examples name."""
     folder = tmp_path_factory.mktemp("examples")
-    photographs = sorted(PHOTOGRAPHS.glob("*.jpg"))[:20]
+    photographs = sorted(PHOTOGRAPHS.glob("*.jpg"))[:24]
+    content = json.loads((PHOTOGRAPHS.parent / "captions.json").read_text())
+    name_of = {image["id"]: image["file_name"] for image in content["images"]}
+    caption_of = {name_of[one["image_id"]]: one["caption"] for one in content["annotations"]}
     for name in ("photos", "pairs", "heldout", "my_set/images", "my_set/masks", "projects"):
         (folder / name).mkdir(parents=True)
     (folder / "projects").rmdir()
-    annotations = json.loads((PHOTOGRAPHS.parent / "captions.json").read_text(encoding="utf-8"))
-    ids = {one["file_name"]: one["id"] for one in annotations["images"]}
-    captions = {one["image_id"]: one["caption"] for one in annotations["annotations"]}
     for number, file in enumerate(photographs):
         with Image.open(file) as image:
-            small = image.convert("RGB").resize((144, 96))
-        for name in ("pairs", "heldout"):
+            small = image.convert("RGB").resize((96, 64))
+        # A calibration needs 20 different images.
+        for name in ("pairs", "heldout") if number < 8 else ("pairs",):
             small.save(folder / name / f"{number}.jpg")
-            (folder / name / f"{number}.txt").write_text(captions[ids[file.name]])
+            (folder / name / f"{number}.txt").write_text(caption_of[file.name])
         if number < 2:
             small.save(folder / "photos" / f"{number}.jpg")
             small.save(folder / "my_set" / "images" / f"{number}.jpg")
@@ -220,8 +221,24 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 LOCAL = [(words, one) for words, one in EXAMPLES if not ELSEWHERE.search(one.command)]
-# Commands after those whose results they read.
-LOCAL.sort(key=lambda item: (item[0] != ("train",), item[0] == ("prune",)))
+
+
+def out_of(arguments: list[str]) -> str | None:
+    return arguments[arguments.index("--out") + 1] if "--out" in arguments else None
+
+
+def run_example(one: help_pages.Example) -> None:
+    """Run an example, after those whose results it reads."""
+    arguments = arguments_of(one)
+    for _, other in LOCAL:
+        made = out_of(arguments_of(other))
+        if other is not one and "--resume" not in other.command and made in arguments and not Path(made).exists():
+            run_example(other)
+    kind = next((key for key in SHORTER if arguments[: len(key)] == list(key)), None)
+    if kind is not None and "--resume" not in arguments:
+        arguments += SHORTER[kind].split()
+    result = ttd(*arguments)
+    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
 
 
 def test_most_examples_run_without_a_network() -> None:
@@ -231,32 +248,27 @@ def test_most_examples_run_without_a_network() -> None:
 SLOW = re.compile(
     r"ttd (demo$|demo --backbone|compare --backbones open_clip:photo|check-adapter (open_clip:tiny|.*--json))"
 )
-"""Seconds each, and another example of the same command is quick."""
+"""Many seconds each; another example of the same command is quick."""
 
 
 @pytest.mark.parametrize(
     ("words", "one"),
     [
         pytest.param(
-            words,
-            one,
-            id=one.command.splitlines()[0][4:60],
-            marks=pytest.mark.slow if SLOW.match(one.command) else (),
+            *item,
+            id=item[1].command.splitlines()[0][4:60],
+            marks=[pytest.mark.slow] * bool(SLOW.match(item[1].command)),
         )
-        for words, one in LOCAL
+        for item in LOCAL
     ],
 )
 def test_an_example_runs(
     words: tuple[str, ...], one: help_pages.Example, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Each one alone, since other processes may run the others."""
     pytest.importorskip("open_clip")
     monkeypatch.chdir(workspace)
-    arguments = arguments_of(one)
-    kind = next((key for key in SHORTER if arguments[: len(key)] == list(key)), None)
-    if kind is not None and "--resume" not in arguments:
-        arguments += SHORTER[kind].split()
-    result = ttd(*arguments)
-    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+    run_example(one)
 
 
 @pytest.mark.parametrize(

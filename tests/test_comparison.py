@@ -34,7 +34,7 @@ from ttd_plugins.errors import InputError, TTDError
 from ttd_plugins.plugins import load
 
 NAMES = ("open_clip:tiny", "eva_clip:tiny")
-SMALL = CompareOptions(NAMES, seeds=2, steps=2, batch_size=4, rank=2, limit=12, gallery=4)
+SMALL = CompareOptions(NAMES, seeds=2, steps=2, batch_size=4, rank=2, limit=12, gallery=4, lora_scales=(1.0,))
 
 
 def run_command(*arguments: str) -> int:
@@ -251,7 +251,8 @@ def test_every_option_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "run_comparison", reading)
     flags = (
         "--data folder --root data --split train --classes voc --pairs p --no-tune --seeds 1 --first-seed 2 --steps 7 "
-        "--rank 4 --batch-size 5 --lr 1e-5 --limit 11 --gallery 0 --preset paper --workers 2 --jobs 1 --device cuda:1 "
+        "--rank 4 --lora-scales 0.5,1 "
+        "--batch-size 5 --lr 1e-5 --limit 11 --gallery 0 --preset paper --workers 2 --jobs 1 --device cuda:1 "
         "--tags stanza --tags-option deep=null --tags-option name=3 --rule absolute --threshold 0.25 --distance mse "
         "--ttd template=the_{} --distill-weight 2.5 --teacher ema"
     )
@@ -262,7 +263,8 @@ def test_every_option_has_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     expected = CompareOptions(
         ("open_clip:tiny", "eva_clip:tiny+a"), data="folder", root=Path("data"), split="train", classes="voc",
-        pairs="p", tune=False, seeds=1, first_seed=2, steps=7, rank=4, batch_size=5, learning_rate=1e-5, limit=11,
+        pairs="p", tune=False, seeds=1, first_seed=2, steps=7, rank=4,
+        lora_scales=(0.5, 1), batch_size=5, learning_rate=1e-5, limit=11,
         gallery=0, preset="paper", workers=2, device="cuda:1", ttd=ttd,
     )  # fmt: skip
     assert read == [expected]

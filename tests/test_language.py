@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = ("ttd_plugins", "adapters", "examples", "docs_build")
+CODE = ("ttd_plugins", "adapters", "examples", "benchmarks", "docs_build")
 PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs", "examples", "ttd_plugins")
 # Everything that a reader of a page sees; style sheets have no prose.
 TEMPLATES = {".html", ".j2", ".in", ".js"}

@@ -17,7 +17,8 @@ import ttd_plugins
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {
     "TTD", "Calibration", "DenseAdapter", "TTDOptions", "compare", "evaluate", "export_backbone", "find_tags",
-    "fine_tune", "hookimpl", "load", "load_lora", "restore_backbone", "save_lora", "segment", "ttd_loss", "wrap",
+    "fine_tune", "hookimpl", "load", "load_lora", "optimize_for_inference", "restore_backbone",
+    "save_lora", "segment", "ttd_loss", "wrap",
 }  # fmt: skip
 
 

@@ -326,6 +326,29 @@ class TTD(nn.Module):
             tags = check_tags(tags, captions)
         return Candidates.of(tags, images.device)
 
+    def prepare_texts(
+        self, images: Tensor, captions: Sequence[str], tags: Sequence[Sequence[str]] | None = None
+    ) -> list[list[str]]:
+        """Do the host work of a later call with the same texts: find their tags, and tokenise captions and tags.
+
+        A training loop calls it while the device computes another step, so that the device does not wait for it. The
+        next call of this method replaces the prepared tokens.
+
+        Args:
+            images, captions, tags: as in :meth:`forward`; only the number of images is used.
+
+        Returns:
+            The candidate tags of each caption, for the argument ``tags`` of :meth:`forward`.
+
+        Raises:
+            InputError, TagExtractionError: as :meth:`candidates`.
+        """
+        found = self.candidates(images, captions, tags).tags
+        distinct = dict.fromkeys(tag for names in found for tag in names)
+        templates = [self.options.template.format(tag) for tag in distinct]
+        self._text_cache.tokenize_ahead(self.backbone, [*captions, *templates])
+        return found
+
     def align(
         self, images: Tensor, captions: Sequence[str], candidates: Candidates, *, pooled: bool = True
     ) -> Alignment:

@@ -76,7 +76,7 @@ class PackedTexts:
 class PackedTextEncoder(Protocol):
     """What an adapter implements beside :class:`~ttd_plugins.adapter.DenseAdapter` to encode packed texts.
 
-    A subclass that overrides ``encode_text`` and not ``encode_packed_texts`` is not asked for packed texts.
+    Texts of a subclass that overrides ``encode_text`` and not ``encode_packed_texts`` are never packed.
     """
 
     def pooling_positions(self, ids: Tensor) -> Tensor | None:
@@ -94,8 +94,8 @@ class PackedTextEncoder(Protocol):
 def packed_text_encoder(adapter: object) -> PackedTextEncoder | None:
     """Return the adapter as an encoder of packed texts; ``None`` if it does not implement it.
 
-    An adapter whose ``encode_text`` was overridden below ``encode_packed_texts`` would not be asked for its own
-    embeddings, so it counts as one that does not.
+    An adapter that overrides ``encode_text`` and not ``encode_packed_texts`` counts as one that does not, since packed
+    texts would bypass its own embeddings.
     """
     if not isinstance(adapter, PackedTextEncoder) or "encode_text" in vars(adapter):
         return None
@@ -147,39 +147,38 @@ def pack_texts(texts: Sequence[tuple[int, tuple[int, ...]]], *, few_shapes: bool
     texts_made = len(texts)
     if few_shapes:
         count, texts_made, slots = rounded_count(count), rounded_count(len(texts)), -(-slots // 16) * 16
-    ids = torch.zeros(count, length, dtype=torch.long)
-    positions = torch.zeros(count, length, dtype=torch.long)
-    parents = torch.arange(length).repeat(count, 1)
+    # Lists of a fixed length become one tensor each, which costs the host less than one for every row.
+    ids, positions = ([[0] * length for _ in range(count)] for _ in range(2))
+    parents = [list(range(length)) for _ in range(count)]
     text_token, text_slot = [0] * texts_made, [0] * texts_made
-    slot_text, slot_token = torch.zeros(2, count, slots, dtype=torch.long).unbind()
+    slot_text = [[0] * slots for _ in range(count)]
+    # An unused slot has the first token of its own row.
+    slot_token = [[number * length] * slots for number in range(count)]
     for number, row in enumerate(rows):
-        found: list[int] = []
-        depths: list[int] = []
-        above: list[int] = []
+        used = 0
         path: list[int] = []
         for slot, place in enumerate(row):
             text, tokens = texts[place]
             first = shared[place] if slot else 0
-            new = range(len(found), len(found) + len(tokens) - first)
-            path = [*path[:first], *new]
-            above += [path[depth - 1] if depth else path[0] for depth in range(first, len(tokens))]
-            depths += range(first, len(tokens))
-            found += tokens[first:]
-            text_token[text], text_slot[text] = number * length + path[-1], number * slots + slot
-        ids[number, : len(found)] = torch.tensor(found)
-        positions[number, : len(found)] = torch.tensor(depths)
-        parents[number, : len(found)] = torch.tensor(above)
-        slot_text[number, : len(row)] = torch.tensor([texts[place][0] for place in row])
-    tokens_of_texts = torch.tensor(text_token)
-    tokens_of_texts[len(texts) :] = tokens_of_texts[0]
-    slots_of_texts = torch.tensor(text_slot)
-    slots_of_texts[len(texts) :] = slots_of_texts[0]
-    slot_token = tokens_of_texts[slot_text]
-    # An unused slot repeats text 0, whose token is in another row: there it asks the row's own first token.
-    used = torch.zeros(count * slots, dtype=torch.bool).index_fill_(0, slots_of_texts, True).view(count, slots)
-    slot_token = torch.where(used, slot_token, torch.arange(count)[:, None] * length)
+            for depth in range(first, len(tokens)):
+                ids[number][used], positions[number][used] = tokens[depth], depth
+                if depth:
+                    parents[number][used] = path[depth - 1]
+                path[depth:] = [used]
+                used += 1
+            token = number * length + path[len(tokens) - 1]
+            text_token[text], text_slot[text] = token, number * slots + slot
+            slot_text[number][slot], slot_token[number][slot] = text, token
+    for repeated in range(len(texts), texts_made):
+        text_token[repeated], text_slot[repeated] = text_token[0], text_slot[0]
     return PackedTexts(
-        ids, positions, _visible(parents, max(sizes)), tokens_of_texts, slots_of_texts, slot_text, slot_token
+        ids=torch.tensor(ids),
+        positions=torch.tensor(positions),
+        visible=_visible(torch.tensor(parents), max(sizes)),
+        text_token=torch.tensor(text_token),
+        text_slot=torch.tensor(text_slot),
+        slot_text=torch.tensor(slot_text),
+        slot_token=torch.tensor(slot_token),
     )
 
 

@@ -156,6 +156,7 @@ class TokenCache:
         self.longest = longest
         self._rows: OrderedDict[str, tuple[Tensor, int, bool]] = OrderedDict()
         self._valid_for: tuple[object, int] | None = None
+        self._ahead: dict[str, tuple[Tensor, int, bool]] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -167,9 +168,10 @@ class TokenCache:
             return text_tokens(adapter, texts)
         if self._valid_for is None or valid_for[0] is not self._valid_for[0] or valid_for[1] != self._valid_for[1]:
             self._rows.clear()
+            self._ahead.clear()
             self._valid_for = valid_for
-        new = [text for text in texts if text not in self._rows]
-        rows = {text: self._rows[text] for text in texts if text in self._rows}
+        rows = {text: row for text in texts if (row := self._rows.get(text) or self._ahead.get(text)) is not None}
+        new = [text for text in texts if text not in rows]
         if new:
             tokens = text_tokens(adapter, new)
             # Copies, because a view would keep the memory of its whole batch.
@@ -187,6 +189,18 @@ class TokenCache:
             self._rows.popitem(last=False)
         ids, lengths, truncated = zip(*(rows[text] for text in texts), strict=True)
         return Tokens(torch.stack(ids), torch.tensor(lengths), list(truncated))
+
+    def tokenize_ahead(self, adapter: DenseAdapter, texts: Sequence[str]) -> None:
+        """Tokenise the texts of a later call of :meth:`tokenize`, of any length; replaces those of the last such call.
+
+        An adapter without an attribute ``tokenizer`` is left alone, since its rows cannot be cached.
+        """
+        if not texts or getattr(adapter, "tokenizer", None) is None:
+            return
+        distinct = list(dict.fromkeys(texts))
+        found = self.tokenize(adapter, distinct)
+        rows = zip(found.ids, found.lengths.tolist(), found.truncated, strict=True)
+        self._ahead = dict(zip(distinct, rows, strict=True))
 
 
 def _call_cost(adapter: DenseAdapter) -> int:
@@ -332,6 +346,10 @@ class TextEmbeddingCache:
     def clear(self) -> None:
         """Remove all embeddings."""
         self._rows.clear()
+
+    def tokenize_ahead(self, adapter: DenseAdapter, texts: Sequence[str]) -> None:
+        """Tokenise the texts of a later call of :meth:`encode`; see :meth:`TokenCache.tokenize_ahead`."""
+        self._tokens.tokenize_ahead(adapter, texts)
 
     @renamed_keyword("recompute", "activation_checkpointing")
     def encode(

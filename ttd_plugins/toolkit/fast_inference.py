@@ -62,7 +62,8 @@ class InferenceOnly(DenseAdapter):
         dtype = next(self.model.parameters()).dtype
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            found = super().encode_image(pixels, pooled=pooled)
+            # The adapter's own class comes next in the order of classes.
+            found = super().encode_image(pixels, pooled=pooled)  # type: ignore[safe-super]
         embedding = found.pooled
         return ImageFeatures(found.patches.to(dtype), None if embedding is None else embedding.to(dtype))
 

@@ -141,7 +141,8 @@ def train_in_memory(
     if not trained:
         raise TTDError("no parameter of the backbone requires a gradient; call add_lora() or unfreeze a tower first")
     state = TrainState(ttd, ReplicatedStrategy(ttd, optimizer), trained, {}, total_steps=steps)
-    prefetcher = BatchPrefetcher(_MemoryLoader(iter(batches), steps), ttd.backbone.device)
+    loader = _MemoryLoader(iter(batches), steps)
+    prefetcher = BatchPrefetcher(loader, ttd.backbone.device, prepare_texts=ttd.prepare_texts)
     callbacks = _CollectReports(state, on_step)
     ttd.train()
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -42,11 +42,16 @@ class PairBatches(Protocol):
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """A batch, its images on the device, and the loader's position after it."""
+    """A batch, its images on the device, its candidate tags, and the loader's position after it."""
 
     batch: PairBatch
     images: Tensor
+    tags: list[list[str]] | None
     position: Any
+
+
+PrepareTexts = Callable[[Tensor, list[str], list[list[str]] | None], list[list[str]]]
+"""Images, captions and ready-made tags of a batch to its candidate tags."""
 
 
 class StopRequested(Exception):  # noqa: N818  (control flow, not an error)
@@ -62,7 +67,7 @@ class LoaderFailedError(TTDError):
 
 
 class BatchPrefetcher:
-    """Batches of all epochs, on the device, with the next one loaded while the device computes.
+    """Batches of all epochs, on the device; the next one is loaded, and its texts prepared, while the device computes.
 
     Random state is left as it was by every read, since a ``DataLoader`` draws a seed that a resumed run would draw
     once more.
@@ -74,18 +79,26 @@ class BatchPrefetcher:
     """
 
     def __init__(
-        self, loader: PairBatches, device: torch.device, *, processes: int = 1, empty_epoch_advice: str = ""
+        self,
+        loader: PairBatches,
+        device: torch.device,
+        *,
+        prepare_texts: PrepareTexts | None = None,
+        processes: int = 1,
+        empty_epoch_advice: str = "",
     ) -> None:
         """Read from a loader.
 
         Args:
             loader: of this process.
             device: where images are copied to.
+            prepare_texts: :meth:`ttd_plugins.engine.TTD.prepare_texts`; by default the step does this work.
             processes: how many processes train together.
             empty_epoch_advice: what the message about an epoch without a batch adds.
         """
         self.loader = loader
         self.device = device
+        self.prepare_texts = prepare_texts
         self.processes = processes
         self.empty_epoch_advice = empty_epoch_advice
         self.epoch = 0
@@ -192,4 +205,16 @@ class BatchPrefetcher:
             if self._stream is None:
                 self._stream = iter(self.loader.epoch(self.epoch, self.position))
             read = next(self._stream, None)
-            return None if read is None else DeviceBatch(read[0], on_device(read[0].images, self.device), read[1])
+            if read is None:
+                return None
+            batch, position = read
+            images = on_device(batch.images, self.device)
+            return DeviceBatch(batch, images, self._prepared_tags(batch, images), position)
+
+    def _prepared_tags(self, batch: PairBatch, images: Tensor) -> list[list[str]] | None:
+        """Candidate tags of a batch whose texts are prepared, or else its own tags."""
+        if self.prepare_texts is not None:
+            # The step does the same work and raises the same error, after the step before it was completed and saved.
+            with suppress(Exception):
+                return self.prepare_texts(images, batch.captions, batch.tags)
+        return batch.tags

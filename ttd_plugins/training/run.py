@@ -182,7 +182,11 @@ class _Run:
         pairs = self._open_loader(loader)
         skipped = f", {config.optimizer.batch_size} in each of {self.processes} processes; see {out / 'skipped.jsonl'}"
         self.prefetcher = BatchPrefetcher(
-            pairs, self.strategy.device, processes=self.processes, empty_epoch_advice=skipped
+            pairs,
+            self.strategy.device,
+            prepare_texts=self.ttd.prepare_texts,
+            processes=self.processes,
+            empty_epoch_advice=skipped,
         )
         self.state = TrainState(
             self.ttd,

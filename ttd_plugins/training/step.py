@@ -107,7 +107,7 @@ def training_step(
         result.keys += batch.keys
         with strategy.accumulation_context(last):
             with strategy.forward_context():
-                loss, parts, statistics = strategy.module(found.images, batch.captions, batch.tags, batch.groups)
+                loss, parts, statistics = strategy.module(found.images, batch.captions, found.tags, batch.groups)
             strategy.backward(loss / adam.accumulation)
         if signals.received is None and not (last and state.step + 1 == state.total_steps):
             prefetcher.prefetch()
