@@ -245,7 +245,23 @@ def test_most_examples_run_without_a_network() -> None:
     assert len(LOCAL) > 0.6 * len(EXAMPLES)
 
 
-@pytest.mark.parametrize(("words", "one"), LOCAL, ids=[one.command.splitlines()[0][4:60] for _, one in LOCAL])
+SLOW = re.compile(
+    r"ttd (demo$|demo --backbone|compare --backbones open_clip:photo|check-adapter (open_clip:tiny|.*--json))"
+)
+"""Many seconds each; another example of the same command is quick."""
+
+
+@pytest.mark.parametrize(
+    ("words", "one"),
+    [
+        pytest.param(
+            *item,
+            id=item[1].command.splitlines()[0][4:60],
+            marks=[pytest.mark.slow] * bool(SLOW.match(item[1].command)),
+        )
+        for item in LOCAL
+    ],
+)
 def test_an_example_runs(
     words: tuple[str, ...], one: help_pages.Example, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

