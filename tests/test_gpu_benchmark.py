@@ -45,6 +45,10 @@ def call(out: Path, *arguments: str) -> None:
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that two calls have filled: the first measures a row, the second the other, whose baseline fails."""
+    from accelerate.state import AcceleratorState
+
+    # Another test of this process may have set another precision, which accelerate keeps.
+    AcceleratorState._reset_state(reset_partial_state=True)
     folder = tmp_path_factory.mktemp("gpu") / "results"
     call(folder, "--only", "tiny`, 4")
     own = Bench.loss
