@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -13,3 +16,14 @@ SWITCHES = (
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 """Nothing but the page asks the network for anything."""
+
+
+@contextmanager
+def launched() -> Iterator[Any]:
+    """The browser, launched without a window."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=BROWSER, args=list(SWITCHES))
+        yield chromium
+        chromium.close()

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from fakes import FakeFamily, FakePlugin
 from helpers_app_page import COMPLETE, Watched
-from helpers_browser import BROWSER, NEEDS_BROWSER, SWITCHES
+from helpers_browser import NEEDS_BROWSER, launched
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
+pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe to check pages with")
 for _name in ("gradio", "matplotlib", "open_clip", "tokenizers"):
     pytest.importorskip(_name)
@@ -34,10 +34,8 @@ def address() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=BROWSER, args=list(SWITCHES))
-        yield chromium
-        chromium.close()
+    with launched() as browser:
+        yield browser
 
 
 def violations(tab: Any) -> list[str]:

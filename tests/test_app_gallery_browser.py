@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from fakes import FakeFamily, FakePlugin
 from helpers_app_page import COMPLETE, Watched
-from helpers_browser import BROWSER, NEEDS_BROWSER, SWITCHES
+from helpers_browser import NEEDS_BROWSER, launched
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
+pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
 for _name in ("gradio", "matplotlib"):
     pytest.importorskip(_name)
 
@@ -55,10 +55,8 @@ def gate() -> Iterator[threading.Event]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=BROWSER, args=list(SWITCHES))
-        yield chromium
-        chromium.close()
+    with launched() as browser:
+        yield browser
 
 
 def test_the_first_photograph_is_answered_on_load_and_the_others_by_one_click(browser: Any, address: str) -> None:

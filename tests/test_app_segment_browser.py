@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers_app_page import COMPLETE
-from helpers_browser import BROWSER, NEEDS_BROWSER, SWITCHES
+from helpers_browser import NEEDS_BROWSER, launched
 from PIL import Image
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
+pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
 for _name in ("gradio", "matplotlib", "open_clip", "tokenizers"):
     pytest.importorskip(_name)
 
@@ -26,8 +26,7 @@ def test_a_visitor_segments_an_image_by_names(tmp_path: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 80, 3), np.uint8)).save(photo)
     page, address = launch_page(build_page(Studio(["open_clip:tiny"])))
     try:
-        with sync_api.sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=BROWSER, args=list(SWITCHES))
+        with launched() as browser:
             tab = browser.new_page()
             tab.set_default_timeout(60_000)
             tab.goto(address)
@@ -60,6 +59,5 @@ def test_a_visitor_segments_an_image_by_names(tmp_path: Path) -> None:
             # The first tab is as it was.
             tab.get_by_role("tab", name="Caption and tags").click()
             assert tab.locator("#ttd-run").is_visible()
-            browser.close()
     finally:
         page.close(verbose=False)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers_browser import BROWSER, NEEDS_BROWSER, SWITCHES
+from helpers_browser import NEEDS_BROWSER, launched
 from helpers_comparison import NAMES, make_backbone, make_comparison, make_picture
 from PIL import Image
 from test_one_backbone_report import make_result
@@ -19,7 +19,7 @@ from ttd_plugins.reports.comparison_html import write_comparison_report
 from ttd_plugins.reports.heat_overlay import overlay
 
 pytest.importorskip("matplotlib")
-playwright = pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
+pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
 pytestmark = NEEDS_BROWSER
 
 LONG = "open_clip:ViT-B-16-SigLIP2-512@webli_with_a_name_that_goes_on_and_on_and_on"
@@ -38,8 +38,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     comparison.gallery = [make_picture(n, names) for n in range(2)]
     comparison.settings["note"] = "y" * 300
     write_comparison_report(path, comparison)
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=BROWSER, args=list(SWITCHES))
+    with launched() as browser:
         opened = browser.new_page(viewport={"width": 1280, "height": 900})
         opened.told = []
         opened.on("console", lambda message: opened.told.append(message.text))
@@ -50,7 +49,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         )
         opened.goto(path.as_uri())
         yield opened
-        browser.close()
 
 
 @pytest.fixture(autouse=True)

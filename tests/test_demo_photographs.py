@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers_browser import BROWSER, SWITCHES
+from helpers_browser import BROWSER, launched
 from helpers_comparison import HOSTILE, make_comparison, make_picture
 from helpers_pages import Page
 from PIL import Image
@@ -225,16 +225,14 @@ def test_the_command_shows_them_first(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("asks", [True, False])
 def test_the_printed_page_has_photographs_and_maps(tmp_path: Path, asks: bool) -> None:
     """A browser leaves backgrounds out of print unless the page asks for them; photographs are backgrounds here."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
+    pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
     text = write(tmp_path, made_photographs())
     if not asks:  # as a check of the check
         (tmp_path / "report.html").write_text(text.replace("print-color-adjust: exact", "x: y"), encoding="utf-8")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=BROWSER, args=list(SWITCHES))
+    with launched() as browser:
         page = browser.new_page(color_scheme="dark")
         page.goto((tmp_path / "report.html").as_uri())
         page.pdf(path=tmp_path / "p.pdf", print_background=False)
-        browser.close()
     subprocess.run(["pdftoppm", "-r", "60", "-l", "1", "-png", "p.pdf", "p"], cwd=tmp_path, check=True, timeout=60)
     with Image.open(next(tmp_path.glob("p-*.png"))) as printed:
         pixels = np.asarray(printed.convert("RGB")).astype(int)
@@ -247,10 +245,9 @@ def test_the_printed_page_has_photographs_and_maps(tmp_path: Path, asks: bool) -
 @pytest.mark.skipif(BROWSER is None, reason="no chromium to drive: apt-get install chromium")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_first_screen_shows_the_photograph_and_its_maps(tmp_path: Path, width: int) -> None:
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
+    pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
     write(tmp_path, made_photographs())
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=BROWSER, args=list(SWITCHES))
+    with launched() as browser:
         for scheme in ("light", "dark"):
             page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
             page.goto((tmp_path / "report.html").as_uri())
@@ -262,7 +259,6 @@ def test_the_first_screen_shows_the_photograph_and_its_maps(tmp_path: Path, widt
             # On a phone the union follows below.
             assert all(box["bottom"] <= 900 for box in boxes[: 4 if width > 1000 else 3])
             page.close()
-        browser.close()
 
 
 def test_an_example_of_the_app_is_attributed() -> None:

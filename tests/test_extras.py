@@ -119,7 +119,7 @@ main()
 
 @cache
 def distributions(*extras: str) -> frozenset[str]:
-    """Names of the distributions that pip would install, from the metadata of what is installed here."""
+    """Names of the distributions that pip would install, from the metadata of installed distributions."""
     found: set[str] = set()
     waiting = requirements(*extras)
     while waiting:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers_browser import BROWSER, NEEDS_BROWSER, SWITCHES
+from helpers_browser import NEEDS_BROWSER, launched
 from helpers_comparison import NAMES, make_backbone, make_comparison
 from numpy.typing import NDArray
 from PIL import Image
@@ -22,7 +22,7 @@ from ttd_plugins.reports.comparison_html import write_comparison_report
 from ttd_plugins.reports.palette import PALETTE
 
 pytest.importorskip("matplotlib")
-playwright = pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
+pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
 pytestmark = NEEDS_BROWSER
 NEEDS_POPPLER = pytest.mark.skipif(
     shutil.which("pdftoppm") is None, reason="no pdftoppm: apt-get install poppler-utils"
@@ -50,10 +50,8 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=BROWSER, args=list(SWITCHES))
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 # On paper

@@ -16,7 +16,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
-from helpers_browser import BROWSER, NEEDS_BROWSER, SWITCHES
+from helpers_browser import NEEDS_BROWSER, launched
 from layers import MODULES
 
 import ttd_plugins
@@ -332,10 +332,9 @@ def test_no_docstring_shows_its_markup(site: Path) -> None:
 
 @NEEDS_BROWSER
 def test_the_site_works_from_files_without_a_network_on_any_screen(site: Path) -> None:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
     requests: list[str] = []
-    with sync_api.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=BROWSER, args=list(SWITCHES))
+    with launched() as browser:
         pages_at = {1440: ("commands",), 390: ("options", "own-data", "speed", "api/engine", "troubleshooting")}
         for width, names in pages_at.items():
             page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme="dark")
@@ -350,7 +349,6 @@ def test_the_site_works_from_files_without_a_network_on_any_screen(site: Path) -
         page.click(".md-search__input")
         page.keyboard.type("selection rule")
         page.wait_for_selector(".md-search-result__link[href*='options.html']", timeout=15000)
-        browser.close()
     assert not [url for url in requests if not url.startswith(("file:", "data:", "blob:"))]
 
 

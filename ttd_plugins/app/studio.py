@@ -11,8 +11,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from ttd_plugins.training.loop import StepReport
 
 log = logging.getLogger(__name__)
+_S = TypeVar("_S")
 
 MAX_CAPTION_CHARACTERS = 1000
 MAX_TAGS = 40
@@ -306,12 +308,10 @@ class Studio:
         opened.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
         shown, loaded = np.asarray(opened), self._before[backbone]
         words = [one.name for one in classes]
-        if loaded.adapter is None:
-            yield SegmentationStage(shown, words, backbone, f"loading {backbone}")
-            with self._using(loaded, lambda: load(backbone, device=self.device, fast=self.fast)):
-                pass
+        make = partial(self._load, backbone)
+        yield from self._loading(loaded, make, SegmentationStage(shown, words, backbone, f"loading {backbone}"))
         yield SegmentationStage(shown, words, backbone, "comparing each pixel with the names")
-        with self._using(loaded, lambda: load(backbone, device=self.device, fast=self.fast)) as adapter:
+        with self._using(loaded, make) as adapter:
             found = Segmenter(adapter, classes, background=background)(opened)
         yield found
 
@@ -344,12 +344,10 @@ class Studio:
         title = None if tuned is None else tuned.title
         view = BackboneView(name, after_title=title)
         try:
-            if loaded.adapter is None:
-                yield replace(view, stage=f"loading {name}")
-                with self._using(loaded, lambda: load(name, device=self.device, fast=self.fast)):
-                    pass
+            make = partial(self._load, name)
+            yield from self._loading(loaded, make, replace(view, stage=f"loading {name}"))
             yield replace(view, stage="computing the maps before TTD" if tuned else "computing the maps")
-            with self._using(loaded, lambda: load(name, device=self.device, fast=self.fast)) as adapter:
+            with self._using(loaded, make) as adapter:
                 before = TTD(adapter, self.options).maps(image, caption, tags=tags)
                 view = replace(view, before=before, notes=tuple(_notes(adapter, before)))
         except Exception as error:
@@ -359,23 +357,31 @@ class Studio:
             yield view
             return
         try:
-            if tuned.adapter is None:
-                yield replace(view, stage=f"loading {name} after TTD")
-                with self._using(tuned, lambda: self._load_tuned(name)):
-                    pass
+            make = partial(self._load_tuned, name)
+            yield from self._loading(tuned, make, replace(view, stage=f"loading {name} after TTD"))
             yield replace(view, stage="computing the maps after TTD")
-            with self._using(tuned, lambda: self._load_tuned(name)) as adapter:
+            with self._using(tuned, make) as adapter:
                 after = TTD(adapter, self.options).maps(image, caption, tags=tags)
         except Exception as error:
             yield replace(view, after_title=None, error=error_sentence(error, f"the tuned {name}"))
             return
         yield replace(view, after=after)
 
+    def _load(self, name: str) -> DenseAdapter:
+        return load(name, device=self.device, fast=self.fast)
+
     def _load_tuned(self, name: str) -> DenseAdapter:
         from ttd_plugins.backbone_sources import load_tuned
 
         adapter = load_tuned(name, self.tuned[name], device=self.device)
         return faster_copy(adapter, self.fast)
+
+    def _loading(self, loaded: _Loaded, make: Callable[[], DenseAdapter], stage: _S) -> Iterator[_S]:
+        """Load a backbone that is not in memory yet, and yield the stage before."""
+        if loaded.adapter is None:
+            yield stage
+            with self._using(loaded, make):
+                pass
 
     @contextmanager
     def _using(self, loaded: _Loaded, make: Callable[[], DenseAdapter]) -> Iterator[DenseAdapter]:

@@ -119,7 +119,6 @@ WorldOption = Annotated[
         rich_help_panel=RUN,
     ),
 ]
-JsonOption = image_maps.JsonOption
 
 
 def _flags(presets: dict[str, Any]) -> list[ConfigFlag]:
@@ -150,7 +149,7 @@ def tags(
     device: image_maps.DeviceOption = None,
     fast: image_maps.FastOption = False,
     bfloat16: image_maps.BFloat16Option = False,
-    as_json: JsonOption = False,
+    as_json: image_maps.JsonOption = False,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -188,7 +187,7 @@ def text(
     device: image_maps.DeviceOption = None,
     fast: image_maps.FastOption = False,
     bfloat16: image_maps.BFloat16Option = False,
-    as_json: JsonOption = False,
+    as_json: image_maps.JsonOption = False,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -241,7 +240,7 @@ def segment(
     device: image_maps.DeviceOption = None,
     fast: image_maps.FastOption = False,
     bfloat16: image_maps.BFloat16Option = False,
-    as_json: JsonOption = False,
+    as_json: image_maps.JsonOption = False,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -325,7 +324,7 @@ def classify(
     device: image_maps.DeviceOption = None,
     fast: image_maps.FastOption = False,
     bfloat16: image_maps.BFloat16Option = False,
-    as_json: JsonOption = False,
+    as_json: image_maps.JsonOption = False,
     *,
     given: dict[str, Any],
 ) -> None:
@@ -382,7 +381,7 @@ def retrieval(
     device: image_maps.DeviceOption = None,
     fast: image_maps.FastOption = False,
     bfloat16: image_maps.BFloat16Option = False,
-    as_json: JsonOption = False,
+    as_json: image_maps.JsonOption = False,
     *,
     given: dict[str, Any],
 ) -> None:

@@ -6,13 +6,14 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from ttd_plugins.cli import completion
 from ttd_plugins.cli.help_pages import DATA, INFERENCE, MODEL, OUTPUT, RUN, TAGS
 from ttd_plugins.errors import InputError, one_sentence
+from ttd_plugins.options import Rule
 from ttd_plugins.utils.quick_start import collection_paused
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 DEFAULT_BACKBONE = "open_clip:photo"
 
-RULES = ("minmax", "absolute", "probability")
+RULES = get_args(Rule)
 DEVICES = ("cpu", "cuda")
 
 ImageArgument = Annotated[Path, typer.Argument(metavar="IMAGE", help="An image file.", show_default=False)]

@@ -119,10 +119,6 @@ def _is_clear(mean: float, spread: float | None) -> bool:
     return round(mean, 3) >= TIE and (spread is None or mean > spread)
 
 
-def _gap(mean: float, spread: float | None) -> str:
-    return format_spread(mean, spread)
-
-
 def _choice_sentence(
     metric: Metric,
     arm: Arm,
@@ -143,7 +139,7 @@ def _choice_sentence(
     times = speeds[chosen] / speeds[best]
     return (
         f"{text}: it is {times:.1f} times as fast as the best, {best}, and not clearly worse "
-        f"({_gap(*behind[chosen])} behind)."
+        f"({format_spread(*behind[chosen])} behind)."
     )
 
 
@@ -171,7 +167,7 @@ def _other_sentences(
         else:
             sentences.append(
                 f"{text}, {metric.label} {quality_text(known[cheapest], arm, metric.key)}, "
-                f"{_gap(*behind[cheapest])} behind the best."
+                f"{format_spread(*behind[cheapest])} behind the best."
             )
     if set(known) - set(speeds):
         sentences.append(f"The cost of {', '.join(sorted(set(known) - set(speeds)))} was not measured.")
@@ -192,7 +188,7 @@ def _doubts(
     else:
         close = [name for name, gap in behind.items() if not _is_clear(*gap)]
         if close:
-            gaps = ", ".join(f"{name} ({_gap(*behind[name])} behind)" for name in close)
+            gaps = ", ".join(f"{name} ({format_spread(*behind[name])} behind)" for name in close)
             doubts.append(f"The lead of {best} over {gaps} is within the spread or below {TIE}: they may be equal.")
     return doubts
 

@@ -64,7 +64,7 @@ def choose_gallery(samples: Sequence[Sample], views: Views, count: int) -> list[
     places = sorted(set(np.linspace(0, len(ranking) - 1, min(count, len(ranking))).round().astype(int).tolist()))
     if count == 1:
         places = [len(ranking) - 1]
-    arms = {arm for of_backbone in views.values() for by_arm in of_backbone for arm in by_arm}
+    arms = _arms(views)
     average = ", mean over backbones" if len(views) > 1 else ""
     quantity = _quantity(arms)
     chosen = []
@@ -84,7 +84,7 @@ def gallery_rule(samples: Sequence[Sample], views: Views, count: int) -> str:
     if not ranking:
         shown = min(count, len(samples))
         return f"Shown are the first {shown} of {len(samples)} candidates; without masks, images are not ranked."
-    arms = {arm for of_backbone in views.values() for by_arm in of_backbone for arm in by_arm}
+    arms = _arms(views)
     average = ", averaged over backbones" if len(views) > 1 else ""
     seed = " of the first seed" if "after" in arms else ""
     first, last = ("largest", "smallest") if "after" in arms else ("highest", "lowest")
@@ -98,6 +98,10 @@ def gallery_rule(samples: Sequence[Sample], views: Views, count: int) -> str:
         f"Candidates are the {len(ranking)} images at the start of the test set whose caption names two or more things "
         f"with known regions. They are ranked by the {_quantity(arms)}{seed}{average}. {chosen}"
     )
+
+
+def _arms(views: Views) -> set[Arm]:
+    return {arm for of_backbone in views.values() for by_arm in of_backbone for arm in by_arm}
 
 
 def _quantity(arms: Collection[Arm]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ttd_plugins.comparison.results import TIE, BackboneResult, Comparison, Metric, mean_and_spread
+from ttd_plugins.comparison.results import TIE, BackboneResult, Comparison, Metric, mean_and_spread, paired_gain
 from ttd_plugins.utils.number_format import format_number
 
 COSTS = ("retrieval_r1", "zero_shot_top1", "label_map_image")
@@ -46,14 +46,12 @@ def scaled_results(backbone: BackboneResult, metrics: Sequence[Metric]) -> list[
     for scale in sorted(by_scale):
         means, gains = {}, {}
         for metric in metrics:
-            pairs = [
-                (row.get(metric.key), base.get(metric.key)) for row, base in zip(by_scale[scale], control, strict=True)
-            ]
-            values = [value for value, _ in pairs if value is not None]
-            changes = [value - base for value, base in pairs if value is not None and base is not None]
-            means[metric.key] = mean_and_spread(values)[0] if len(values) == len(pairs) else None
-            if len(changes) == len(pairs):
-                gains[metric.key] = mean_and_spread(changes)
+            values = [row.get(metric.key) for row in by_scale[scale]]
+            known = [value for value in values if value is not None]
+            means[metric.key] = mean_and_spread(known)[0] if len(known) == len(values) else None
+            gain = paired_gain(by_scale[scale], control, metric.key)
+            if gain is not None:
+                gains[metric.key] = gain
         found.append(ScaledResult(scale, means, gains))
     return found
 

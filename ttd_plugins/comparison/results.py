@@ -22,6 +22,18 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
+def paired_gain(
+    rows: Sequence[Mapping[str, float | None]], baseline: Sequence[Mapping[str, float | None]], key: str
+) -> tuple[float, float | None] | None:
+    """Return the difference of a metric, row minus baseline of the same seed: mean and standard deviation over seeds.
+
+    ``None`` without rows, or if the metric is undefined for a seed; see :func:`mean_and_spread`.
+    """
+    pairs = [(row.get(key), base.get(key)) for row, base in zip(rows, baseline, strict=False)]
+    known = [value - base for value, base in pairs if value is not None and base is not None]
+    return mean_and_spread(known) if known and len(known) == len(pairs) else None
+
+
 @dataclass(frozen=True)
 class Metric:
     """A metric: one column of the table.

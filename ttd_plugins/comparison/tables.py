@@ -10,7 +10,7 @@ from typing import Any
 
 from ttd_plugins.comparison.choice import Choice, choose, measured, memory_text
 from ttd_plugins.comparison.lora_scales import cost_metrics, raised_metric, scaled_results
-from ttd_plugins.comparison.results import ARMS, BackboneResult, Comparison, Metric, mean_and_spread
+from ttd_plugins.comparison.results import ARMS, BackboneResult, Comparison, Metric, paired_gain
 from ttd_plugins.utils.deprecation import renamed_names
 from ttd_plugins.utils.files import write_atomic
 from ttd_plugins.utils.number_format import format_spread
@@ -25,12 +25,7 @@ def gain(backbone: BackboneResult, key: str) -> tuple[float, float | None] | Non
 
     ``None`` if an arm was not run or the metric is undefined; the deviation is ``None`` for fewer than two seeds.
     """
-    pairs = zip(backbone.metrics.get("after", []), backbone.metrics.get("control", []), strict=False)
-    values = [(after.get(key), control.get(key)) for after, control in pairs]
-    known = [after - control for after, control in values if after is not None and control is not None]
-    if not known or len(known) != len(values):
-        return None
-    return mean_and_spread(known)
+    return paired_gain(backbone.metrics.get("after", []), backbone.metrics.get("control", []), key)
 
 
 def training_limits(comparison: Comparison) -> list[tuple[str, str]]:

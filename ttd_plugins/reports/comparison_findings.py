@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ttd_plugins.comparison.results import TIE as TIE
-from ttd_plugins.comparison.results import Arm, BackboneResult, Comparison, Metric, mean_and_spread
+from ttd_plugins.comparison.results import Arm, BackboneResult, Comparison, Metric, mean_and_spread, paired_gain
 from ttd_plugins.comparison.tables import gain, training_limits
 from ttd_plugins.reports.formatting import capitalised, number, plural, signed
 
@@ -77,15 +77,10 @@ def mean(backbone: BackboneResult, arm: Arm, key: str) -> float | None:
 def change(backbone: BackboneResult, metric: Metric) -> Change | None:
     """The gain of TTD in a metric; ``None`` if an arm was not run or the metric is undefined for a seed."""
     baseline: Arm = "control" if backbone.metrics.get("control") else "before"
-    if baseline == "control":
-        found = gain(backbone, metric.key)
-    else:
-        start = mean(backbone, "before", metric.key)
-        rows = [row.get(metric.key) for row in backbone.metrics.get("after", [])]
-        gains = [value - start for value in rows if value is not None and start is not None]
-        if not gains or len(gains) != len(rows):
-            return None
-        found = mean_and_spread(gains)
+    before = backbone.metrics.get("before", [])
+    after = backbone.metrics.get("after", [])
+    # The backbone before training was measured once, for every seed.
+    found = gain(backbone, metric.key) if baseline == "control" else paired_gain(after, before * len(after), metric.key)
     if found is None or not math.isfinite(found[0]):
         return None
     return Change(*found, baseline, _verdict(*found, metric))
