@@ -766,6 +766,29 @@ def test_maps_are_those_of_evaluation_mode_while_the_loss_is_not() -> None:
     assert ttd(toy_images(1), ["a dog"]).loss != ttd(toy_images(1), ["a dog"]).loss
 
 
+class PixelsElsewhere(Tensor):
+    """Pixels on a device of their own, as on a GPU: no operation mixes them with a tensor of the CPU."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.cpu:
+            with torch._C.DisableTorchFunctionSubclass():
+                return args[0].as_subclass(Tensor)
+        if any(type(one) is Tensor for one in args):
+            raise RuntimeError("expected all tensors to be on the same device")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_an_image_is_restored_from_pixels_on_any_device() -> None:
+    ttd = engine()
+    pixels = toy_images(1)[0]
+    expected = ttd.image_array(pixels)
+    np.testing.assert_array_equal(ttd.image_array(pixels.as_subclass(PixelsElsewhere)), expected)
+    np.testing.assert_array_equal(ttd.image_array(pixels.clone().requires_grad_()), expected)
+    with torch.device("meta"):
+        np.testing.assert_array_equal(ttd.image_array(pixels), expected)
+
+
 def train_step(ttd: TTD, rate: float = 0.1) -> None:
     ttd.zero_grad(set_to_none=True)
     ttd(toy_images(4), CAPTIONS).loss.backward()

@@ -507,7 +507,9 @@ class TTD(nn.Module):
         )
 
     def image_array(self, pixels: Tensor) -> NDArray[np.uint8]:
-        """Undo the backbone's normalisation: pixels ``[3, height, width]`` to uint8 ``[height, width, 3]``."""
+        """Undo the normalisation of pixels ``[3, height, width]`` on any device; returns uint8 ``[height, width, 3]``."""
         description = self.backbone.description
-        mean, std = torch.tensor(description.mean), torch.tensor(description.std)
+        pixels = pixels.detach().cpu()
+        # On the device of the pixels, also where the default device is another one.
+        mean, std = (torch.tensor(values, device="cpu") for values in (description.mean, description.std))
         return ((pixels.permute(1, 2, 0).float() * std + mean) * 255).round().clamp(0, 255).byte().numpy()

@@ -463,7 +463,7 @@ class _Run:
             batch, rows = found.batch, []
             for number in range(min(self.config.run.heatmap_samples, len(batch.images))):
                 name = f"sample-{number + 1}.png"
-                Image.fromarray(self.ttd.image_array(batch.images[number].cpu())).save(folder / name)
+                Image.fromarray(self.ttd.image_array(batch.images[number])).save(folder / name)
                 tags = batch.tags[number] if batch.tags is not None else None
                 rows.append(
                     {"picture": name, "caption": batch.captions[number], "tags": tags, "key": batch.keys[number]}
