@@ -57,9 +57,8 @@ def require_permitted(shards: Iterable[str], *, pipe_allowed: bool) -> None:
             if pipe_allowed:
                 continue
             raise InputError(
-                f"the shard {shown(shard)} is a shell command, which is refused; if you trust it, give --allow-pipe on "
-                "the command line of ttd train, prune or compare, each time, or open it within "
-                "ttd_plugins.data.allow_pipe()"
+                f"the shard {shown(shard)} is a shell command, which is refused; if you trust it, give --allow-pipe to "
+                "the command, each time, or open it within ttd_plugins.data.allow_pipe()"
             )
         if scheme not in _SCHEMES:
             raise InputError(f"the shard {shown(shard)} has an unknown scheme; known: {', '.join(_SCHEMES)}")
