@@ -22,7 +22,8 @@ from rich.table import Table
 from ttd_plugins.comparison.options import CompareOptions
 from ttd_plugins.comparison.results import Comparison
 from ttd_plugins.comparison.running import run_comparison
-from ttd_plugins.comparison.tables import format_number, gain
+from ttd_plugins.comparison.tables import gain
+from ttd_plugins.utils.number_format import format_spread
 
 
 def ranking(comparison: Comparison) -> list[tuple[str, float, float]]:
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> Comparison:
         (backbone,) = (one for one in comparison.backbones if one.name == name)
         before = backbone.mean("before", comparison.trade_off[0])
         table.add_row(
-            name, format_number(before, None), format_number(up, None, sign=True), format_number(cost, None, sign=True)
+            name, format_spread(before, None), format_spread(up, None, sign=True), format_spread(cost, None, sign=True)
         )
     console.print(table)
     for name, reason in comparison.failures.items():

@@ -17,7 +17,6 @@ from PIL import Image
 
 import ttd_plugins
 from ttd_plugins.comparison.results import Metric
-from ttd_plugins.comparison.tables import format_number
 from ttd_plugins.reports.charts import Chart, chart_svg, write_chart_sheet
 from ttd_plugins.reports.comparison_charts import (
     Box,
@@ -36,9 +35,10 @@ from ttd_plugins.reports.comparison_charts import (
     vertical_label,
 )
 from ttd_plugins.reports.comparison_plots import draw_comparison_plots
-from ttd_plugins.reports.formatting import number, plural, printable, shortened, signed, valid_text
+from ttd_plugins.reports.formatting import number, one_line, plural, shortened, signed, valid_text
 from ttd_plugins.reports.gain_charts import gain_charts, gains_heading
 from ttd_plugins.reports.palette import PALETTE, SERIES, css_variables
+from ttd_plugins.utils.number_format import format_spread
 
 pytest.importorskip("matplotlib")
 
@@ -91,7 +91,7 @@ def test_a_chart_says_what_it_shows_and_is_the_same_every_time(chart: Chart) -> 
     first = str(chart_svg(chart))
     (svg,) = Page(first).all("svg")
     assert svg["role"] == "img"
-    assert (svg["aria-label"] or "").startswith(printable(chart.title)) and chart.description in (
+    assert (svg["aria-label"] or "").startswith(one_line(chart.title)) and chart.description in (
         svg["aria-label"] or ""
     )
     assert first == str(chart_svg(chart))
@@ -315,9 +315,9 @@ def test_no_number_is_a_negative_zero() -> None:
     """Every text of a metric is made by one function, in pages, charts, tables and terminals."""
     for value in (-0.0, -0.0004, 0.0004):
         assert number(value) == signed(value) == "0.000"
-        assert format_number(value, None) == "0.000" and format_number(value, 0.0001, sign=True) == "+0.000 ± 0.000"
-    assert number(-0.0126) == "−0.013" and format_number(-0.0126, None) == "-0.013"
-    assert number(float("inf")) == "n/a" and format_number(None, None) == "-"
+        assert format_spread(value, None) == "0.000" and format_spread(value, 0.0001, sign=True) == "+0.000 ± 0.000"
+    assert number(-0.0126) == "−0.013" and format_spread(-0.0126, None) == "-0.013"
+    assert number(float("inf")) == "n/a" and format_spread(None, None) == "-"
 
 
 @pytest.mark.parametrize("folder", ["comparison", "reports"])
@@ -332,4 +332,4 @@ def test_numbers_and_words() -> None:
         "0.000", "0.000", "+0.013", "−0.500", "n/a",
     ]  # fmt: skip
     assert plural(1, "seed") == "1 seed" and plural(0, "seed") == "0 seeds"
-    assert printable(" a\x00\n\tb \ud83d") == "a b ?" and valid_text("a\n b\ufffe") == "a  b"
+    assert one_line(" a\x00\n\tb \ud83d") == "a b ?" and valid_text("a\n b\ufffe") == "a  b"

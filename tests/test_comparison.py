@@ -382,8 +382,11 @@ def test_a_comparison_is_a_source_of_tuned_backbones(finished: tuple[Path, Any],
 
 
 def test_the_old_name_of_a_function_warns() -> None:
-    with pytest.warns(FutureWarning, match=r"tables\.number is now .*tables\.format_number"):
-        assert tables.number(0.5, None) == tables.format_number(0.5, None) == "0.500"
+    for old in ("number", "format_number"):
+        with pytest.warns(
+            FutureWarning, match=rf"tables\.{old} is now ttd_plugins\.utils\.number_format\.format_spread"
+        ):
+            assert getattr(tables, old)(0.5, 0.25) == "0.500 ± 0.250"
 
 
 CAPTIONS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import sys
 import warnings
@@ -74,6 +75,20 @@ def test_a_module_resolves_old_names(monkeypatch: pytest.MonkeyPatch) -> None:
         assert module.moved is deprecation.warn_renamed
     with pytest.raises(AttributeError, match="module 'tests_module_with_old_names' has no attribute 'nothing'"):
         _ = module.nothing
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        ("ttd_plugins.data.image_paths", "find_images", "find_image_folder"),
+        ("ttd_plugins.data.pair_source", "PackedTexts", "TextArray"),
+        ("ttd_plugins.reports.formatting", "printable", "one_line"),
+    ],
+)
+def test_names_that_other_modules_have_too_are_renamed(module: str, old: str, new: str) -> None:
+    found = importlib.import_module(module)
+    with pytest.warns(FutureWarning, match=rf"{module}\.{old} is now {module}\.{new}"):
+        assert getattr(found, old) is getattr(found, new)
 
 
 @renamed_keyword("most", "limit")

@@ -453,12 +453,20 @@ def test_a_collapse_is_told_once_until_it_is_over() -> None:
     assert watch.check(healthy) == []
     (flat,) = watch.check(healthy | {"caption_map_spread": 0.01})
     assert "nearly flat (spread of cosines 0.0100, at the start 0.4000)" in flat
-    assert CollapseWatch(**watch.as_dict()).check(healthy | {"caption_map_spread": 0.01}) == []
+    assert set(watch.as_dict()) == {"first_spread", "told"}, "checkpoints have these keys"
+    assert CollapseWatch.from_dict(watch.as_dict()).check(healthy | {"caption_map_spread": 0.01}) == []
     assert watch.check(healthy) == [] and len(watch.check(healthy | {"caption_map_spread": 0.0})) == 1
     assert "hardly any tag" in CollapseWatch().check(healthy | {"selected_per_caption": 0.0})[0]
     assert "every tag is selected" in CollapseWatch().check(healthy | {"selected_per_caption": 3.0})[0]
     assert CollapseWatch().check(healthy | {"tags_per_caption": 1.0, "selected_per_caption": 1.0}) == []
     assert CollapseWatch().check({}) == []
+
+
+def test_the_old_name_of_what_is_watched_warns() -> None:
+    with pytest.warns(FutureWarning, match=r"CollapseWatch\(told=...\) is now CollapseWatch\(present=...\)"):
+        watch = CollapseWatch(told=["flat"])
+    with pytest.warns(FutureWarning, match=r"CollapseWatch\.told is now CollapseWatch\.present"):
+        assert watch.told == watch.present == ["flat"]
 
 
 def test_a_collapse_stands_in_the_log_in_the_result_and_after_resuming(tmp_path: Path) -> None:

@@ -125,14 +125,14 @@ def print_summary(comparison: Comparison, out: Path) -> None:
     # On a narrow terminal, several tables below each other: a number that is cut off is useless.
     first = max((len(name) for name, _, _ in rows), default=0) + max((len(arm) for _, arm, _ in rows), default=0) + 5
     widest = max((len(text) for _, _, texts in rows for text in texts), default=0)
-    widest = max(widest, *(len(figure.label) for figure in comparison.metrics)) + 2
+    widest = max(widest, *(len(metric.label) for metric in comparison.metrics)) + 2
     at_once = max((console.width - first) // widest, 1)
     for start in range(0, len(comparison.metrics), at_once):
         table = Table(box=SIMPLE)
         table.add_column("backbone", overflow="fold")
         table.add_column("")
-        for figure in comparison.metrics[start : start + at_once]:
-            table.add_column(figure.label, justify="right", no_wrap=True)
+        for metric in comparison.metrics[start : start + at_once]:
+            table.add_column(metric.label, justify="right", no_wrap=True)
         previous = ""
         for name, arm, texts in rows:
             if name != previous and previous:

@@ -474,12 +474,12 @@ def print_result(result: EvaluationResult, preset: str) -> None:
     console = Console(highlight=False, soft_wrap=True)
     settings = content["settings"]
     if content["figures"] is not None:
-        figures = dict(content["figures"])
-        classes = figures.pop("classes", {}) if content["protocol"] == "classify" else {}
+        metrics = dict(content["figures"])
+        classes = metrics.pop("classes", {}) if content["protocol"] == "classify" else {}
         table = Table(box=SIMPLE, title=f"{settings['backbone']['name']} on {settings['data']['name']}")
         table.add_column("metric")
         table.add_column("", justify="right")
-        for name, value in flatten(figures).items():
+        for name, value in flatten(metrics).items():
             table.add_row(name, _number(value))
         console.print(table)
         if classes:

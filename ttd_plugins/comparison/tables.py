@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ttd_plugins.comparison.choice import Choice, choose, measured, memory_text
 from ttd_plugins.comparison.lora_scales import cost_metrics, raised_metric, scaled_results
@@ -59,11 +59,6 @@ def summary(backbone: BackboneResult, metrics: Sequence[Metric]) -> dict[str, An
     }
 
 
-def format_number(mean: float | None, spread: float | None, *, sign: bool = False) -> str:
-    """Return text such as ``0.512 ± 0.004``, or ``-`` if there is no mean."""
-    return format_spread(mean, spread, sign=sign)
-
-
 def table_rows(comparison: Comparison) -> list[tuple[str, str, list[str]]]:
     """Return backbone, arm (or ``gain``), and one text per metric, for each row of the table."""
     keys = [metric.key for metric in comparison.metrics]
@@ -71,11 +66,11 @@ def table_rows(comparison: Comparison) -> list[tuple[str, str, list[str]]]:
     for backbone in comparison.backbones:
         for arm in ARMS:
             if backbone.metrics.get(arm):
-                texts = [format_number(backbone.mean(arm, key), backbone.spread(arm, key)) for key in keys]
+                texts = [format_spread(backbone.mean(arm, key), backbone.spread(arm, key)) for key in keys]
                 rows.append((backbone.name, ARM_LABELS[arm], texts))
         gains = [gain(backbone, key) for key in keys]
         if any(found is not None for found in gains):
-            texts = ["-" if found is None else format_number(*found, sign=True) for found in gains]
+            texts = ["-" if found is None else format_spread(*found, sign=True) for found in gains]
             rows.append((backbone.name, "gain", texts))
     return rows
 
@@ -116,7 +111,7 @@ def scale_rows(comparison: Comparison) -> tuple[list[Metric], list[tuple[str, fl
     for backbone in comparison.backbones:
         for one in scaled_results(backbone, comparison.metrics):
             gains = [one.gains.get(metric.key) for metric in columns]
-            texts = ["-" if found is None else format_number(*found, sign=True) for found in gains]
+            texts = ["-" if found is None else format_spread(*found, sign=True) for found in gains]
             rows.append((backbone.name, one.scale, texts))
     return columns, rows
 
@@ -132,7 +127,7 @@ def _scale_lines(comparison: Comparison) -> list[str]:
 
 
 def _cost_row(backbone: BackboneResult, choice: Choice) -> str:
-    quality = format_number(
+    quality = format_spread(
         backbone.mean(choice.arm, choice.metric.key), backbone.spread(choice.arm, choice.metric.key)
     )
     cost = backbone.cost
@@ -176,4 +171,11 @@ def _cells(values: Mapping[str, float | None], keys: Sequence[str]) -> list[str]
     return ["" if values.get(key) is None else repr(values[key]) for key in keys]
 
 
-__getattr__ = renamed_names(__name__, {"number": "format_number"})
+if not TYPE_CHECKING:
+    __getattr__ = renamed_names(
+        __name__,
+        {
+            "number": "ttd_plugins.utils.number_format.format_spread",
+            "format_number": "ttd_plugins.utils.number_format.format_spread",
+        },
+    )

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ttd_plugins.data.caption_parsing import BadPairError, Fields, as_bytes
-from ttd_plugins.data.image_paths import find_images, with_slashes
-from ttd_plugins.data.pair_source import MapSource, PackedTexts, RawPair, refuse_empty
+from ttd_plugins.data.image_paths import find_image_folder, with_slashes
+from ttd_plugins.data.pair_source import MapSource, RawPair, TextArray, refuse_empty
 from ttd_plugins.errors import InputError
 
 
@@ -114,7 +114,7 @@ class CocoPairs(MapSource):
                 "instances_*.json"
             )
         names = [_file_name(entry) for entry in entries]
-        self.images = images or _find_images(file, names)
+        self.images = images or _find_image_folder(file, names)
         rows: dict[str, list[bytes]] = {with_slashes(self.images, name): [] for name in names}
         place_names = [with_slashes(self.images, name) for name in names]
         strays: dict[str, list[bytes]] = {}
@@ -140,8 +140,8 @@ class CocoPairs(MapSource):
         refuse_empty(len(rows) + len(strays), f"{str(file)!r}")
         self._missing_from = len(rows)
         captions = [*rows.values(), *strays.values()]
-        self._names = PackedTexts([*rows, *strays])
-        self._texts = PackedTexts(text for row in captions for text in row)
+        self._names = TextArray([*rows, *strays])
+        self._texts = TextArray(text for row in captions for text in row)
         self._starts: NDArray[np.int64] = np.cumsum([0, *(len(row) for row in captions)])
         self._tags = {key: list(dict.fromkeys(found)) for key, found in tags.items() if found}
 
@@ -175,10 +175,10 @@ def _file_name(entry: Mapping[str, Any]) -> str:
     return name if isinstance(name, str) and name else f"{entry.get('id')}.jpg"
 
 
-def _find_images(file: Path, names: list[str]) -> Path:
+def _find_image_folder(file: Path, names: list[str]) -> Path:
     """Return the folder near a COCO file that contains most of a sample of its images."""
     split = re.sub(r"^(captions|instances|annotations)[_-]?", "", file.stem)
-    best, folders = find_images(file, names, (split, "images", f"images/{split}", "image"), around=False)
+    best, folders = find_image_folder(file, names, (split, "images", f"images/{split}", "image"), around=False)
     if best is None:
         looked = ", ".join(repr(str(folder)) for folder in folders[:8] if folder.name)
         raise InputError(f"none of the images of {str(file)!r} is in {looked}; give their folder with images=")

@@ -6,7 +6,7 @@ import os
 from pathlib import Path, PurePosixPath
 
 from ttd_plugins.data.caption_parsing import BadPairError, Fields
-from ttd_plugins.data.pair_source import IMAGE_SUFFIXES, MapSource, PackedTexts, RawPair
+from ttd_plugins.data.pair_source import IMAGE_SUFFIXES, MapSource, RawPair, TextArray
 from ttd_plugins.data.sidecar import add_sidecar
 from ttd_plugins.errors import InputError, one_sentence
 from ttd_plugins.utils.user_files import read_regular, walk_files
@@ -60,10 +60,10 @@ class FolderPairs(MapSource):
         orphans = sidecars - names
         # A caption file without an image has the position that its image would have.
         rows = sorted([*((path, _stem(path)) for path in paths), *((stem, stem) for stem in orphans)])
-        self._paths = PackedTexts("" if path in orphans else path for path, _ in rows)
-        self._stems = PackedTexts(stem for _, stem in rows)
-        self._texts = PackedTexts(texts.get(path) or texts.get(stem, "") for path, stem in rows)
-        self._records = PackedTexts(records.get(path) or records.get(stem, "") for path, stem in rows)
+        self._paths = TextArray("" if path in orphans else path for path, _ in rows)
+        self._stems = TextArray(stem for _, stem in rows)
+        self._texts = TextArray(texts.get(path) or texts.get(stem, "") for path, stem in rows)
+        self._records = TextArray(records.get(path) or records.get(stem, "") for path, stem in rows)
         if not names & sidecars:
             raise InputError(
                 f"none of the {len(paths)} images in {str(images)!r} has a caption file; 'photo.jpg' needs "

@@ -7,8 +7,13 @@ import re
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from ttd_plugins.data.pair_source import IMAGE_SUFFIXES
+from ttd_plugins.utils.deprecation import renamed_names
+
+if not TYPE_CHECKING:
+    __getattr__ = renamed_names(__name__, {"find_images": "find_image_folder"})
 
 _SAMPLE = 50
 _MOST_FOLDERS = 200
@@ -34,7 +39,7 @@ def with_slashes(root: Path, path: str) -> str:
     return path.replace("\\", "/")
 
 
-def find_images(
+def find_image_folder(
     file: Path, names: Sequence[str], first: Sequence[str] = (), *, around: bool = True
 ) -> tuple[Path | None, list[Path]]:
     """Search the folder that the paths of a list are relative to, near the file of the list.

@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 
 from ttd_plugins.data.caption_parsing import BadPairError, Text, as_bytes
 from ttd_plugins.errors import InputError, one_sentence
+from ttd_plugins.utils.deprecation import renamed_names
 
 if TYPE_CHECKING:
     from ttd_plugins.data.score_filter import PairFilter
+else:
+    __getattr__ = renamed_names(__name__, {"PackedTexts": "TextArray"})
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .avif .jp2".split()  # of data.images.IMAGE_FORMATS
@@ -140,7 +143,7 @@ class ReadNow:
         self.on = on
 
 
-class PackedTexts:
+class TextArray:
     """Many texts packed into two arrays, so that millions of texts are cheap to store, fork and pickle."""
 
     def __init__(self, texts: Iterable[Text]) -> None:

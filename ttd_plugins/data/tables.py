@@ -29,8 +29,8 @@ from ttd_plugins.data.caption_parsing import (
     parse_tags,
 )
 from ttd_plugins.data.delimited_text import open_delimited
-from ttd_plugins.data.image_paths import find_images, is_image_name, with_slashes, without_number
-from ttd_plugins.data.pair_source import MapSource, PackedTexts, RawPair, refuse_empty
+from ttd_plugins.data.image_paths import find_image_folder, is_image_name, with_slashes, without_number
+from ttd_plugins.data.pair_source import MapSource, RawPair, TextArray, refuse_empty
 from ttd_plugins.errors import InputError, MissingDependencyError, choices_sentence, listed, one_sentence
 from ttd_plugins.utils.user_files import open_regular
 
@@ -103,11 +103,11 @@ class TablePairs(MapSource):
                 known = json.loads(tag_texts[group]) if group in tag_texts else []
                 tag_texts[group] = json.dumps(list(dict.fromkeys([*known, *given])))
         refuse_empty(len(groups), f"the table {str(file)!r}")
-        self._keys = PackedTexts(groups)
+        self._keys = TextArray(groups)
         order = np.argsort(np.asarray(places), kind="stable")
-        self._texts = PackedTexts(texts[index] for index in order)
+        self._texts = TextArray(texts[index] for index in order)
         self._starts: NDArray[np.int64] = np.searchsorted(np.asarray(places)[order], np.arange(len(groups) + 1))
-        self._tags = PackedTexts(tag_texts.get(group, "") for group in range(len(groups))) if tag_texts else None
+        self._tags = TextArray(tag_texts.get(group, "") for group in range(len(groups))) if tag_texts else None
 
     @property
     def summary(self) -> str:
@@ -207,7 +207,7 @@ def folder_of_images(file: Path, paths: Sequence[str]) -> Path:
     """Return the folder of a table's relative paths: its own, or the one near it that contains the images."""
     if any(os.path.isfile(file.parent / path) for path in paths):
         return file.parent
-    found, _ = find_images(file, paths)
+    found, _ = find_image_folder(file, paths)
     return found or file.parent
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from ttd_plugins.reports.formatting import printable
+from ttd_plugins.reports.formatting import one_line
 from ttd_plugins.reports.heat_overlay import missing_matplotlib
 from ttd_plugins.reports.palette import PALETTE, light
 from ttd_plugins.utils.files import write_atomic
@@ -136,7 +136,7 @@ def write_chart_sheet(
             left, down = number % columns * width, top + number // columns * (height + above) + above
             axes = _draw_chart(figure, chart, (left, down))
             if titles:
-                axes.set_title(printable(chart.title), x=0, loc="left", fontsize=11.5, color=light("ink"))
+                axes.set_title(one_line(chart.title), x=0, loc="left", fontsize=11.5, color=light("ink"))
         if heading:
             height = figure.get_size_inches()[1] * UNITS_PER_INCH
             figure.text(0.01, 1 - 16 / height, heading, fontsize=11.5, color=light("muted"))
@@ -204,7 +204,7 @@ def drawing_style(salt: str = "") -> Iterator[None]:
 
 def mark(artist: Artist, kind: str, tooltip: str = "") -> None:
     """Name what an artist shows: its group in the SVG gets the class ``chart-{kind}`` and a tooltip."""
-    artist.set_gid(f"{kind}|{printable(tooltip)}")
+    artist.set_gid(f"{kind}|{one_line(tooltip)}")
 
 
 def pixels(axes: Axes, point: tuple[float, float]) -> tuple[float, float]:
@@ -288,7 +288,7 @@ def _inline_svg(text: str, chart: Chart, size: tuple[float, float]) -> Markup:
         _clean_attributes(element, used, chart.key)
     width, height = size
     root.attrib.clear()
-    label = printable(f"{chart.title}. {chart.description}")
+    label = one_line(f"{chart.title}. {chart.description}")
     root.attrib.update({"class": "chart", "viewBox": f"0 0 {width:g} {height:g}", "role": "img", "aria-label": label})
     root.set("style", f"--width: {width:g}px")
     return Markup(ElementTree.tostring(root, encoding="unicode"))

@@ -12,7 +12,7 @@ import numpy as np
 from ttd_plugins.comparison.results import ARMS, Arm, BackboneResult, Comparison, Metric, mean_and_spread
 from ttd_plugins.reports.charts import Chart, mark, pixels, unit_coordinates
 from ttd_plugins.reports.comparison_findings import mean
-from ttd_plugins.reports.formatting import capitalised, number, printable, shortened
+from ttd_plugins.reports.formatting import capitalised, number, one_line, shortened
 from ttd_plugins.reports.palette import light, series_role
 
 if TYPE_CHECKING:
@@ -191,12 +191,12 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
 def vertical_label(metric: Metric) -> str:
     """The label of a vertical axis, which names the better direction."""
     better = {"higher": ", higher is better ↑", "lower": ", lower is better ↓", None: ""}[metric.better]
-    return printable(capitalised(metric.label) + better)
+    return one_line(capitalised(metric.label) + better)
 
 
 def horizontal_label(metric: Metric) -> str:
     """The label of a horizontal axis, which names the better direction."""
-    label = printable(capitalised(metric.label))
+    label = one_line(capitalised(metric.label))
     if metric.better is None:
         return label
     return f"{label}, higher is better →" if metric.better == "higher" else f"← {label}, lower is better"
@@ -256,7 +256,7 @@ def _draw_labels(
         pixels(axes, found["after"] if "after" in found else next(iter(found.values()))) for _, found in labelled
     ]
     texts = [
-        f"{n + 1} {shortened(printable(comparison.backbones[n].name))}" if names else str(n + 1) for n, _ in labelled
+        f"{n + 1} {shortened(one_line(comparison.backbones[n].name))}" if names else str(n + 1) for n, _ in labelled
     ]
     inside, units = axes.bbox, unit_coordinates(axes)
     area = Box(inside.x0 + 2, inside.y0 + 2, inside.width - 4, inside.height - 4)
@@ -460,7 +460,7 @@ def bias_chart(key: str, name: str, bias: Mapping[str, Mapping[Arm, tuple[float,
                 )  # fmt: skip
                 mark(band, f"gap {arm}", words)
             for row, (kind, found) in enumerate(bias.items(), start=1):
-                ticks.append((title + row, shortened(printable(KIND_ROWS.get(kind, kind)), 14)))
+                ticks.append((title + row, shortened(one_line(KIND_ROWS.get(kind, kind)), 14)))
                 if arm not in found:
                     axes.text(0, title + row, " n/a", fontsize=11, va="center", color=light("muted"))
                     continue

@@ -10,7 +10,7 @@ from ttd_plugins.comparison.results import BackboneResult, Comparison
 from ttd_plugins.reports.charts import Chart, chart_svg, mark, pixels, unit_coordinates
 from ttd_plugins.reports.comparison_charts import Box, place_labels, vertical_label
 from ttd_plugins.reports.comparison_findings import mean
-from ttd_plugins.reports.formatting import capitalised, number, printable, shortened
+from ttd_plugins.reports.formatting import capitalised, number, one_line, shortened
 from ttd_plugins.reports.palette import light, series_role
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def cost_chart(comparison: Comparison, choice: Choice | None = None, *, narrow: 
             mark(drawn, "mark cost", what)
             places.append(pixels(axes, (speed, value)))
             sides.append(side)
-        texts = [str(n + 1) if narrow else f"{n + 1} {shortened(printable(b.name))}" for n, b, _, _ in points]
+        texts = [str(n + 1) if narrow else f"{n + 1} {shortened(one_line(b.name))}" for n, b, _, _ in points]
         inside, units = axes.bbox, unit_coordinates(axes)
         area = Box(inside.x0 + 2, inside.y0 + 2, inside.width - 4, inside.height - 4)
         taken = [Box(x - s / 2, y - s / 2, s, s) for (x, y), s in zip(places, sides, strict=True)]

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import unicodedata
+from typing import TYPE_CHECKING
 
+from ttd_plugins.utils.deprecation import renamed_names
 from ttd_plugins.utils.number_format import MINUS, format_number
+
+if not TYPE_CHECKING:
+    __getattr__ = renamed_names(__name__, {"printable": "one_line"})
 
 
 def number(value: float) -> str:
@@ -43,6 +48,6 @@ def valid_text(text: str) -> str:
     return "".join(c for c in spaced if unicodedata.category(c) != "Cc" and c not in "\ufffe\uffff")
 
 
-def printable(text: str) -> str:
+def one_line(text: str) -> str:
     """:func:`valid_text` on one line, without repeated spaces."""
     return " ".join(valid_text(text).split())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ttd_plugins.comparison.results import BackboneResult, Comparison, Metric
 from ttd_plugins.reports.charts import Chart, mark
 from ttd_plugins.reports.comparison_findings import TIE, Change, change
-from ttd_plugins.reports.formatting import capitalised, printable, shortened, signed
+from ttd_plugins.reports.formatting import capitalised, one_line, shortened, signed
 from ttd_plugins.reports.palette import light, series_role
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _gain_chart(metric: Metric, tuned: Rows, changes: Sequence[Change | None], l
                 1.03, row, signed(found.mean), transform=axes.get_yaxis_transform(), va="center", fontsize=11,
                 color=light("ink"),
             )  # fmt: skip
-        names = [f"{n + 1} {shortened(printable(backbone.name), 16)}" for n, backbone in tuned]
+        names = [f"{n + 1} {shortened(one_line(backbone.name), 16)}" for n, backbone in tuned]
         axes.set_xlim(*limits)
         axes.set_yticks(range(len(tuned)), names, fontsize=11, color=light("ink"))
         axes.set_ylim(len(tuned) - 0.4, -0.6)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ttd_plugins.errors import InputError
 from ttd_plugins.reports.charts import drawing_style, figure_png, font_families
-from ttd_plugins.reports.formatting import plural, printable
+from ttd_plugins.reports.formatting import one_line, plural
 from ttd_plugins.reports.heat_overlay import COLOUR_MAP, overlay
 from ttd_plugins.reports.palette import light
 from ttd_plugins.utils.deprecation import renamed_names
@@ -177,7 +177,7 @@ def _layout(maps: CaptionMaps, after: CaptionMaps | None, size: tuple[int, ...] 
     height, width = size or maps.image.shape[:2]
     panel_height = min(max(_PANEL * height / width, 0.3 * _PANEL), 2 * _PANEL)
     line_characters = round(columns * _PANEL * 10.5)
-    heading = _wrap(printable(maps.caption) or "(empty caption)", line_characters, MAX_CAPTION_LINES)
+    heading = _wrap(one_line(maps.caption) or "(empty caption)", line_characters, MAX_CAPTION_LINES)
     footing = _wrap(_remarks(maps, after, hidden=len(maps.tags) - len(shown)), round(line_characters * 1.25), 5)
     top = _MARGIN + 1.4 * _LINE * len(heading) + _GAP
     bottom = _MARGIN + _LINE * len(footing) + _BAR
@@ -235,7 +235,7 @@ def _tag_panels(maps: CaptionMaps, after: CaptionMaps | None, shown: list[int]) 
     for tag in shown:
         for stage, found in [("", maps)] if after is None else [(" (before)", maps), (" (after)", after)]:
             selected = bool(found.selected[tag])
-            (name,) = _wrap(printable(found.tags[tag]), 24 - len(stage), 1)
+            (name,) = _wrap(one_line(found.tags[tag]), 24 - len(stage), 1)
             panels.append(
                 _Panel(
                     title=name + stage,

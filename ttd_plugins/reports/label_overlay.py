@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from ttd_plugins.errors import InputError
-from ttd_plugins.reports.formatting import printable, shortened
+from ttd_plugins.reports.formatting import one_line, shortened
 from ttd_plugins.reports.palette import light
 
 LABEL_OPACITY = 0.55
@@ -152,9 +152,7 @@ def with_legend(image: NDArray[np.uint8], entries: Sequence[LegendEntry], note: 
     wide = max(width, _NARROWEST)
     size = int(min(max(round(wide / 42), 12), 64))
     pad, row = size // 2 + 2, round(size * 1.6)
-    shown = [
-        LegendEntry(shortened(printable(one.text) or "(no name)", 60), one.colour) for one in entries[:MAX_ENTRIES]
-    ]
+    shown = [LegendEntry(shortened(one_line(one.text) or "(no name)", 60), one.colour) for one in entries[:MAX_ENTRIES]]
     if len(entries) > len(shown):
         shown.append(LegendEntry(f"and {len(entries) - len(shown)} more", (255, 255, 255)))
     places: list[tuple[int, int]] = []
@@ -166,7 +164,7 @@ def with_legend(image: NDArray[np.uint8], entries: Sequence[LegendEntry], note: 
         places.append((left, top))
         left += needed
     below = top + row if shown else pad
-    lines = _wrapped(printable(note), size, wide - 2 * pad)
+    lines = _wrapped(one_line(note), size, wide - 2 * pad)
     canvas = Image.new("RGB", (wide, height + below + len(lines) * row + pad), "white")
     canvas.paste(Image.fromarray(image), (0, 0))
     draw = ImageDraw.Draw(canvas)

@@ -16,7 +16,7 @@ from ttd_plugins.comparison.results import Comparison, Metric
 from ttd_plugins.comparison.tables import scale_rows
 from ttd_plugins.reports.charts import Chart, chart_svg, mark
 from ttd_plugins.reports.comparison_charts import horizontal_label, vertical_label
-from ttd_plugins.reports.formatting import capitalised, printable, shortened, signed
+from ttd_plugins.reports.formatting import capitalised, one_line, shortened, signed
 from ttd_plugins.reports.palette import light, series_role
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def scale_sheet_heading(comparison: Comparison) -> str:
         for n, backbone in enumerate(comparison.backbones)
         if scaled_results(backbone, comparison.metrics)
     ]
-    return printable(
+    return one_line(
         f"LoRA scaled from 0 (before) to 1 (after TTD, filled); the control is the origin. {', '.join(names)}"
     )
 

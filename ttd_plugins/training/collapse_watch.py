@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
+
+from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_keyword
 
 SPREAD_FLOOR, SPREAD_SHARE = 0.005, 0.05
 
@@ -31,17 +33,20 @@ class MetricAverager:
         return asdict(self)
 
 
+@renamed_keyword("told", "present")
 @dataclass
 class CollapseWatch:
     """Detects degenerate solutions: flat caption maps, and a selection of every tag or of none.
 
     Attributes:
         first_spread: spread (max - min over patches, cosine) of the caption maps in the first window.
-        told: kinds of collapse that are present now, so that each is reported once.
+        present: kinds of collapse that are present now, so that each is reported once.
     """
 
     first_spread: float | None = None
-    told: list[str] = field(default_factory=list)
+    present: list[str] = field(default_factory=list)
+
+    told = RenamedAttribute("present")
 
     def check(self, metrics: Mapping[str, float]) -> list[str]:
         """Return one sentence for each kind of collapse that is new in the metrics of a window."""
@@ -67,10 +72,15 @@ class CollapseWatch:
                 f"every tag is selected ({tags:.1f} a caption), so the selection has no effect; raise "
                 "ttd.threshold or choose another ttd.rule"
             )
-        new = [sentence for kind, sentence in found.items() if kind not in self.told]
-        self.told = list(found)
+        new = [sentence for kind, sentence in found.items() if kind not in self.present]
+        self.present = list(found)
         return new
 
     def as_dict(self) -> dict[str, Any]:
-        """Return values that JSON can store."""
-        return asdict(self)
+        """Return values that JSON can store; the key ``told`` of checkpoints is :attr:`present`."""
+        return {"first_spread": self.first_spread, "told": self.present}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Self:
+        """Return the watch that :meth:`as_dict` stored."""
+        return cls(first_spread=state["first_spread"], present=list(state["told"]))

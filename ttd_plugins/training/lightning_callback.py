@@ -53,7 +53,7 @@ def lightning_callback(*, prefix: str = "ttd/", trained_only: bool = True) -> An
             return {"watch": self.watch.as_dict()}
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-            self.watch = CollapseWatch(**state_dict["watch"])
+            self.watch = CollapseWatch.from_dict(state_dict["watch"])
 
         def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
             engines = _engines(pl_module)

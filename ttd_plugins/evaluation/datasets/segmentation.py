@@ -435,18 +435,16 @@ class CocoPanoptic(MaskFiles):
             if os.path.exists(listed):
                 self._check_categories(listed)
             return self._by_stem(images, self.root / "semantic_masks")
-        for year in ("2017",):
-            split = f"{self.split}{year}"
-            file = self.root / "annotations" / f"panoptic_{split}.json"
-            if os.path.exists(file):
-                self.layout = "panoptic"
-                images = self._folder("images", f"images/{split}", split)
-                masks = self._folder("masks", f"annotations/panoptic_{split}", f"panoptic_{split}")
-                return self._panoptic(file, images, masks)
-        raise DatasetError(
-            f"coco_panoptic in {str(self.root)!r} has neither semantic_masks nor "
-            f"annotations/panoptic_{self.split}2017.json"
-        )
+        split = f"{self.split}2017"
+        file = self.root / "annotations" / f"panoptic_{split}.json"
+        if not os.path.exists(file):
+            raise DatasetError(
+                f"coco_panoptic in {str(self.root)!r} has neither semantic_masks nor annotations/panoptic_{split}.json"
+            )
+        self.layout = "panoptic"
+        images = self._folder("images", f"images/{split}", split)
+        masks = self._folder("masks", f"annotations/panoptic_{split}", f"panoptic_{split}")
+        return self._panoptic(file, images, masks)
 
     def _check_categories(self, file: Path) -> None:
         known = {names.id: names.name for names in self.classes}
