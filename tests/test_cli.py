@@ -189,8 +189,9 @@ def test_tags_as_a_table(fake: FakeFamily, picture: Path) -> None:
     result = ttd("tags", picture, "a [red]dog[/red] on grass", "--backbone", "fake:small")
     assert result.exit_code == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines() if line.strip()]
-    assert rows[0] == ["tag", "score", "probability", "(uncalibrated)", "selected"]
-    assert [row[0] for row in rows if len(row) == 4 and row[3] in ("yes", "no")] == ["red", "dog", "grass"]
+    assert rows[0] == ["tag", "score", "probability", "(uncalibrated)", "selection"]
+    assert [row[0] for row in rows if len(row) == 4 and row[3] in ("selected", "rejected")] == ["red", "dog", "grass"]
+    assert {row[3] for row in rows if len(row) == 4} == {"selected", "rejected"}
 
 
 def test_a_tag_is_shown_as_it_is(fake: FakeFamily, picture: Path) -> None:

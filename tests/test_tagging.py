@@ -254,6 +254,7 @@ def test_the_command_prints_the_best_names_of_a_vocabulary(folder: Path, tmp_pat
     file.write_text("\n".join(NAMES))
     table = run(folder / "a.png", "--vocabulary", file, "--rule", "absolute", "--threshold", "-1", "--top", 3)
     assert table.exit_code == 0 and "3 of 6 names are selected" in table.output, table.output
+    assert table.output.split().count("selected") == 4
     content = json.loads(run(folder / "a.png", "--vocabulary", ",".join(NAMES), "--json").stdout)
     assert content["vocabulary"] == 6 and {tag["tag"] for tag in content["tags"]} <= set(NAMES)
     out = tmp_path / "tags.jsonl"
@@ -269,6 +270,7 @@ def test_the_command_prints_the_best_names_of_a_vocabulary(folder: Path, tmp_pat
     [
         (("PHOTO",), "there is no CAPTION"),
         (("PHOTO", "a dog", "--vocabulary", "dog"), "--vocabulary replaces the caption"),
+        (("PHOTO", "a dog", "--top", "0"), "--top applies to --vocabulary only"),
         (("PHOTO", "a dog", "--top", "3"), "--top applies to --vocabulary only"),
         (("FOLDER", "--vocabulary", "dog"), "is a folder; name a file for its tags with --out"),
         (("FOLDER", "--vocabulary", "dog", "--out", "tags.txt"), "must end in .jsonl or .parquet"),

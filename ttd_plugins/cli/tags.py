@@ -111,7 +111,8 @@ def command(
         return
     if caption is None:
         raise InputError("there is no CAPTION; describe the image, or name candidate tags with --vocabulary")
-    given = next((name for name, value in (("--top", top), ("--template", template), ("--out", out)) if value), None)
+    options = (("--top", top), ("--template", template), ("--out", out))
+    given = next((name for name, value in options if value not in (None, [])), None)
     if given is not None:
         raise InputError(f"{given} applies to --vocabulary only; leave it out")
     _tag_by_caption(
@@ -160,7 +161,7 @@ def _tag_by_caption(image: Path, caption: str, as_json: bool, **options: Any) ->
 
 def _print_table(found: CaptionMaps) -> None:
     rows = [
-        (tag, found.scores[i], found.probabilities[i], "yes" if found.selected[i] else "no")
+        (tag, found.scores[i], found.probabilities[i], "selected" if found.selected[i] else "rejected")
         for i, tag in enumerate(found.tags)
     ]
     _print_rows(found.probability_label, rows)
@@ -174,7 +175,7 @@ def _print_rows(label: str, rows: list[tuple[str, float, float, str]]) -> None:
 
     table = Table(box=SIMPLE)
     table.add_column("tag")
-    for column in ("score", label, "selected"):
+    for column in ("score", label, "selection"):
         table.add_column(column, justify="right")
     for tag, score, probability, selected in rows:
         # A tag may contain what rich takes for markup.
@@ -247,7 +248,7 @@ def _tag_by_vocabulary(
         found = latest[0]
         label = "probability" if found.calibrated else "probability (uncalibrated)"
         shown = [i for i in found.order if found.selected[i]]
-        _print_rows(label, [(found.names[i], found.scores[i], found.probabilities[i], "yes") for i in shown])
+        _print_rows(label, [(found.names[i], found.scores[i], found.probabilities[i], "selected") for i in shown])
         typer.echo(f"{len(shown)} of {len(classes):,} names are selected")
     else:
         skipped = result.images - result.done - len(result.failed)
