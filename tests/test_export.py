@@ -33,6 +33,7 @@ from ttd_plugins import cli, load, wrap
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.errors import InputError, TTDError, UnsupportedModelError
 from ttd_plugins.export import CITATION, ModelCard, export_backbone
+from ttd_plugins.export_record import RECORD_FILE, read_record
 from ttd_plugins.lora import CONFIG_FILE, WEIGHTS_FILE, load_lora
 
 CLOSE = 1e-5
@@ -568,6 +569,17 @@ def test_the_card_says_what_is_known_and_nothing_else(tmp_path: Path) -> None:
     assert not any(heading in text for heading in ("## Data", "## Settings", "## Metrics"))
     assert "import transformers\n" in text and "its licence applies" in text
     assert text.startswith("---\nlibrary_name: transformers\n")
+
+
+def test_names_of_folders_that_are_not_utf_8_are_exported(tmp_path: Path) -> None:
+    card = ModelCard(base="open_clip:tiny@/models/caf\udce9", data={"pairs": "/data/caf\udce9"})
+    done = export_backbone(load("open_clip:tiny"), tmp_path / "out", form="weights", card=card)
+    assert "| pairs | /data/caf\\udce9 |" in (done.folder / "README.md").read_text(encoding="utf-8")
+    record = read_record(done.folder)
+    assert record is not None and record.base == card.base
+    (done.folder / RECORD_FILE).write_text('{"form": "weights", "base": 3}')
+    with pytest.raises(InputError, match=r"ttd_export.json is damaged .*Input should be a valid string"):
+        read_record(done.folder)
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from ttd_plugins.errors import InputError, TTDError, choices_sentence, one_sente
 from ttd_plugins.export_record import CARD_FILE, ExportRecord, write_record
 from ttd_plugins.plugins import load
 from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_keyword
-from ttd_plugins.utils.files import given_path
+from ttd_plugins.utils.files import given_path, write_atomic
 from ttd_plugins.utils.output_folder import new_folder, require_new
 from ttd_plugins.utils.settings import flatten
 
@@ -155,7 +155,8 @@ def export_backbone(
             from ttd_plugins.toolkit.open_clip_export import use_tokenizer_of_repository
 
             use_tokenizer_of_repository(folder, card.repository)
-        (folder / CARD_FILE).write_text(render_card(adapter, model, form, card), encoding="utf-8")
+        # Names of folders need not be UTF-8.
+        write_atomic(folder / CARD_FILE, render_card(adapter, model, form, card))
         write_record(folder, _record_of(adapter, model, form, card), folder.rglob("*.safetensors"))
         files = tuple(sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()))
     return Exported(out, form, files, model)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pydantic
-from pydantic import Strict, TypeAdapter
+from pydantic import PlainValidator, TypeAdapter
 
 from ttd_plugins.errors import InputError, one_sentence
 from ttd_plugins.utils.files import file_sha256
@@ -25,7 +25,15 @@ MAX_BYTES = 2**20
 """A record or a card is small; a larger file is none."""
 _CARD_NAME = re.compile(r'^In ttd-plugins again: `ttd_plugins\.load\("([^"`]+)"\)`\.$', re.MULTILINE)
 
-Text = Annotated[str, Strict()]
+
+def _require_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("Input should be a valid string")
+    return value
+
+
+# pydantic's own texts are UTF-8, which names of folders need not be.
+Text = Annotated[str, PlainValidator(_require_text)]
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ def read_record(folder: Path) -> ExportRecord | None:
     try:
         if file.stat().st_size > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
-        record: ExportRecord = _RECORD.validate_json(file.read_bytes())
+        record: ExportRecord = _RECORD.validate_python(json.loads(file.read_bytes()))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.errors(include_url=False)[0]["msg"] if isinstance(error, pydantic.ValidationError) else error
         raise InputError(
