@@ -234,6 +234,11 @@ def test_an_empty_list_and_a_missing_picture_are_told(tmp_path: Path) -> None:
         open_segmentation("voc", tmp_path)
     with pytest.raises(DatasetError, match=r"the list .*train.txt' of the split 'train' of voc cannot be read"):
         open_segmentation("voc", tmp_path, split="train")
+    listed.write_bytes("café".encode("latin-1"))
+    with pytest.raises(DatasetError, match=r"the list .*val.txt' .* of voc cannot be read: it is not UTF-8"):
+        open_segmentation("voc", tmp_path)
+    listed.write_bytes("2007_000033".encode("utf-8-sig"))
+    assert list(open_segmentation("voc", tmp_path).keys()) == ["2007_000033"]
 
 
 def test_colours_of_the_voc_palette_are_taken_for_their_indices(tmp_path: Path) -> None:

@@ -320,6 +320,9 @@ def test_a_run_that_was_stopped_goes_on_and_ends_as_one_that_was_not(folder: Pat
     # All is done, so nothing is computed again.
     again = toy()
     assert evaluate_tags(again, data, options, out=out).metrics == whole.metrics and not again.images
+    records.write_bytes(records.read_bytes() + b"caf\xe9\n")
+    with pytest.raises(InputError, match=r"a line of .*images-0.jsonl' is damaged"):
+        evaluate_tags(again, data, options, out=out)
 
 
 @pytest.mark.parametrize("protocol", ["tags", "text", "segment"])

@@ -76,7 +76,7 @@ def write_pairs(folder: Path, pairs: RandomPairs) -> None:
         InputError: a file cannot be written.
     """
     marker, wanted = folder / MARKER, json.dumps(asdict(pairs), sort_keys=True)
-    if marker.is_file() and marker.read_text(encoding="utf-8") == wanted:
+    if marker.is_file() and marker.read_bytes() == wanted.encode():
         return
     shutil.rmtree(folder, ignore_errors=True)
     make_folder(folder)

@@ -36,6 +36,7 @@ from ttd_plugins.evaluation.datasets.annotation_files import (
 from ttd_plugins.evaluation.datasets.coco_instances import CocoInstances, image_of, images_of, not_coco
 from ttd_plugins.evaluation.datasets.reader import ClassNames, Progress, SegmentationData, class_names
 from ttd_plugins.evaluation.metrics import IGNORE
+from ttd_plugins.utils.user_files import reason_of
 
 Pairs = dict[str, tuple[Path, Path]]
 _SPLITS = {"val": ("val", "validation"), "train": ("train", "training"), "trainval": ("trainval",), "test": ("test",)}
@@ -155,11 +156,12 @@ class MaskFiles(SegmentationData):
     def _listed(self, file: Path, images: Path, masks: Path) -> Pairs:
         """Return image and mask file of each key in a list of ``ImageSets``, with one key per line."""
         try:
-            keys = [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except OSError:
+            keys = [line.split()[0] for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            reason = reason_of(error) if isinstance(error, OSError) else "it is not UTF-8"
             raise DatasetError(
-                f"the list {str(file)!r} of the split {self.split!r} of {self.name} cannot be read"
-            ) from None
+                f"the list {str(file)!r} of the split {self.split!r} of {self.name} cannot be read: {reason}"
+            ) from error
         return {key: (images / f"{key}.jpg", masks / f"{key}.png") for key in keys}
 
     def _need(self, folder: Path | None, what: str, *tried: str) -> Path:

@@ -211,10 +211,11 @@ class _Records:
             return
         seen: set[str] = set()
         for path in sorted(self.out.glob("images-*.jsonl")):
-            with path.open(encoding="utf-8") as file:
+            # Bytes, because a damaged line may not be UTF-8.
+            with path.open("rb") as file:
                 for line in file:
                     # Another process may still be writing this line.
-                    if not line.endswith("\n"):
+                    if not line.endswith(b"\n"):
                         continue
                     record = _parse_record(path, line)
                     if record["key"] not in seen:
@@ -222,7 +223,7 @@ class _Records:
                         yield record
 
 
-def _parse_record(file: Path, line: str) -> Record:
+def _parse_record(file: Path, line: bytes) -> Record:
     """The record of a line.
 
     Raises:
