@@ -507,7 +507,7 @@ class TTD(nn.Module):
         )
 
     def image_array(self, pixels: Tensor) -> NDArray[np.uint8]:
-        """Undo the normalisation of pixels ``[3, height, width]`` on any device; returns uint8 ``[height, width, 3]``."""
+        """Undo the normalisation of pixels ``[3, height, width]`` on any device, to uint8 ``[height, width, 3]``."""
         description = self.backbone.description
         pixels = pixels.detach().cpu()
         # On the device of the pixels, also where the default device is another one.
