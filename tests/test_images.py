@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ttd_plugins.data.images import IMAGE_FORMATS, read_image, to_rgb
 from ttd_plugins.errors import InputError
 from ttd_plugins.evaluation.datasets.annotation_files import DatasetError, image_size, read_indices
+from ttd_plugins.toolkit.transforms import OPENAI_NORMALISATION, DenseTransform, NativeTransform
 
 
 @pytest.fixture
@@ -185,6 +187,33 @@ def test_an_image_in_memory_is_converted_alike_and_not_changed(picture: Image.Im
     assert close(to_rgb(picture), picture)
     with pytest.raises(InputError, match=r"^the image has floating-point values"):
         to_rgb(Image.new("F", (2, 2)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff", "webp"])
+def test_a_transform_sees_an_opened_image_as_the_commands_do(
+    tmp_path: Path, picture: Image.Image, orientation: int, suffix: str
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / f"phone.{suffix}"
+    picture.save(file, exif=exif)
+    upright = read_image(file)
+    transform = DenseTransform((24, 24), OPENAI_NORMALISATION)
+    own = NativeTransform(lambda image: torch.from_numpy(np.array(image)))
+    with Image.open(file) as opened:
+        assert torch.equal(transform(opened), transform(upright))
+        assert np.array_equal(own(opened), upright)
+    assert np.array_equal(to_rgb(upright), upright), "an image that is upright is not turned again"
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16"])
+def test_a_transform_converts_any_mode_as_reading_does(tmp_path: Path, mode: str) -> None:
+    values = {"RGBA": (90, 10, 10, 40), "LA": (90, 40), "I;16": 33050}
+    Image.new(mode, (8, 6), values[mode]).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as opened:
+        found = NativeTransform(lambda image: torch.from_numpy(np.array(image)))(opened)
+    assert np.array_equal(found, read_image(tmp_path / "a.png"))
 
 
 def test_bytes_are_read_as_files_are(tmp_path: Path, picture: Image.Image) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ttd_plugins.adapter import ImageTransform
+from ttd_plugins.data.images import to_rgb
 from ttd_plugins.errors import InputError
 from ttd_plugins.toolkit.transforms import (
     FILTERS,
@@ -22,7 +23,6 @@ from ttd_plugins.toolkit.transforms import (
     normalised_pixels,
     read_compose,
     three_channels,
-    to_rgb,
 )
 
 ADVICE = (

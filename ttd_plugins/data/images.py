@@ -25,6 +25,8 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JP
 """Pillow's names of the formats that are read; ``PPM`` includes PGM and PBM. The content decides, not the file name."""
 
 _ORIENTATION = 0x0112
+_ORIENTATION_SOURCES = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+"""The entries of ``Image.info`` in which Pillow looks for an orientation."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -119,7 +121,7 @@ def _unidentified(source: str | os.PathLike[str] | bytes) -> str:
 def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
     """Convert a PIL image of any mode to an upright 8-bit RGB image; see :func:`read_image`.
 
-    An EXIF orientation that cannot be parsed is ignored.
+    An EXIF orientation that cannot be parsed is ignored. The result has none, so a second call changes nothing.
 
     Args:
         image: the image; animations use their first frame.
@@ -133,6 +135,8 @@ def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
             f"{name} must be a PIL image or a path, not an object of class {type(image).__module__}."
             f"{type(image).__qualname__}; PIL.Image.fromarray() converts a uint8 array [height, width, 3]"
         )
+    # Pillow turns TIFF as it decodes it; before that, the orientation is still there.
+    image.load()
     image = _upright(image)
     if image.mode in _16_BIT_MODES or image.mode == "I":
         values = np.asarray(image).astype(np.int64)
@@ -151,7 +155,13 @@ def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     # ImageOps.exif_transpose would rewrite the whole EXIF, and fails on unrelated tags.
     turn = _TURNS.get(exif_orientation(image))
-    return image if turn is None else image.transpose(turn)
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    # The pixels are upright now: a second call must not turn them again.
+    for name in _ORIENTATION_SOURCES:
+        turned.info.pop(name, None)
+    return turned
 
 
 def exif_orientation(image: Image.Image) -> int:

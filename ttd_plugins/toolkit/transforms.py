@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ttd_plugins.data.images import to_rgb
 from ttd_plugins.errors import InputError
 
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -31,24 +32,6 @@ OPENAI_NORMALISATION = Normalisation(
     (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), "bicubic"
 )
 """The normalisation of OpenAI's CLIP, which is open_clip's default."""
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to 8-bit RGB.
-
-    16-bit grey values are scaled to 8 bits; ``convert`` alone would clip nearly all of them to white.
-
-    Raises:
-        InputError: the image has floating-point or 32-bit values, whose range is unknown.
-    """
-    if image.mode == "F":
-        raise InputError("an image of floating-point values (mode F) has no known range; scale it to 8-bit RGB first")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.int64)
-        if values.size and (values.min() < 0 or values.max() > 0xFFFF):
-            raise InputError("an image of 32-bit integers (mode I) has no known range; scale it to 8-bit RGB first")
-        image = Image.fromarray((values // 257).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def normalised_pixels(image: Image.Image, normalisation: Normalisation) -> Tensor:
