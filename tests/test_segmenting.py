@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import ttd_plugins.evaluation.image_segmentation as module
 from ttd_plugins import cli, segment
 from ttd_plugins.app.studio import Studio
+from ttd_plugins.data.image_folders import find_images
 from ttd_plugins.errors import InputError
 from ttd_plugins.evaluation.datasets.reader import ClassNames
 from ttd_plugins.evaluation.dense_inference import (
@@ -283,6 +284,30 @@ def test_a_folder_is_written_and_resumed(folder: Path, tmp_path: Path) -> None:
     assert again.done == 2 and seen == ["a.png", "trip/b.jpg"]
     with pytest.raises(InputError, match=r"results with other settings \(classes: .*choose another --out"):
         segment_folder(Segmenter(adapter, "dog, horse", **SMALL), folder, out)
+
+
+def test_each_image_has_files_of_its_own(tmp_path: Path) -> None:
+    place, out = tmp_path / "photos", tmp_path / "out"
+    place.mkdir()
+    names = ["a.jpg", "a.png", "a.jpg.png", "b.png", "C.jpg.png", "c.JPG", "d.png"]
+    for seed, name in enumerate(names):
+        photo(seed=seed).save(place / name)
+    found = find_images(place)
+    assert {one.key for one in found} == set(names)
+    assert len({one.stem.casefold() for one in found}) == len(names), "also where a file system ignores case"
+    stems = {one.key: one.stem for one in found}
+    assert (stems["a.jpg.png"], stems["a.jpg"], stems["b.png"], stems["d.png"]) == ("a.jpg.png", "a.jpg", "b", "d")
+    segment_folder(Segmenter(toy(), NAMES, **SMALL), place, out)
+    assert len(list((out / "masks").rglob("*.png"))) == len(names)
+
+
+def test_whole_names_that_differ_in_case_have_files_of_their_own(tmp_path: Path) -> None:
+    names = ["a.jpg", "A.jpg", "a.png"]
+    for name in names:
+        photo().save(tmp_path / name)
+    if len(list(tmp_path.iterdir())) < len(names):
+        pytest.skip("this file system ignores case")
+    assert len({one.stem.casefold() for one in find_images(tmp_path)}) == len(names)
 
 
 def test_unreadable_images_are_listed_and_the_others_segmented(folder: Path, tmp_path: Path) -> None:

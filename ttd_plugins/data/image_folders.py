@@ -88,13 +88,17 @@ def _is_inside(path: Path, folder: str | None) -> bool:
 
 def _stems(keys: Sequence[str]) -> list[str]:
     """Keys without suffix; with it where two would be equal, also on file systems that ignore case."""
-    count = Counter(str(PurePosixPath(key).with_suffix("")).casefold() for key in keys)
+    shorts = [PurePosixPath(key).with_suffix("") for key in keys]
+    count = Counter(str(short).casefold() for short in shorts)
+    whole = Counter(key.casefold() for key in keys)
     stems = []
-    for key in keys:
-        short = PurePosixPath(key).with_suffix("")
-        stem = short if count[str(short).casefold()] == 1 else PurePosixPath(key)
+    for key, short in zip(keys, shorts, strict=True):
+        # A short name may be the whole name of another image: a.jpg.png beside a.jpg.
+        is_free = count[str(short).casefold()] == 1 and str(short).casefold() not in whole
+        stem = short if is_free else PurePosixPath(key)
         name = os.fsencode(stem.name)
-        if len(name) > _MAX_NAME_BYTES:
+        # Whole names may differ in case only.
+        if len(name) > _MAX_NAME_BYTES or (not is_free and whole[key.casefold()] > 1):
             # Room for the suffix and for the name of the temporary file.
             digest = hashlib.sha256(name).hexdigest()[:12]
             stem = stem.with_name(name[: _MAX_NAME_BYTES - 20].decode("utf-8", "ignore") + f"-{digest}")
