@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,38 @@ def test_a_folder_becomes_one_file_and_is_resumed(folder: Path, tmp_path: Path, 
     with pytest.raises(InputError, match="tags of another vocabulary, backbone or option"):
         tag_folder(Tagger(toy(), NAMES, top=1), folder, out)
     assert {path.name for path in tmp_path.iterdir()} == {"photos", out.name}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_an_image_whose_name_is_not_utf_8_has_one_row(folder: Path, tmp_path: Path, suffix: str) -> None:
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        photo(7).save(folder / name)
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    out, tagger = tmp_path / f"tags{suffix}", Tagger(toy(), NAMES)
+    assert tag_folder(tagger, folder, out).done == 4
+    assert tag_folder(tagger, folder, out).done == 0
+    photo(8).save(folder / "new.png")
+    assert tag_folder(tagger, folder, out).done == 1
+    stored = [row["image"] for row in rows_of(out)]
+    if suffix == ".parquet":
+        stored = [json.loads(key) for key in stored]
+    assert stored == sorted(["a.png", "b.png", "trip/c.png", name, "new.png"])
+
+
+def test_a_row_of_a_replaced_name_is_tagged_again(folder: Path, tmp_path: Path) -> None:
+    """Earlier releases stored U+FFFD for bytes of a name that are not UTF-8."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    out, tagger = tmp_path / "tags.parquet", Tagger(toy(), NAMES)
+    tag_folder(tagger, folder, out)
+    table = pq.read_table(out)
+    replaced = table.set_column(0, "image", [["caf\ufffd.png", "b.png", "trip/c.png"]])
+    pq.write_table(replaced.replace_schema_metadata(table.schema.metadata), out)
+    assert tag_folder(tagger, folder, out).done == 1
+    assert [row["image"] for row in rows_of(out)] == ["a.png", "b.png", "trip/c.png"]
 
 
 def test_a_call_that_was_killed_is_resumed_at_its_last_image(folder: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from ttd_plugins.options import Rule, check_threshold
 from ttd_plugins.plugins import load
 from ttd_plugins.utils.files import atomic_path, given_path, write_atomic
 from ttd_plugins.utils.output_folder import locked
+from ttd_plugins.utils.parquet_keys import decode_keys, encode_keys
 from ttd_plugins.utils.progress import Stage, no_progress
 from ttd_plugins.utils.settings import settings_digest
 from ttd_plugins.utils.user_files import read_regular
@@ -252,7 +252,8 @@ def tag_folder(
 
     JSON lines: one object per image with ``image`` (its path in the folder) and ``tags`` (objects with ``tag``,
     ``score`` and ``probability``), or ``error``. Parquet: columns ``image``, ``tags``, ``scores``, ``probabilities``
-    and ``error``; the metadata contain the settings. Rows are sorted by path. Records are appended to ``OUT.part``, and
+    and ``error``; the metadata contain the settings, and ``keys`` is ``json`` where a path is not UTF-8 and all are
+    stored as JSON. Rows are sorted by path. Records are appended to ``OUT.part``, and
     ``OUT`` is complete or absent. The same call resumes, and adds images that are new in the folder.
 
     Args:
@@ -405,13 +406,17 @@ def _read_parquet(file: Path, digest: str) -> dict[str, dict[str, Any]]:
         _require_digest(metadata.get(b"settings_digest", b"").decode() or None, digest, file)
         key = metadata[b"probability_key"].decode()
         records = {}
-        for row in table.to_pylist():
+        images = decode_keys(table.column("image").to_pylist(), metadata)
+        for image, row in zip(images, table.to_pylist(), strict=True):
+            # Earlier releases replaced bytes that are not UTF-8, so the image of such a row is unknown.
+            if "\ufffd" in image and b"keys" not in metadata:
+                continue
             if row["error"] is not None:
-                records[row["image"]] = {"image": row["image"], "error": row["error"]}
+                records[image] = {"image": image, "error": row["error"]}
                 continue
             rows = zip(row["tags"], row["scores"], row["probabilities"], strict=True)
             tags = [{"tag": tag, "score": score, key: probability} for tag, score, probability in rows]
-            records[row["image"]] = {"image": row["image"], "tags": tags}
+            records[image] = {"image": image, "tags": tags}
     except InputError:
         raise
     except Exception as error:  # pyarrow raises exceptions of many types
@@ -432,13 +437,14 @@ def _write(file: Path, records: list[dict[str, Any]], settings: dict[str, Any], 
         def column(name: str) -> list[Any]:
             return [None if of_image is None else [tag[name] for tag in of_image] for of_image in tags]
 
+        keys, stored_as = encode_keys([one["image"] for one in records])
         columns = {
-            # Names of files need not be UTF-8, but texts of Parquet are.
-            "image": pa.array([os.fsencode(one["image"]).decode("utf-8", "replace") for one in records], pa.string()),
+            "image": pa.array(keys, pa.string()),
             "tags": pa.array(column("tag"), pa.list_(pa.string())),
             "scores": pa.array(column("score"), pa.list_(pa.float32())),
             "probabilities": pa.array(column(key), pa.list_(pa.float32())),
             "error": pa.array([one.get("error") for one in records], pa.string()),
         }
         metadata = {"settings": json.dumps(settings), "settings_digest": digest, "probability_key": key}
+        metadata |= stored_as
         pq.write_table(pa.table(columns).replace_schema_metadata(metadata), stream)

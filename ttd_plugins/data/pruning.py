@@ -20,7 +20,7 @@ import torch
 from ttd_plugins.adapter import DenseAdapter, ImageTransform, Size, image_features
 from ttd_plugins.data.loader import LoaderPosition, PairLoader
 from ttd_plugins.data.pair_source import MapSource, PairSource
-from ttd_plugins.data.score_filter import PairScores, is_utf8, read_scores
+from ttd_plugins.data.score_filter import PairScores, read_scores
 from ttd_plugins.data.skipped_samples import SkipLog
 from ttd_plugins.engine import evaluation_mode
 from ttd_plugins.errors import InputError, MissingDependencyError, TTDError, one_sentence
@@ -28,6 +28,7 @@ from ttd_plugins.method import similarity
 from ttd_plugins.method.text_embeddings import encode_texts
 from ttd_plugins.utils.files import atomic_path, given_path
 from ttd_plugins.utils.output_folder import locked
+from ttd_plugins.utils.parquet_keys import encode_keys
 from ttd_plugins.utils.settings import first_difference
 
 HEADER = b'{"scores": {'
@@ -269,16 +270,14 @@ def _finish(part: Path, file: Path, skipped: SkipLog) -> None:
             import pyarrow as pa
             import pyarrow.parquet as pq
 
-            # Names of files need not be UTF-8, but texts of Parquet are: their JSON form is.
-            keys = [row["key"] for row in rows]
-            as_json = any(not is_utf8(key) for key in keys)
+            keys, stored_as = encode_keys([row["key"] for row in rows])
             columns = {
-                "key": pa.array([json.dumps(key) for key in keys] if as_json else keys, pa.string()),
+                "key": pa.array(keys, pa.string()),
                 "caption": pa.array([row["caption"] for row in rows], pa.int32()),
                 "similarity": pa.array([row["similarity"] for row in rows], pa.float64()),
                 "reason": pa.array([row.get("reason") for row in rows], pa.string()),
             }
-            metadata = {"scores": json.dumps(settings)} | ({"keys": "json"} if as_json else {})
+            metadata = {"scores": json.dumps(settings)} | stored_as
             table = pa.table(columns).replace_schema_metadata(metadata)
             # pyarrow takes no path that is not UTF-8.
             with open(temporary, "wb") as stream:

@@ -8,29 +8,24 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ttd_plugins.errors import InputError, MissingDependencyError, one_sentence
-from ttd_plugins.utils.deprecation import RenamedAttribute
+from ttd_plugins.utils.deprecation import RenamedAttribute, renamed_names
 from ttd_plugins.utils.numbers import number
+from ttd_plugins.utils.parquet_keys import decode_keys
+
+if not TYPE_CHECKING:
+    __getattr__ = renamed_names(__name__, {"is_utf8": "ttd_plugins.utils.parquet_keys.is_utf8"})
 
 
 def key_hash(key: str) -> int:
     """Return a 64-bit hash of a key that is the same in every process."""
     digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
-
-
-def is_utf8(text: str) -> bool:
-    """Return whether a text, such as the name of a file, can be written as UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -112,7 +107,7 @@ def _parquet(path: Path) -> tuple[dict[str, Any], Any, Any, Any]:
     metadata = table.schema.metadata or {}
     settings = json.loads(metadata[b"scores"])
     keys, captions, similarity = (table.column(name).to_pylist() for name in ("key", "caption", "similarity"))
-    return settings, [json.loads(key) for key in keys] if b"keys" in metadata else keys, captions, similarity
+    return settings, decode_keys(keys, metadata), captions, similarity
 
 
 class PairFilter:
