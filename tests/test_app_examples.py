@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 from fakes import FakeFamily, FakePlugin
@@ -14,8 +15,10 @@ from PIL import Image
 pytest.importorskip("matplotlib")
 
 from ttd_plugins.app import examples as examples_module
+from ttd_plugins.app import maps_tab, segment_tab
 from ttd_plugins.app.components import LatestRequest, check_upload, checked_upload
 from ttd_plugins.app.examples import Example, ExampleAnswers, caption_examples, name_examples, thumbnails_css
+from ttd_plugins.app.gradio_page import build_page
 from ttd_plugins.app.rendering import render_error, render_result
 from ttd_plugins.app.studio import AppResult, Studio
 from ttd_plugins.embedded.photo_examples import photograph
@@ -145,6 +148,39 @@ def test_only_the_newest_request_of_a_visitor_is_current() -> None:
     assert (old(), new(), other()) == (False, True, True)
     latest.forget("a")
     assert not new() and other()
+
+
+class CountingRequests(LatestRequest):
+    """Lists its objects, each with the visitors whom it knows."""
+
+    every: ClassVar[list[CountingRequests]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visitors: set[str] = set()
+        self.every.append(self)
+
+    def begin(self, visitor: str) -> Any:
+        self.visitors.add(visitor)
+        return super().begin(visitor)
+
+    def forget(self, visitor: str) -> None:
+        self.visitors.discard(visitor)
+        super().forget(visitor)
+
+
+def test_a_visitor_who_leaves_is_forgotten_by_both_tabs(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gradio")
+    monkeypatch.setattr(CountingRequests, "every", [])
+    for module in (maps_tab, segment_tab):
+        monkeypatch.setattr(module, "LatestRequest", CountingRequests)
+    page = build_page(studio)
+    for tab in CountingRequests.every:
+        tab.begin("one")
+        tab.begin("two")
+    (leave,) = [one.fn for one in page.fns.values() if any(event == "unload" for _, event in one.targets)]
+    leave(SimpleNamespace(session_hash="one"))
+    assert [tab.visitors for tab in CountingRequests.every] == [{"two"}, {"two"}]
 
 
 class Skips:

@@ -76,13 +76,14 @@ def build_page(studio: Studio, prepared: ExampleAnswers | None = None) -> Any:
             with gr.Tab("Caption and tags"):
                 maps = add_maps_tab(gr, studio, uploaded_path, page, answers)
             with gr.Tab("Segment by names") as segment:
-                named = add_segment_tab(gr, studio, uploaded_path, segment)
-        examples = [*maps.examples, *named]
+                segmented = add_segment_tab(gr, studio, uploaded_path, segment)
+        examples = [*maps.examples, *segmented.examples]
         credits = {one.credit.name: (one.label, one.credit) for one in reversed(examples) if one.credit is not None}
         gr.HTML(render_credits(list(credits.values())[::-1]), apply_default_css=False, padding=False)
 
         def forget(request) -> None:  # type: ignore[no-untyped-def]
-            maps.leave(visitor(request))
+            for tab in (maps, segmented):
+                tab.leave(visitor(request))
             studio.forget(visitor(request))
 
         page.unload(with_request(gr, forget))

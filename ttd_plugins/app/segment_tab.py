@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,20 @@ from ttd_plugins.app.rendering import render_error, render_message, render_segme
 from ttd_plugins.app.studio import SegmentationStage, Studio, error_sentence
 
 
-def add_segment_tab(gr: Any, studio: Studio, uploaded_path: Callable[[Any], str | None], tab: Any) -> list[Example]:
+@dataclass(frozen=True)
+class SegmentTab:
+    """What the page needs of the tab.
+
+    Attributes:
+        examples: those of its gallery.
+        leave: frees what the page stores for a visitor.
+    """
+
+    examples: list[Example]
+    leave: Callable[[str], None]
+
+
+def add_segment_tab(gr: Any, studio: Studio, uploaded_path: Callable[[Any], str | None], tab: Any) -> SegmentTab:
     """Add the components and listeners of the tab to the tab that is open.
 
     Args:
@@ -29,9 +43,6 @@ def add_segment_tab(gr: Any, studio: Studio, uploaded_path: Callable[[Any], str 
         studio: the backbones of the page.
         uploaded_path: returns the path of an upload inside gradio's folder.
         tab: the tab; its first example is answered when it is opened.
-
-    Returns:
-        The examples of its gallery.
     """
     latest, texts, begun = LatestRequest(), set[str](), set[str]()
     groups = name_examples(studio)
@@ -79,6 +90,10 @@ def add_segment_tab(gr: Any, studio: Studio, uploaded_path: Callable[[Any], str 
             yield gr.skip()
 
         return with_request(gr, listener)
+
+    def leave(who: str) -> None:
+        latest.forget(who)
+        begun.discard(who)
 
     def upload(path, names, request) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
         latest.begin(visitor(request))
@@ -129,4 +144,4 @@ def add_segment_tab(gr: Any, studio: Studio, uploaded_path: Callable[[Any], str 
     image.upload(with_request(gr, upload), [image, names], shown, **PRIVATE)
     # The event comes while the component still has its old value.
     image.clear(with_request(gr, lambda text, request: upload(None, text, request)), names, shown, **PRIVATE)
-    return examples
+    return SegmentTab(examples, leave)
