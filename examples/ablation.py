@@ -95,17 +95,20 @@ def main() -> None:
     args = parser.parse_args()
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    finished = {(row["arm"], row["seed"], row["steps"]) for row in done}
+    settings_of_run = {"backbone": args.backbone, "steps": args.steps, "scenes": args.scenes}
+    lines = args.out.read_text(encoding="utf-8").splitlines() if args.out.exists() else []
+    # Rows of other settings stay in the file. Rows of earlier releases have no backbone and no scenes.
+    done = [row for row in map(json.loads, lines) if settings_of_run.items() <= (settings_of_run | row).items()]
+    finished = {(row["arm"], row["seed"]) for row in done}
     wanted = [name for name in args.only.split(",") if name]
     scenes = Scenes("validation", args.scenes, seed=1)
     base = SceneTuning(steps=args.steps, seed=args.seed, ttd=TTDOptions())
     console = Console()
-    if ("before", args.seed, args.steps) not in finished:
+    if ("before", args.seed) not in finished:
         done.append(_row("before", args, measure_on_scenes(TTD(load(args.backbone)), scenes), 0.0))
         _append(args.out, done[-1])
     for name, changes in arms().items():
-        if (name, args.seed, args.steps) in finished or (wanted and not {name, name.split(":")[0]} & set(wanted)):
+        if (name, args.seed) in finished or (wanted and not {name, name.split(":")[0]} & set(wanted)):
             continue
         with console.status(f"{name} {changes}"):
             metrics, seconds = run_arm(args.backbone, settings(base, changes), scenes)
@@ -123,8 +126,10 @@ def main() -> None:
 def _row(arm: str, args: argparse.Namespace, metrics: SceneMetrics, seconds: float) -> dict[str, Any]:
     return {
         "arm": arm,
+        "backbone": args.backbone,
         "seed": args.seed,
         "steps": args.steps,
+        "scenes": args.scenes,
         "metrics": metrics.as_dict(),
         "seconds": round(seconds, 1),
     }

@@ -48,7 +48,9 @@ class CocoCaptions(Dataset):
 
 
 def endless(loader: DataLoader) -> Iterator[tuple[torch.Tensor, list[str]]]:
-    """Repeat the loader without end."""
+    """Repeat the loader without end; a loader without batches ends the program with a sentence."""
+    if not len(loader):
+        raise SystemExit("there are fewer pairs than --batch-size, so there is no whole batch; lower --batch-size")
     while True:
         for images, captions in loader:
             yield images, list(captions)

@@ -72,10 +72,15 @@ def train(
     backbone = wrap(  # (1)
         model, tokenizer=processor.tokenizer, preprocess=processor.image_processor, lora=rank or None
     )
+    dataset = Pairs(pairs, backbone.dense_transform(size))
+    if arguments.dataloader_drop_last and len(dataset) < arguments.train_batch_size:
+        raise SystemExit(
+            f"{pairs} has {len(dataset)} pairs, fewer than a batch of {arguments.train_batch_size}; lower --batch-size"
+        )
     trainer = Trainer(
         model=TTD(backbone),  # (2)
         args=arguments,
-        train_dataset=Pairs(pairs, backbone.dense_transform(size)),
+        train_dataset=dataset,
         data_collator=collate,
     )
     trainer.train()

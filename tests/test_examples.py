@@ -111,6 +111,26 @@ def pairs_of(folder: Path, kind: str) -> Path:
     return file
 
 
+def test_fewer_pairs_than_a_batch_end_the_programs_with_a_sentence(coco: Path) -> None:
+    loop = example("open_clip_training_loop")
+    options = {"steps": 1, "batch_size": 9}
+    with pytest.raises(SystemExit, match="fewer pairs than --batch-size"):
+        loop.train(
+            small_model(),
+            open_clip.SimpleTokenizer(),
+            lambda transform: loop.CocoCaptions(coco / "captions.json", coco / "images", transform),
+            **options,
+        )
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate", reason="needs the extra 'lora'")
+    from helpers_openai_clip import write_folder
+
+    write_folder(coco / "model")
+    arguments = ["--pairs", str(pairs_of(coco, "csv")), "--model", str(coco / "model"), "--out", str(coco / "tuned")]
+    with pytest.raises(SystemExit, match="has 8 pairs, fewer than a batch of 9; lower --batch-size"):
+        example("transformers_training").main([*arguments, "--steps", "1", "--batch-size", "9", "--cpu"])
+
+
 @pytest.mark.parametrize(("rank", "kind"), [(4, "csv"), (0, "jsonl")], ids=["lora-csv", "full-jsonl"])
 def test_trainer_tunes_a_transformers_model_that_loads_as_any_other(coco: Path, rank: int, kind: str) -> None:
     transformers = pytest.importorskip("transformers")
@@ -206,6 +226,19 @@ def test_the_ablation_runs_an_arm_and_does_not_run_it_again(
     ablation.main()
     assert len(out.read_text().splitlines()) == 3
     assert "every arm is a line of" in capsys.readouterr().out
+    # Rows of another backbone or other scenes are neither taken for an arm nor shown.
+    other = [{**row, "backbone": "siglip:tiny", "seconds": 98765.0} for row in rows]
+    other += [{**row, "scenes": 17, "seconds": 98765.0} for row in rows]
+    out.write_text("".join(json.dumps(row) + "\n" for row in other))
+    ablation.main()
+    assert "98765" not in capsys.readouterr().out
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert found[:6] == other and [row["metrics"] for row in found[6:]] == [row["metrics"] for row in rows]
+    # Rows of earlier releases name neither.
+    old = [{key: value for key, value in row.items() if key not in ("backbone", "scenes")} for row in rows]
+    out.write_text("".join(json.dumps(row) + "\n" for row in old))
+    ablation.main()
+    assert len(out.read_text().splitlines()) == 3
 
 
 def test_every_arm_of_the_ablation_is_a_valid_setting() -> None:
