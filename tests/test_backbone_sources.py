@@ -21,8 +21,9 @@ from ttd_plugins import cli, load, load_lora, restore_backbone, save_lora
 from ttd_plugins.adapter import Calibration, DenseAdapter
 from ttd_plugins.backbone_sources import check_backbone, split_source, split_step
 from ttd_plugins.errors import InputError, TTDError
-from ttd_plugins.evaluation.protocols.runner import describe_backbone, weights_hash
+from ttd_plugins.evaluation.protocols.runner import describe_backbone
 from ttd_plugins.export import export_backbone, export_named, export_run
+from ttd_plugins.toolkit.weights_hash import weights_hash
 from ttd_plugins.training.checkpoints import TUNED_FROM, Checkpoint, write_checkpoint
 from ttd_plugins.training.config import TrainConfig
 

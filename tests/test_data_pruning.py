@@ -130,6 +130,71 @@ def test_scores_that_are_there_are_read_and_those_of_others_are_left_alone(tmp_p
     assert out.read_bytes() == before
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.part"])
+def test_scores_of_other_weights_filters_and_transforms_are_no_answer(
+    tmp_path: Path, backbone: Any, suffix: str
+) -> None:
+    spec, out = as_coco(tmp_path / "d", make_pairs(6)), tmp_path / "scores.jsonl"
+    source = open_pairs(spec)
+
+    def stop(_: int) -> None:
+        raise StopHereError
+
+    if suffix == "jsonl":
+        scores = score_pairs(source, backbone, out).scores
+    else:
+        scores = score_pairs(source, backbone, tmp_path / "whole.jsonl").scores
+        with pytest.raises(StopHereError):
+            score_pairs(source, backbone, out, batch_size=2, on_batch=stop)
+    file = tmp_path / f"scores.{suffix}"
+    before = file.read_bytes()
+    torch.manual_seed(1)
+    other = load("fake:small")
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.add_(0.1)
+    kept = {}
+    for quantile in (0.3, 0.6):
+        kept[quantile] = open_pairs(spec, keep=write_scores(tmp_path / "first.jsonl", scores), quantile=quantile)
+    with pytest.raises(InputError, match=r"another setting \(weights_sha256: "):
+        score_pairs(source, other, out)
+    with pytest.raises(InputError, match=r"another setting \(keep: "):
+        score_pairs(kept[0.3], backbone, out)
+    with pytest.raises(InputError, match=r"whose transform cannot be compared with this one"):
+        score_pairs(source, backbone, out, transform=backbone.native_transform())
+    assert file.read_bytes() == before, "nothing is lost"
+    filtered = tmp_path / "filtered.jsonl"
+    score_pairs(kept[0.3], backbone, filtered)
+    with pytest.raises(InputError, match=r"another setting \(keep.threshold: "):
+        score_pairs(kept[0.6], backbone, filtered)
+    own = tmp_path / "own.jsonl"
+    score_pairs(source, backbone, own, transform=backbone.native_transform())
+    with pytest.raises(InputError, match=r"another setting \(transform: "):
+        score_pairs(source, backbone, own)
+    # Files of earlier releases have none of these settings, and are read.
+    first, *rows = file.read_bytes().splitlines(keepends=True)
+    content = json.loads(first)["scores"]
+    for name in ("weights_sha256", "positions", "keep", "transform"):
+        del content[name]
+    file.write_bytes(json.dumps({"scores": content}).encode() + b"\n" + b"".join(rows))
+    assert by_stem(score_pairs(source, other, out, batch_size=2).scores).keys() == by_stem(scores).keys()
+
+
+def test_a_part_of_something_else_is_left_alone(tmp_path: Path, backbone: Any) -> None:
+    source, part = open_pairs(as_coco(tmp_path / "d", make_pairs(2))), tmp_path / "scores.jsonl.part"
+    part.write_text('{"scores": 3}\n')
+    with pytest.raises(InputError, match="is not an incomplete file of scores"):
+        score_pairs(source, backbone, tmp_path / "scores.jsonl")
+    assert part.read_text() == '{"scores": 3}\n'
+
+
+def write_scores(file: Path, scores: PairScores) -> Path:
+    rows = zip(scores.keys, scores.captions.tolist(), scores.similarity.tolist(), strict=True)
+    lines = [{"key": key, "caption": caption, "similarity": value} for key, caption, value in rows]
+    file.write_text("".join(json.dumps(line) + "\n" for line in ({"scores": scores.settings}, *lines)))
+    return file
+
+
 def captions_kept(source: Any, captions: Any) -> set[tuple[str, int]]:
     loader = PairLoader(source, tiny, batch_size=1, captions=captions)
     return {

@@ -38,7 +38,7 @@ from ttd_plugins.evaluation.protocols import (
     evaluate_tags,
     evaluate_text,
 )
-from ttd_plugins.evaluation.protocols.runner import weights_hash
+from ttd_plugins.toolkit.weights_hash import weights_hash
 
 CAPTIONS = {
     "a": ["a man and his dog on green grass", "two cats in the snow", "nothing of note"],

@@ -34,7 +34,7 @@ from ttd_plugins.comparison.results import Arm, BackboneResult, Comparison, View
 from ttd_plugins.comparison.tables import summary, write_csv, write_markdown
 from ttd_plugins.engine import TTD
 from ttd_plugins.errors import InputError, TTDError, one_sentence
-from ttd_plugins.evaluation.protocols.runner import weights_hash
+from ttd_plugins.toolkit.weights_hash import weights_hash
 from ttd_plugins.training.stop_signals import TrainingStoppedError
 from ttd_plugins.utils.contract_types import TunedFrom
 from ttd_plugins.utils.files import given_path, make_folder

@@ -26,6 +26,7 @@ from ttd_plugins.engine import evaluation_mode
 from ttd_plugins.errors import InputError, MissingDependencyError, TTDError, one_sentence
 from ttd_plugins.method import similarity
 from ttd_plugins.method.text_embeddings import encode_texts
+from ttd_plugins.toolkit.weights_hash import weights_hash
 from ttd_plugins.utils.files import atomic_path, given_path
 from ttd_plugins.utils.output_folder import locked
 from ttd_plugins.utils.parquet_keys import encode_keys
@@ -33,6 +34,8 @@ from ttd_plugins.utils.settings import first_difference
 
 HEADER = b'{"scores": {'
 """How a file of scores begins."""
+NEWER_SETTINGS = ("weights_sha256", "positions", "keep", "transform")
+"""Settings that files of earlier releases lack."""
 SKIPPED = b'{"key": '
 """How a line of a list of skipped samples begins."""
 
@@ -68,7 +71,8 @@ def score_pairs(
     """Score every caption of every image.
 
     Scores are appended to ``OUT.part``. An interrupted call resumes there when it is repeated with the same arguments.
-    ``OUT`` is complete or absent. A complete ``OUT`` of the same pairs and backbone is read and returned.
+    ``OUT`` is complete or absent. A complete ``OUT`` of the same pairs, filter, weights and size is read and returned.
+    With ``transform``, no earlier file is resumed or returned, because functions cannot be compared.
 
     Args:
         source: the pairs; its filter ``keep`` applies.
@@ -84,7 +88,8 @@ def score_pairs(
 
     Raises:
         InputError: ``out`` cannot be written, another process writes it, it contains scores of other pairs or of
-            another backbone, or a file beside it that would be replaced is not of an earlier call.
+            another backbone, it exists and ``transform`` is given, or a file beside it that would be replaced is not
+            of an earlier call.
         TTDError: no pair can be scored, or too many samples are skipped.
         MissingDependencyError: pyarrow, needed for ``.parquet``, is not installed.
     """
@@ -94,6 +99,10 @@ def score_pairs(
         "spec": source.name,
         "size": list(size) if isinstance(size, tuple) else size,
         "pictures": len(source) if isinstance(source, MapSource) else None,
+        "weights_sha256": weights_hash(backbone),
+        "positions": backbone.description.positions,
+        "keep": None if source.keep is None else source.keep.settings(),
+        "transform": None if transform is None else "own",
     }
     if backbone.tuned_from is not None:
         settings["tuned_from"] = backbone.tuned_from.as_dict()
@@ -119,10 +128,13 @@ def _score_pairs(
     """:func:`score_pairs` with the lock of its file."""
     skips_file = file.with_name(f"{file.name}.skipped.jsonl")
     if file.exists():
+        _refuse_own_transform(file, transform)
         done = read_scores(file)
         _require_same(done.settings, settings, file)
         return PruningResult(file, done, dict(SkipLog(skips_file if skips_file.exists() else None).reasons))
     part = file.with_name(f"{file.name}.part")
+    if part.exists():
+        _refuse_own_transform(part, transform)
     start = _resume(part, settings)
     if start is None and skips_file.exists():
         _require_skip_log(skips_file)
@@ -188,8 +200,18 @@ def require_scores_file(file: Path) -> None:
         raise InputError(f"the file of scores {str(file)!r} cannot be written: {reason}") from error
 
 
+def _refuse_own_transform(file: Path, transform: ImageTransform | None) -> None:
+    if transform is not None:
+        raise InputError(
+            f"{str(file)!r} contains scores of an earlier call, whose transform cannot be compared with this one; "
+            "choose another file, or delete it"
+        )
+
+
 def _require_same(found: dict[str, Any], wanted: dict[str, Any], file: Path) -> None:
-    difference = first_difference({name: found.get(name) for name in wanted}, wanted)
+    # Files of earlier releases do not have the newer settings.
+    unknown = () if "weights_sha256" in found else NEWER_SETTINGS
+    difference = first_difference(found, wanted, ignore=unknown)
     if difference is not None:
         raise InputError(
             f"{str(file)!r} contains scores with another setting ({difference}); choose another file, or delete it"
@@ -210,6 +232,8 @@ def _resume(part: Path, settings: dict[str, Any]) -> LoaderPosition | None:
                     if not isinstance(record, dict):
                         raise ValueError
                     if not number and "scores" in record:
+                        if not isinstance(record["scores"], dict):
+                            raise ValueError
                         _require_same(record["scores"], settings, part)
                         end = len(line)
                     # A first line that was cut short is of a call that was killed at its start.

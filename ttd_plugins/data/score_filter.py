@@ -33,7 +33,7 @@ class PairScores:
     """Scores of pairs: one entry per caption of an image.
 
     Attributes:
-        settings: settings of the scoring: ``backbone``, ``spec``, ``size``.
+        settings: settings of the scoring: ``backbone``, ``spec``, ``size``, ``weights_sha256``, ``keep`` and others.
         keys: N keys of images, including samples that could not be scored.
         captions: int64 ``[N]``, index of the caption among those of its image; -1 if it could not be scored.
         similarity: float64 ``[N]``, cosine of pooled image and caption embedding; NaN if it could not be scored.
@@ -150,6 +150,11 @@ class PairFilter:
         order = np.lexsort((scores.captions[selected], hashes[selected]))
         self._hashes = hashes[selected][order]
         self._captions = scores.captions[selected][order]
+
+    def settings(self) -> dict[str, Any]:
+        """Return what identifies the selected pairs: the threshold, their number, and a hash of keys and captions."""
+        digest = hashlib.sha256(self._hashes.tobytes() + self._captions.tobytes()).hexdigest()[:16]
+        return {"threshold": self.threshold, "selected": self.selected, "sha256": digest}
 
     @classmethod
     def read(cls, file: str | Path, *, threshold: float | None = None, quantile: float | None = None) -> PairFilter:

@@ -8,7 +8,6 @@ folder, and the process that finds a record of every image writes ``results.json
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import math
 import os
@@ -32,6 +31,7 @@ from ttd_plugins.engine import evaluation_mode
 from ttd_plugins.errors import InputError, one_sentence
 from ttd_plugins.evaluation.dense_inference import resampling
 from ttd_plugins.toolkit.fast_inference import inference_settings
+from ttd_plugins.toolkit.weights_hash import weights_hash
 from ttd_plugins.utils.deprecation import RenamedAttribute
 from ttd_plugins.utils.files import given_path, write_atomic
 from ttd_plugins.utils.output_folder import LOCK, FolderKind, output_folder
@@ -97,19 +97,6 @@ def process_place() -> tuple[int, int]:
     except ValueError as error:
         raise InputError(f"RANK and WORLD_SIZE must be integers: {one_sentence(error)}") from error
     return rank, world
-
-
-def weights_hash(adapter: DenseAdapter) -> str:
-    """Return the first 16 hexadecimal digits of the SHA-256 of all parameters and buffers."""
-    digest = hashlib.sha256()
-    model = adapter.model
-    # The state dict of a copy for inference is refused, since nothing may load it.
-    is_copy = inference_settings(adapter) is not None
-    tensors = dict([*model.named_parameters(), *model.named_buffers()]) if is_copy else model.state_dict()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def describe_backbone(adapter: DenseAdapter) -> dict[str, Any]:
