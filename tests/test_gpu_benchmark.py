@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 import tarfile
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ for package in ("open_clip", "accelerate", "yaml"):
 import torch
 
 from ttd_plugins.benchmark.gpu_results import LOOP, Results, Row, markdown, table_row
-from ttd_plugins.benchmark.random_pairs import RandomPairs, draw_captions, write_pairs
+from ttd_plugins.benchmark.random_pairs import MARKER, RandomPairs, draw_captions, write_pairs
 from ttd_plugins.benchmark.step_variants import VARIANTS, Bench
 from ttd_plugins.errors import InputError, TTDError
 from ttd_plugins.plugins import make_tag_extractor
@@ -230,6 +231,9 @@ def test_pairs_are_deterministic_and_complete(tmp_path: Path) -> None:
     assert shards[0].read_bytes() == b"unchanged"
     write_pairs(tmp_path / "a", RandomPairs(count=6, images=2, width=32, height=24, shards=3))
     assert len(list((tmp_path / "a").glob("*.tar"))) == 3 and shards[0].read_bytes() != b"unchanged"
+    (tmp_path / "b" / MARKER).write_bytes(b"caf\xe9")
+    write_pairs(tmp_path / "b", pairs)
+    assert (tmp_path / "b" / MARKER).read_bytes() == json.dumps(asdict(pairs), sort_keys=True).encode()
 
 
 def test_captions_have_as_many_candidates_as_those_of_photographs() -> None:

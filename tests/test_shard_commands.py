@@ -59,7 +59,7 @@ def test_open_pairs_refuses_commands(marker: Path, kind: str) -> None:
         open_pairs(spec)
     if kind in ("plain", "second of a list", "tar"):
         assert "is a shell command, which is refused" in str(caught.value)
-        assert "--allow-pipe" in str(caught.value)
+        assert "give --allow-pipe to the command" in str(caught.value)
     assert not marker.exists()
 
 
