@@ -54,7 +54,7 @@ class SceneTuning:
 
     def control(self) -> SceneTuning:
         """Return the same steps, data, parameters and seed with the contrastive term only."""
-        return replace(self, ttd=replace(self.ttd, tag_weight=0.0, distill_weight=0.0, anchor_weight=0.0))
+        return replace(self, ttd=self.ttd.contrastive_alone())
 
     def as_dict(self) -> dict[str, Any]:
         """Return a dictionary that JSON can store."""
