@@ -232,7 +232,9 @@ def without_grad(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None
 def test_a_broken_engine_is_noticed(owner: Any, name: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def check() -> None:
         for seed in range(3):
-            check_engine([*CAPTIONS, ""], seed, rejected_weight=0.5, template="photo of {}", threshold=0.4137, target_power=2.0)
+            check_engine(
+                [*CAPTIONS, ""], seed, rejected_weight=0.5, template="photo of {}", threshold=0.4137, target_power=2.0
+            )
 
     check()
     break_it(monkeypatch, owner, name, old, new)
