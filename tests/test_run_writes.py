@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -40,6 +41,15 @@ def test_metrics_may_be_tensors_and_numpy_scalars(tmp_path: Path) -> None:
     expected = {"tensor": 0.5, "numpy": 0.25, "array": 2.0, "plain": 1.0}
     assert result.evaluations == [(0, expected), (2, expected)]
     assert [line["evaluation"] for line in log_of(tmp_path) if "evaluation" in line] == [expected, expected]
+
+
+def test_a_metric_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
+    config = toy_config(**EVALUATED, evaluation={"best": "score"})
+    values = {0: math.nan, 2: 0.5}
+    result = run_toy(tmp_path / "once", config, evaluate=lambda ttd, step: {"score": values[step], "other": 1.0})
+    assert result.best == 2 and [step for step, _ in result.evaluations] == [0, 2]
+    never = run_toy(tmp_path / "never", config, evaluate=lambda ttd, step: {"score": math.nan})
+    assert never.best is None and never.step == 2
 
 
 @pytest.mark.parametrize(

@@ -217,18 +217,24 @@ class _Records:
             return
         seen: set[str] = set()
         for path in sorted(self.out.glob("images-*.jsonl")):
-            with path.open(encoding="utf-8") as file:
-                for line in file:
-                    # Another process may still be writing this line.
-                    if not line.endswith("\n"):
-                        continue
-                    record = _parse_record(path, line)
-                    if record["key"] not in seen:
-                        seen.add(record["key"])
-                        yield record
+            try:
+                with path.open("rb") as file:
+                    for line in file:
+                        # Another process may still be writing this line.
+                        if not line.endswith(b"\n"):
+                            continue
+                        record = _parse_record(path, line)
+                        if record["key"] not in seen:
+                            seen.add(record["key"])
+                            yield record
+            except OSError as error:
+                raise InputError(
+                    f"{str(path)!r} cannot be read ({error.strerror or one_sentence(error)}); fix the cause and start "
+                    "it again"
+                ) from error
 
 
-def _parse_record(file: Path, line: str) -> Record:
+def _parse_record(file: Path, line: bytes) -> Record:
     """The record of a line.
 
     Raises:
