@@ -137,7 +137,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _new_file(path: Path) -> tuple[Path, int]:
-    """Make an empty file beside ``path``, and return it and the permissions that the system gives to new files.
+    """Make an empty file beside ``path``, and return it and the permissions that new files have here.
 
     Raises:
         OSError: the file cannot be made.
