@@ -228,7 +228,7 @@ def ttd(
         out.scores.append(scores)
         kept = select(scores, options.rule, options.threshold, scale, shift)
         targets = [
-            minmax(one, constant=0.0) if keep else [0.0] * len(points)
+            [value**options.target_power for value in minmax(one, constant=0.0)] if keep else [0.0] * len(points)
             for one, keep in zip(out.tag_maps[b], kept, strict=True)
         ]
         out.selected.append(kept)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from mutants import assert_caught, mutant
 from toy_backbone import ToyAdapter, toy, toy_images
 
+from ttd_plugins.comparison.options import CompareOptions
 from ttd_plugins.engine import TTD, TTDOptions
 from ttd_plugins.errors import InputError
 from ttd_plugins.method import losses
@@ -237,7 +238,11 @@ def test_a_run_logs_it_and_resumes_bitwise(tmp_path: Path) -> None:
 
 def test_the_control_has_no_anchor() -> None:
     tuning = SceneTuning(ttd=TTDOptions(anchor_weight=2.0, threshold=0.3))
-    assert tuning.control().ttd == TTDOptions(threshold=0.3, tag_weight=0.0, distill_weight=0.0)
+    expected = TTDOptions(threshold=0.3, tag_weight=0.0, distill_weight=0.0)
+    assert tuning.control().ttd == expected
+    options = CompareOptions(("open_clip:tiny",), ttd=TTDOptions(anchor_weight=2.0, threshold=0.3))
+    assert options.ttd_of_arm("control") == expected
+    assert options.ttd_of_arm("after").anchor_weight == 2.0
 
 
 @pytest.mark.parametrize(

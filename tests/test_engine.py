@@ -144,6 +144,7 @@ every_option = st.fixed_dictionaries(
             [(d, a) for d in ("bce", "mse", "l1") for a in ("sigmoid", "minmax", "none") if (d, a) != ("bce", "none")]
         ),
         "rule": st.sampled_from(list(THRESHOLDS)),
+        "target_power": st.sampled_from([1.0, 2.0, 0.5]),
         "rejected_weight": st.sampled_from([1.0, 0.25, 0.0]),
         "tag_weight": st.sampled_from([1.0, 2.5]),
         "distill_weight": st.sampled_from([1.0, 0.5]),
@@ -202,6 +203,7 @@ MUTANTS: list[tuple[Any, str, str, str]] = [
     (selection, "select_tags", "return scores >= threshold", "return scores < threshold"),
     (selection, "minmax_over_tags", 'image_index, scores, reduce="amax"', 'image_index * 0, scores, reduce="amax"'),
     (functional, "make_targets", " * selected[:, None]", ""),
+    (functional, "make_targets", "targets**options.target_power", "targets"),
     (functional, "make_targets", "union.amax(-1) > 0", "union.amax(-1) >= 0"),
     (functional, "ttd_loss", "losses.map_distance(maps.caption_maps, union, **form)", "maps.caption_maps.mean(-1)"),
     (functional, "ttd_loss", "losses.map_distance(maps.tag_maps, tag_targets, **form)", "maps.tag_maps.mean(-1)"),
@@ -230,7 +232,9 @@ def without_grad(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None
 def test_a_broken_engine_is_noticed(owner: Any, name: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def check() -> None:
         for seed in range(3):
-            check_engine([*CAPTIONS, ""], seed, rejected_weight=0.5, template="photo of {}", threshold=0.4137)
+            check_engine(
+                [*CAPTIONS, ""], seed, rejected_weight=0.5, template="photo of {}", threshold=0.4137, target_power=2.0
+            )
 
     check()
     break_it(monkeypatch, owner, name, old, new)
@@ -1074,16 +1078,17 @@ def test_the_slow_engine_is_no_copy_of_nothing() -> None:
         threshold=0.7,
         distance="l1",
         activation="none",
+        target_power=2.0,
         rejected_weight=0.5,
         tag_weight=1.0,
         distill_weight=10.0,
         contrastive_weight=0.0,
     )
     patches = [[[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]]]
-    # Maps: (1, 0, 0.6) is kept and stays, (-1, 0, -0.6) is not; the caption's is (0, 1, 0.8), its target (1, 0, 0.6).
+    # Maps: (1, 0, 0.6) is kept and stays, (-1, 0, -0.6) is not; the caption's is (0, 1, 0.8), its target (1, 0, 0.36).
     found = slow.ttd(patches, None, [[0.0, 5.0]], [[[7.0, 0.0], [-1.0, 0.0]]], options, scale=1.0, shift=0.0)
     assert found.selected == [[True, False]]
-    assert found.union == [pytest.approx([1.0, 0.0, 0.6])]
-    assert found.parts["tag"] == pytest.approx((1.0 * 0.0 + 0.5 * 1.6 / 3) / 1.5)
-    assert found.parts["distill"] == pytest.approx(2.2 / 3)
-    assert found.loss == pytest.approx(0.8 / 4.5 + 22 / 3)
+    assert found.union == [pytest.approx([1.0, 0.0, 0.36])]
+    assert found.parts["tag"] == pytest.approx((1.0 * 0.24 / 3 + 0.5 * 1.6 / 3) / 1.5)
+    assert found.parts["distill"] == pytest.approx(2.44 / 3)
+    assert found.loss == pytest.approx(1.04 / 4.5 + 24.4 / 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,17 @@ CAPTIONS = {
 
 
 @torch.no_grad()
-def test_recall_and_losses_agree_with_slow_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize("anchor_weight", [0.0, 4.0])
+def test_recall_and_losses_agree_with_slow_ones(tmp_path: Path, anchor_weight: float) -> None:
     root = pairs_folder(tmp_path / "p", CAPTIONS)
     backbone = toy()
     options = TTDOptions(tag_weight=2.0, distill_weight=3.0, contrastive_weight=0.5)
     result = evaluate_retrieval(
-        backbone, PlainPairs(root), RetrievalProtocol(size=16, losses=True, batch=3, template="see {}", ttd=options)
+        backbone,
+        PlainPairs(root),
+        RetrievalProtocol(
+            size=16, losses=True, batch=3, template="see {}", ttd=replace(options, anchor_weight=anchor_weight)
+        ),
     )
     found = result.metrics
     assert found is not None and (found["images"], found["captions"], found["skipped"]) == (5, 8, 0)

@@ -122,8 +122,8 @@ def ttd_loss(
         captions: caption embeddings ``[B, D]``.
         tags: embeddings of the candidate tags of each caption: B tensors ``[T_b, D]``, of which each T_b may differ or
             be zero; or distinct embeddings ``[K, D]`` with ``image_index``.
-        options: options of the method. The loss uses ``score``, ``rule``, ``threshold``, ``distance``,
-            ``activation``, the weights, ``anchor`` and ``calibration``; the others belong to the model.
+        options: options of the method. The loss uses ``score``, ``rule``, ``threshold``, ``target_power``,
+            ``distance``, ``activation``, the weights, ``anchor`` and ``calibration``; the others belong to the model.
         logit_scale: multiplier of the cosines in the contrastive term, exponentiated, with or without gradient; needed
             with ``contrastive_weight`` above 0.
         logit_bias: added to the contrastive logits; ``None`` for none.
@@ -291,6 +291,8 @@ def make_targets(
         calibration=calibration,
     )
     targets = similarity.minmax_normalize(maps.tag_maps) * selected[:, None]
+    if options.target_power != 1:
+        targets = targets**options.target_power
     union = similarity.union_map(targets, image_index, batch)
     # The union is empty without a selected tag, or if the maps of all selected tags are flat.
     return selected, targets, union, union.amax(-1) > 0

@@ -5,7 +5,7 @@ This module imports neither torch nor numpy, so that the command line can build 
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ttd_plugins.errors import InputError
@@ -87,6 +87,13 @@ class TTDOptions:
     threshold: Annotated[
         Float, option("Threshold of the selection rule (unknown), from 0 to 1; from -1 to 1 for the rule absolute.")
     ] = 0.5
+    target_power: Annotated[
+        Float,
+        option(
+            "Power to which min-max-normalised maps are raised in the targets; above 1 makes targets sharper (ours).",
+            gt=0,
+        ),
+    ] = 1.0
     distance: Annotated[Distance, option("Distance between a map and its target (unknown).")] = "bce"
     activation: Annotated[Activation, option("What is applied to a map before the distance (unknown).")] = "sigmoid"
     tag_weight: Annotated[Float, option("Weight of L_tag (unknown).", ge=0)] = 1.0
@@ -138,6 +145,10 @@ class TTDOptions:
             "to their length and the tower names its blocks."
         ),
     ] = None
+
+    def contrastive_alone(self) -> TTDOptions:
+        """Return the same options with the contrastive term as the only loss: the control of a comparison."""
+        return replace(self, tag_weight=0.0, distill_weight=0.0, anchor_weight=0.0)
 
     def __post_init__(self) -> None:
         check_threshold(self.rule, self.threshold)

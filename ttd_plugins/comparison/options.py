@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import field, replace
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -139,7 +139,7 @@ class CompareOptions:
 
     def ttd_of_arm(self, arm: Arm) -> TTDOptions:
         """Options of the engine for training an arm: the control has the contrastive term alone."""
-        return self.ttd if arm == "after" else replace(self.ttd, tag_weight=0.0, distill_weight=0.0)
+        return self.ttd if arm == "after" else self.ttd.contrastive_alone()
 
 
 def default_jobs(data: str, device: str | None) -> int:

@@ -52,7 +52,7 @@ def evaluate_retrieval(
     all images (identical captions are correct for each other's images); ``images``, ``captions``, and ``skipped``,
     the images that cannot be used. ``loss`` has the backbone's own ``contrastive`` loss, the mean over batches of the
     first caption of each image in the order of their keys. With ``losses`` it has also ``tag`` and ``distill``, the
-    means of L_tag and L_distill over pairs with tags, and the weighted sum ``total``.
+    means of L_tag and L_distill over pairs with tags, and the weighted sum ``total``. The anchor is not a part of them.
 
     Arguments and errors are those of :func:`ttd_plugins.evaluation.protocols.tags.evaluate_tags`; the data need no
     annotation.
@@ -61,8 +61,9 @@ def evaluate_retrieval(
     calibration = options.ttd.calibration or adapter.description.calibration
     transform = adapter.native_transform() if options.size is None else adapter.dense_transform(options.size)
     dense = adapter.dense_transform(options.size)
-    # The contrastive loss needs other pairs, and comes from the embeddings of all.
-    engine = TTD(adapter, replace(options.ttd, contrastive_weight=0.0, teacher="self")) if options.losses else None
+    # The contrastive loss needs other pairs, and comes from the embeddings of all. The anchor is no loss of a model.
+    own = replace(options.ttd, contrastive_weight=0.0, anchor_weight=0.0, teacher="self")
+    engine = TTD(adapter, own) if options.losses else None
 
     def record_of(key: str) -> Record:
         try:
