@@ -46,6 +46,8 @@ def arms() -> dict[str, Changes]:
         "weight:contrastive-half": {"contrastive_weight": 0.5},
         "anchor:embeddings": {"anchor_weight": 10.0},
         "anchor:similarities": {"anchor_weight": 1.0, "anchor": "similarities"},
+        "target:power-2": {"target_power": 2.0},
+        "target:power-3": {"target_power": 3.0, "threshold": 0.3},
         "rejected:0": {"rejected_weight": 0.0},
         "selection:minmax-0.3": {"rule": "minmax", "threshold": 0.3},
         "selection:minmax-0.6": {"rule": "minmax", "threshold": 0.6},
