@@ -68,6 +68,8 @@ def test_every_file_is_written_and_nothing_is_left_to_substitute(
     result = command("ink_blot")
     assert result.exit_code == 0, result.output
     assert "wrote ttd-ink-blot; next:" in result.stdout
+    # The extra brings pytest and peft, which the printed tests need.
+    assert "python -m pip install -e 'ttd-ink-blot[test]'\n" in result.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"ttd-ink-blot"}
     assert written(tmp_path / "ttd-ink-blot") == FILES
     for name in FILES:
