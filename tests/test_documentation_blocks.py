@@ -174,6 +174,8 @@ def page_calibration(runner: Runner) -> None:
     from ttd_plugins.embedded.scenes import Scenes
 
     runner.names["pairs"] = [(Image.fromarray(scene.image), scene.caption) for scene in Scenes("validation", 32)]
+    # The page's last command names the backbone that the block before has exported.
+    runner.extra = {}
 
 
 def page_comparing(runner: Runner) -> None:
