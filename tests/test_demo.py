@@ -109,6 +109,10 @@ def test_the_arms_of_a_random_backbone_start_from_the_same_weights(tmp_path: Pat
     tuned.unload()
     own = open_backbone("open_clip:tiny@random", seed=3).model.state_dict()
     assert all(torch.equal(own[name], value) for name, value in tuned.model.state_dict().items())
+    for opened in (lambda: load_tuned(None, str(tmp_path)), lambda: open_backbone("open_clip:tiny@random", seed=3)):
+        state = torch.get_rng_state()
+        opened()
+        assert torch.equal(torch.get_rng_state(), state), "the generator of the caller goes on"
 
 
 def test_the_report_and_the_pictures_are_there(folder: Path) -> None:

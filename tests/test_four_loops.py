@@ -258,6 +258,22 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     assert load_training_state(tmp_path, ttd).step == 4
 
 
+def test_no_checkpoint_is_written_before_a_later_one(tmp_path: Path) -> None:
+    """The later one would be loaded, and the new one could be deleted at once as the oldest."""
+    ttd = engine()
+    for step in (900, 1000, 1100):
+        save_training_state(tmp_path, ttd, step=step)
+    saved = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(InputError, match=r"has checkpoints of later steps than 810 \(900, 1000, 1100\); choose"):
+        save_training_state(tmp_path, ttd, step=810, keep=3)
+    with pytest.raises(InputError, match=r"later steps than 1050 \(1100\); choose another folder or delete"):
+        save_training_state(tmp_path, ttd, step=1050, keep=3)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == saved
+    # The same step again replaces its checkpoint.
+    assert save_training_state(tmp_path, ttd, step=1100, extra={"again": True}) in saved
+    assert load_training_state(tmp_path, ttd).extra == {"again": True}
+
+
 @pytest.mark.parametrize("kind", ["MultiStepLR", "CosineAnnealingLR", "SequentialLR", "ReduceLROnPlateau"])
 def test_schedulers_of_torch_continue(kind: str, tmp_path: Path) -> None:
     def made() -> tuple[Recorded, Any, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -59,6 +60,15 @@ def test_once_no_blank_is_left_the_test_of_them_passes(project: Path) -> None:
         file.write_text(file.read_text().replace("# BLANK:", "#"))
     done = run("-m", "pytest", "-q", "tests/test_blanks.py", environment=environment(project, project), folder=project)
     assert "1 passed" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["plain", "it's mine", "$HOME & more"])
+def test_the_printed_commands_can_be_copied(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    result = command("ink_blot", "--out", folder)
+    assert result.exit_code == 0, result.output
+    commands = [shlex.split(line) for line in result.stdout.split("next:\n")[1].splitlines()]
+    assert [one[-1] for one in commands] == [str(folder), str(folder), "ink_blot:toy@random", str(folder)]
 
 
 def test_every_file_is_written_and_nothing_is_left_to_substitute(

@@ -136,6 +136,32 @@ def test_a_second_call_in_the_same_process_is_refused_too(tmp_path: Path) -> Non
             pass
 
 
+def test_a_lock_of_a_file_that_was_replaced_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process removes its lock file and a third one makes a new one, between opening and locking."""
+    import filelock
+
+    class Overtaken(filelock.FileLock):  # type: ignore[misc]
+        overtaken = 0
+
+        def acquire(self, *arguments: Any, **options: Any) -> Any:
+            found = super().acquire(*arguments, **options)
+            if not Overtaken.overtaken:
+                Overtaken.overtaken += 1
+                Path(self.lock_file).rename(tmp_path / "removed")
+                Path(self.lock_file).touch()
+            return found
+
+    locks = "import sys; from filelock import FileLock; FileLock(sys.argv[1], timeout=0).acquire()"
+    with monkeypatch.context() as patched:
+        patched.setattr(filelock, "FileLock", Overtaken)
+        with output_folder(tmp_path / "out", KIND) as folder:
+            # Another process, since releases of filelock differ in what they allow within one.
+            command = [sys.executable, "-c", locks, str(folder / ".ttd-plugins.lock")]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert Overtaken.overtaken == 1
+    assert "Timeout" in done.stderr
+
+
 def test_a_lock_file_that_is_a_link_empties_nothing(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "out").mkdir()

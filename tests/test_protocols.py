@@ -590,6 +590,42 @@ def test_wrong_arguments_of_the_function_are_one_sentence(
     assert not loaded, "the backbone is loaded after the arguments were checked"
 
 
+def test_a_record_that_cannot_be_written_is_one_sentence_and_the_others_stay(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    reader = open_captions("coco_captions", folder)
+    progress: list[int] = []
+
+    def stage(name: str, steps: int) -> Any:
+        def advance(count: int) -> None:
+            progress.append(count)
+            # After the first record, the file becomes one that nothing can be written to.
+            if "images" in name and len(progress) == 5:
+                (out / "images-0.jsonl").rename(out / "images-9.jsonl")
+                (out / "images-0.jsonl").symlink_to("/dev/full")
+
+        return advance
+
+    with pytest.raises(
+        InputError, match=r"images-0.jsonl' cannot be written \(No space left on device\); fix the cause"
+    ):
+        evaluate_tags(toy(), reader, TagProtocol(dense=PLAIN), out=out, stage=stage)
+    (out / "images-0.jsonl").unlink()
+    again = evaluate_tags(toy(), reader, TagProtocol(dense=PLAIN), out=out)
+    assert again.done == 4
+    assert len((out / "images-9.jsonl").read_text().splitlines()) == 1
+    assert len((out / "images-0.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("damage", [b'{"key": "\xff"}\n', b"{}\n", b"[\n"])
+def test_a_damaged_record_is_named(damage: bytes, folder: Path, tmp_path: Path) -> None:
+    reader, options = open_captions("coco_captions", folder), TagProtocol(dense=PLAIN)
+    evaluate_tags(toy(), reader, options, out=tmp_path / "out")
+    with (tmp_path / "out" / "images-0.jsonl").open("ab") as file:
+        file.write(damage)
+    with pytest.raises(InputError, match=r"a line of .*images-0.jsonl' is damaged .*; delete that line"):
+        evaluate_tags(toy(), reader, options, out=tmp_path / "out")
+
+
 def test_options_of_a_reader_do_not_apply_to_an_open_one(folder: Path) -> None:
     with pytest.raises(InputError, match="split, limit and classes apply to a data set by name; pass"):
         evaluate(toy(), open_captions("coco_captions", folder), limit=2)

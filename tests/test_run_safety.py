@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -29,11 +30,18 @@ from ttd_plugins import cli
 from ttd_plugins.errors import InputError, TTDError
 from ttd_plugins.training import checkpoints
 from ttd_plugins.training.checkpoint_state import CHECKSUMS
-from ttd_plugins.training.checkpoints import checkpoint_folder, checkpoint_steps, read_checkpoint, restore_backbone
+from ttd_plugins.training.checkpoints import (
+    Checkpoint,
+    checkpoint_folder,
+    checkpoint_steps,
+    read_checkpoint,
+    restore_backbone,
+    write_checkpoint,
+)
 from ttd_plugins.training.divergence import RECENT, DivergenceWatch
 from ttd_plugins.training.reporting import Reporter
 from ttd_plugins.training.run import NonFiniteError, train_run
-from ttd_plugins.training.stop_signals import TrainingStoppedError
+from ttd_plugins.training.stop_signals import StopSignals, TrainingStoppedError
 
 # Checksums -----------------------------------------------------------------------------------------------------------
 
@@ -77,6 +85,13 @@ def json_equal(text: bytes, other: bytes) -> bool:
         return bool(json.loads(text) == json.loads(other))
     except ValueError:
         return False
+
+
+def test_the_checkpoint_that_was_just_written_is_never_deleted(tmp_path: Path) -> None:
+    for step in (900, 1000, 1100):
+        write_checkpoint(tmp_path, Checkpoint({"step": step}), keep=3)
+    folder = write_checkpoint(tmp_path, Checkpoint({"step": 810}), keep=3)
+    assert folder.is_dir() and checkpoint_steps(tmp_path) == [810, 900, 1000, 1100]
 
 
 def test_a_checkpoint_whose_checksums_were_taken_away_is_refused_and_an_old_one_is_read(tmp_path: Path) -> None:
@@ -276,8 +291,6 @@ def test_a_terminal_that_closes_does_not_lose_the_run(tmp_path: Path) -> None:
 
 
 def test_nohup_is_respected() -> None:
-    from ttd_plugins.training.stop_signals import StopSignals
-
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopSignals(lambda sentence: None) as signals:
@@ -298,6 +311,27 @@ def test_a_message_that_cannot_be_shown_does_not_end_the_run(tmp_path: Path) -> 
 
     with pytest.raises(TrainingStoppedError, match="stopped by SIGTERM after step 2"):
         run_toy(tmp_path, reporter=Gone())
+
+
+def test_a_signal_within_a_write_to_the_same_stream_is_received() -> None:
+    """A buffered stream refuses a write within a write with RuntimeError."""
+
+    class Interrupted(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, content: Any) -> int:
+            if not seen:
+                seen.append(bytes(content))
+                os.kill(os.getpid(), signal.SIGTERM)
+            return len(content)
+
+    seen: list[bytes] = []
+    stream = io.BufferedWriter(Interrupted())
+    with StopSignals(lambda sentence: print(stream.write(sentence.encode()))) as signals:
+        stream.write(b"a line")
+        stream.flush()
+    assert signals.received == signal.SIGTERM and seen == [b"a line"]
 
 
 # Workers -------------------------------------------------------------------------------------------------------------

@@ -236,6 +236,14 @@ def test_lora_leaves_the_base_weights_alone_and_its_seed_is_the_tunings() -> Non
     assert all(torch.equal(a, b) for a, b in zip(*tuned, strict=True))
 
 
+def test_tuning_leaves_the_generators_of_the_caller_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    tune_on_scenes(toy(dropout=0.3), SceneTuning(steps=2, batch_size=2, rank=0, optimizer=QUICK))
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_the_control_differs_in_the_two_weights_alone() -> None:
     tuning = SceneTuning(steps=4, batch_size=3, rank=2, seed=7, ttd=TTDOptions(contrastive_weight=0.5, threshold=0.3))
     control = tuning.control()

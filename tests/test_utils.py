@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ttd_plugins.errors import InputError
-from ttd_plugins.utils.files import atomic_path, make_folder, write_atomic
+from ttd_plugins.utils.files import atomic_path, flush_to_disk, follow_umask, make_folder, write_atomic
 from ttd_plugins.utils.progress import progress_bars
-from ttd_plugins.utils.rng import get_rng_state, preserved_rng, seed_everything, set_rng_state
+from ttd_plugins.utils.rng import get_rng_state, preserved_rng, seed_everything, seeded_torch, set_rng_state
 from ttd_plugins.utils.settings import first_difference, flatten
 
 # Files ---------------------------------------------------------------------------------------------------------------
@@ -31,6 +33,86 @@ def test_a_file_is_written_with_the_permissions_of_the_umask(tmp_path: Path) -> 
         os.umask(before)
     assert (tmp_path / "a.txt").read_bytes() == "é".encode()
     assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o644
+
+
+def test_a_private_file_of_another_writer_gets_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    """safetensors replaces the temporary file by one that only its owner can read."""
+    before = os.umask(0o027)
+    try:
+        with atomic_path(tmp_path / "a") as temporary:
+            temporary.unlink()
+            temporary.touch(mode=0o600)
+        (tmp_path / "b").touch(mode=0o600)
+        follow_umask(tmp_path / "b")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o640}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_the_umask_of_the_process_is_never_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that read it by changing it could leave the umask of another thread at 0."""
+
+    def changed(mask: int) -> int:
+        raise AssertionError(f"umask({mask})")
+
+    monkeypatch.setattr(os, "umask", changed)
+    write_atomic(tmp_path / "a", "1")
+    follow_umask(tmp_path)
+
+
+def test_files_are_flushed_as_windows_allows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows opens no folders, and flushes only files that are open for writing."""
+    flags_of: dict[int, int] = {}
+    open_file, flush = os.open, os.fsync
+
+    def opened(path: Any, flags: int, *more: Any) -> int:
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied")
+        handle = open_file(path, flags, *more)
+        flags_of[handle] = flags
+        return handle
+
+    def flushed(handle: int) -> None:
+        if not flags_of[handle] & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(9, "Bad file descriptor")
+        flush(handle)
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "fsync", flushed)
+    write_atomic(tmp_path / "a", "1")
+    flush_to_disk(tmp_path)
+    assert (tmp_path / "a").read_text() == "1" and flags_of
+
+
+def test_the_package_needs_no_module_that_only_unix_has() -> None:
+    program = """
+import builtins, importlib, pkgutil
+import ttd_plugins
+from ttd_plugins.errors import MissingDependencyError
+
+original = builtins.__import__
+UNIX = {"resource", "fcntl", "termios", "pty", "tty", "pwd", "grp", "posix", "curses", "readline", "syslog"}
+
+def without_unix(name, globals=None, *rest, **more):
+    if name.partition(".")[0] in UNIX and str((globals or {}).get("__name__")).startswith("ttd_plugins"):
+        raise ImportError(f"{globals['__name__']} imports {name}")
+    return original(name, globals, *rest, **more)
+
+builtins.__import__ = without_unix
+for module in pkgutil.walk_packages(ttd_plugins.__path__, "ttd_plugins."):
+    if not module.name.endswith("__main__"):
+        try:
+            importlib.import_module(module.name)
+        except MissingDependencyError:
+            pass
+import torch
+from ttd_plugins.evaluation.protocols.runner import peak_memory
+print("memory", peak_memory(torch.device("cpu")))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["memory 0"], done.stderr
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -90,6 +172,20 @@ def test_seeds_without_accelerators_decide_the_same_draws() -> None:
         first = draw()
         seed_everything(7, accelerators=False)
         assert draw() == first
+
+
+def test_a_block_with_a_seed_draws_the_same_and_leaves_the_generators_alone() -> None:
+    with preserved_rng():
+        state = get_rng_state()
+        undisturbed = draw()
+        set_rng_state(state)
+        with seeded_torch(3):
+            first = float(torch.rand(()))
+        with seeded_torch(3):
+            assert float(torch.rand(())) == first
+        assert draw() == undisturbed
+        torch.manual_seed(3)
+        assert float(torch.rand(())) == first
 
 
 def test_a_state_is_restored() -> None:

@@ -10,6 +10,7 @@ This module imports torch only. Adapters import backbone libraries, and only whe
 from __future__ import annotations
 
 import re
+import shlex
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -595,6 +596,5 @@ def require_shape(
 def _broken(adapter: DenseAdapter, what: str) -> PluginError:
     owner = adapter.owner or f"{type(adapter).__module__}.{type(adapter).__qualname__}"
     name = adapter.description.name
-    return PluginError(
-        f"{owner} breaks the adapter contract: {what} for {name}; `ttd check-adapter {name}` prints details"
-    )
+    command = shlex.join(["ttd", "check-adapter", name])
+    return PluginError(f"{owner} breaks the adapter contract: {what} for {name}; `{command}` prints details")

@@ -19,7 +19,6 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
 from ttd_plugins.errors import BackboneNameError, InputError, choices_sentence, one_sentence
@@ -31,6 +30,7 @@ from ttd_plugins.plugins.names import parse_name
 from ttd_plugins.utils.configuration import check_seed
 from ttd_plugins.utils.contract_types import TunedFrom
 from ttd_plugins.utils.files import file_sha256
+from ttd_plugins.utils.rng import seeded_torch
 
 if TYPE_CHECKING:
     from ttd_plugins.adapter import DenseAdapter
@@ -94,8 +94,8 @@ def open_backbone(name: str, *, seed: int = 0, device: str | None = None) -> Den
     """
     check_backbone(name)
     check_seed(seed)
-    torch.manual_seed(seed)
-    return load(name, device=device)
+    with seeded_torch(seed):
+        return load(name, device=device)
 
 
 def open_source(name: str, options: Mapping[str, Any]) -> DenseAdapter | None:
@@ -297,8 +297,8 @@ def _load_tuned(name: str | None, source: str, options: dict[str, Any], *, merge
         return restore_backbone(path, step, backbone=given, options=options, merge=merge)
     if kind == "comparison":
         own, file, seed = _comparison_arm(path, name)
-        torch.manual_seed(seed)
-        adapter, files = load_trained_weights(load(own, **options), file), [file]
+        with seeded_torch(seed):
+            adapter, files = load_trained_weights(load(own, **options), file), [file]
     elif kind == "lora":
         from ttd_plugins.lora import load_lora
 

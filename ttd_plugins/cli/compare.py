@@ -104,7 +104,7 @@ def command(
         try:
             comparison = run_comparison(out, options, stage=stage, command=command_line(context))
         except TrainingStoppedError as stopped:
-            typer.echo(f"{stopped}; the same command continues it", err=True)
+            typer.echo(str(stopped), err=True)
             raise typer.Exit(stopped.status) from stopped
     print_summary(comparison, out)
     if comparison.failures:

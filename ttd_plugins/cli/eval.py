@@ -488,8 +488,9 @@ def print_result(result: EvaluationResult, preset: str) -> None:
     for name, value in flatten({key: value for key, value in settings.items() if key != "names"}).items():
         console.print(f"  {name}: {json.dumps(value)}", markup=False)
     seconds, peak = content["seconds_per_image"], content["peak_memory_bytes"]
+    memory = f"peak memory {peak / 2**30:.2f} GiB" if peak else "peak memory unknown on this system"
     cost = f"{seconds:.2f} s an image, " if seconds is not None else ""
-    console.print(f"{content['done']} of {content['images']} images; {cost}peak memory {peak / 2**30:.2f} GiB")
+    console.print(f"{content['done']} of {content['images']} images; {cost}{memory}")
     if content["figures"] is None:
         console.print("other processes are not done; the last one writes results.json, or run this command again")
     elif content["path"]:

@@ -43,7 +43,7 @@ def command(
     """
     folder = write_project(name, out)
     # Quoted where a shell needs it, so that the lines can be copied.
-    shown = str(folder) if re.fullmatch(r"[\w./+-]+", str(folder)) else f"'{folder}'"
+    shown = shlex.quote(str(folder))
     typer.echo(f"wrote {folder}; next:")
     typer.echo(f"  python -m pip install -e {shlex.quote(f'{folder}[test]')}")
     typer.echo(f"  python -m pytest {shown}")

@@ -154,7 +154,14 @@ class CaptionedData:
             def on_step(self, step: int, loss: float) -> None:
                 self.advance(1)
 
-        result = train_run(replace(config, ttd=ttd), folder, backbone=backbone, resume=True, reporter=Bar())
+        result = train_run(
+            replace(config, ttd=ttd),
+            folder,
+            backbone=backbone,
+            resume=True,
+            reporter=Bar(),
+            resume_advice="run the same comparison again, and it continues",
+        )
         backbone.to(options.device or "cpu").eval()
         lines = [line for line in JsonlLog(folder / "log.jsonl").read() if "loss" in line]
         curve = [{k: v for k, v in line.items() if _belongs_in_curve(k, v)} for line in lines]

@@ -5,6 +5,7 @@ Everything is derived from the evaluations in ``log.jsonl``, so that a resumed r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def smaller_is_better(options: EvaluationConfig) -> bool:
 
 
 def judge(evaluations: Evaluations, options: EvaluationConfig, existing: Collection[int]) -> Verdict | None:
-    """Find the best evaluation by ``options.best``; returns ``None`` without such a metric or any evaluation.
+    """Find the best evaluation by ``options.best``; returns ``None`` without such a metric or a finite value of it.
 
     Args:
         evaluations: those in the log.
@@ -94,6 +95,10 @@ def judge(evaluations: Evaluations, options: EvaluationConfig, existing: Collect
             f"evaluation.best is {options.best!r}, and the evaluation has no finite metric of that name; it has "
             f"{listed(names, 40)}"
         )
+    # NaN of a callback compares with nothing, so that it would stay the best.
+    values = {step: value for step, value in values.items() if math.isfinite(value)}
+    if not values:
+        return None
     # The first of equal values is the best: a tie is no gain.
     top = max(values, key=lambda step: (sign * values[step], -step))
     saved = [step for step in values if step in existing]

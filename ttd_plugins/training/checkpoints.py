@@ -103,7 +103,7 @@ def remove_unfinished(run: Path) -> None:
 
 
 def write_checkpoint(run: Path, checkpoint: Checkpoint, keep: int, *, protected: Collection[int] = ()) -> Path:
-    """Write a checkpoint, and then delete all but the newest ``keep``.
+    """Write a checkpoint, and then delete all but this one and the newest ``keep``.
 
     Args:
         run: folder of the run.
@@ -149,7 +149,9 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint, keep: int, *, protected:
             f"the checkpoint of step {checkpoint.state['step']} cannot be written to {final.parent} ({reason}); {last}"
             "; fix the cause and continue with --resume"
         ) from error
-    for step in [step for step in checkpoint_steps(run)[:-keep] if step not in protected]:
+    # The folder may have checkpoints of later steps, so that the new one is not among the newest.
+    stays = {checkpoint.state["step"], *protected}
+    for step in [step for step in checkpoint_steps(run)[:-keep] if step not in stays]:
         _delete(checkpoint_folder(run, step))
     return final
 

@@ -30,7 +30,8 @@ class JsonlLog:
             InputError: the file cannot be written.
         """
         try:
-            with self.file.open("a", encoding="utf-8") as stream:
+            # A key may be the name of a file that is not UTF-8; JSON reads the escape back.
+            with self.file.open("a", encoding="utf-8", errors="backslashreplace") as stream:
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
         except OSError as error:
             reason = error.strerror or one_sentence(error)

@@ -84,14 +84,21 @@ def save_training_state(
         The folder of the checkpoint.
 
     Raises:
-        InputError: an argument has the wrong type, a state has a value that cannot be stored, or the folder cannot be
-            written; earlier checkpoints are not touched then.
+        InputError: an argument has the wrong type, a state has a value that cannot be stored, the folder has a
+            checkpoint of a later step, or it cannot be written; earlier checkpoints are not touched then.
     """
-    names = _trained_names(ttd)
+    names, run = _trained_names(ttd), given_path(folder)
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise InputError(f"step must be a whole number of 0 or more, not {step!r}")
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
         raise InputError(f"keep must be a whole number of 1 or more, not {keep!r}")
+    later = [one for one in checkpoints.checkpoint_steps(run) if one > step]
+    # A resumed loop loads the checkpoint of the last step, which would not be this one.
+    if later:
+        raise InputError(
+            f"{run / checkpoints.FOLDER} has checkpoints of later steps than {step} ({', '.join(map(str, later))}); "
+            "choose another folder or delete them"
+        )
     model = ttd.backbone.model
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     buffers = {name: value for name, value in model.named_buffers() if f"{STUDENT}{_MODEL}{name}" in names}
@@ -114,7 +121,7 @@ def save_training_state(
     checkpoint = checkpoints.Checkpoint(
         state, trained=dict(parameters), buffers=buffers, teacher=averages, optimizer=moments, random=tensors
     )
-    return checkpoints.write_checkpoint(given_path(folder), checkpoint, keep)
+    return checkpoints.write_checkpoint(run, checkpoint, keep)
 
 
 def load_training_state(

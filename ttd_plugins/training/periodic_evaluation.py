@@ -219,6 +219,30 @@ class CaptionedSet(FileSet):
         return _numbers(metrics)
 
 
+def callback_metrics(returned: Any) -> dict[str, float]:
+    """Return the metrics of a callback as numbers; tensors and arrays of one element are converted.
+
+    Raises:
+        InputError: the callback returned no mapping, or a metric is not a number.
+    """
+    if not isinstance(returned, Mapping):
+        raise InputError(f"evaluate must return metrics by name, such as {{'iou': 0.5}}, not {type(returned).__name__}")
+    metrics = {}
+    for name, value in returned.items():
+        try:
+            number = value.item() if hasattr(value, "item") else value
+            # float() would parse a text.
+            if isinstance(number, str | bytes | bytearray):
+                raise TypeError
+            metrics[str(name)] = float(number)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise InputError(
+                f"evaluate returned the metric {name!r} as {type(value).__name__}, which is not one number; return a "
+                "float, or a tensor of one element"
+            ) from None
+    return metrics
+
+
 def _numbers(values: Mapping[str, Any], before: str = "") -> dict[str, float]:
     """Return the finite numbers of a nested mapping, by names such as ``outer/inner``."""
     flat = flatten(values, "/", before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -27,7 +28,7 @@ from ttd_plugins.training.compiling import compile_image_blocks
 from ttd_plugins.training.config import TrainConfig
 from ttd_plugins.training.falling_loss import falling_loss_sentence
 from ttd_plugins.training.loop import run_loop
-from ttd_plugins.training.periodic_evaluation import LabelledSet
+from ttd_plugins.training.periodic_evaluation import LabelledSet, callback_metrics
 from ttd_plugins.training.prefetching import BatchPrefetcher, LoaderFailedError, PairBatches, StopRequested
 from ttd_plugins.training.processes import (
     main_process_first,
@@ -124,13 +125,25 @@ def train_run(
     reporter: Reporter | None = None,
     draw: Draw | None = None,
     evaluate: Evaluate | None = None,
+    resume_advice: str | None = None,
 ) -> TrainResult:
-    """Fine-tune a backbone, in one process or in each of several; see :func:`ttd_plugins.fine_tune`."""
+    """Fine-tune a backbone, in one process or in each of several; see :func:`ttd_plugins.fine_tune`.
+
+    Args:
+        resume_advice: how to continue a run that was stopped; by default the command, or the call where objects are
+            given that no command has.
+    """
     out = given_path(out)
+    if resume_advice is None:
+        given = any(one is not None for one in (backbone, loader, evaluate))
+        command = shlex.join(["ttd", "train", "--out", str(out), "--resume"])
+        resume_advice = "call fine_tune again with resume=True" if given else f"continue with: {command}"
     accelerator = start_accelerate(config, out)
     is_main = bool(accelerator.is_main_process)
     with ExitStack() as stack:
         stack.callback(reset_accelerate)
+        # The run seeds every generator; those of the caller continue as if there had been no run.
+        stack.enter_context(preserved_rng())
 
         def lock_folder() -> None:
             stack.enter_context(output_folder(out, RUN_FOLDER))
@@ -138,7 +151,7 @@ def train_run(
         main_process_first(lock_folder, is_main=is_main)
         logger = RunLogger(out, config, reporter or Reporter(), accelerator)
         try:
-            run = _Run(accelerator, logger, config, out, backbone, loader, resume, draw, evaluate)
+            run = _Run(accelerator, logger, config, out, backbone, loader, resume, draw, evaluate, resume_advice)
             try:
                 return run.train()
             finally:
@@ -161,7 +174,9 @@ class _Run:
         resume: bool,
         draw: Draw | None,
         evaluate: Evaluate | None,
+        resume_advice: str,
     ) -> None:
+        self.resume_advice = resume_advice
         self.config, self.out, self.logger, self.draw, self.evaluate = config, out, logger, draw, evaluate
         self.rank, self.processes = accelerator.process_index, accelerator.num_processes
         self.is_main = bool(accelerator.is_main_process)
@@ -411,7 +426,7 @@ class _Run:
         note = "" if saved else " (the step that was under way could not be saved)"
         error = TrainingStoppedError(
             f"stopped by {signal.Signals(number).name} after step {self.state.step} of {self.state.total_steps}; "
-            f"{kept}{note}; continue with: ttd train --out {self.out} --resume"
+            f"{kept}{note}; {self.resume_advice}"
         )
         error.status = 128 + number
         return error
@@ -502,7 +517,7 @@ class _Run:
             if by_set and self.labelled is not None:
                 found.append(self.labelled.measure(self.ttd, state.step, self.logger.reporter.stage))
             if by_callback and self.evaluate is not None:
-                found.append(dict(self.evaluate(self.ttd, state.step)))
+                found.append(callback_metrics(self.evaluate(self.ttd, state.step)))
             self.logger.write_evaluation(state.step, found)
 
         self._without_side_effects(action)
@@ -538,7 +553,8 @@ class _Run:
         if verdict is not None:
             if state.ended:
                 notes.append(stopped_early(verdict, state.step))
-            notes.append(f"{verdict.sentence()}; export it with: ttd export {self.out} --step best --out FOLDER")
+            run = shlex.quote(str(self.out))
+            notes.append(f"{verdict.sentence()}; export it with: ttd export {run} --step best --out FOLDER")
         if config.run.weight_ema is not None:
             notes.append(
                 f"the backbone, its evaluations and its export have the moving average of the trained weights "

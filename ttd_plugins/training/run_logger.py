@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import time
 import uuid
 from collections.abc import Mapping
@@ -10,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ttd_plugins.errors import TTDError, one_sentence
+from ttd_plugins.errors import InputError, TTDError, one_sentence
 from ttd_plugins.training.best_checkpoint import read_evaluations
 from ttd_plugins.training.collapse_watch import MetricAverager
 from ttd_plugins.training.config import TrainConfig
@@ -120,14 +122,7 @@ class RunLogger:
         trackers = self.config.run.trackers
         if not trackers:
             return
-        file = self.out / "trackers.json"
-
-        def identify() -> str:
-            if not file.exists():
-                write_atomic(file, uuid.uuid4().hex + "\n")
-            return file.read_text(encoding="utf-8", errors="replace").strip()
-
-        name = main_process_first(identify, is_main=self.is_main)
+        name = main_process_first(lambda: _tracker_id(self.out / "trackers.json"), is_main=self.is_main)
         flat = {
             f"{section}.{key}": value if isinstance(value, int | float | str | bool) else repr(value)
             for section, keys in self.config.as_dict().items()
@@ -146,6 +141,32 @@ class RunLogger:
         if self.config.run.trackers:
             values = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
             self.accelerator.log(values, step=line["step"])
+
+
+def _tracker_id(file: Path) -> str:
+    """The id by which trackers recognise a run that is resumed; made by the first call.
+
+    Raises:
+        InputError: the file cannot be read or written, or has no id.
+    """
+    advice = "delete it, and trackers start a new run"
+    if not file.exists():
+        write_atomic(file, json.dumps({"id": uuid.uuid4().hex}) + "\n")
+    try:
+        text = file.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({one_sentence(error)}); {advice}") from error
+    # Earlier releases wrote the id alone, 32 hexadecimal digits.
+    if re.fullmatch(r"[\w-]+", text):
+        return text
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        content = None
+    name = content.get("id") if isinstance(content, dict) else None
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{file} has no id of a run; {advice}")
+    return name
 
 
 class _Throughput:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ttd_plugins.adapter import TOWERS, DenseAdapter, named_tower_parameters
@@ -17,6 +16,7 @@ from ttd_plugins.evaluation.scene_protocol import scene_pixels
 from ttd_plugins.training.config import OptimizerConfig
 from ttd_plugins.training.loop import StepReport, train_in_memory
 from ttd_plugins.utils.configuration import check_seed
+from ttd_plugins.utils.rng import seeded_torch
 
 SCENE_OPTIMIZER = OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.999), eps=1e-8, warm_up=20)
 """Settings that suit the small embedded models on scenes."""
@@ -113,18 +113,18 @@ def tune_on_scenes(
     Returns:
         One report for each step.
     """
-    torch.manual_seed(tuning.seed)
-    if tuning.rank:
-        backbone.add_lora(tuning.rank)
-    else:
-        for tower in TOWERS:
-            for _, parameter in named_tower_parameters(backbone, tower):
-                parameter.requires_grad_(True)
-    scenes = training_scenes(tuning, backbone.description.image_size[0]) if scenes is None else scenes
-    return train_in_memory(
-        TTD(backbone, tuning.ttd),
-        scene_batches(scenes, tuning.batch_size, backbone),
-        tuning.steps,
-        tuning.optimizer,
-        on_step=on_step,
-    )
+    with seeded_torch(tuning.seed):
+        if tuning.rank:
+            backbone.add_lora(tuning.rank)
+        else:
+            for tower in TOWERS:
+                for _, parameter in named_tower_parameters(backbone, tower):
+                    parameter.requires_grad_(True)
+        scenes = training_scenes(tuning, backbone.description.image_size[0]) if scenes is None else scenes
+        return train_in_memory(
+            TTD(backbone, tuning.ttd),
+            scene_batches(scenes, tuning.batch_size, backbone),
+            tuning.steps,
+            tuning.optimizer,
+            on_step=on_step,
+        )

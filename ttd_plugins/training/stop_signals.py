@@ -59,8 +59,9 @@ class StopSignals:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         self.received = number
         self._leave_closed_terminals()
-        # A message that cannot be shown must not end the step.
-        with suppress(OSError):
+        # A message that cannot be shown must not end the step. A stream that the signal interrupted within a write
+        # refuses a second one with RuntimeError.
+        with suppress(OSError, RuntimeError):
             self._on_message(f"{signal.Signals(number).name}: saving after this step; a second signal stops at once")
 
     def _leave_closed_terminals(self) -> None:

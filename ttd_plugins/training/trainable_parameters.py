@@ -12,6 +12,7 @@ from ttd_plugins.adapter import TOWERS, DenseAdapter, named_tower_parameters
 from ttd_plugins.errors import InputError, TTDError
 from ttd_plugins.lora import load_lora
 from ttd_plugins.training.config import OptimizerConfig, TowersConfig, TrainConfig
+from ttd_plugins.utils.rng import seeded_torch
 from ttd_plugins.utils.running_state import keep_frozen_norms_in_eval
 
 INITIAL_LORA = "initial_lora"
@@ -33,8 +34,7 @@ def build_backbone(
         TTDError: the backbone cannot be loaded, or cannot be tuned as configured.
     """
     backbone = load_untuned(config) if backbone is None else backbone
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.run.seed)
+    with seeded_torch(config.run.seed):
         start = config.towers.lora_from
         copied = None if run is None or start is None else run / INITIAL_LORA
         prepare_towers(backbone, config.towers, lora_from=copied if copied is not None and copied.is_dir() else start)
@@ -54,8 +54,7 @@ def load_untuned(config: TrainConfig) -> DenseAdapter:
         )
     from ttd_plugins.plugins.loading import load
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.run.seed)
+    with seeded_torch(config.run.seed):
         return load(config.backbone.name, **config.backbone.options)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
+import secrets
+import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,7 +40,7 @@ def atomic_path(path: Path | str, *, advice: str = "free some space or choose an
     """Yield a temporary path in the same folder; it replaces ``path`` when the block ends without an exception.
 
     The temporary file is new and its name is random, so that no existing file or symbolic link is followed. The result
-    has the permissions that the umask allows.
+    has the permissions that the umask allows, also where the block replaces the temporary file by a private one.
 
     Args:
         path: the file to write; its folder exists.
@@ -50,13 +52,10 @@ def atomic_path(path: Path | str, *, advice: str = "free some space or choose an
     path = Path(path)
     temporary: Path | None = None
     try:
-        # mkstemp opens with O_EXCL, which never follows a symbolic link.
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY_SUFFIX, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        temporary, mode = _new_file(path)
         yield temporary
         flush_to_disk(temporary)
-        temporary.chmod(0o666 & ~_umask())
+        _set_mode(temporary, mode)
         temporary.replace(path)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror or one_sentence(error)}); {advice}") from error
@@ -100,10 +99,14 @@ def follow_umask(path: Path | str) -> None:
     Raises:
         OSError: the permissions cannot be changed.
     """
-    path, mode = Path(path), 0o666 & ~_umask()
-    for file in [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]:
+    path = Path(path)
+    files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
+    # A new file has these permissions. Reading the umask itself means to change it, for all threads of the process.
+    probe, mode = _new_file(path if path.is_file() else path / "mode")
+    probe.unlink()
+    for file in files:
         if not file.is_symlink():
-            file.chmod(mode)
+            _set_mode(file, mode)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -112,7 +115,11 @@ def flush_to_disk(path: Path) -> None:
     Raises:
         OSError: the path cannot be opened or written.
     """
-    handle = os.open(path, os.O_RDONLY)
+    windows = sys.platform == "win32"
+    # Windows flushes only files that are open for writing, and opens no folders.
+    if windows and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -129,7 +136,23 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _new_file(path: Path) -> tuple[Path, int]:
+    """Make an empty file beside ``path``, and return it and the permissions that new files have here.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    # O_EXCL never follows a symbolic link; the kernel applies the umask.
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
+    new = path.with_name(f".{path.name}.{secrets.token_urlsafe(6)}{TEMPORARY_SUFFIX}")
+    handle = os.open(new, flags, 0o666)
+    try:
+        return new, stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
+
+
+def _set_mode(file: Path, mode: int) -> None:
+    """Change permissions only where they differ: some file systems refuse every change."""
+    if stat.S_IMODE(file.stat().st_mode) != mode:
+        file.chmod(mode)

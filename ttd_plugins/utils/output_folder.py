@@ -16,11 +16,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ttd_plugins._version import __version__
 from ttd_plugins.errors import InputError, one_sentence
 from ttd_plugins.utils.files import follow_umask, make_folder, write_atomic
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 MARKER = ".ttd-plugins.json"
 """File that says which command wrote a folder."""
@@ -184,8 +187,9 @@ def locked(file: Path, what: str, *, advice: str = "choose another --out") -> It
             raise InputError(f"{file} is a symbolic link, which no lock file is; {advice}")
         try:
             lock.acquire()
-            # The process before this one may have removed the file in the meantime, and with it this lock's meaning.
-            while not os.path.lexists(file):
+            # The process before this one may have removed the file that is locked now, and another process may have
+            # locked a new file of this name.
+            while not _is_file_at(lock, file):
                 lock.release()
                 lock.acquire()
         except NotImplementedError as error:
@@ -205,6 +209,19 @@ def locked(file: Path, what: str, *, advice: str = "choose another --out") -> It
             with suppress(OSError):
                 one.unlink()
         lock.release()
+
+
+def _is_file_at(lock: BaseFileLock, file: Path) -> bool:
+    """Whether the file that a lock holds is still the one at a path."""
+    # Windows removes no file that is open.
+    if sys.platform == "win32":
+        return True
+    held = lock._context.lock_file_fd
+    assert held is not None
+    try:
+        return os.path.samestat(os.fstat(held), os.lstat(file))
+    except FileNotFoundError:
+        return False
 
 
 def _command() -> str:

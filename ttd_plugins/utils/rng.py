@@ -51,6 +51,21 @@ def preserved_rng() -> Iterator[None]:
         set_rng_state(state)
 
 
+@contextmanager
+def seeded_torch(seed: int) -> Iterator[None]:
+    """Seed torch's generators of the CPU and of the current CUDA device, and restore all generators at the end.
+
+    Args:
+        seed: the seed.
+    """
+    with preserved_rng():
+        # torch.manual_seed would seed the generators of all devices, which nothing restores.
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed(seed)
+        yield
+
+
 def seed_everything(seed: int, *, accelerators: bool = True) -> None:
     """Seed all generators; negative and large seeds are reduced to the range that each generator accepts.
 

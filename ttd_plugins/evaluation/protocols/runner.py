@@ -13,7 +13,6 @@ import json
 import math
 import os
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,7 +50,8 @@ class EvaluationResult:
         metrics: the metrics by name, or ``None`` while other processes still have images to do.
         done, images: number of images with a record, and of all images.
         seconds_per_image: mean wall-clock time per image, including reading.
-        peak_memory_bytes: peak memory over all processes: resident memory, or on a GPU allocated device memory.
+        peak_memory_bytes: peak memory over all processes: resident memory, or on a GPU allocated device memory; 0
+            where the system does not report it, as Windows.
         environment: versions and machine.
         path: ``results.json``, or ``None`` if nothing was written.
     """
@@ -201,8 +201,14 @@ class _Records:
         if self.out is None:
             self._memory.append(record)
             return
-        with self._own.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_plain(record), separators=(",", ":")) + "\n")
+        try:
+            with self._own.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_plain(record), separators=(",", ":")) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"{str(self._own)!r} cannot be written ({error.strerror or one_sentence(error)}); fix the cause and "
+                "start it again, and it continues after the images that have a record"
+            ) from error
 
     def __iter__(self) -> Iterator[Record]:
         """Yield the records of all processes, each image once."""
@@ -211,18 +217,24 @@ class _Records:
             return
         seen: set[str] = set()
         for path in sorted(self.out.glob("images-*.jsonl")):
-            with path.open(encoding="utf-8") as file:
-                for line in file:
-                    # Another process may still be writing this line.
-                    if not line.endswith("\n"):
-                        continue
-                    record = _parse_record(path, line)
-                    if record["key"] not in seen:
-                        seen.add(record["key"])
-                        yield record
+            try:
+                with path.open("rb") as file:
+                    for line in file:
+                        # Another process may still be writing this line.
+                        if not line.endswith(b"\n"):
+                            continue
+                        record = _parse_record(path, line)
+                        if record["key"] not in seen:
+                            seen.add(record["key"])
+                            yield record
+            except OSError as error:
+                raise InputError(
+                    f"{str(path)!r} cannot be read ({error.strerror or one_sentence(error)}); fix the cause and start "
+                    "it again"
+                ) from error
 
 
-def _parse_record(file: Path, line: str) -> Record:
+def _parse_record(file: Path, line: bytes) -> Record:
     """The record of a line.
 
     Raises:
@@ -267,9 +279,16 @@ def _write_json(file: Path, content: Any) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory of this process in bytes: allocated device memory on a GPU, otherwise resident memory."""
+    """Return the peak memory of this process in bytes: allocated device memory on a GPU, otherwise resident memory.
+
+    Systems without the module ``resource``, such as Windows, do not report resident memory: 0 there.
+    """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:
+        return 0
     # The unit is a kilobyte on Linux and a byte on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
