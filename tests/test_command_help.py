@@ -113,6 +113,37 @@ def test_options_have_sections_defaults_and_readable_values(words: tuple[str, ..
     assert all(len(line) <= 80 for line in shown.splitlines())
 
 
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_the_usage_line_names_arguments_as_the_help_does(words: tuple[str, ...]) -> None:
+    command = COMMANDS[words]
+    usage = command.collect_usage_pieces(command.make_context(words[-1], [], resilient_parsing=True))
+    arguments = [one for one in command.params if one.param_type_name == "argument"]
+    assert len(usage) == 1 + len(arguments)
+    for piece, one in zip(usage[1:], arguments, strict=True):
+        shown = one.metavar if one.required else f"[{one.metavar}]"
+        # Older versions of typer do not mark a list.
+        assert piece == shown or (one.nargs != 1 and piece == f"{shown}..."), f"{' '.join(words)}: {piece}"
+
+
+def test_thresholds_say_what_holds_without_them() -> None:
+    from ttd_plugins.evaluation.protocol_options import PLANE
+    from ttd_plugins.options import TTDOptions
+    from ttd_plugins.tagging import DEFAULT_THRESHOLDS
+
+    texts = {
+        words: " ".join(one.help.split())
+        for words, command in COMMANDS.items()
+        for one in command.params
+        if one.name in ("threshold", "threshold_flag") and words[0] in ("tags", "heatmap", "app", "segment")
+    }
+    default = TTDOptions().threshold
+    assert texts.pop(("segment",)).endswith(f"sets --background constant. [default: {PLANE}]")
+    by_rule = ", ".join(f"{value} for {rule}" for rule, value in DEFAULT_THRESHOLDS.items())
+    assert texts.pop(("tags",)).endswith(f"[default: {default}; with --vocabulary {by_rule}]")
+    assert set(texts) == {("heatmap",), ("app",)}
+    assert all(text.endswith(f"[default: {default}]") for text in texts.values())
+
+
 def test_generated_flags_are_in_the_section_of_their_class() -> None:
     panels = {one.opts[0]: one.rich_help_panel for one in COMMANDS["train",].params if one.opts[0].startswith("--")}
     assert {

@@ -313,12 +313,12 @@ def test_the_bias_of_every_arm_and_seed_is_there(finished: tuple[Path, Any]) -> 
             assert all(0 <= value <= 1 for value in row.values())
 
 
-def as_of_version_0_1(out: Path) -> dict[str, Any]:
-    """Rewrite results.json as version 0.1 wrote it, and the weights without a summary of their training."""
+def in_the_older_form(out: Path) -> dict[str, Any]:
+    """Rewrite results.json in the form without newer keys, and the weights without a summary of their training."""
     file = out / "results.json"
     content = json.loads(file.read_text())
     ttd = content["settings"]["ttd"]
-    del ttd["anchor"], ttd["anchor_weight"]
+    del ttd["anchor"], ttd["anchor_weight"], ttd["target_power"]
     for old, new in (
         ("caption_weight", "distill_weight"),
         ("remembered_texts", "text_cache_size"),
@@ -336,11 +336,11 @@ def as_of_version_0_1(out: Path) -> dict[str, Any]:
     return content
 
 
-def test_a_comparison_of_version_0_1_goes_on(
+def test_a_comparison_in_the_older_form_goes_on(
     finished: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
-    old = as_of_version_0_1(tmp_path)
+    old = in_the_older_form(tmp_path)
     # Interrupted between the training and the measurement of an arm, whose curve is recorded.
     gone = old["backbones"][NAMES[0]]["figures"]["after"].pop()
     (tmp_path / "results.json").write_text(json.dumps(old))

@@ -174,12 +174,16 @@ def page_calibration(runner: Runner) -> None:
     from ttd_plugins.embedded.scenes import Scenes
 
     runner.names["pairs"] = [(Image.fromarray(scene.image), scene.caption) for scene in Scenes("validation", 32)]
+    # The page's last command names the backbone that the block before has exported.
+    runner.extra = {}
 
 
 def page_comparing(runner: Runner) -> None:
     runner.ttd(["train", "--out", "runs/mine"], "setup")
     runner.ttd(["export", "runs/mine", "--out", "tuned/lora", "--form", "lora"], "setup")
-    runner.replaced = {**runner.replaced, "mine@200": "mine@2",
+    shutil.copytree("pairs", "heldout")
+    pretrained = "open_clip:ViT-B-16@openai,open_clip:ViT-B-16@laion2b_s34b_b88k"
+    runner.replaced = {pretrained: "open_clip:tiny", " --device cuda": "", **runner.replaced, "mine@200": "mine@2",
                        '["open_clip:tiny", "siglip:tiny"]': '["open_clip:tiny"]',
                        "seeds=1, steps=50": "seeds=1, steps=1, batch_size=4, limit=8", 'out="D"': 'out="E"',
                        "--no-tune --out D": "--no-tune --out F"}  # fmt: skip

@@ -180,6 +180,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 TAGS = ["tags", "PHOTO", "a cat and a canary", "--backbone"]
 TRAIN = "train --backbone open_clip:photo --data pairs --steps 1 --batch-size 2 --size 64 --out".split()
+COMPARE = "compare --data pairs:pairs --pairs pairs --seeds 1 --steps 1 --batch-size 2 --backbones".split()
 WORKS = {
     "open_clip": [
         [*TAGS, "open_clip:photo"],
@@ -193,7 +194,7 @@ WORKS = {
     "openai_clip": [[*TAGS, "openai_clip:tiny"]],
     "demo": ["heatmap PHOTO cat --out maps.png".split(), "demo --steps 1 --scenes 8 --out demo".split()],
     "open_clip,data": ["prune pairs --out scores.parquet".split()],
-    "open_clip,train": [[*TRAIN, "run"]],
+    "open_clip,train": [[*TRAIN, "run"], [*COMPARE, "open_clip:photo", "--out", "compared"]],
     "open_clip,train,tensorboard": [[*TRAIN, "tracked", "--tracker", "tensorboard"]],
 }
 NEEDS = [

@@ -68,7 +68,7 @@ def test_the_printed_commands_can_be_copied(name: str, tmp_path: Path) -> None:
     result = command("ink_blot", "--out", folder)
     assert result.exit_code == 0, result.output
     commands = [shlex.split(line) for line in result.stdout.split("next:\n")[1].splitlines()]
-    assert [one[-1] for one in commands] == [str(folder), str(folder), "ink_blot:toy@random", str(folder)]
+    assert [one[-1] for one in commands] == [f"{folder}[test]", str(folder), "ink_blot:toy@random", str(folder)]
 
 
 def test_every_file_is_written_and_nothing_is_left_to_substitute(
@@ -78,6 +78,8 @@ def test_every_file_is_written_and_nothing_is_left_to_substitute(
     result = command("ink_blot")
     assert result.exit_code == 0, result.output
     assert "wrote ttd-ink-blot; next:" in result.stdout
+    # The extra brings pytest and peft, which the printed tests need.
+    assert "python -m pip install -e 'ttd-ink-blot[test]'\n" in result.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"ttd-ink-blot"}
     assert written(tmp_path / "ttd-ink-blot") == FILES
     for name in FILES:

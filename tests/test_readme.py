@@ -1,4 +1,4 @@
-"""README: what the package index shows of it, its links and pictures, and the tables that programs make."""
+"""README: what the package index shows of it, its pictures and tables, and the anchors that all pages link to."""
 
 from __future__ import annotations
 
@@ -80,12 +80,54 @@ def test_addresses_of_this_project_are_files_of_the_repository(shown: Addresses)
         assert (kind == "raw") == (address in shown.pictures), address
 
 
-def test_links_with_a_fragment_name_a_heading() -> None:
-    for path, fragment in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", README):
-        text = (ROOT / path).read_text(encoding="utf-8") if path else README
-        headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-        slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-        assert fragment in slugs, (path, fragment)
+def prose(text: str) -> str:
+    """The text of a page without its fenced blocks, in which ``#`` begins a comment."""
+    return re.sub(r"(?ms)^ *```.*?^ *```", "", text)
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings on the code host."""
+    headings = re.findall(r"^#+ (.+)$", prose(text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def dead_anchors(page: Path, text: str) -> list[str]:
+    """Links of a page to headings that do not exist, there or in another page of the repository."""
+    dead = []
+    for path, fragment in re.findall(r"\]\(([^()#:\s]*)#([^()\s]+)\)", prose(text)):
+        target = page.parent / path if path else page
+        if target.suffix == ".md" and fragment not in anchors(target.read_text(encoding="utf-8")):
+            dead.append(f"{path}#{fragment}")
+    return dead
+
+
+# Pages in docs/api link to names, which are anchors of the built site only; its strict build checks them.
+LINKING = sorted(
+    file.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/*.md", "examples/**/*.md", "ttd_plugins/**/*.md")
+    for file in ROOT.glob(pattern)
+)
+
+
+@pytest.mark.parametrize("page", LINKING)
+def test_links_with_a_fragment_name_a_heading(page: str) -> None:
+    assert not dead_anchors(ROOT / page, (ROOT / page).read_text(encoding="utf-8"))
+
+
+def test_a_dead_anchor_is_noticed() -> None:
+    text = "[a](../README.md#install), [b](../README.md#licence-and-credit), [c](faq.md#no-such), [d](#here)\n# Here\n"
+    assert dead_anchors(ROOT / "docs" / "page.md", "```\n[e](#nothing)\n```\n") == []
+    assert dead_anchors(ROOT / "docs" / "faq.md", text) == [
+        "../README.md#licence-and-credit",
+        "faq.md#no-such",
+        "#here",
+    ]
+
+
+def test_the_table_of_extras_has_every_extra_of_users() -> None:
+    rows = re.findall(r"^\| (`[^|]+`) \|[^|]+\| \+ ", README, re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named == set(PROJECT["optional-dependencies"]) - {"docs", "test"}
 
 
 def test_the_text_is_the_same_on_the_index(description: str) -> None:

@@ -42,7 +42,7 @@ RANDOM, BEST = "random", "best"
 LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
 COMPARISON_RESULTS = "results.json"
 OLD_DEMO_WEIGHTS = Path("weights/after.safetensors")
-"""Weights in a folder of ``ttd demo`` up to version 0.1, whose backbone is named in ``metrics.json``."""
+"""Weights in a folder of ``ttd demo`` without ``results.json``, whose backbone is named in ``metrics.json``."""
 EXPORTED = "*model.safetensors"
 """Weights in the folder of an export, in the library's own format or as a state dict."""
 FORMS = (

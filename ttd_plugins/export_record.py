@@ -75,7 +75,7 @@ def write_record(folder: Path, record: ExportRecord, weights: Iterable[Path]) ->
 def read_record(folder: Path) -> ExportRecord | None:
     """Read the record of a folder; ``None`` if the folder is no export.
 
-    Exports of releases up to 0.3 have no record; their model card has the name.
+    Older exports have no record; their model card has the name.
 
     Raises:
         InputError: the record is damaged.

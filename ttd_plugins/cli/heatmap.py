@@ -26,7 +26,7 @@ from ttd_plugins.errors import InputError
 def command(
     image: image_maps.ImageArgument,
     caption: Annotated[
-        list[str], typer.Argument(metavar="CAPTION...", help="Its caption, or several.", show_default=False)
+        list[str], typer.Argument(metavar="CAPTION", help="Its caption, or several.", show_default=False)
     ],
     out: Annotated[
         Path,

@@ -100,7 +100,8 @@ class SectionedHelp:
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return the pieces of the usage line, in which only what is optional is in brackets."""
-        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]  # type: ignore[misc]
+        pieces = super().collect_usage_pieces(ctx)  # type: ignore[misc]
+        return [re.sub(r"^\{(.*)\}(\.\.\.)?$", r"\1\2", piece) for piece in pieces]
 
     def get_help(self, ctx: Any) -> str:
         """Return the help text, in which no short default is broken over two lines."""

@@ -104,7 +104,7 @@ ThresholdOption = Annotated[
     typer.Option(
         "--threshold",
         metavar="NUMBER",
-        help="Threshold of the selection rule.  [default: 0.5; with --vocabulary the rule's]",
+        help="Threshold of the selection rule.  [default: 0.5]",
         rich_help_panel=TAGS,
     ),
 ]

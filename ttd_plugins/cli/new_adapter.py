@@ -45,7 +45,7 @@ def command(
     # Quoted where a shell needs it, so that the lines can be copied.
     shown = shlex.quote(str(folder))
     typer.echo(f"wrote {folder}; next:")
-    typer.echo(f"  python -m pip install -e {shown}")
+    typer.echo(f"  python -m pip install -e {shlex.quote(f'{folder}[test]')}")
     typer.echo(f"  python -m pytest {shown}")
     typer.echo(f"  ttd check-adapter {name}:toy@random")
     typer.echo(f"  grep -rn BLANK {shown}")

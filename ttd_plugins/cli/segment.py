@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 from ttd_plugins.cli import image_maps
 from ttd_plugins.cli.config_flags import flags_of, nested, print_json, with_flags
 from ttd_plugins.cli.help_pages import EVALUATION, OUTPUT, examples
-from ttd_plugins.evaluation.protocol_options import IMAGE_SEGMENT, with_changes, with_plane
+from ttd_plugins.evaluation.protocol_options import IMAGE_SEGMENT, PLANE, with_changes, with_plane
 from ttd_plugins.utils.configuration import from_mapping, plain_values
 from ttd_plugins.utils.quick_start import collection_paused
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 20
 DEFAULT_OUT = Path("segments")
+FLAGS = flags_of(type(IMAGE_SEGMENT), defaults=IMAGE_SEGMENT)
+# No data set has a plane of its own here, and with_plane() changes the background.
+THRESHOLD_HELP = f"Constant background plane; alone it also sets --background constant.  [default: {PLANE}]"
 
 
 @examples(
@@ -29,7 +33,7 @@ DEFAULT_OUT = Path("segments")
         "ttd segment photo.jpg coco_things --scales 1 --no-flip --no-pamr --out quick",
     ),
 )
-@with_flags(flags_of(type(IMAGE_SEGMENT), defaults=IMAGE_SEGMENT))
+@with_flags([replace(flag, help=THRESHOLD_HELP) if flag.path == "threshold" else flag for flag in FLAGS])
 def command(
     image: Annotated[
         Path,

@@ -53,7 +53,16 @@ def command(
     tag: image_maps.TagOption = None,
     size: image_maps.SizeOption = None,
     rule: image_maps.RuleOption = None,
-    threshold: image_maps.ThresholdOption = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            "--threshold",
+            metavar="NUMBER",
+            rich_help_panel=TAGS,
+            help="Threshold of the selection rule.  [default: 0.5; with --vocabulary 0.7 for minmax, 0.2 for absolute, "
+            "0.5 for probability]",
+        ),
+    ] = None,
     top: Annotated[
         int | None,
         typer.Option(

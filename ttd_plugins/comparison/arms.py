@@ -43,8 +43,8 @@ class ArmJob:
         folder: folder for unfinished work; deleted when the arm is complete.
         tuned_from: identifies the run or LoRA that the backbone was loaded from; ``None`` for a plain name.
         scales: factors of LoRA at which the arm is measured; 1 is the arm as trained.
-        curve_is_recorded: whether the record already has the training curve, as it does for weights files up to
-            version 0.1, which lack a training summary.
+        curve_is_recorded: whether the record already has the training curve, as it does for weights files
+            without a training summary.
     """
 
     backbone: str

@@ -77,7 +77,7 @@ def run_demo(
     data = open_data(options)
     with output_folder(out, COMPARISON_FOLDER):
         if (out / METRICS).exists() and not (out / RESULTS).exists():
-            # A folder of version 0.1: same settings are run anew, and the results of other settings stay as they are.
+            # The demo's older form: same settings are run anew, and the results of other settings stay as they are.
             ExperimentRecord(out / METRICS, _settings(options))
         on_start()
         # First, because they take seconds and the scenes take minutes.

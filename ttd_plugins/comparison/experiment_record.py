@@ -6,6 +6,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,10 +33,6 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-ADDED_OPTIONS = ("anchor", "anchor_weight")
-"""Options of TTD that records of earlier releases lack; their defaults are what those releases did."""
 
 
 class ExperimentRecord:
@@ -121,12 +118,12 @@ def _check_backbone_entry(name: str, entry: Any) -> None:
 
 
 def _with_current_names(settings: Any) -> Any:
-    """Rename old options of TTD in the settings of an earlier record, and add those that it did not have."""
+    """Rename old options of TTD in the settings of an earlier record; an option that it lacks has its default."""
     if not isinstance(settings, dict) or not isinstance(settings.get("ttd"), dict):
         return settings
     renamed = renamed_fields(TTDOptions)
-    added = {name: getattr(TTDOptions(), name) for name in ADDED_OPTIONS}
-    return settings | {"ttd": added | {renamed.get(key, key): value for key, value in settings["ttd"].items()}}
+    defaults = json.loads(json.dumps(asdict(TTDOptions())))
+    return settings | {"ttd": defaults | {renamed.get(key, key): value for key, value in settings["ttd"].items()}}
 
 
 def save_trained_weights(file: Path, backbone: DenseAdapter, metadata: Mapping[str, str] | None = None) -> None:

@@ -35,7 +35,7 @@ class CompareOptions:
     """
 
     backbones: Annotated[
-        tuple[str, ...], option("Names for open_backbone() of ttd_plugins.backbone_sources, in the table's order.")
+        tuple[str, ...], option("Names of backbones, as for `load()`, or NAME+PATH; the table has their order.")
     ]
     data: Annotated[
         Text,

@@ -141,7 +141,7 @@ def run_comparison_in(
 
 
 def _is_earlier_comparison(folder: Path) -> bool:
-    """Whether a folder was written by a release without markers: its results, or those of a demo up to 0.1."""
+    """Whether a folder without a marker has the results of a comparison, or those of the demo's older form."""
     for name, keys in ((RESULTS, {"settings", "backbones"}), ("metrics.json", {"settings", "seconds", "curves"})):
         with suppress(InputError):
             if (folder / name).is_file() and keys <= read_record(folder / name).keys():
@@ -191,7 +191,7 @@ class _ComparisonRun:
         settings = asdict(self.options)
         # Neither the number of processes nor further measurements change a result.
         del settings["jobs"], settings["lora_scales"]
-        # Records up to version 0.1 have no first seed, and earlier ones no list of classes.
+        # Older records have no first seed and no list of classes.
         if not self.options.first_seed:
             del settings["first_seed"]
         if self.options.classes is None:
@@ -230,7 +230,7 @@ class _ComparisonRun:
         if description.positions != "library":
             about["positions"] = description.positions
         content = self._content(name)
-        # Records of earlier releases do not name the run.
+        # Older records do not name the run.
         if content["about"] and any(about.get(key) != value for key, value in content["about"].items()):
             sources: list[dict[str, Any]] = [part.get("tuned_from") or {} for part in (content["about"], about)]
             was, now = (source.get("step") for source in sources)
@@ -338,7 +338,7 @@ class _ComparisonRun:
             self._rows(job, scale).append(measurement.metrics)
             if scale == 1:
                 bias = content["bias"].setdefault(job.arm, [])
-                # Records up to version 0.1 have no bias.
+                # Older records have no bias.
                 bias += [{}] * (index - len(bias)) + [measurement.bias]
         content["seconds"][f"measure {job.label}"] = result.seconds
         if result.training is not None:

@@ -23,7 +23,7 @@ from ttd_plugins.evaluation.dense_inference import (
     templates_by_name,
 )
 from ttd_plugins.evaluation.pamr import affinity, pamr
-from ttd_plugins.evaluation.protocol_options import Background, DenseOptions, SegmentProtocol, TemplateSet
+from ttd_plugins.evaluation.protocol_options import PLANE, Background, DenseOptions, SegmentProtocol, TemplateSet
 from ttd_plugins.utils.progress import Stage, no_progress
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 BACKGROUND = "background"
 """Name of index 0, and of the class that it stands for where the list of names has one."""
-PLANE = 0.40
-"""Constant background plane where the options name none; the paper's of most data sets."""
 MAX_CLASSES = 65_535
 CHUNK_VALUES = 8 << 20
 """Values of the maps that are in memory at once; a chunk is at least one map."""

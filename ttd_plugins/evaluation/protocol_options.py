@@ -211,7 +211,9 @@ THRESHOLDS = {
     "voc": 0.40, "cityscapes": 0.40, "coco_stuff": 0.40, "coco_object": 0.45, "ade20k": 0.45, "context59": 0.45,
     "context60": 0.45,
 }  # fmt: skip
-"""Constant background planes of the paper's commands; 0.40 for other data sets."""
+"""Constant background planes of the paper's commands; :data:`PLANE` for other data sets."""
+PLANE = 0.40
+"""Constant background plane where the options name none; the paper's of most data sets."""
 
 TAG_PRESETS: dict[str, TagProtocol] = {
     "paper": TagProtocol(),

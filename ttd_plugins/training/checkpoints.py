@@ -159,7 +159,7 @@ def write_checkpoint(run: Path, checkpoint: Checkpoint, keep: int, *, protected:
 def read_checkpoint(run: Path, step: int | None = None, *, complete: bool = True) -> Checkpoint:
     """Read the checkpoint of a step, by default the newest, and verify its checksums.
 
-    Checkpoints of releases up to 0.3 have no checksums; they are read without.
+    A checkpoint whose state has no checksums is read without this verification.
 
     Args:
         run: folder of the run.

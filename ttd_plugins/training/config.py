@@ -214,7 +214,7 @@ class RunConfig:
     gradient_checkpointing: Annotated[
         Flag, option("Use activation checkpointing: less memory, more time.", flag="--grad-checkpointing")
     ] = False
-    compile: Annotated[Flag, option("Compile the blocks of the image tower; pays on GPUs.")] = False
+    compile: Annotated[Flag, option("Compile the blocks of the image tower; faster on GPUs.")] = False
     cpu: Annotated[Flag, option("Use the CPU although there is an accelerator.")] = False
     sharded: Annotated[Flag, option("Shard weights, gradients and optimizer state over the processes (FSDP2).")] = False
     weight_ema: Annotated[
@@ -251,9 +251,14 @@ class RunConfig:
         Literal["skip", "fatal"],
         option("Skip a step whose loss or gradient is not finite, or end the run; its keys go to nonfinite.jsonl."),
     ] = "skip"
-    max_skipped_steps: Annotated[Int, option("So many steps may be skipped before the run ends.", ge=0)] = 20
+    max_skipped_steps: Annotated[Int, option("Largest number of skipped steps; with more, the run ends.", ge=0)] = 20
     max_skipped_share: Annotated[
-        Float, option("This share of all steps may be skipped before the run ends, and three in any case.", ge=0, le=1)
+        Float,
+        option(
+            "Largest share of skipped steps; with more, the run ends. Every share allows three skipped steps.",
+            ge=0,
+            le=1,
+        ),
     ] = 0.1
 
 

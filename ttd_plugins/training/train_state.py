@@ -211,7 +211,7 @@ class TrainState:
             self.strategy.scaler.load_state_dict(state["scaler"])
         self.step, self.skipped_steps, self.stored_steps = state["step"], state["skipped_steps"], state["steps"]
         self.averager, self.watch = MetricAverager(**state["window"]), CollapseWatch.from_dict(state["watch"])
-        # Checkpoints of releases up to 0.3 have no watch for divergence.
+        # Older checkpoints have no watch for divergence.
         self.health = DivergenceWatch(**(state.get("health") or {}))
         self.warnings, self.metrics = state["warnings"], state["figures"]
         rng = checkpoints.unpack_rng_state(stored.random, state["random"], rank)

@@ -25,7 +25,7 @@ from ttd_plugins.evaluation.dense_inference import (
 )
 from ttd_plugins.evaluation.metric_accumulators import ClassOverlapAccumulator
 from ttd_plugins.evaluation.metrics import IGNORE, class_counts
-from ttd_plugins.evaluation.protocol_options import THRESHOLDS, Background, SegmentProtocol
+from ttd_plugins.evaluation.protocol_options import PLANE, THRESHOLDS, Background, SegmentProtocol
 from ttd_plugins.evaluation.protocols.runner import (
     EvaluationResult,
     Record,
@@ -62,7 +62,7 @@ def evaluate_segment(
     if options.background not in get_args(Background):
         raise InputError(choices_sentence("background", options.background, get_args(Background)))
     if options.threshold is None:
-        options = replace(options, threshold=THRESHOLDS.get(data.name, 0.40))
+        options = replace(options, threshold=THRESHOLDS.get(data.name, PLANE))
     calibration = options.calibration or adapter.description.calibration
     templates = templates_by_name(options.templates)
     count = len(data.classes)
