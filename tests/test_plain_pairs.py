@@ -48,6 +48,19 @@ CAPTIONS = {
 # Retrieval ------------------------------------------------------------------------------------------------------------
 
 
+def test_records_that_lack_a_newer_option_continue(tmp_path: Path) -> None:
+    data, options = PlainPairs(pairs_folder(tmp_path / "p", CAPTIONS)), RetrievalProtocol(size=16, losses=True)
+    first = evaluate_retrieval(toy(), data, options, out=tmp_path / "out")
+    file = tmp_path / "out/settings.json"
+    settings = json.loads(file.read_text())
+    del settings["options"]["ttd"]["target_power"], settings["options"]["batch"]
+    file.write_text(json.dumps(settings))
+    assert evaluate_retrieval(toy(), data, options, out=tmp_path / "out").metrics == first.metrics
+    other = replace(options, ttd=TTDOptions(target_power=2.0))
+    with pytest.raises(InputError, match=r"options.ttd.target_power: 1.0 there, 2.0 now"):
+        evaluate_retrieval(toy(), data, other, out=tmp_path / "out")
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("anchor_weight", [0.0, 4.0])
 def test_recall_and_losses_agree_with_slow_ones(tmp_path: Path, anchor_weight: float) -> None:

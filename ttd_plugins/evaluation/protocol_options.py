@@ -215,6 +215,14 @@ THRESHOLDS = {
 PLANE = 0.40
 """Constant background plane where the options name none; the paper's of most data sets."""
 
+PROTOCOLS: dict[str, type] = {
+    "tags": TagProtocol,
+    "text": TextProtocol,
+    "segment": SegmentProtocol,
+    "classify": ClassifyProtocol,
+    "retrieval": RetrievalProtocol,
+}
+"""The options of each protocol."""
 TAG_PRESETS: dict[str, TagProtocol] = {
     "paper": TagProtocol(),
     "fast": TagProtocol(dense=DenseOptions(size=224)),

@@ -20,6 +20,17 @@ def flatten(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -
     return flat
 
 
+def filled(values: Any, defaults: Mapping[str, Any]) -> Any:
+    """Return nested values with those of ``defaults`` for the names that they lack; what is no mapping stays."""
+    if not isinstance(values, Mapping):
+        return values
+    own = {
+        name: filled(value, defaults[name]) if isinstance(defaults.get(name), Mapping) else value
+        for name, value in values.items()
+    }
+    return {**defaults, **own}
+
+
 def settings_digest(settings: Mapping[str, Any]) -> str:
     """Return the first 16 hexadecimal digits of the SHA-256 of settings as sorted JSON."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

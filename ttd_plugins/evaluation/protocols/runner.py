@@ -29,13 +29,14 @@ from ttd_plugins.adapter import Calibration, DenseAdapter
 from ttd_plugins.engine import evaluation_mode
 from ttd_plugins.errors import InputError, one_sentence
 from ttd_plugins.evaluation.dense_inference import resampling
+from ttd_plugins.evaluation.protocol_options import PROTOCOLS
 from ttd_plugins.toolkit.fast_inference import inference_settings
 from ttd_plugins.toolkit.weights_hash import weights_hash
 from ttd_plugins.utils.deprecation import RenamedAttribute
 from ttd_plugins.utils.files import given_path, write_atomic
 from ttd_plugins.utils.output_folder import LOCK, FolderKind, output_folder
 from ttd_plugins.utils.progress import Stage, no_progress
-from ttd_plugins.utils.settings import first_difference
+from ttd_plugins.utils.settings import filled, first_difference
 
 Record = dict[str, Any]
 
@@ -152,6 +153,13 @@ def unpack(texts: Sequence[str]) -> Tensor:
     return torch.from_numpy(np.stack([np.frombuffer(base64.b64decode(text), "<f4") for text in texts]))
 
 
+def _with_defaults(settings: Any) -> Any:
+    """Add the options that did not exist when settings were written, with their defaults."""
+    if not isinstance(settings, dict) or settings.get("protocol") not in PROTOCOLS:
+        return settings
+    return settings | {"options": filled(settings.get("options"), _plain(asdict(PROTOCOLS[settings["protocol"]]())))}
+
+
 class _Records:
     """The records of a run, in the files of a folder or in memory."""
 
@@ -175,7 +183,7 @@ class _Records:
                 raise InputError(
                     f"{str(file)!r} cannot be read ({one_sentence(error)}); choose another folder"
                 ) from error
-            difference = first_difference(before, settings)
+            difference = first_difference(_with_defaults(before), settings)
             if difference is not None:
                 raise InputError(
                     f"the folder {str(file.parent)!r} contains results with other settings ({difference}); choose "
