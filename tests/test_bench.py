@@ -33,7 +33,8 @@ from ttd_plugins.benchmark.measure import run_benchmark, summary
 from ttd_plugins.benchmark.step_variants import RATIOS, VARIANTS, Bench, BenchOptions
 from ttd_plugins.benchmark.unshared_baseline import unshared_losses
 from ttd_plugins.errors import InputError, TTDError
-from ttd_plugins.plugins import make_tag_extractor
+from ttd_plugins.export import export_backbone
+from ttd_plugins.plugins import load, make_tag_extractor
 from ttd_plugins.training.compiling import compile_image_blocks
 
 TINY = "open_clip:tiny@random"
@@ -56,6 +57,15 @@ def report() -> dict[str, Any]:
     answer = run("--backbone", TINY, "--batch-size", "2", "--repeats", "2", "--no-memory", "--json")
     assert answer.exit_code == 0, answer.output
     return json.loads(answer.stdout)
+
+
+def test_an_exported_folder_is_measured_with_its_weights(tmp_path: Path) -> None:
+    export_backbone(load("open_clip:tiny"), tmp_path / "mine")
+    bench = Bench(BenchOptions(str(tmp_path / "mine"), batch_size=2))
+    assert "@random" not in bench.options.name
+    expected = load("open_clip:tiny").model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in bench.adapter.model.state_dict().items())
+    assert BenchOptions("open_clip:tiny").name == TINY
 
 
 def test_the_report_has_every_ratio_beside_its_counted_limit(report: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class BenchOptions:
     """Options of a benchmark.
 
     Attributes:
-        backbone: ``family:model`` (random weights) or ``family:model@weights``.
+        backbone: ``family:model`` (random weights), ``family:model@weights``, a run or an exported folder.
         backbone_options: keyword arguments of the family's ``load``.
         batch_size: image-text pairs per step.
         data: captions; see :func:`ttd_plugins.benchmark.captions.open_captions`. By default built-in captions.
@@ -92,8 +93,9 @@ class BenchOptions:
 
     @property
     def name(self) -> str:
-        """The backbone's name including its weights."""
-        return self.backbone if "@" in self.backbone else f"{self.backbone}@random"
+        """The backbone's name including its weights; a run or an exported folder has its own."""
+        is_bare = ":" in self.backbone and "@" not in self.backbone and not Path(self.backbone).exists()
+        return f"{self.backbone}@random" if is_bare else self.backbone
 
 
 class Bench:

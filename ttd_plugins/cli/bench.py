@@ -30,7 +30,7 @@ def command(
         typer.Option(
             "--backbone",
             metavar="NAME",
-            help="family:model, or with @weights; random weights where none are named.",
+            help="family:model, with @weights, a run or an exported folder; random weights where none are named.",
             rich_help_panel=MODEL,
             autocompletion=completion.backbones,
         ),

@@ -35,7 +35,7 @@ from ttd_plugins.utils.settings import first_difference
 HEADER = b'{"scores": {'
 """How a file of scores begins."""
 NEWER_SETTINGS = ("weights_sha256", "positions", "keep", "transform")
-"""Settings that files of earlier releases lack."""
+"""Settings that older files lack."""
 SKIPPED = b'{"key": '
 """How a line of a list of skipped samples begins."""
 
@@ -209,7 +209,7 @@ def _refuse_own_transform(file: Path, transform: ImageTransform | None) -> None:
 
 
 def _require_same(found: dict[str, Any], wanted: dict[str, Any], file: Path) -> None:
-    # Files of earlier releases do not have the newer settings.
+    # Older files do not have the newer settings.
     unknown = () if "weights_sha256" in found else NEWER_SETTINGS
     difference = first_difference(found, wanted, ignore=unknown)
     if difference is not None:

@@ -106,7 +106,7 @@ def describe_backbone(adapter: DenseAdapter) -> dict[str, Any]:
     The resampling of position embeddings is included if it is not the library's, and ``inference`` for a faster copy.
     """
     description = adapter.description
-    # Only where there is one, so that results of earlier releases stay comparable.
+    # Only where there is one, so that older results stay comparable.
     source = {} if adapter.tuned_from is None else {"tuned_from": adapter.tuned_from.as_dict()}
     about = source | {
         "name": description.name,
