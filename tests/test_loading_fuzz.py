@@ -80,17 +80,20 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 def outcome(action: Callable[[], object], work: Path) -> TTDError | None:
     """Whatever is loaded: it works, or it raises a TTDError of one printable line; no file is written or changed."""
-    before, temporary = snapshot(work), set(os.listdir(tempfile.gettempdir()))
+    before = snapshot(work)
     grad, failed = torch.is_grad_enabled(), None
-    try:
-        action()
-    except TTDError as error:
-        failed = error
+    # A folder of its own, since other processes write to the system's.
+    with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", temporary)
+        try:
+            action()
+        except TTDError as error:
+            failed = error
+        assert not [name for name in os.listdir(temporary) if name.startswith("ttd-")]
     if failed is not None:
         assert "\n" not in str(failed)
         assert "weights_only" not in str(failed)
     assert snapshot(work) == before
-    assert not {name for name in set(os.listdir(tempfile.gettempdir())) - temporary if name.startswith("ttd-")}
     assert torch.is_grad_enabled() == grad
     return failed
 
