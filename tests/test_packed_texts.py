@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from ttd_plugins import wrap
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.method.text_embeddings import encode_texts
 from ttd_plugins.packed_texts import ROW_TOKENS, PackedTexts, pack_texts, packed_text_encoder, sorted_texts
+from ttd_plugins.testing import check_adapter
 
 CAUSAL = ["open_clip", "eva01", "eva02", "transformers_clip", "original_vit", "original_resnet"]
 TEXTS = [
@@ -55,6 +57,33 @@ def packed(adapter: DenseAdapter, texts: list[str], few_shapes: bool) -> Tensor:
     positions = encoder.pooling_positions(ids)
     assert positions is not None
     return encoder.encode_packed_texts(pack_texts(sorted_texts(ids, positions), few_shapes=few_shapes))[: len(texts)]
+
+
+class OfTheRow(PackedTexts):
+    """Texts whose mask or positions are those of a row."""
+
+    def additive_mask(self, dtype: torch.dtype, heads: int | None = None) -> Tensor:
+        mask = torch.full(self.visible.shape, float("-inf"), dtype=dtype).triu(1)
+        return mask if heads is None else mask.repeat_interleave(heads, dim=0)
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "transformers_clip", "original_vit"])
+@pytest.mark.parametrize("fault", ["none", "mask", "positions"])
+def test_the_kit_compares_packed_texts(kind: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind_of = type(small(kind))
+    own = kind_of.encode_packed_texts
+
+    def broken(self: Any, made: PackedTexts) -> Tensor:
+        if fault == "mask":
+            made = OfTheRow(**vars(made))
+        elif fault == "positions":
+            made = replace(made, positions=torch.arange(made.ids.shape[1]).expand_as(made.ids))
+        return own(self, made)
+
+    monkeypatch.setattr(kind_of, "encode_packed_texts", broken)
+    report = check_adapter(lambda: small(kind), only=["texts_independent"])
+    assert report.failed == ([] if fault == "none" else ["texts_independent"])
+    assert fault == "none" or "packed into a row" in str(report)
 
 
 def gradients(adapter: DenseAdapter, embeddings: Tensor) -> dict[str, Tensor]:

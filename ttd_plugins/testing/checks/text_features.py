@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ttd_plugins.adapter import Tokens
+from ttd_plugins.packed_texts import pack_texts, packed_text_encoder, sorted_texts
 from ttd_plugins.testing.check_session import BUILT, CheckSession, distance, error_text, text_mask
 from ttd_plugins.testing.check_types import Check, CheckFailed, NotApplicable, collect
 from ttd_plugins.testing.checks.image_features import compare_with_library
@@ -140,9 +141,10 @@ def text_features(session: CheckSession) -> None:
 
 
 @check(
-    "a text has the same embedding alone and in a batch",
+    "a text has the same embedding alone, in a batch, and packed into a row with others",
     "sequence and batch axes are exchanged, so that attention runs across texts",
     "texts are padded to the longest text of the batch, and the tower attends to padding",
+    "encode_packed_texts uses the causal mask, or positions of the row, instead of those of the packed texts",
     needs=(BUILT, "text_features", "deterministic"),
 )
 def texts_independent(session: CheckSession) -> None:
@@ -152,6 +154,19 @@ def texts_independent(session: CheckSession) -> None:
         for text, row in zip(texts, rows, strict=True):
             alone = session.embed(session.tokens([text]).ids)[0]
             session.expect_close("a text embedding alone and in a batch", alone, row)
+        _compare_packed(session, [*texts, "a dog on the grass"])
+
+
+def _compare_packed(session: CheckSession, texts: list[str]) -> None:
+    """Compare texts in a row, two of which have a start in common, with the same texts in rows of their own."""
+    encoder = packed_text_encoder(session.adapter)
+    ids = session.tokens(texts).ids
+    positions = None if encoder is None else encoder.pooling_positions(ids)
+    if encoder is None or positions is None:
+        return
+    packed = pack_texts(sorted_texts(ids.cpu(), positions.cpu()), few_shapes=False).to(session.adapter.device)
+    found = encoder.encode_packed_texts(packed)
+    session.expect_close("text embeddings packed into a row and alone", found, session.embed(ids))
 
 
 @check(
