@@ -99,7 +99,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     settings_of_run = {"backbone": args.backbone, "steps": args.steps, "scenes": args.scenes}
     lines = args.out.read_text(encoding="utf-8").splitlines() if args.out.exists() else []
-    # Rows of other settings stay in the file. Rows of earlier releases have no backbone and no scenes.
+    # Rows of other settings stay in the file. Older rows have no backbone and no scenes.
     done = [row for row in map(json.loads, lines) if settings_of_run.items() <= (settings_of_run | row).items()]
     finished = {(row["arm"], row["seed"]) for row in done}
     wanted = [name for name in args.only.split(",") if name]

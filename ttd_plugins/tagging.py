@@ -408,7 +408,7 @@ def _read_parquet(file: Path, digest: str) -> dict[str, dict[str, Any]]:
         records = {}
         images = decode_keys(table.column("image").to_pylist(), metadata)
         for image, row in zip(images, table.to_pylist(), strict=True):
-            # Earlier releases replaced bytes that are not UTF-8, so the image of such a row is unknown.
+            # Older files have replaced bytes that are not UTF-8, so the image of such a row is unknown.
             if "\ufffd" in image and b"keys" not in metadata:
                 continue
             if row["error"] is not None:

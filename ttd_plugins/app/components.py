@@ -22,6 +22,19 @@ BROWSER_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
 """Formats that a browser shows; an image of another one is converted for it."""
 
 
+@dataclass(frozen=True)
+class Tab:
+    """What the page needs of a tab.
+
+    Attributes:
+        examples: those of its gallery; the first one is answered when the tab is opened.
+        leave: frees what the page stores for a visitor.
+    """
+
+    examples: list[Example]
+    leave: Callable[[str], None]
+
+
 class LatestRequest:
     """Which request of a visitor is the newest, so that a slower old one does not replace its result."""
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from ttd_plugins.app.components import (
     PRIVATE,
     LatestRequest,
+    Tab,
     add_gallery,
     checked_upload,
     example_note,
@@ -37,19 +37,6 @@ def scene_thumbnails(examples: Sequence[Example]) -> str:
     """Thumbnails of the scenes as HTML; they are drawn after the page is shown, because that takes a second."""
     css = thumbnails_css([one for one in examples if one.credit is None])
     return f"<style>{css}</style>"
-
-
-@dataclass(frozen=True)
-class MapsTab:
-    """What the page needs of the tab.
-
-    Attributes:
-        examples: those of its gallery; the first one is answered when the page is opened.
-        leave: frees what the page stores for a visitor.
-    """
-
-    examples: list[Example]
-    leave: Callable[[str], None]
 
 
 class _Answers:
@@ -142,7 +129,7 @@ class _Answers:
 
 def add_maps_tab(
     gr: Any, studio: Studio, uploaded_path: Callable[[Any], str | None], page: Any, prepared: ExampleAnswers
-) -> MapsTab:
+) -> Tab:
     """Add the components and listeners of the tab to the tab that is open.
 
     Args:
@@ -233,4 +220,4 @@ def add_maps_tab(
         **PRIVATE,
     )
     end.click(with_request(gr, halt), None, None, queue=False, **PRIVATE)
-    return MapsTab(examples, answers.latest.forget)
+    return Tab(examples, answers.latest.forget)

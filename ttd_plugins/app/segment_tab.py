@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from ttd_plugins.app.components import (
     PRIVATE,
     LatestRequest,
+    Tab,
     add_gallery,
     checked_upload,
     example_note,
@@ -22,20 +22,7 @@ from ttd_plugins.app.rendering import render_error, render_message, render_segme
 from ttd_plugins.app.studio import SegmentationStage, Studio, error_sentence
 
 
-@dataclass(frozen=True)
-class SegmentTab:
-    """What the page needs of the tab.
-
-    Attributes:
-        examples: those of its gallery.
-        leave: frees what the page stores for a visitor.
-    """
-
-    examples: list[Example]
-    leave: Callable[[str], None]
-
-
-def add_segment_tab(gr: Any, studio: Studio, uploaded_path: Callable[[Any], str | None], tab: Any) -> SegmentTab:
+def add_segment_tab(gr: Any, studio: Studio, uploaded_path: Callable[[Any], str | None], tab: Any) -> Tab:
     """Add the components and listeners of the tab to the tab that is open.
 
     Args:
@@ -144,4 +131,4 @@ def add_segment_tab(gr: Any, studio: Studio, uploaded_path: Callable[[Any], str 
     image.upload(with_request(gr, upload), [image, names], shown, **PRIVATE)
     # The event comes while the component still has its old value.
     image.clear(with_request(gr, lambda text, request: upload(None, text, request)), names, shown, **PRIVATE)
-    return SegmentTab(examples, leave)
+    return Tab(examples, leave)

@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ttd_plugins.adapter import DenseAdapter, image_features, text_tokens
+from ttd_plugins.backbone_sources import split_source
 from ttd_plugins.benchmark import unshared_baseline
 from ttd_plugins.benchmark.captions import BUILT_IN, SubstituteTokenizer, batch_of_captions, open_captions
 from ttd_plugins.engine import TTD
@@ -94,7 +94,7 @@ class BenchOptions:
     @property
     def name(self) -> str:
         """The backbone's name including its weights; a run or an exported folder has its own."""
-        is_bare = ":" in self.backbone and "@" not in self.backbone and not Path(self.backbone).exists()
+        is_bare = ":" in self.backbone and "@" not in self.backbone and split_source(self.backbone)[1] is None
         return f"{self.backbone}@random" if is_bare else self.backbone
 
 

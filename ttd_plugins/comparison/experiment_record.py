@@ -6,7 +6,6 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,9 +15,9 @@ from ttd_plugins._version import __version__
 from ttd_plugins.adapter import DenseAdapter
 from ttd_plugins.errors import InputError, one_sentence
 from ttd_plugins.options import TTDOptions
-from ttd_plugins.utils.configuration import renamed_fields
+from ttd_plugins.utils.configuration import plain_values, renamed_fields
 from ttd_plugins.utils.files import atomic_path, make_folder, write_atomic
-from ttd_plugins.utils.settings import first_difference
+from ttd_plugins.utils.settings import filled, first_difference
 
 _T = TypeVar("_T")
 ADVICE = "free some space or choose another --out"
@@ -122,8 +121,8 @@ def _with_current_names(settings: Any) -> Any:
     if not isinstance(settings, dict) or not isinstance(settings.get("ttd"), dict):
         return settings
     renamed = renamed_fields(TTDOptions)
-    defaults = json.loads(json.dumps(asdict(TTDOptions())))
-    return settings | {"ttd": defaults | {renamed.get(key, key): value for key, value in settings["ttd"].items()}}
+    current = {renamed.get(key, key): value for key, value in settings["ttd"].items()}
+    return settings | {"ttd": filled(current, plain_values(TTDOptions()))}
 
 
 def save_trained_weights(file: Path, backbone: DenseAdapter, metadata: Mapping[str, str] | None = None) -> None:

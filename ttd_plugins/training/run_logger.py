@@ -156,7 +156,7 @@ def _tracker_id(file: Path) -> str:
         text = file.read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read ({one_sentence(error)}); {advice}") from error
-    # Earlier releases wrote the id alone, 32 hexadecimal digits.
+    # Older files have the id alone, 32 hexadecimal digits.
     if re.fullmatch(r"[\w-]+", text):
         return text
     try:

@@ -32,6 +32,7 @@ from ttd_plugins.evaluation.dense_inference import resampling
 from ttd_plugins.evaluation.protocol_options import PROTOCOLS
 from ttd_plugins.toolkit.fast_inference import inference_settings
 from ttd_plugins.toolkit.weights_hash import weights_hash
+from ttd_plugins.utils.configuration import plain_values
 from ttd_plugins.utils.deprecation import RenamedAttribute
 from ttd_plugins.utils.files import given_path, write_atomic
 from ttd_plugins.utils.output_folder import LOCK, FolderKind, output_folder
@@ -157,7 +158,8 @@ def _with_defaults(settings: Any) -> Any:
     """Add the options that did not exist when settings were written, with their defaults."""
     if not isinstance(settings, dict) or settings.get("protocol") not in PROTOCOLS:
         return settings
-    return settings | {"options": filled(settings.get("options"), _plain(asdict(PROTOCOLS[settings["protocol"]]())))}
+    defaults = plain_values(PROTOCOLS[settings["protocol"]]())
+    return settings | {"options": filled(settings.get("options"), defaults)}
 
 
 class _Records:
